@@ -1,0 +1,30 @@
+//! A named limit on everything that a peer can make us hold. Units stand last in the names.
+
+/// Ranks of one group.
+pub const RANKS_MAX: u32 = 4096;
+/// Layers of one model.
+pub const LAYERS_MAX: u32 = 1024;
+/// Layer groups of one model.
+pub const LAYER_GROUPS_MAX: usize = 64;
+/// Tensors of one layer group.
+pub const TENSORS_MAX: usize = 16;
+/// Planes of one pool.
+pub const PLANES_MAX: usize = 65_536;
+/// Regions of one pool.
+pub const REGIONS_MAX: usize = 65_536;
+/// Blocks of one plane.
+pub const BLOCKS_MAX: u32 = 1 << 28;
+/// Blocks in one request's table, per layer group.
+pub const TABLE_BLOCKS_MAX: usize = 1 << 22;
+/// Tokens of one request.
+pub const TOKENS_MAX: u64 = 1 << 28;
+/// Steps in which one offer becomes ready.
+pub const STEPS_MAX: u32 = LAYERS_MAX;
+/// Segments of one program.
+pub const SEGMENTS_MAX: usize = 4096;
+/// Planes of all segments of one program together.
+pub const SEGMENT_PLANES_MAX: u64 = 1 << 20;
+/// Bytes of one control frame, its header included.
+pub const FRAME_BYTES_MAX: usize = 64 << 20;
+/// Bytes of a name that crosses the wire.
+pub const NAME_BYTES_MAX: usize = 256;

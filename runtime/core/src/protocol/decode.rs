@@ -1,0 +1,664 @@
+//! One decode rank: fetches, and the destination blocks that they own until nothing can write them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::peer::Peer;
+use super::prefill::{check_steps, step_layers};
+use super::{
+    Awaited, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms, Lost, Member, Message,
+    NicCommand, NicEvent, OpenFetch, Outbox, Outcome, Pace, PathReport, Pairing, Role, WorkerProfile,
+};
+use crate::{Direction, FenceProof, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PlanRequest, Rank, Tables, TransferId, sources};
+
+/// The state machine of a decode rank.
+///
+/// Inputs are `handle_*(now, …)`; after each, drain [`DecodeRank::outbox`] and arm one timer for [`DecodeRank::poll_timeout`].
+#[derive(Debug)]
+pub struct DecodeRank {
+    local: WorkerProfile,
+    /// Whoever gave the latest job: the node of the group's rank 0.
+    leader: Option<NodeId>,
+    leases: LeaseTerms,
+    pace: Pace,
+    fetches: BTreeMap<HandoverId, Fetch>,
+    peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
+    groups: BTreeMap<GroupId, SourceGroup>,
+    renew_at: Option<Moment>,
+    outbox: Outbox,
+}
+
+/// A prefill group as the directory lists it.
+#[derive(Debug)]
+struct SourceGroup {
+    geometry: Arc<GroupGeometry>,
+    nodes: BTreeMap<Rank, NodeId>,
+}
+
+/// This rank's part of one handover. It ends with the leader's word *and* with nothing in flight.
+#[derive(Debug)]
+struct Fetch {
+    pairing: Pairing,
+    deadline: Deadline,
+    awaited: Awaited,
+    placed: Option<Placed>,
+    /// Empty until the source group's nodes are known.
+    legs: BTreeMap<NodeId, Leg>,
+    resolved: bool,
+    started: bool,
+    /// This rank told its leader how its part ended.
+    reported: bool,
+    settled: Option<Outcome>,
+    began: Moment,
+}
+
+#[derive(Debug)]
+struct Placed {
+    tables: Tables,
+    have: u64,
+}
+
+/// What one source rank owes.
+#[derive(Debug)]
+struct Leg {
+    source: Rank,
+    state: LegState,
+    opened_at: Option<Moment>,
+    source_tables: Option<Tables>,
+    /// Steps that the source called ready.
+    ready: u32,
+    /// Steps posted (pull).
+    posted: u32,
+    in_flight: BTreeSet<TransferId>,
+    bytes: u64,
+    pieces: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LegState {
+    /// The session to the source does not stand yet.
+    Unopened,
+    Moving,
+    /// Every byte is here; the owner has yet to confirm its lease (pull).
+    Confirming,
+    Done,
+}
+
+impl DecodeRank {
+    /// A rank with no fetches.
+    pub fn new(local: WorkerProfile, leases: LeaseTerms, deadlines: DeadlineTerms) -> Self {
+        DecodeRank {
+            local,
+            leader: None,
+            leases,
+            pace: Pace::new(deadlines),
+            fetches: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            renew_at: None,
+            outbox: Outbox::default(),
+        }
+    }
+
+    /// Commands and events to drain.
+    pub fn outbox(&mut self) -> &mut Outbox {
+        &mut self.outbox
+    }
+
+    /// Fetches that are not fully over.
+    pub fn fetches(&self) -> usize {
+        self.fetches.len()
+    }
+
+    /// When [`DecodeRank::handle_timeout`] is due.
+    pub fn poll_timeout(&self) -> Option<Moment> {
+        let deadlines = self.fetches.values().filter(|fetch| !fetch.reported).map(|fetch| fetch.deadline.at);
+        deadlines.chain(self.renew_at.filter(|_| !self.fetches.is_empty())).min()
+    }
+
+    /// The directory's list of members.
+    pub fn handle_members(&mut self, now: Moment, members: &[Arc<Member>]) {
+        self.groups.clear();
+        for member in members {
+            if let Some(place) = &member.place
+                && place.role == Role::Prefill
+            {
+                let group = self
+                    .groups
+                    .entry(place.group)
+                    .or_insert_with(|| SourceGroup { geometry: Arc::clone(&place.geometry), nodes: BTreeMap::new() });
+                group.nodes.insert(place.rank, member.node);
+            }
+        }
+        for handover in self.handovers() {
+            self.resolve(now, handover);
+        }
+    }
+
+    /// A session with a peer stands and it has introduced itself.
+    pub fn handle_peer(&mut self, now: Moment, node: NodeId, profile: WorkerProfile) {
+        if profile.role != Role::Prefill {
+            return;
+        }
+        let peer = Peer::meet(&self.local, profile);
+        if let Ok(peer) = &peer
+            && peer.initiates(Role::Decode)
+            && let Some(remote) = peer.remote()
+        {
+            let command = NicCommand::Connect {
+                node,
+                address: remote.address.clone(),
+                keys: remote.keys.clone(),
+                layout: Arc::clone(&peer.profile.layout),
+            };
+            self.outbox.nic(peer.nic, command);
+        }
+        self.peers.insert(node, peer);
+        for handover in self.handovers() {
+            self.open_leg(now, handover, node);
+        }
+    }
+
+    /// A session ended: what still depended on that peer fails.
+    pub fn handle_peer_down(&mut self, now: Moment, node: NodeId, cause: &str) {
+        if let Some(Ok(peer)) = self.peers.remove(&node)
+            && peer.initiates(Role::Decode)
+        {
+            self.outbox.nic(peer.nic, NicCommand::Disconnect { node });
+        }
+        for handover in self.handovers() {
+            if let Some(reason) = self.owed_by(handover, node, cause) {
+                self.fail(now, handover, reason);
+            }
+        }
+    }
+
+    /// The directory says that a member is gone. A group is only as alive as all its ranks.
+    pub fn handle_lost(&mut self, now: Moment, lost: &Lost, of_my_group: Option<Rank>) {
+        if let Some(rank) = of_my_group {
+            let reason = FailReason::RankLost {
+                role: Role::Decode,
+                group: self.local.group,
+                rank,
+                node: lost.node,
+                cause: lost.cause.clone(),
+            };
+            for handover in self.handovers() {
+                self.fail(now, handover, reason.clone());
+                self.settle(now, handover, Outcome::Failed { reason: reason.clone() });
+            }
+        }
+        self.handle_peer_down(now, lost.node, &lost.cause);
+    }
+
+    /// A message of a peer.
+    pub fn handle_message(&mut self, now: Moment, from: NodeId, message: Message) {
+        match message {
+            Message::Fetch(job) => {
+                self.leader = Some(from);
+                self.fetch(now, job);
+            }
+            Message::Settled { handover, outcome } => self.settle(now, handover, outcome),
+            Message::Opened(opened) => {
+                if let Some(leg) = self.leg(opened.handover, from)
+                    && leg.source_tables.is_none()
+                {
+                    leg.source_tables = Some(opened.source);
+                    leg.ready = leg.ready.max(opened.ready);
+                    self.expect(now, opened.handover, from);
+                    self.advance(now, opened.handover, from);
+                }
+            }
+            Message::StepsReady { handover, ready } => {
+                if let Some(leg) = self.leg(handover, from) {
+                    leg.ready = leg.ready.max(ready);
+                    self.advance(now, handover, from);
+                }
+            }
+            Message::Confirmed { handover } => {
+                if let Some(leg) = self.leg(handover, from)
+                    && leg.state == LegState::Confirming
+                {
+                    leg.state = LegState::Done;
+                    self.finish(now, handover);
+                }
+            }
+            Message::Refused { handover, refusal } => {
+                if self.leg(handover, from).is_some() {
+                    self.fail(now, handover, FailReason::Refused(refusal));
+                }
+            }
+            _ => self.outbox.event(Event::Ignored { from, what: "a message that a decode rank does not take" }),
+        }
+    }
+
+    /// An answer of the engine.
+    pub fn handle_engine(&mut self, now: Moment, event: EngineEvent) {
+        match event {
+            EngineEvent::Placed { handover, tables, have } => self.placed(now, handover, tables, have),
+            EngineEvent::NoRoom { handover, reason } => {
+                if self.fetches.get(&handover).is_some_and(|fetch| fetch.placed.is_none()) {
+                    self.fail(now, handover, FailReason::Engine(reason));
+                }
+            }
+            EngineEvent::Freed { handover } => self.to_leader(Message::Freed { handover }),
+            EngineEvent::Holds { added, removed } => {
+                // The ranks of a group hold the same prefixes; one of them speaks.
+                if self.local.rank == Rank(0) {
+                    self.to_leader(Message::Holds { added, removed });
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Something happened at a NIC of this node.
+    pub fn handle_nic(&mut self, now: Moment, _nic: usize, event: NicEvent) {
+        match event {
+            NicEvent::Done { id, bytes, pieces } => {
+                if let Some((handover, node)) = self.owner_of(id) {
+                    if let Some(leg) = self.leg(handover, node) {
+                        leg.in_flight.remove(&id);
+                        leg.bytes += bytes;
+                        leg.pieces += pieces;
+                    }
+                    self.advance(now, handover, node);
+                    self.drain(handover, FenceProof::OwnerCopies);
+                }
+            }
+            NicEvent::Failed { id, reason } => {
+                if let Some((handover, node)) = self.owner_of(id) {
+                    if let Some(leg) = self.leg(handover, node) {
+                        leg.in_flight.remove(&id);
+                    }
+                    let reason = self.transport_failure(node, reason);
+                    self.fail(now, handover, reason);
+                    self.drain(handover, FenceProof::OwnerCopies);
+                }
+            }
+            NicEvent::PeerLost { node, reason } => {
+                if self.peers.get(&node).is_some_and(|peer| peer.as_ref().is_ok_and(|peer| peer.initiates(Role::Decode))) {
+                    for handover in self.handovers() {
+                        if self.owed_by(handover, node, &reason).is_some() {
+                            let reason = self.transport_failure(node, reason.clone());
+                            self.fail(now, handover, reason);
+                        }
+                    }
+                }
+            }
+            NicEvent::Fenced { node, proof } => {
+                for handover in self.handovers() {
+                    if let Some(leg) = self.fetches.get_mut(&handover).and_then(|fetch| fetch.legs.get_mut(&node)) {
+                        leg.in_flight.clear();
+                    }
+                    self.drain(handover, proof);
+                }
+            }
+            NicEvent::Connected { .. } => {}
+        }
+    }
+
+    /// Time has passed: leases are renewed, deadlines run out.
+    pub fn handle_timeout(&mut self, now: Moment) {
+        if self.renew_at.is_some_and(|at| now >= at) {
+            self.renew(now);
+        }
+        let late: Vec<(HandoverId, FailReason)> = self
+            .fetches
+            .iter()
+            .filter(|(_, fetch)| !fetch.reported && fetch.deadline.has_passed(now))
+            .map(|(handover, fetch)| (*handover, FailReason::Deadline { awaited: fetch.awaited, waited_ms: fetch.deadline.waited_ms(now) }))
+            .collect();
+        for (handover, reason) in late {
+            self.fail(now, handover, reason);
+        }
+    }
+
+    fn fetch(&mut self, now: Moment, job: FetchJob) {
+        let handover = job.pairing.handover;
+        if self.fetches.contains_key(&handover) {
+            return;
+        }
+        let spec = job.pairing.spec.clone();
+        let malformed = check_steps(&job.pairing.steps, self.local.geometry.model.layers).err();
+        let deadline = Deadline::after(now, self.pace.allowance(0, 0));
+        let fetch = Fetch {
+            pairing: job.pairing,
+            deadline,
+            awaited: Awaited::Placement,
+            placed: None,
+            legs: BTreeMap::new(),
+            resolved: false,
+            started: false,
+            reported: false,
+            settled: None,
+            began: now,
+        };
+        self.fetches.insert(handover, fetch);
+        self.renew_at.get_or_insert(now + self.leases.renewal());
+        self.outbox.engine(EngineCall::Place { handover, spec });
+        if let Some(refusal) = malformed {
+            self.fail(now, handover, FailReason::Refused(refusal));
+        }
+    }
+
+    fn placed(&mut self, now: Moment, handover: HandoverId, tables: Tables, have: u64) {
+        let queued = self.queued_bytes();
+        let Some(fetch) = self.fetches.get_mut(&handover) else { return };
+        if fetch.placed.is_some() || fetch.reported {
+            return;
+        }
+        let bytes = self.local.geometry.bytes_expected(fetch.pairing.spec.tokens, have) / u64::from(self.local.geometry.ranks().max(1));
+        fetch.placed = Some(Placed { tables, have });
+        fetch.awaited = Awaited::Transfer;
+        fetch.began = now;
+        fetch.deadline = Deadline::after(now, self.pace.allowance(bytes, queued));
+        self.resolve(now, handover);
+    }
+
+    /// Finds out which nodes owe what. The directory may still be on its way: then [`DecodeRank::handle_members`] tries again.
+    fn resolve(&mut self, now: Moment, handover: HandoverId) {
+        let Some(fetch) = self.fetches.get_mut(&handover).filter(|fetch| !fetch.resolved && !fetch.reported && fetch.placed.is_some()) else {
+            return;
+        };
+        let Some(group) = self.groups.get(&fetch.pairing.source) else { return };
+        let owing = match sources(&group.geometry, fetch.pairing.source_dp, &self.local.geometry, self.local.rank) {
+            Ok(owing) => owing,
+            Err(error) => {
+                self.fail(now, handover, FailReason::Mismatch(error.to_string()));
+                return;
+            }
+        };
+        let nodes: Option<BTreeMap<NodeId, Leg>> =
+            owing.into_iter().map(|source| group.nodes.get(&source).map(|node| (*node, Leg::new(source)))).collect();
+        let Some(legs) = nodes else { return };
+        fetch.legs = legs;
+        fetch.resolved = true;
+        for node in fetch.legs.keys().copied().collect::<Vec<_>>() {
+            self.open_leg(now, handover, node);
+        }
+        self.finish(now, handover);
+    }
+
+    /// Opens the source's part, if its session stands; a push is expected before the source hears of it.
+    fn open_leg(&mut self, now: Moment, handover: HandoverId, node: NodeId) {
+        let Some(fetch) = self.fetches.get_mut(&handover) else { return };
+        let Some(placed) = &fetch.placed else { return };
+        let Some(leg) = fetch.legs.get_mut(&node).filter(|leg| leg.state == LegState::Unopened && !fetch.reported) else { return };
+        let peer = match self.peers.get(&node) {
+            Some(Ok(peer)) => peer,
+            Some(Err(reason)) => {
+                let reason = reason.clone();
+                self.fail(now, handover, reason);
+                return;
+            }
+            None => return,
+        };
+        let shapes = placed.tables.shapes();
+        leg.state = LegState::Moving;
+        leg.opened_at = Some(now);
+        let open = OpenFetch {
+            handover,
+            request: fetch.pairing.spec.request,
+            have: placed.have,
+            direction: peer.direction,
+            destination: shapes,
+        };
+        self.outbox.send(node, Message::Open(open));
+    }
+
+    /// Registers every step of a push, then tells the source that it may write.
+    fn expect(&mut self, now: Moment, handover: HandoverId, node: NodeId) {
+        let Some(fetch) = self.fetches.get_mut(&handover).filter(|fetch| !fetch.reported) else { return };
+        let (Some(placed), Some(Ok(peer))) = (&fetch.placed, self.peers.get(&node)) else { return };
+        let Some(leg) = fetch.legs.get_mut(&node).filter(|leg| leg.state == LegState::Moving) else { return };
+        let (Some(source), Direction::Push, 0) = (&leg.source_tables, peer.direction, leg.posted) else { return };
+        let mut mismatch = None;
+        for step in 0..fetch.pairing.steps.len() as u32 {
+            let layers = step_layers(&fetch.pairing.steps, step);
+            let tokens = fetch.pairing.spec.tokens;
+            let request = PlanRequest { tokens, have: placed.have, layers, source, destination: &placed.tables };
+            match peer.plan.program(&request) {
+                Ok(program) if program.units() == 0 => {}
+                Ok(program) => {
+                    let id = TransferId::of(handover, leg.source, self.local.rank, step);
+                    leg.in_flight.insert(id);
+                    self.outbox.nic(peer.nic, NicCommand::Expect { id, program: Arc::new(program) });
+                }
+                Err(error) => mismatch = Some(error.to_string()),
+            }
+        }
+        leg.posted = fetch.pairing.steps.len() as u32;
+        match mismatch {
+            Some(error) => self.fail(now, handover, FailReason::Mismatch(error)),
+            None => self.outbox.send(node, Message::Expecting { handover }),
+        }
+    }
+
+    /// Posts what became ready (pull) and notices what is complete.
+    fn advance(&mut self, now: Moment, handover: HandoverId, node: NodeId) {
+        let Some(fetch) = self.fetches.get_mut(&handover).filter(|fetch| !fetch.reported) else { return };
+        let (Some(placed), Some(Ok(peer))) = (&fetch.placed, self.peers.get(&node)) else { return };
+        let Some(leg) = fetch.legs.get_mut(&node).filter(|leg| leg.state == LegState::Moving) else { return };
+        let steps = fetch.pairing.steps.len() as u32;
+        let mut failure = None;
+        if peer.direction == Direction::Pull
+            && let Some(source) = &leg.source_tables
+            && leg.posted < leg.ready.min(steps)
+        {
+            // A late fetch stops here, before it posts.
+            if !leg.opened_at.is_some_and(|sent| Lease::held(sent, &self.leases).is_alive(now)) {
+                failure = Some(FailReason::Refused(super::Refusal::LeaseExpired(fetch.pairing.spec.request)));
+            } else {
+                let layers = step_layers(&fetch.pairing.steps, leg.posted).start..step_layers(&fetch.pairing.steps, leg.ready.min(steps) - 1).end;
+                let request =
+                    PlanRequest { tokens: fetch.pairing.spec.tokens, have: placed.have, layers, source, destination: &placed.tables };
+                match peer.plan.program(&request) {
+                    Ok(program) => {
+                        if program.units() > 0 {
+                            let id = TransferId::of(handover, leg.source, self.local.rank, leg.posted);
+                            leg.in_flight.insert(id);
+                            let command = NicCommand::Post { id, node, direction: Direction::Pull, program: Arc::new(program) };
+                            self.outbox.nic(peer.nic, command);
+                        }
+                        leg.posted = leg.ready.min(steps);
+                    }
+                    Err(error) => failure = Some(FailReason::Mismatch(error.to_string())),
+                }
+            }
+        }
+        if let Some(reason) = failure {
+            self.fail(now, handover, reason);
+            return;
+        }
+        if !fetch.started && (!leg.in_flight.is_empty() || leg.bytes > 0) {
+            fetch.started = true;
+            if let Some(leader) = self.leader {
+                self.outbox.send(leader, Message::Started { handover });
+            }
+        }
+        if leg.posted == steps && leg.in_flight.is_empty() {
+            match peer.direction {
+                Direction::Pull => {
+                    leg.state = LegState::Confirming;
+                    self.outbox.send(node, Message::Fetched { handover });
+                }
+                Direction::Push => {
+                    leg.state = LegState::Done;
+                    self.finish(now, handover);
+                }
+            }
+        }
+    }
+
+    /// Reports success once every leg is done.
+    fn finish(&mut self, now: Moment, handover: HandoverId) {
+        let Some(fetch) = self.fetches.get_mut(&handover) else { return };
+        if fetch.reported || !fetch.resolved || fetch.legs.values().any(|leg| leg.state != LegState::Done) {
+            return;
+        }
+        fetch.reported = true;
+        let mut paths = Vec::with_capacity(fetch.legs.len());
+        for (node, leg) in &fetch.legs {
+            if let Some(Ok(peer)) = self.peers.get(node)
+                && let Some(nic) = self.local.nics.get(peer.nic)
+            {
+                paths.push(PathReport {
+                    source_group: fetch.pairing.source,
+                    source: leg.source,
+                    destination_group: self.local.group,
+                    destination: self.local.rank,
+                    kind: nic.kind,
+                    device: nic.device.clone(),
+                    direction: peer.direction,
+                    bytes: leg.bytes,
+                    pieces: leg.pieces,
+                });
+            }
+        }
+        self.pace.observe(paths.iter().map(|path| path.bytes).sum(), now.since(fetch.began));
+        self.to_leader(Message::RankDone { handover, result: Ok(paths) });
+    }
+
+    /// This rank's part failed: stop everything, tell everybody.
+    fn fail(&mut self, _now: Moment, handover: HandoverId, reason: FailReason) {
+        let Some(fetch) = self.fetches.get_mut(&handover) else { return };
+        if fetch.reported {
+            return;
+        }
+        fetch.reported = true;
+        self.stop(handover);
+        self.to_leader(Message::RankDone { handover, result: Err(reason) });
+    }
+
+    fn stop(&mut self, handover: HandoverId) {
+        let Some(fetch) = self.fetches.get(&handover) else { return };
+        for (node, leg) in &fetch.legs {
+            if let Some(Ok(peer)) = self.peers.get(node) {
+                if leg.state != LegState::Unopened && leg.state != LegState::Done {
+                    self.outbox.send(*node, Message::Abandon { handover });
+                }
+                for id in &leg.in_flight {
+                    self.outbox.nic(peer.nic, NicCommand::Cancel { id: *id });
+                }
+            } else {
+                // The peer is gone, its NIC was told to disconnect; every transfer still ends in an event of its own.
+                for id in &leg.in_flight {
+                    for nic in 0..self.local.nics.len() {
+                        self.outbox.nic(nic, NicCommand::Cancel { id: *id });
+                    }
+                }
+            }
+        }
+    }
+
+    /// The leader's word.
+    fn settle(&mut self, _now: Moment, handover: HandoverId, outcome: Outcome) {
+        let Some(fetch) = self.fetches.get_mut(&handover).filter(|fetch| fetch.settled.is_none()) else { return };
+        let request = fetch.pairing.spec.request;
+        fetch.settled = Some(outcome.clone());
+        if !fetch.reported {
+            fetch.reported = true;
+            self.stop(handover);
+        }
+        let quarantined = self.fetches.get(&handover).is_some_and(Fetch::in_flight);
+        self.outbox.engine(EngineCall::Settled { handover, request, outcome, quarantined });
+        if !quarantined {
+            self.fetches.remove(&handover);
+        }
+    }
+
+    /// Gives quarantined blocks back once the last transfer that could write them has ended.
+    fn drain(&mut self, handover: HandoverId, proof: FenceProof) {
+        if self.fetches.get(&handover).is_some_and(|fetch| fetch.settled.is_some() && !fetch.in_flight()) {
+            self.fetches.remove(&handover);
+            self.outbox.engine(EngineCall::Returned { handover, proof });
+        }
+    }
+
+    fn renew(&mut self, now: Moment) {
+        let mut readers: BTreeMap<NodeId, Vec<HandoverId>> = BTreeMap::new();
+        for (handover, fetch) in self.fetches.iter_mut().filter(|(_, fetch)| !fetch.reported) {
+            for (node, leg) in &mut fetch.legs {
+                if leg.opened_at.is_some() && leg.state != LegState::Done {
+                    leg.opened_at = Some(now);
+                    readers.entry(*node).or_default().push(*handover);
+                }
+            }
+        }
+        for (node, handovers) in readers {
+            self.outbox.send(node, Message::Reading { handovers });
+        }
+        self.renew_at = (!self.fetches.is_empty()).then(|| now + self.leases.renewal());
+    }
+
+    fn to_leader(&mut self, message: Message) {
+        if let Some(leader) = self.leader {
+            self.outbox.send(leader, message);
+        }
+    }
+
+    fn handovers(&self) -> Vec<HandoverId> {
+        self.fetches.keys().copied().collect()
+    }
+
+    fn leg(&mut self, handover: HandoverId, node: NodeId) -> Option<&mut Leg> {
+        self.fetches.get_mut(&handover)?.legs.get_mut(&node)
+    }
+
+    fn owner_of(&self, id: TransferId) -> Option<(HandoverId, NodeId)> {
+        let handover = id.handover();
+        let fetch = self.fetches.get(&handover)?;
+        let (node, _) = fetch.legs.iter().find(|(_, leg)| leg.in_flight.contains(&id))?;
+        Some((handover, *node))
+    }
+
+    /// The reason to fail with when `node` is gone and this fetch still needs it.
+    fn owed_by(&self, handover: HandoverId, node: NodeId, cause: &str) -> Option<FailReason> {
+        let fetch = self.fetches.get(&handover).filter(|fetch| !fetch.reported)?;
+        let leg = fetch.legs.get(&node).filter(|leg| leg.state != LegState::Done)?;
+        let (role, group, rank) = (Role::Prefill, fetch.pairing.source, leg.source);
+        Some(FailReason::RankLost { role, group, rank, node, cause: cause.to_owned() })
+    }
+
+    fn transport_failure(&self, node: NodeId, message: String) -> FailReason {
+        let kind = match self.peers.get(&node) {
+            Some(Ok(peer)) => self.local.nics.get(peer.nic).map(|nic| nic.kind),
+            _ => None,
+        };
+        match kind.or_else(|| self.local.nics.first().map(|nic| nic.kind)) {
+            Some(kind) => FailReason::Transport { kind, peer: node, message },
+            None => FailReason::Mismatch(message),
+        }
+    }
+
+    fn queued_bytes(&self) -> u64 {
+        self.fetches
+            .values()
+            .filter(|fetch| fetch.placed.is_some() && !fetch.reported)
+            .map(|fetch| self.local.geometry.bytes_expected(fetch.pairing.spec.tokens, 0) / u64::from(self.local.geometry.ranks().max(1)))
+            .sum()
+    }
+}
+
+impl Fetch {
+    fn in_flight(&self) -> bool {
+        self.legs.values().any(|leg| !leg.in_flight.is_empty())
+    }
+}
+
+impl Leg {
+    fn new(source: Rank) -> Self {
+        Leg {
+            source,
+            state: LegState::Unopened,
+            opened_at: None,
+            source_tables: None,
+            ready: 0,
+            posted: 0,
+            in_flight: BTreeSet::new(),
+            bytes: 0,
+            pieces: 0,
+        }
+    }
+}

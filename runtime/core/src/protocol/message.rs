@@ -1,0 +1,367 @@
+//! Everything that one node says to another once their session stands. `wire.rs` says how it is encoded.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::{FailReason, Outcome, PrefillView, Refusal, Role};
+use crate::{Direction, Epoch, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PoolLayout, Rank, RequestId, Tables, TransportKind};
+
+/// One control message. The sender is the session's peer; nothing in a message claims who sent it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Message {
+    /// What this node is: the first message of either side.
+    Profile(Box<Profile>),
+    /// A member asks to join.
+    Join(Box<Member>),
+    /// Directory → a node: it may not join; it stops.
+    JoinRefused(super::JoinError),
+    /// Everybody who is alive, sent by the directory on every change.
+    Members(Vec<Arc<Member>>),
+    /// A member is gone; its epoch is fenced.
+    Lost(Lost),
+
+    /// Scheduler → prefill leader → owning ranks: compute this.
+    Prefill(PrefillJob),
+    /// Rank → prefill leader: blocks are allocated, the offer stands.
+    RankOpened {
+        /// Which request.
+        request: RequestId,
+        /// Model-layer ends of the steps in which layers become ready; the last is the model's layer count.
+        steps: Vec<u32>,
+    },
+    /// Rank → prefill leader: every layer is ready.
+    RankReady {
+        /// Which request.
+        request: RequestId,
+        /// When, on the rank's clock.
+        at: Moment,
+    },
+    /// Rank → prefill leader: it will not be, or is no longer, offered.
+    RankFailed {
+        /// Which request.
+        request: RequestId,
+        /// Why.
+        reason: FailReason,
+    },
+    /// Prefill leader → scheduler: every owning rank's part is offered.
+    Offered(OfferSummary),
+    /// Prefill leader → scheduler: every owning rank's part is ready.
+    OfferReady {
+        /// Which request.
+        request: RequestId,
+        /// When the last rank was, on that rank's clock.
+        at: Moment,
+    },
+    /// Prefill leader → scheduler: there is no offer (any more).
+    OfferFailed {
+        /// Which request.
+        request: RequestId,
+        /// Why.
+        reason: FailReason,
+    },
+    /// Scheduler → prefill leader → ranks: these offers are still wanted.
+    Renew {
+        /// Which.
+        requests: Vec<RequestId>,
+    },
+    /// Scheduler → prefill leader → ranks: nobody needs it any more.
+    Release {
+        /// Which request.
+        request: RequestId,
+        /// What became of it.
+        view: PrefillView,
+    },
+
+    /// Scheduler → decode leader: take this offer.
+    Pair(Pairing),
+    /// Scheduler → decode leader: stop it.
+    Abort {
+        /// Which handover.
+        handover: HandoverId,
+        /// `None` when somebody asked to cancel.
+        reason: Option<FailReason>,
+    },
+    /// Decode leader → owning ranks: fetch your part.
+    Fetch(FetchJob),
+    /// Rank → decode leader → scheduler: the first transfer was posted.
+    Started {
+        /// Which handover.
+        handover: HandoverId,
+    },
+    /// Rank → decode leader: this rank's part ended.
+    RankDone {
+        /// Which handover.
+        handover: HandoverId,
+        /// What moved, or why not.
+        result: Result<Vec<PathReport>, FailReason>,
+    },
+    /// Decode leader → ranks: it is decided.
+    Settled {
+        /// Which handover.
+        handover: HandoverId,
+        /// How.
+        outcome: Outcome,
+    },
+    /// Decode leader → scheduler: it is decided.
+    Outcome(OutcomeReport),
+    /// Rank → decode leader → scheduler: the engine has let the blocks of a handover go.
+    Freed {
+        /// Which handover.
+        handover: HandoverId,
+    },
+    /// First rank → decode leader → scheduler: prefix blocks that the group holds from now on, and no longer.
+    Holds {
+        /// Hashes that are held now.
+        added: Vec<u64>,
+        /// Hashes that were evicted.
+        removed: Vec<u64>,
+    },
+
+    /// Decode rank → prefill rank: open your part of a handover to me.
+    Open(OpenFetch),
+    /// Prefill rank → decode rank: these are the blocks.
+    Opened(OpenedFetch),
+    /// Decode rank → prefill rank, push: every step is expected here, write what is ready.
+    Expecting {
+        /// Which handover.
+        handover: HandoverId,
+    },
+    /// Prefill rank → decode rank: steps below `ready` are immutable until release.
+    StepsReady {
+        /// Which handover.
+        handover: HandoverId,
+        /// Steps that are ready.
+        ready: u32,
+    },
+    /// Prefill rank → decode rank: no.
+    Refused {
+        /// Which handover.
+        handover: HandoverId,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// Decode rank → prefill rank: still at it (renews the lease).
+    Reading {
+        /// Which handovers.
+        handovers: Vec<HandoverId>,
+    },
+    /// Decode rank → prefill rank, pull: the last byte is here; was the lease good throughout?
+    Fetched {
+        /// Which handover.
+        handover: HandoverId,
+    },
+    /// Prefill rank → decode rank: it was.
+    Confirmed {
+        /// Which handover.
+        handover: HandoverId,
+    },
+    /// Decode rank → prefill rank: it will not finish; stop writing.
+    Abandon {
+        /// Which handover.
+        handover: HandoverId,
+    },
+}
+
+/// What a node tells a peer about itself, after both are authenticated: the keys to its memory are in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Profile {
+    /// Its place in a group; `None` for a scheduler.
+    pub worker: Option<WorkerProfile>,
+}
+
+/// The part of a profile that only workers have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerProfile {
+    /// Which side.
+    pub role: Role,
+    /// Which group.
+    pub group: GroupId,
+    /// Which rank of it.
+    pub rank: Rank,
+    /// What its group serves, and how it is cut.
+    pub geometry: Arc<GroupGeometry>,
+    /// Where its blocks lie.
+    pub layout: Arc<PoolLayout>,
+    /// Its NICs, best first.
+    pub nics: Vec<NicAdvert>,
+    /// Who should initiate; `None` leaves it to the peer.
+    pub direction: Option<Direction>,
+}
+
+/// One NIC as its peers need to know it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicAdvert {
+    /// Its kind.
+    pub kind: TransportKind,
+    /// Its device name.
+    pub device: String,
+    /// Host whose memory it reaches; only NICs with equal, non-empty hosts share memory.
+    pub host: String,
+    /// What `Transport::connect` needs.
+    pub address: Bytes,
+    /// What `Transport::import` needs.
+    pub keys: Bytes,
+}
+
+/// One live node, as the directory lists it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Its name.
+    pub node: NodeId,
+    /// Its incarnation.
+    pub epoch: Epoch,
+    /// Where its control listener is.
+    pub address: String,
+    /// Its place; `None` for a scheduler.
+    pub place: Option<Place>,
+}
+
+/// A worker's place in its group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Which side.
+    pub role: Role,
+    /// Which group.
+    pub group: GroupId,
+    /// Which rank of it.
+    pub rank: Rank,
+    /// What its group serves, and how it is cut.
+    pub geometry: Arc<GroupGeometry>,
+    /// Blocks of its pool, per layer group.
+    pub blocks: Vec<u32>,
+    /// Handovers that the group takes at once.
+    pub handovers_max: u32,
+}
+
+/// A member is gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lost {
+    /// Who.
+    pub node: NodeId,
+    /// Which incarnation, and every earlier one.
+    pub epoch: Epoch,
+    /// How that was noticed.
+    pub cause: String,
+}
+
+/// One request as the scheduler was given it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RequestSpec {
+    /// Its name.
+    pub request: RequestId,
+    /// Tokens of its prompt.
+    pub tokens: u64,
+    /// Hashes of its prefix blocks, `prefix_tokens` tokens each, first block first; may be empty.
+    pub prefix: Arc<Vec<u64>>,
+    /// Tokens per prefix hash.
+    pub prefix_tokens: u32,
+}
+
+/// Work for a prefill group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrefillJob {
+    /// What to compute.
+    pub spec: RequestSpec,
+    /// Which attention-dp group owns it; chosen by the leader.
+    pub dp: u32,
+}
+
+/// A prefill group's offer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferSummary {
+    /// Which request.
+    pub request: RequestId,
+    /// Which attention-dp group of the prefill group owns it.
+    pub dp: u32,
+    /// Model-layer ends of its steps.
+    pub steps: Vec<u32>,
+}
+
+/// An offer given to a decode group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pairing {
+    /// Its name.
+    pub handover: HandoverId,
+    /// What moves.
+    pub spec: RequestSpec,
+    /// From which group.
+    pub source: GroupId,
+    /// From which attention-dp group of it.
+    pub source_dp: u32,
+    /// In which steps.
+    pub steps: Vec<u32>,
+}
+
+/// One decode rank's part of a pairing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchJob {
+    /// The pairing.
+    pub pairing: Pairing,
+    /// Which attention-dp group of the decode group owns it; chosen by the leader.
+    pub dp: u32,
+}
+
+/// A decode rank opens a prefill rank's part of an offer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenFetch {
+    /// Which handover.
+    pub handover: HandoverId,
+    /// Of which request.
+    pub request: RequestId,
+    /// Tokens that the reader holds already (full-attention layers).
+    pub have: u64,
+    /// Who initiates.
+    pub direction: Direction,
+    /// Shapes of the destination's tables, which both ends plan from; the block numbers stay with the reader.
+    pub destination: Tables,
+}
+
+/// The answer to [`OpenFetch`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenedFetch {
+    /// Which handover.
+    pub handover: HandoverId,
+    /// The source's tables; for a push only their shapes, since the block numbers stay with the writer.
+    pub source: Tables,
+    /// Steps that are ready.
+    pub ready: u32,
+}
+
+/// What the decode leader reports of a decided handover.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutcomeReport {
+    /// Which handover.
+    pub handover: HandoverId,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// When it was decided, on the leader's clock.
+    pub at: Moment,
+    /// What moved between which ranks.
+    pub paths: Vec<PathReport>,
+}
+
+/// What moved between one pair of ranks, by which path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathReport {
+    /// The prefill group.
+    pub source_group: GroupId,
+    /// The prefill rank.
+    pub source: Rank,
+    /// The decode group.
+    pub destination_group: GroupId,
+    /// The decode rank.
+    pub destination: Rank,
+    /// The transport that was used.
+    pub kind: TransportKind,
+    /// Its device here.
+    pub device: String,
+    /// Who initiated.
+    pub direction: Direction,
+    /// Bytes that moved.
+    pub bytes: u64,
+    /// Contiguous pieces, as the destination's transport counted them.
+    pub pieces: u64,
+}

@@ -1,0 +1,41 @@
+//! The protocol of a handover, as state machines without IO.
+//!
+//! Each machine takes inputs (`handle_*(now, …)`), and offers what must be done ([`Command`]) and what happened ([`Event`]) in its
+//! [`Outbox`], plus one point in time at which it wants to be called again (`poll_timeout`). [`PrefillRank`] and [`DecodeRank`] run at
+//! every rank, [`PrefillLeader`] and [`DecodeLeader`] beside rank 0 of a group, [`Scheduler`] and [`Directory`] once, and a
+//! [`Session`] under every link.
+
+mod command;
+mod credit;
+mod deadline;
+mod decode;
+mod decode_leader;
+mod directory;
+mod lease;
+mod message;
+mod outcome;
+mod peer;
+mod policy;
+mod prefill;
+mod prefill_leader;
+mod scheduler;
+mod scheduler_group;
+mod session;
+
+pub use command::{Command, EngineCall, EngineEvent, Event, Finished, NicCommand, NicEvent, Outbox};
+pub use credit::{Credit, CreditError};
+pub use deadline::{Deadline, DeadlineTerms, Pace};
+pub use decode::DecodeRank;
+pub use decode_leader::DecodeLeader;
+pub use directory::{Directory, JoinError, are_peers, dials};
+pub use lease::{Lease, LeaseTerms};
+pub use message::{
+    FetchJob, Lost, Member, Message, NicAdvert, OfferSummary, OpenFetch, OpenedFetch, OutcomeReport, Pairing, PathReport, Place, PrefillJob,
+    Profile, RequestSpec, WorkerProfile,
+};
+pub use outcome::{Awaited, FailReason, Outcome, PrefillView, Refusal, Role};
+pub use policy::{GroupView, LeastLoaded, LongestHeldPrefix, Policy};
+pub use prefill::PrefillRank;
+pub use prefill_leader::PrefillLeader;
+pub use scheduler::{Scheduler, SchedulerTerms};
+pub use session::{Identity, Session, SessionError, SessionEvent, SessionTerms};

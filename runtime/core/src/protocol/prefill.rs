@@ -1,0 +1,499 @@
+//! One prefill rank: offers, their leases, and the readers that they have.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::peer::Peer;
+use super::{
+    EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent, OpenFetch, OpenedFetch, Outbox,
+    PrefillJob, PrefillView, Refusal, Role, WorkerProfile,
+};
+use crate::{Direction, HandoverId, Moment, NodeId, PlanRequest, RequestId, Tables, TransferId, limits};
+
+/// The state machine of a prefill rank.
+///
+/// Inputs are `handle_*(now, …)`; after each, drain [`PrefillRank::outbox`] and arm one timer for [`PrefillRank::poll_timeout`].
+/// `now` never goes back.
+#[derive(Debug)]
+pub struct PrefillRank {
+    local: WorkerProfile,
+    /// Whoever gave the latest job: the node of the group's rank 0.
+    leader: Option<NodeId>,
+    terms: LeaseTerms,
+    offers: BTreeMap<RequestId, Offer>,
+    peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
+    outbox: Outbox,
+}
+
+/// One request's KV on this rank. Held under a lease from its opening to its release.
+#[derive(Debug)]
+struct Offer {
+    job: PrefillJob,
+    /// `None` until the engine has allocated blocks.
+    held: Option<Held>,
+    /// Set when it is over but our own NICs still read its blocks.
+    closing: Option<PrefillView>,
+}
+
+#[derive(Debug)]
+struct Held {
+    tables: Tables,
+    /// Model-layer ends of the steps.
+    steps: Vec<u32>,
+    /// The ready watermark: layers of the first `ready` steps are immutable until release.
+    ready: u32,
+    lease: Lease,
+    /// The handover that has it: I9, no offer to two live consumers.
+    handover: Option<HandoverId>,
+    readers: BTreeMap<NodeId, Reader>,
+}
+
+/// A decode rank that reads one offer.
+#[derive(Debug)]
+struct Reader {
+    open: OpenFetch,
+    /// It is ready for pushes.
+    expecting: bool,
+    /// Steps posted so far (push).
+    posted: u32,
+    /// Pushes that our NIC still reads blocks for.
+    in_flight: BTreeSet<TransferId>,
+    /// Every byte read and the lease confirmed (pull), or every push completed.
+    confirmed: bool,
+    /// No new transfers: the reader gave up or was lost.
+    stopped: bool,
+}
+
+impl PrefillRank {
+    /// A rank with no offers.
+    pub fn new(local: WorkerProfile, terms: LeaseTerms) -> Self {
+        PrefillRank { local, leader: None, terms, offers: BTreeMap::new(), peers: BTreeMap::new(), outbox: Outbox::default() }
+    }
+
+    /// Commands and events to drain.
+    pub fn outbox(&mut self) -> &mut Outbox {
+        &mut self.outbox
+    }
+
+    /// Offers that are not fully closed.
+    pub fn offers(&self) -> usize {
+        self.offers.len()
+    }
+
+    /// When [`PrefillRank::handle_timeout`] is due.
+    pub fn poll_timeout(&self) -> Option<Moment> {
+        self.offers.values().filter(|offer| offer.closing.is_none()).filter_map(|offer| Some(offer.held.as_ref()?.lease.expires())).min()
+    }
+
+    /// A session with a peer stands and it has introduced itself.
+    pub fn handle_peer(&mut self, _now: Moment, node: NodeId, profile: WorkerProfile) {
+        if profile.role != Role::Decode {
+            return;
+        }
+        let peer = Peer::meet(&self.local, profile);
+        if let Ok(peer) = &peer
+            && peer.initiates(Role::Prefill)
+            && let Some(remote) = peer.remote()
+        {
+            self.outbox.nic(
+                peer.nic,
+                NicCommand::Connect {
+                    node,
+                    address: remote.address.clone(),
+                    keys: remote.keys.clone(),
+                    layout: Arc::clone(&peer.profile.layout),
+                },
+            );
+        }
+        self.peers.insert(node, peer);
+    }
+
+    /// A session ended. What the peer was reading is no longer its business.
+    pub fn handle_peer_down(&mut self, now: Moment, node: NodeId) {
+        if let Some(Ok(peer)) = self.peers.remove(&node)
+            && peer.initiates(Role::Prefill)
+        {
+            self.outbox.nic(peer.nic, NicCommand::Disconnect { node });
+        }
+        let requests: Vec<RequestId> = self.offers.keys().copied().collect();
+        for request in requests {
+            self.stop_reader(request, node);
+            self.finish_closing(now, request);
+        }
+    }
+
+    /// The directory says that a member is gone. A group is only as alive as all its ranks.
+    pub fn handle_lost(&mut self, now: Moment, lost: &Lost, of_my_group: bool) {
+        if of_my_group {
+            for request in self.offers.keys().copied().collect::<Vec<_>>() {
+                self.close(now, request, PrefillView::Ended);
+            }
+        }
+        self.handle_peer_down(now, lost.node);
+    }
+
+    /// A message of a peer.
+    pub fn handle_message(&mut self, now: Moment, from: NodeId, message: Message) {
+        match message {
+            Message::Prefill(job) => {
+                self.leader = Some(from);
+                self.prefill(job);
+            }
+            Message::Renew { requests } => {
+                for request in requests {
+                    if let Some(held) = self.held(request) {
+                        held.lease.renew(now);
+                    }
+                }
+            }
+            Message::Release { request, view } => self.close(now, request, view),
+            Message::Open(open) => {
+                let handover = open.handover;
+                if let Err(refusal) = self.open(now, from, open) {
+                    self.outbox.send(from, Message::Refused { handover, refusal });
+                }
+            }
+            Message::Reading { handovers } => {
+                for offer in self.offers.values_mut() {
+                    if let Some(held) = &mut offer.held
+                        && held.handover.is_some_and(|handover| handovers.contains(&handover))
+                    {
+                        held.lease.renew(now);
+                    }
+                }
+            }
+            Message::Expecting { handover } => {
+                if let Some(request) = self.request_of(handover)
+                    && let Some(reader) = self.held(request).and_then(|held| held.readers.get_mut(&from))
+                {
+                    reader.expecting = true;
+                    self.push_ready(now, request, from);
+                }
+            }
+            Message::Fetched { handover } => self.fetched(now, from, handover),
+            Message::Abandon { handover } => {
+                if let Some(request) = self.request_of(handover) {
+                    self.stop_reader(request, from);
+                    self.finish_closing(now, request);
+                }
+            }
+            _ => self.outbox.event(Event::Ignored { from, what: "a message that a prefill rank does not take" }),
+        }
+    }
+
+    /// An answer of the engine.
+    pub fn handle_engine(&mut self, now: Moment, event: EngineEvent) {
+        match event {
+            EngineEvent::Opened { request, tables, steps } => self.opened(now, request, tables, steps),
+            EngineEvent::Ready { request, steps } => self.ready(now, request, steps),
+            EngineEvent::Unable { request, reason } => {
+                if self.offers.remove(&request).is_some() {
+                    self.fail_to_leader(request, FailReason::Engine(reason));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Something happened at a NIC of this node.
+    pub fn handle_nic(&mut self, now: Moment, _nic: usize, event: NicEvent) {
+        match event {
+            NicEvent::Done { id, .. } => self.push_ended(now, id, true),
+            NicEvent::Failed { id, .. } => self.push_ended(now, id, false),
+            NicEvent::PeerLost { node, .. } => {
+                for request in self.offers.keys().copied().collect::<Vec<_>>() {
+                    if self.initiates_with(node) {
+                        self.stop_reader(request, node);
+                    }
+                    self.finish_closing(now, request);
+                }
+            }
+            NicEvent::Connected { .. } | NicEvent::Fenced { .. } => {}
+        }
+    }
+
+    /// Time has passed: leases expire.
+    pub fn handle_timeout(&mut self, now: Moment) {
+        let expired: Vec<RequestId> = self
+            .offers
+            .iter()
+            .filter(|(_, offer)| offer.closing.is_none() && offer.held.as_ref().is_some_and(|held| !held.lease.is_alive(now)))
+            .map(|(request, _)| *request)
+            .collect();
+        for request in expired {
+            self.outbox.event(Event::LeaseExpired { request });
+            self.fail_to_leader(request, FailReason::Refused(Refusal::LeaseExpired(request)));
+            self.close(now, request, PrefillView::InDoubt);
+        }
+    }
+
+    fn prefill(&mut self, job: PrefillJob) {
+        let request = job.spec.request;
+        if self.offers.contains_key(&request) {
+            self.fail_to_leader(request, FailReason::Refused(Refusal::Duplicate(request)));
+            return;
+        }
+        self.offers.insert(request, Offer { job: job.clone(), held: None, closing: None });
+        self.outbox.engine(EngineCall::Prefill(job));
+    }
+
+    fn opened(&mut self, now: Moment, request: RequestId, tables: Tables, steps: Vec<u32>) {
+        let refusal = match self.offers.get(&request) {
+            None => Some(Refusal::UnknownRequest(request)),
+            Some(offer) if offer.held.is_some() => Some(Refusal::Duplicate(request)),
+            Some(_) => check_steps(&steps, self.local.geometry.model.layers).err(),
+        };
+        if let Some(refusal) = refusal {
+            self.outbox.engine(EngineCall::Rejected { request, refusal });
+            return;
+        }
+        if let Some(offer) = self.offers.get_mut(&request) {
+            let lease = Lease::granted(now, &self.terms);
+            offer.held = Some(Held { tables, steps: steps.clone(), ready: 0, lease, handover: None, readers: BTreeMap::new() });
+            self.outbox.event(Event::OfferOpened { request });
+            self.to_leader(Message::RankOpened { request, steps });
+        }
+    }
+
+    fn ready(&mut self, now: Moment, request: RequestId, steps: u32) {
+        let Some(held) = self.held(request) else {
+            self.outbox.engine(EngineCall::Rejected { request, refusal: Refusal::UnknownRequest(request) });
+            return;
+        };
+        let total = held.steps.len() as u32;
+        if steps > total {
+            let refusal = Refusal::BadTables(format!("{request} has {total} steps, {steps} were called ready"));
+            self.outbox.engine(EngineCall::Rejected { request, refusal });
+            return;
+        }
+        if steps <= held.ready {
+            return;
+        }
+        held.ready = steps;
+        let pulls: Vec<(NodeId, HandoverId)> = held
+            .readers
+            .iter()
+            .filter(|(_, reader)| !reader.stopped && reader.open.direction == Direction::Pull)
+            .map(|(node, reader)| (*node, reader.open.handover))
+            .collect();
+        let pushes: Vec<NodeId> =
+            held.readers.iter().filter(|(_, reader)| reader.open.direction == Direction::Push).map(|(node, _)| *node).collect();
+        for (node, handover) in pulls {
+            self.outbox.send(node, Message::StepsReady { handover, ready: steps });
+        }
+        for node in pushes {
+            self.push_ready(now, request, node);
+        }
+        if steps == total {
+            self.to_leader(Message::RankReady { request, at: now });
+        }
+    }
+
+    fn open(&mut self, now: Moment, from: NodeId, open: OpenFetch) -> Result<(), Refusal> {
+        let (request, handover) = (open.request, open.handover);
+        let peer = match self.peers.get(&from) {
+            Some(Ok(peer)) => peer,
+            Some(Err(reason)) => return Err(Refusal::Mismatch(reason.to_string())),
+            None => return Err(Refusal::Mismatch("the peer has not introduced itself".to_owned())),
+        };
+        if peer.direction != open.direction {
+            return Err(Refusal::Mismatch(format!("direction: {:?} was agreed, {:?} was asked for", peer.direction, open.direction)));
+        }
+        let offer = self.offers.get_mut(&request).ok_or(Refusal::UnknownRequest(request))?;
+        if offer.closing.is_some() {
+            return Err(Refusal::UnknownRequest(request));
+        }
+        let tokens = offer.job.spec.tokens;
+        let held = offer.held.as_mut().ok_or(Refusal::UnknownRequest(request))?;
+        if !held.lease.renew(now) {
+            return Err(Refusal::LeaseExpired(request));
+        }
+        // Planning the whole offer once proves that both sides' tables fit, before any byte moves.
+        let layers = 0..self.local.geometry.model.layers;
+        peer.plan
+            .program(&PlanRequest { tokens, have: open.have, layers, source: &held.tables, destination: &open.destination })
+            .map_err(|error| Refusal::BadTables(error.to_string()))?;
+        match held.handover {
+            Some(newer) if newer > handover => return Err(Refusal::Superseded { request, newer }),
+            Some(current) if current == handover => {}
+            _ => {
+                held.handover = Some(handover);
+                let old: Vec<NodeId> = held.readers.keys().copied().collect();
+                for node in old {
+                    self.stop_reader(request, node);
+                }
+            }
+        }
+        let Some(held) = self.held(request) else { return Err(Refusal::UnknownRequest(request)) };
+        if held.readers.get(&from).is_some_and(|reader| reader.open.handover == handover) {
+            return Ok(());
+        }
+        let direction = open.direction;
+        let carried = held.readers.remove(&from).map(|old| old.in_flight).unwrap_or_default();
+        held.readers.insert(from, Reader { open, expecting: false, posted: 0, in_flight: carried, confirmed: false, stopped: false });
+        let source = match direction {
+            Direction::Pull => held.tables.clone(),
+            Direction::Push => held.tables.shapes(),
+        };
+        let ready = held.ready;
+        self.outbox.send(from, Message::Opened(OpenedFetch { handover, source, ready }));
+        Ok(())
+    }
+
+    /// Posts every ready step that was not posted yet.
+    fn push_ready(&mut self, now: Moment, request: RequestId, to: NodeId) {
+        let (Some(offer), Some(Ok(peer))) = (self.offers.get_mut(&request), self.peers.get(&to)) else { return };
+        let tokens = offer.job.spec.tokens;
+        let (Some(held), None) = (&mut offer.held, offer.closing) else { return };
+        let Some(reader) = held.readers.get_mut(&to) else { return };
+        let mut refusal = None;
+        while reader.expecting && reader.posted < held.ready && !reader.stopped {
+            let step = reader.posted;
+            reader.posted += 1;
+            let layers = step_layers(&held.steps, step);
+            let plan = PlanRequest { tokens, have: reader.open.have, layers, source: &held.tables, destination: &reader.open.destination };
+            match peer.plan.program(&plan) {
+                Ok(program) if program.units() == 0 => {}
+                Ok(program) => {
+                    let id = TransferId::of(reader.open.handover, self.local.rank, peer.profile.rank, step);
+                    reader.in_flight.insert(id);
+                    let program = Arc::new(program);
+                    self.outbox.nic(peer.nic, NicCommand::Post { id, node: to, direction: Direction::Push, program });
+                }
+                Err(error) => {
+                    reader.stopped = true;
+                    refusal = Some((reader.open.handover, Refusal::BadTables(error.to_string())));
+                }
+            }
+        }
+        reader.confirmed = !reader.stopped && reader.in_flight.is_empty() && reader.posted as usize == held.steps.len();
+        if let Some((handover, refusal)) = refusal {
+            self.outbox.send(to, Message::Refused { handover, refusal });
+        }
+        self.finish_closing(now, request);
+    }
+
+    fn push_ended(&mut self, now: Moment, id: TransferId, done: bool) {
+        let Some((request, offer)) = self.offers.iter_mut().find(|(_, offer)| {
+            offer.held.as_ref().is_some_and(|held| held.readers.values().any(|reader| reader.in_flight.contains(&id)))
+        }) else {
+            return;
+        };
+        let request = *request;
+        if let Some(held) = &mut offer.held {
+            for reader in held.readers.values_mut() {
+                if reader.in_flight.remove(&id) {
+                    reader.stopped |= !done;
+                    reader.confirmed = !reader.stopped && reader.in_flight.is_empty() && reader.posted as usize == held.steps.len();
+                }
+            }
+        }
+        self.finish_closing(now, request);
+    }
+
+    fn fetched(&mut self, now: Moment, from: NodeId, handover: HandoverId) {
+        let answer = match self.request_of(handover) {
+            None => Err(Refusal::UnknownHandover(handover)),
+            Some(request) => match self.held(request) {
+                Some(held) if held.lease.is_alive(now) => {
+                    if let Some(reader) = held.readers.get_mut(&from) {
+                        reader.confirmed = true;
+                    }
+                    Ok(())
+                }
+                _ => Err(Refusal::LeaseExpired(request)),
+            },
+        };
+        self.outbox.send(
+            from,
+            match answer {
+                Ok(()) => Message::Confirmed { handover },
+                Err(refusal) => Message::Refused { handover, refusal },
+            },
+        );
+    }
+
+    /// No new transfers for this reader; ours that run are cancelled.
+    fn stop_reader(&mut self, request: RequestId, node: NodeId) {
+        let Some(held) = self.offers.get_mut(&request).and_then(|offer| offer.held.as_mut()) else { return };
+        let Some(reader) = held.readers.get_mut(&node) else { return };
+        if reader.stopped {
+            return;
+        }
+        reader.stopped = true;
+        let nic = match self.peers.get(&node) {
+            Some(Ok(peer)) => peer.nic,
+            _ => 0,
+        };
+        for id in &reader.in_flight {
+            self.outbox.nic(nic, NicCommand::Cancel { id: *id });
+        }
+    }
+
+    /// The offer is over: its blocks go back once our own NICs have let go of them.
+    ///
+    /// A foreign *read* does not hold them: that reader's confirmation will be refused.
+    fn close(&mut self, now: Moment, request: RequestId, view: PrefillView) {
+        let Some(offer) = self.offers.get_mut(&request) else { return };
+        offer.closing.get_or_insert(view);
+        let readers: Vec<NodeId> = offer.held.iter().flat_map(|held| held.readers.keys().copied()).collect();
+        for node in readers {
+            self.stop_reader(request, node);
+        }
+        self.finish_closing(now, request);
+    }
+
+    fn finish_closing(&mut self, _now: Moment, request: RequestId) {
+        let Some(offer) = self.offers.get(&request) else { return };
+        let Some(view) = offer.closing else { return };
+        let busy = offer.held.iter().flat_map(|held| held.readers.values()).any(|reader| !reader.in_flight.is_empty());
+        if !busy {
+            self.offers.remove(&request);
+            self.outbox.engine(EngineCall::Release { request, view });
+            self.outbox.event(Event::OfferClosed { request, view });
+        }
+    }
+
+    fn fail_to_leader(&mut self, request: RequestId, reason: FailReason) {
+        self.to_leader(Message::RankFailed { request, reason });
+    }
+
+    fn to_leader(&mut self, message: Message) {
+        if let Some(leader) = self.leader {
+            self.outbox.send(leader, message);
+        }
+    }
+
+    fn held(&mut self, request: RequestId) -> Option<&mut Held> {
+        self.offers.get_mut(&request).filter(|offer| offer.closing.is_none())?.held.as_mut()
+    }
+
+    fn request_of(&self, handover: HandoverId) -> Option<RequestId> {
+        self.offers
+            .iter()
+            .find(|(_, offer)| offer.closing.is_none() && offer.held.as_ref().is_some_and(|held| held.handover == Some(handover)))
+            .map(|(request, _)| *request)
+    }
+
+    fn initiates_with(&self, node: NodeId) -> bool {
+        matches!(self.peers.get(&node), Some(Ok(peer)) if peer.initiates(Role::Prefill))
+    }
+}
+
+/// The model layers of one step.
+pub(crate) fn step_layers(steps: &[u32], step: u32) -> core::ops::Range<u32> {
+    let at = |index: usize| steps.get(index).copied().unwrap_or(0);
+    let start = if step == 0 { 0 } else { at(step as usize - 1) };
+    start..at(step as usize)
+}
+
+/// Steps ascend, and the last ends the model.
+pub(crate) fn check_steps(steps: &[u32], layers: u32) -> Result<(), Refusal> {
+    let ascending = steps.windows(2).all(|pair| matches!(pair, [a, b] if a < b));
+    let fits = steps.len() <= limits::STEPS_MAX as usize && steps.first().is_some_and(|first| *first > 0) && steps.last() == Some(&layers);
+    if ascending && fits {
+        Ok(())
+    } else {
+        Err(Refusal::BadTables(format!("steps {steps:?} do not ascend from above 0 to the model's {layers} layers")))
+    }
+}

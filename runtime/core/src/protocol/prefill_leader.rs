@@ -1,0 +1,189 @@
+//! A prefill group's leader: the group has an offer when every owning rank has one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::{Awaited, Deadline, Event, FailReason, Lost, Message, OfferSummary, Outbox, PrefillJob, PrefillView, Refusal, Role};
+use crate::{GroupGeometry, GroupId, Moment, NodeId, Rank, RequestId};
+
+/// The state machine of a prefill group's leader. It runs on the node of rank 0.
+#[derive(Debug)]
+pub struct PrefillLeader {
+    group: GroupId,
+    geometry: Arc<GroupGeometry>,
+    scheduler: NodeId,
+    nodes: BTreeMap<Rank, NodeId>,
+    offers: BTreeMap<RequestId, GroupOffer>,
+    /// Tokens in work per attention-dp group: the leader gives a request to the least loaded.
+    load: Vec<u64>,
+    /// How long ranks may take to open their parts; the engine queues behind blocks that are still held.
+    open_within: core::time::Duration,
+    outbox: Outbox,
+}
+
+#[derive(Debug)]
+struct GroupOffer {
+    dp: u32,
+    tokens: u64,
+    owners: Vec<Rank>,
+    unopened: BTreeSet<Rank>,
+    unready: BTreeSet<Rank>,
+    steps: Option<Vec<u32>>,
+    ready_at: Moment,
+    deadline: Deadline,
+}
+
+impl PrefillLeader {
+    /// A leader that does not know its ranks' nodes yet; [`PrefillLeader::handle_rank`] names them.
+    pub fn new(group: GroupId, geometry: Arc<GroupGeometry>, scheduler: NodeId, open_within: core::time::Duration) -> Self {
+        let load = vec![0; geometry.parallel.adp.max(1) as usize];
+        let (nodes, offers, outbox) = (BTreeMap::new(), BTreeMap::new(), Outbox::default());
+        PrefillLeader { group, geometry, scheduler, nodes, offers, load, open_within, outbox }
+    }
+
+    /// Commands and events to drain.
+    pub fn outbox(&mut self) -> &mut Outbox {
+        &mut self.outbox
+    }
+
+    /// When [`PrefillLeader::handle_timeout`] is due.
+    pub fn poll_timeout(&self) -> Option<Moment> {
+        self.offers.values().filter(|offer| !offer.unopened.is_empty()).map(|offer| offer.deadline.at).min()
+    }
+
+    /// A rank of the group is on this node.
+    pub fn handle_rank(&mut self, rank: Rank, node: NodeId) {
+        self.nodes.insert(rank, node);
+    }
+
+    /// A rank of this group is gone, and with it every offer.
+    pub fn handle_lost(&mut self, _now: Moment, lost: &Lost) {
+        let Some(rank) = self.nodes.iter().find(|(_, node)| **node == lost.node).map(|(rank, _)| *rank) else { return };
+        self.nodes.remove(&rank);
+        let reason = FailReason::RankLost { role: Role::Prefill, group: self.group, rank, node: lost.node, cause: lost.cause.clone() };
+        for request in self.offers.keys().copied().collect::<Vec<_>>() {
+            self.fail(request, reason.clone());
+        }
+    }
+
+    /// A message of the scheduler or of a rank.
+    pub fn handle_message(&mut self, now: Moment, from: NodeId, message: Message) {
+        match message {
+            Message::Prefill(job) => self.prefill(now, job),
+            Message::RankOpened { request, steps } => self.rank_opened(from, request, steps),
+            Message::RankReady { request, at } => self.rank_ready(from, request, at),
+            Message::RankFailed { request, reason } => self.fail(request, reason),
+            Message::Renew { requests } => {
+                let mut renewals: BTreeMap<NodeId, Vec<RequestId>> = BTreeMap::new();
+                for request in requests {
+                    for node in self.owners(request) {
+                        renewals.entry(node).or_default().push(request);
+                    }
+                }
+                for (node, requests) in renewals {
+                    self.outbox.send(node, Message::Renew { requests });
+                }
+            }
+            Message::Release { request, view } => self.release(request, view),
+            _ => self.outbox.event(Event::Ignored { from, what: "a message that a prefill leader does not take" }),
+        }
+    }
+
+    /// Time has passed: ranks that never opened fail the request.
+    pub fn handle_timeout(&mut self, now: Moment) {
+        let late: Vec<(RequestId, u64)> = self
+            .offers
+            .iter()
+            .filter(|(_, offer)| !offer.unopened.is_empty() && offer.deadline.has_passed(now))
+            .map(|(request, offer)| (*request, offer.deadline.waited_ms(now)))
+            .collect();
+        for (request, waited_ms) in late {
+            self.fail(request, FailReason::Deadline { awaited: Awaited::Offer, waited_ms });
+        }
+    }
+
+    fn prefill(&mut self, now: Moment, mut job: PrefillJob) {
+        let request = job.spec.request;
+        if self.offers.contains_key(&request) {
+            let reason = FailReason::Refused(Refusal::Duplicate(request));
+            self.outbox.send(self.scheduler, Message::OfferFailed { request, reason });
+            return;
+        }
+        let dp = (0..self.load.len()).min_by_key(|dp| self.load.get(*dp).copied().unwrap_or(u64::MAX)).unwrap_or(0);
+        job.dp = dp as u32;
+        let owners = self.geometry.owners(job.dp);
+        let nodes: Option<Vec<NodeId>> = owners.iter().map(|rank| self.nodes.get(rank).copied()).collect();
+        let Some(nodes) = nodes else {
+            self.outbox.send(self.scheduler, Message::OfferFailed { request, reason: FailReason::NoGroup(Role::Prefill) });
+            return;
+        };
+        if let Some(load) = self.load.get_mut(dp) {
+            *load += job.spec.tokens;
+        }
+        let pending: BTreeSet<Rank> = owners.iter().copied().collect();
+        let offer = GroupOffer {
+            dp: job.dp,
+            tokens: job.spec.tokens,
+            owners,
+            unopened: pending.clone(),
+            unready: pending,
+            steps: None,
+            ready_at: Moment(0),
+            deadline: Deadline::after(now, self.open_within),
+        };
+        self.offers.insert(request, offer);
+        for node in nodes {
+            self.outbox.send(node, Message::Prefill(job.clone()));
+        }
+    }
+
+    fn rank_opened(&mut self, from: NodeId, request: RequestId, steps: Vec<u32>) {
+        let Some(rank) = self.rank_of(from) else { return };
+        let Some(offer) = self.offers.get_mut(&request) else { return };
+        if offer.steps.get_or_insert_with(|| steps.clone()) != &steps {
+            let text = format!("ranks of {} open {request} in different steps; give every rank the same layers per step", self.group);
+            self.fail(request, FailReason::Mismatch(text));
+            return;
+        }
+        if offer.unopened.remove(&rank) && offer.unopened.is_empty() {
+            let summary = OfferSummary { request, dp: offer.dp, steps };
+            self.outbox.send(self.scheduler, Message::Offered(summary));
+        }
+    }
+
+    fn rank_ready(&mut self, from: NodeId, request: RequestId, at: Moment) {
+        let Some(rank) = self.rank_of(from) else { return };
+        let Some(offer) = self.offers.get_mut(&request) else { return };
+        offer.ready_at = offer.ready_at.max(at);
+        if offer.unready.remove(&rank) && offer.unready.is_empty() {
+            self.outbox.send(self.scheduler, Message::OfferReady { request, at: offer.ready_at });
+        }
+    }
+
+    fn fail(&mut self, request: RequestId, reason: FailReason) {
+        if self.offers.contains_key(&request) {
+            self.release(request, PrefillView::Ended);
+            self.outbox.send(self.scheduler, Message::OfferFailed { request, reason });
+        }
+    }
+
+    fn release(&mut self, request: RequestId, view: PrefillView) {
+        for node in self.owners(request) {
+            self.outbox.send(node, Message::Release { request, view });
+        }
+        if let Some(offer) = self.offers.remove(&request)
+            && let Some(load) = self.load.get_mut(offer.dp as usize)
+        {
+            *load = load.saturating_sub(offer.tokens);
+        }
+    }
+
+    fn owners(&self, request: RequestId) -> Vec<NodeId> {
+        let owners = self.offers.get(&request).map(|offer| offer.owners.as_slice()).unwrap_or_default();
+        owners.iter().filter_map(|rank| self.nodes.get(rank).copied()).collect()
+    }
+
+    fn rank_of(&self, node: NodeId) -> Option<Rank> {
+        self.nodes.iter().find(|(_, member)| **member == node).map(|(rank, _)| *rank)
+    }
+}

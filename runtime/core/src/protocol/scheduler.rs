@@ -1,0 +1,499 @@
+//! Pairs offers with decode consumers: who prefills, who decodes, what is tried again.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use super::scheduler_group::{DecodeGroup, PrefillGroup};
+use super::{
+    Awaited, Deadline, Event, FailReason, Finished, GroupView, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox, Outcome,
+    OutcomeReport, Pairing, PathReport, Policy, PrefillJob, PrefillView, RequestSpec, Role,
+};
+use crate::{GroupId, HandoverId, Moment, NodeId, RequestId};
+
+/// What a scheduler may wait for, and how often it tries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchedulerTerms {
+    /// From a request's arrival to a prefill group that takes it.
+    pub queue_within: core::time::Duration,
+    /// From there to the group's offer.
+    pub prefill_within: core::time::Duration,
+    /// From the offer to a decode group that takes it.
+    pub pair_within: core::time::Duration,
+    /// From the pairing to its outcome; a backstop behind the decode side's own deadlines.
+    pub outcome_within: core::time::Duration,
+    /// Handovers tried per request before it fails for good.
+    pub attempts_max: u32,
+    /// Requests that one prefill group works on at once, their offers included.
+    pub prefill_jobs_max: u64,
+    /// Leases of offers; the scheduler renews what it still wants.
+    pub leases: LeaseTerms,
+}
+
+impl Default for SchedulerTerms {
+    fn default() -> Self {
+        let minutes = |minutes: u64| core::time::Duration::from_secs(60 * minutes);
+        SchedulerTerms {
+            queue_within: minutes(30),
+            prefill_within: minutes(10),
+            pair_within: minutes(10),
+            outcome_within: minutes(6),
+            attempts_max: 3,
+            prefill_jobs_max: 16,
+            leases: LeaseTerms::default(),
+        }
+    }
+}
+
+/// The state machine of the scheduler.
+#[derive(Debug)]
+pub struct Scheduler {
+    terms: SchedulerTerms,
+    policy: Box<dyn Policy>,
+    requests: BTreeMap<RequestId, Request>,
+    /// Requests without a prefill group, oldest first.
+    arrivals: VecDeque<RequestId>,
+    /// Offers without a decode group, oldest first.
+    offers: VecDeque<RequestId>,
+    prefill: BTreeMap<GroupId, PrefillGroup>,
+    decode: BTreeMap<GroupId, DecodeGroup>,
+    /// Leaders of decode groups that lost a rank: they still owe outcomes.
+    broken: BTreeMap<GroupId, NodeId>,
+    handovers: BTreeMap<HandoverId, RequestId>,
+    /// Delivered handovers whose blocks are still used: their credits are out.
+    held: BTreeMap<HandoverId, (GroupId, RequestSpec)>,
+    next_handover: u64,
+    /// Which roles have had a complete group: without one so far, requests wait; after the last is gone, they fail.
+    seen: BTreeSet<Role>,
+    renew_at: Option<Moment>,
+    outbox: Outbox,
+}
+
+#[derive(Debug)]
+struct Request {
+    spec: RequestSpec,
+    stage: Stage,
+    deadline: Deadline,
+    attempts: u32,
+    ready_at: Option<Moment>,
+    cancelled: bool,
+}
+
+#[derive(Clone, Debug)]
+enum Stage {
+    Queued,
+    Prefilling { group: GroupId },
+    Offered { group: GroupId, offer: OfferSummary },
+    Paired { group: GroupId, offer: OfferSummary, decode: GroupId, handover: HandoverId },
+}
+
+impl Scheduler {
+    /// A scheduler without groups. Handover numbers ascend from `first_handover`, which must be larger in every later incarnation.
+    pub fn new(terms: SchedulerTerms, policy: Box<dyn Policy>, first_handover: u64) -> Self {
+        Scheduler {
+            terms,
+            policy,
+            requests: BTreeMap::new(),
+            arrivals: VecDeque::new(),
+            offers: VecDeque::new(),
+            prefill: BTreeMap::new(),
+            decode: BTreeMap::new(),
+            broken: BTreeMap::new(),
+            handovers: BTreeMap::new(),
+            held: BTreeMap::new(),
+            next_handover: first_handover,
+            seen: BTreeSet::new(),
+            renew_at: None,
+            outbox: Outbox::default(),
+        }
+    }
+
+    /// Commands and events to drain.
+    pub fn outbox(&mut self) -> &mut Outbox {
+        &mut self.outbox
+    }
+
+    /// Requests that are not finished.
+    pub fn unfinished(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// When [`Scheduler::handle_timeout`] is due.
+    pub fn poll_timeout(&self) -> Option<Moment> {
+        let deadline = self.requests.values().map(|request| request.deadline.at).min();
+        deadline.into_iter().chain(self.renew_at).min()
+    }
+
+    /// A new request. One that is known already is refused with [`Outcome::Failed`] for the newcomer only.
+    pub fn handle_submit(&mut self, now: Moment, spec: RequestSpec) -> Result<(), super::Refusal> {
+        let request = spec.request;
+        if self.requests.contains_key(&request) {
+            return Err(super::Refusal::Duplicate(request));
+        }
+        let deadline = Deadline::after(now, self.terms.queue_within);
+        self.requests.insert(request, Request { spec, stage: Stage::Queued, deadline, attempts: 0, ready_at: None, cancelled: false });
+        self.arrivals.push_back(request);
+        self.pump(now);
+        Ok(())
+    }
+
+    /// Nobody wants the request any more. It still ends in one [`Event::Finished`].
+    pub fn handle_cancel(&mut self, now: Moment, request: RequestId) {
+        let Some(known) = self.requests.get_mut(&request) else { return };
+        known.cancelled = true;
+        match &known.stage {
+            Stage::Paired { decode, handover, .. } => {
+                let handover = *handover;
+                if let Some(leader) = self.decode.get(decode).and_then(DecodeGroup::leader) {
+                    self.outbox.send(leader, Message::Abort { handover, reason: None });
+                }
+            }
+            _ => {
+                self.finish(request, Outcome::Cancelled, None, Vec::new());
+                self.pump(now);
+            }
+        }
+    }
+
+    /// A member joined.
+    pub fn handle_member(&mut self, now: Moment, member: &Member) {
+        let Some(place) = &member.place else { return };
+        let complete = match place.role {
+            Role::Prefill => {
+                let jobs = self.terms.prefill_jobs_max;
+                let group = self.prefill.entry(place.group).or_insert_with(|| PrefillGroup::new(&place.geometry, jobs));
+                group.join(place, member.node)
+            }
+            Role::Decode => {
+                let group = self.decode.entry(place.group).or_insert_with(|| DecodeGroup::new(place));
+                group.join(place, member.node)
+            }
+        };
+        if complete {
+            self.seen.insert(place.role);
+            self.outbox.event(Event::GroupReady { group: place.group });
+            self.pump(now);
+        }
+    }
+
+    /// A member is gone: its group is no more.
+    pub fn handle_lost(&mut self, now: Moment, lost: &Lost) {
+        self.outbox.event(Event::NodeLost { node: lost.node, cause: lost.cause.clone() });
+        let prefill = self.prefill.iter().find_map(|(id, group)| Some((*id, group.rank_of(lost.node)?)));
+        let decode = self.decode.iter().find_map(|(id, group)| Some((*id, group.rank_of(lost.node)?)));
+        let reason = |role, group, rank| FailReason::RankLost { role, group, rank, node: lost.node, cause: lost.cause.clone() };
+        if let Some((group, rank)) = prefill {
+            self.prefill.remove(&group);
+            self.lose_prefill(now, group, &reason(Role::Prefill, group, rank));
+        }
+        if let Some((group, rank)) = decode {
+            let leader = self.decode.remove(&group).and_then(|group| group.leader()).filter(|leader| *leader != lost.node);
+            self.held.retain(|_, (held_by, _)| *held_by != group);
+            match leader {
+                // It will decide by itself.
+                Some(leader) => {
+                    self.broken.insert(group, leader);
+                }
+                None => self.fail_decode(now, group, &reason(Role::Decode, group, rank)),
+            }
+        } else if let Some(group) = self.broken.iter().find(|(_, leader)| **leader == lost.node).map(|(group, _)| *group) {
+            self.broken.remove(&group);
+            self.fail_decode(now, group, &reason(Role::Decode, group, crate::Rank(0)));
+        }
+        self.pump(now);
+    }
+
+    /// A message of a leader.
+    pub fn handle_message(&mut self, now: Moment, from: NodeId, message: Message) {
+        match message {
+            Message::Offered(offer) => self.offered(now, from, offer),
+            Message::OfferReady { request, at } => {
+                if let Some(known) = self.requests.get_mut(&request) {
+                    known.ready_at = Some(at);
+                }
+            }
+            Message::OfferFailed { request, reason } => self.offer_failed(now, from, request, reason),
+            Message::Started { handover } => {
+                if self.handovers.contains_key(&handover) {
+                    self.outbox.event(Event::Started { handover });
+                }
+            }
+            Message::Outcome(report) => self.outcome(now, report),
+            Message::Freed { handover } => self.freed(now, handover),
+            Message::Holds { added, removed } => {
+                if let Some(group) = self.decode.values_mut().find(|group| group.leader() == Some(from)) {
+                    group.hold(&added, &removed);
+                }
+            }
+            _ => self.outbox.event(Event::Ignored { from, what: "a message that a scheduler does not take" }),
+        }
+    }
+
+    /// Time has passed: leases are renewed, stages run out of time.
+    pub fn handle_timeout(&mut self, now: Moment) {
+        if self.renew_at.is_some_and(|at| now >= at) {
+            self.renew(now);
+        }
+        let late: Vec<RequestId> =
+            self.requests.iter().filter(|(_, request)| request.deadline.has_passed(now)).map(|(request, _)| *request).collect();
+        for request in late {
+            let Some(known) = self.requests.get(&request) else { continue };
+            let awaited = match &known.stage {
+                Stage::Queued => Awaited::Pairing,
+                Stage::Prefilling { .. } => Awaited::Offer,
+                Stage::Offered { .. } => Awaited::Pairing,
+                Stage::Paired { .. } => Awaited::Outcome,
+            };
+            let reason = FailReason::Deadline { awaited, waited_ms: known.deadline.waited_ms(now) };
+            if let Stage::Paired { decode, handover, .. } = &known.stage
+                && let Some(leader) = self.decode.get(decode).and_then(DecodeGroup::leader)
+            {
+                self.outbox.send(leader, Message::Abort { handover: *handover, reason: Some(reason.clone()) });
+            }
+            self.finish(request, Outcome::Failed { reason }, None, Vec::new());
+        }
+        self.pump(now);
+    }
+
+    fn offered(&mut self, now: Moment, from: NodeId, offer: OfferSummary) {
+        let Some(known) = self.requests.get_mut(&offer.request) else { return };
+        let Stage::Prefilling { group } = known.stage else { return };
+        if self.prefill.get(&group).and_then(PrefillGroup::leader) != Some(from) {
+            return;
+        }
+        self.offers.push_back(offer.request);
+        known.stage = Stage::Offered { group, offer };
+        known.deadline = Deadline::after(now, self.terms.pair_within);
+        self.renew_at.get_or_insert(now + self.terms.leases.renewal());
+        self.pump(now);
+    }
+
+    fn offer_failed(&mut self, now: Moment, from: NodeId, request: RequestId, reason: FailReason) {
+        let Some(known) = self.requests.get(&request) else { return };
+        let (Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. }) = known.stage else { return };
+        if self.prefill.get(&group).and_then(PrefillGroup::leader) != Some(from) {
+            return;
+        }
+        match &known.stage {
+            Stage::Paired { decode, handover, .. } => {
+                if let Some(leader) = self.decode.get(decode).and_then(DecodeGroup::leader) {
+                    self.outbox.send(leader, Message::Abort { handover: *handover, reason: Some(reason) });
+                }
+            }
+            // What one engine refuses for good, another of the same kind would too.
+            _ => self.finish(request, Outcome::Failed { reason }, None, Vec::new()),
+        }
+        self.pump(now);
+    }
+
+    fn outcome(&mut self, now: Moment, report: OutcomeReport) {
+        let Some(request) = self.handovers.remove(&report.handover) else { return };
+        let Some(known) = self.requests.get(&request) else { return };
+        let Stage::Paired { group, offer, decode, handover } = known.stage.clone() else { return };
+        if handover != report.handover {
+            return;
+        }
+        if report.outcome.is_delivered() {
+            self.held.insert(handover, (decode, known.spec.clone()));
+        } else {
+            self.give_back(decode, &known.spec.clone());
+        }
+        match report.outcome {
+            Outcome::Failed { reason } => self.try_again(now, request, group, Some(offer), reason),
+            outcome => self.finish(request, outcome, Some(report.at), report.paths),
+        }
+        self.pump(now);
+    }
+
+    /// A handover failed: the offer is paired again if it still stands, prefilled again if there is another group, or the request fails.
+    fn try_again(&mut self, now: Moment, request: RequestId, group: GroupId, offer: Option<OfferSummary>, reason: FailReason) {
+        let Some(known) = self.requests.get_mut(&request) else { return };
+        known.attempts += 1;
+        if known.cancelled {
+            self.finish(request, Outcome::Cancelled, None, Vec::new());
+            return;
+        }
+        let again = known.attempts < self.terms.attempts_max && !matches!(reason, FailReason::Mismatch(_));
+        let stands = self.prefill.contains_key(&group) && !matches!(reason, FailReason::Refused(_));
+        if again && stands && !self.decode.is_empty() && let Some(offer) = offer {
+            known.stage = Stage::Offered { group, offer };
+            known.deadline = Deadline::after(now, self.terms.pair_within);
+            self.offers.push_front(request);
+        } else if again && !self.prefill.is_empty() && !self.decode.is_empty() {
+            self.release(request, PrefillView::Ended);
+            if let Some(known) = self.requests.get_mut(&request) {
+                known.stage = Stage::Queued;
+                known.ready_at = None;
+                known.deadline = Deadline::after(now, self.terms.queue_within);
+            }
+            self.arrivals.push_front(request);
+        } else {
+            self.finish(request, Outcome::Failed { reason }, None, Vec::new());
+        }
+    }
+
+    fn lose_prefill(&mut self, now: Moment, lost: GroupId, reason: &FailReason) {
+        for request in self.requests.keys().copied().collect::<Vec<_>>() {
+            let Some(known) = self.requests.get(&request) else { continue };
+            match &known.stage {
+                Stage::Prefilling { group } | Stage::Offered { group, .. } if *group == lost => {
+                    self.offers.retain(|waiting| *waiting != request);
+                    self.try_again(now, request, lost, None, reason.clone());
+                }
+                Stage::Paired { group, decode, handover, .. } if *group == lost => {
+                    if let Some(leader) = self.decode.get(decode).and_then(DecodeGroup::leader) {
+                        self.outbox.send(leader, Message::Abort { handover: *handover, reason: Some(reason.clone()) });
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Nobody is left who could decide this group's handovers.
+    fn fail_decode(&mut self, now: Moment, lost: GroupId, reason: &FailReason) {
+        for request in self.requests.keys().copied().collect::<Vec<_>>() {
+            let Some(known) = self.requests.get(&request) else { continue };
+            if let Stage::Paired { group, offer, decode, handover } = &known.stage
+                && *decode == lost
+            {
+                let (group, offer) = (*group, offer.clone());
+                self.handovers.remove(handover);
+                self.try_again(now, request, group, Some(offer), reason.clone());
+            }
+        }
+    }
+
+    fn freed(&mut self, now: Moment, handover: HandoverId) {
+        if let Some((group, spec)) = self.held.remove(&handover) {
+            self.outbox.event(Event::Freed { request: spec.request });
+            self.give_back(group, &spec);
+            self.pump(now);
+        }
+    }
+
+    fn give_back(&mut self, group: GroupId, spec: &RequestSpec) {
+        if let Some(group) = self.decode.get_mut(&group) {
+            group.give_back(spec);
+        }
+    }
+
+    fn finish(&mut self, request: RequestId, outcome: Outcome, settled_at: Option<Moment>, paths: Vec<PathReport>) {
+        let view = if outcome.is_delivered() { PrefillView::Confirmed } else { PrefillView::Ended };
+        self.release(request, view);
+        let Some(known) = self.requests.remove(&request) else { return };
+        self.arrivals.retain(|waiting| *waiting != request);
+        self.offers.retain(|waiting| *waiting != request);
+        if let Stage::Paired { decode, handover, .. } = &known.stage
+            && self.handovers.remove(handover).is_some()
+        {
+            self.give_back(*decode, &known.spec);
+        }
+        let attempts = known.attempts + 1;
+        self.outbox.event(Event::Finished(Finished { request, outcome, attempts, ready_at: known.ready_at, settled_at, paths }));
+    }
+
+    /// The prefill side may let go, and its credit comes back.
+    fn release(&mut self, request: RequestId, view: PrefillView) {
+        let Some(known) = self.requests.get(&request) else { return };
+        let group = match &known.stage {
+            Stage::Queued => return,
+            Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. } => *group,
+        };
+        if let Some(group) = self.prefill.get_mut(&group) {
+            group.release(known.spec.tokens);
+            if let Some(leader) = group.leader() {
+                self.outbox.send(leader, Message::Release { request, view });
+            }
+        }
+    }
+
+    /// Hands out work while there is room, oldest first; nothing overtakes.
+    fn pump(&mut self, now: Moment) {
+        while let Some(request) = self.arrivals.front().copied() {
+            if !self.start_prefill(now, request) {
+                break;
+            }
+            self.arrivals.retain(|waiting| *waiting != request);
+        }
+        while let Some(request) = self.offers.front().copied() {
+            if !self.start_pairing(now, request) {
+                break;
+            }
+            self.offers.retain(|waiting| *waiting != request);
+        }
+    }
+
+    /// Says whether the request left the queue.
+    fn start_prefill(&mut self, now: Moment, request: RequestId) -> bool {
+        let Some(known) = self.requests.get_mut(&request) else { return true };
+        if self.prefill.is_empty() && self.seen.contains(&Role::Prefill) {
+            self.finish(request, Outcome::Failed { reason: FailReason::NoGroup(Role::Prefill) }, None, Vec::new());
+            return true;
+        }
+        let candidates: Vec<GroupView> = self.prefill.iter().filter_map(|(id, group)| group.view(*id)).collect();
+        if candidates.is_empty() {
+            return false;
+        }
+        let Some(choice) = self.policy.prefill(&known.spec, &candidates) else { return false };
+        let Some(group) = self.prefill.get_mut(&choice) else { return false };
+        let Some(leader) = group.leader() else { return false };
+        if !group.take(known.spec.tokens) {
+            return false;
+        }
+        known.stage = Stage::Prefilling { group: choice };
+        known.deadline = Deadline::after(now, self.terms.prefill_within);
+        self.outbox.send(leader, Message::Prefill(PrefillJob { spec: known.spec.clone(), dp: 0 }));
+        true
+    }
+
+    /// Says whether the offer left the queue.
+    fn start_pairing(&mut self, now: Moment, request: RequestId) -> bool {
+        let Some(known) = self.requests.get_mut(&request) else { return true };
+        let Stage::Offered { group, offer } = known.stage.clone() else { return true };
+        let fits = self.decode.values().any(|decode| decode.could_ever_take(&known.spec));
+        if !fits && self.seen.contains(&Role::Decode) {
+            self.finish(request, Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) }, None, Vec::new());
+            return true;
+        }
+        let candidates: Vec<GroupView> = self.decode.iter().filter_map(|(id, decode)| decode.view(*id, &known.spec)).collect();
+        if candidates.is_empty() {
+            return false;
+        }
+        let Some(choice) = self.policy.decode(&known.spec, &candidates) else { return false };
+        let Some(decode) = self.decode.get_mut(&choice) else { return false };
+        let Some(leader) = decode.leader() else { return false };
+        if !decode.take(&known.spec) {
+            return false;
+        }
+        let handover = HandoverId(self.next_handover);
+        self.next_handover += 1;
+        self.handovers.insert(handover, request);
+        let pairing =
+            Pairing { handover, spec: known.spec.clone(), source: group, source_dp: offer.dp, steps: offer.steps.clone() };
+        known.stage = Stage::Paired { group, offer, decode: choice, handover };
+        known.deadline = Deadline::after(now, self.terms.outcome_within);
+        self.outbox.event(Event::Paired { request, handover, group: choice });
+        self.outbox.send(leader, Message::Pair(pairing));
+        true
+    }
+
+    fn renew(&mut self, now: Moment) {
+        let mut wanted: BTreeMap<GroupId, Vec<RequestId>> = BTreeMap::new();
+        for (request, known) in &self.requests {
+            if let Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. } = &known.stage {
+                wanted.entry(*group).or_default().push(*request);
+            }
+        }
+        for (group, requests) in wanted {
+            if let Some(leader) = self.prefill.get(&group).and_then(PrefillGroup::leader) {
+                self.outbox.send(leader, Message::Renew { requests });
+            }
+        }
+        self.renew_at = Some(now + self.terms.leases.renewal());
+    }
+
+    /// Groups that have all their ranks, for whoever shows them.
+    pub fn ready_groups(&self) -> BTreeSet<GroupId> {
+        let prefill = self.prefill.iter().filter(|(_, group)| group.leader().is_some()).map(|(id, _)| *id);
+        prefill.chain(self.decode.iter().filter(|(_, group)| group.leader().is_some()).map(|(id, _)| *id)).collect()
+    }
+}

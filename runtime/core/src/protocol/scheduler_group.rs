@@ -1,0 +1,194 @@
+//! What the scheduler keeps of each group: its ranks, its credits, what it holds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::{Credit, GroupView, Place, RequestSpec};
+use crate::{GroupGeometry, GroupId, NodeId, Rank};
+
+/// Hashes remembered per decode group; beyond that the scheduler forgets the largest, and only chooses less well.
+const HELD_HASHES_MAX: usize = 1 << 20;
+
+/// The ranks of a group and where they are.
+#[derive(Debug)]
+struct Ranks {
+    expected: u32,
+    nodes: BTreeMap<Rank, NodeId>,
+}
+
+impl Ranks {
+    fn new(geometry: &GroupGeometry) -> Self {
+        Ranks { expected: geometry.ranks(), nodes: BTreeMap::new() }
+    }
+
+    /// Says whether this made the group complete.
+    fn join(&mut self, rank: Rank, node: NodeId) -> bool {
+        let before = self.is_complete();
+        self.nodes.insert(rank, node);
+        !before && self.is_complete()
+    }
+
+    fn is_complete(&self) -> bool {
+        self.nodes.len() == self.expected as usize
+    }
+
+    /// The node of rank 0, once every rank is here.
+    fn leader(&self) -> Option<NodeId> {
+        self.nodes.get(&Rank(0)).copied().filter(|_| self.is_complete())
+    }
+
+    fn rank_of(&self, node: NodeId) -> Option<Rank> {
+        self.nodes.iter().find(|(_, member)| **member == node).map(|(rank, _)| *rank)
+    }
+}
+
+/// A prefill group.
+#[derive(Debug)]
+pub(super) struct PrefillGroup {
+    ranks: Ranks,
+    jobs: Credit,
+    load_tokens: u64,
+}
+
+impl PrefillGroup {
+    pub(super) fn new(geometry: &GroupGeometry, jobs_max: u64) -> Self {
+        PrefillGroup { ranks: Ranks::new(geometry), jobs: Credit::new(jobs_max), load_tokens: 0 }
+    }
+
+    pub(super) fn join(&mut self, place: &Place, node: NodeId) -> bool {
+        self.ranks.join(place.rank, node)
+    }
+
+    pub(super) fn leader(&self) -> Option<NodeId> {
+        self.ranks.leader()
+    }
+
+    pub(super) fn rank_of(&self, node: NodeId) -> Option<Rank> {
+        self.ranks.rank_of(node)
+    }
+
+    /// `None` when it has no room or not all its ranks.
+    pub(super) fn view(&self, group: GroupId) -> Option<GroupView> {
+        (self.leader().is_some() && self.jobs.left() > 0).then_some(GroupView {
+            group,
+            load_tokens: self.load_tokens,
+            handovers: self.jobs.used(),
+            held_tokens: 0,
+        })
+    }
+
+    pub(super) fn take(&mut self, tokens: u64) -> bool {
+        let taken = self.jobs.take(1).is_ok();
+        if taken {
+            self.load_tokens += tokens;
+        }
+        taken
+    }
+
+    pub(super) fn release(&mut self, tokens: u64) {
+        self.jobs.give(1);
+        self.load_tokens = self.load_tokens.saturating_sub(tokens);
+    }
+}
+
+/// A decode group.
+#[derive(Debug)]
+pub(super) struct DecodeGroup {
+    ranks: Ranks,
+    geometry: Arc<GroupGeometry>,
+    handovers: Credit,
+    /// Blocks of one rank's pool, per layer group.
+    blocks: Vec<Credit>,
+    load_tokens: u64,
+    held: BTreeSet<u64>,
+}
+
+impl DecodeGroup {
+    pub(super) fn new(place: &Place) -> Self {
+        DecodeGroup {
+            ranks: Ranks::new(&place.geometry),
+            geometry: Arc::clone(&place.geometry),
+            handovers: Credit::new(u64::from(place.handovers_max.max(1))),
+            // The ranks of a group have equal pools in practice; the first to join speaks for all.
+            blocks: place.blocks.iter().map(|blocks| Credit::new(u64::from(*blocks))).collect(),
+            load_tokens: 0,
+            held: BTreeSet::new(),
+        }
+    }
+
+    pub(super) fn join(&mut self, place: &Place, node: NodeId) -> bool {
+        self.ranks.join(place.rank, node)
+    }
+
+    pub(super) fn leader(&self) -> Option<NodeId> {
+        self.ranks.leader()
+    }
+
+    pub(super) fn rank_of(&self, node: NodeId) -> Option<Rank> {
+        self.ranks.rank_of(node)
+    }
+
+    /// `None` when it has no room for the request now, or not all its ranks.
+    pub(super) fn view(&self, group: GroupId, spec: &RequestSpec) -> Option<GroupView> {
+        let room = self.handovers.left() > 0 && self.costs(spec).zip(&self.blocks).all(|(cost, credit)| cost <= credit.left());
+        (self.leader().is_some() && room).then(|| GroupView {
+            group,
+            load_tokens: self.load_tokens,
+            handovers: self.handovers.used(),
+            held_tokens: self.held_tokens(spec),
+        })
+    }
+
+    /// Whether the request fits when the group is empty.
+    pub(super) fn could_ever_take(&self, spec: &RequestSpec) -> bool {
+        self.costs(spec).zip(&self.blocks).all(|(cost, credit)| cost <= credit.limit())
+    }
+
+    pub(super) fn take(&mut self, spec: &RequestSpec) -> bool {
+        let costs: Vec<u64> = self.costs(spec).collect();
+        if self.handovers.left() == 0 || costs.iter().zip(&self.blocks).any(|(cost, credit)| *cost > credit.left()) {
+            return false;
+        }
+        for (cost, credit) in costs.iter().zip(&mut self.blocks) {
+            if credit.take(*cost).is_err() {
+                return false;
+            }
+        }
+        self.load_tokens += spec.tokens;
+        self.handovers.take(1).is_ok()
+    }
+
+    pub(super) fn give_back(&mut self, spec: &RequestSpec) {
+        let costs: Vec<u64> = self.costs(spec).collect();
+        for (cost, credit) in costs.iter().zip(&mut self.blocks) {
+            credit.give(*cost);
+        }
+        self.handovers.give(1);
+        self.load_tokens = self.load_tokens.saturating_sub(spec.tokens);
+    }
+
+    pub(super) fn hold(&mut self, added: &[u64], removed: &[u64]) {
+        for hash in removed {
+            self.held.remove(hash);
+        }
+        self.held.extend(added);
+        while self.held.len() > HELD_HASHES_MAX {
+            self.held.pop_last();
+        }
+    }
+
+    fn held_tokens(&self, spec: &RequestSpec) -> u64 {
+        let hashes = spec.prefix.iter().take_while(|hash| self.held.contains(hash)).count() as u64;
+        (hashes * u64::from(spec.prefix_tokens)).min(spec.tokens)
+    }
+
+    /// Blocks of each layer group that the request takes on the rank that needs most of it (pipeline stages hold different groups).
+    fn costs<'a>(&'a self, spec: &'a RequestSpec) -> impl Iterator<Item = u64> + 'a {
+        let columns = (self.geometry.parallel.tp * self.geometry.parallel.cp).max(1) as usize;
+        (0..self.blocks.len()).map(move |group| {
+            let stages = (0..self.geometry.ranks()).step_by(columns);
+            let cost = stages.map(|rank| self.geometry.blocks_for(group, spec.tokens, Rank(rank)).blocks).max();
+            u64::from(cost.unwrap_or(0))
+        })
+    }
+}

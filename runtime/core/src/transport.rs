@@ -1,0 +1,70 @@
+//! Words that the core and every transport share.
+
+use core::fmt;
+use core::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// The kinds of transport.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum TransportKind {
+    /// Shared memory of one host; the destination copies.
+    Shm,
+    /// TCP streams; each owner copies.
+    Tcp,
+    /// The simulated fabric.
+    Sim,
+}
+
+impl TransportKind {
+    /// The word used in command lines and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            TransportKind::Shm => "shm",
+            TransportKind::Tcp => "tcp",
+            TransportKind::Sim => "sim",
+        }
+    }
+}
+
+impl fmt::Display for TransportKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for TransportKind {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        match word {
+            "shm" => Ok(TransportKind::Shm),
+            "tcp" => Ok(TransportKind::Tcp),
+            "sim" => Ok(TransportKind::Sim),
+            other => Err(format!("no transport is called {other:?}; there are shm and tcp")),
+        }
+    }
+}
+
+/// Who initiates a transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Direction {
+    /// The destination reads: `local` is written.
+    Pull,
+    /// The source writes: `local` is read.
+    Push,
+}
+
+/// How it is known that no foreign write can reach a block any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FenceProof {
+    /// Only the owner's own thread ever writes its pool, and it has stopped (shm, tcp).
+    OwnerCopies,
+    /// The writing process has ended (pidfd).
+    PeerProcessDead,
+    /// The endpoint was destroyed and the library says that nothing is outstanding.
+    EndpointDestroyed,
+    /// The memory was registered anew: old keys are refused.
+    PoolRekeyed,
+}
