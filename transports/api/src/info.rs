@@ -1,0 +1,67 @@
+//! What is known of a device, and how it is opened and waited for.
+
+use std::os::fd::RawFd;
+
+use bytes::Bytes;
+use kvferry_core::TransportKind;
+use serde::{Deserialize, Serialize};
+
+/// A device that a provider found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Its kind.
+    pub kind: TransportKind,
+    /// Its name: a network interface or address for tcp, `memory` for shm.
+    pub name: String,
+    /// Why it cannot be used, if it cannot.
+    pub unavailable: Option<String>,
+}
+
+/// How to open a device. Every field has a default that is right for most.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Streams per peer (tcp).
+    pub streams_per_peer: u32,
+    /// Transfers that may be in flight at once before [`PostError::Full`](crate::PostError::Full).
+    pub transfers_max: usize,
+    /// Bytes that one `poll` may copy.
+    pub poll_bytes_max: u64,
+    /// How long a push that nobody expects may wait, in milliseconds.
+    pub unexpected_wait_ms: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { streams_per_peer: 2, transfers_max: 1024, poll_bytes_max: 4 << 20, unexpected_wait_ms: 5_000 }
+    }
+}
+
+/// What one opened device is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicInfo {
+    /// Its kind.
+    pub kind: TransportKind,
+    /// Its name.
+    pub device: String,
+    /// Identity of the host that it reaches by memory; equal strings share one. Boot id for shm, empty where it does not matter.
+    pub host: String,
+    /// Native library in use, with path and version, if any.
+    pub library: Option<String>,
+    /// Nominal speed in bits per second, if known.
+    pub bits_per_second: Option<u64>,
+}
+
+/// What a peer needs to name a pool in its posts. Opaque; travels on the authenticated control link only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolKeys(pub Bytes);
+
+/// How to wait for a transport that has nothing to report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Wait until this descriptor is readable; it stays the transport's.
+    Ready(RawFd),
+    /// There is more to do at once: poll again.
+    Busy,
+    /// Nothing announces progress: poll again within a short time.
+    MustPoll,
+}

@@ -1,0 +1,19 @@
+//! How bytes move: the seam between the runtime and every transport.
+
+#[cfg(feature = "conformance")]
+pub mod conformance;
+mod event;
+mod info;
+mod pool;
+mod region;
+mod transport;
+
+pub use event::{Event, TransferError};
+pub use info::{Device, NicInfo, Options, PoolKeys, Wait};
+pub use kvferry_core::{Direction, FenceProof, TransportKind};
+pub use pool::{Pool, PoolError, PoolOptions};
+pub use region::Region;
+pub use transport::{
+    BindError, ConnectError, Expected, ImportError, Notice, OpenError, PeerId, PostError, Provider, RemotePool,
+    Transfer, Transport,
+};

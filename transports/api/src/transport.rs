@@ -1,0 +1,238 @@
+//! The two traits that every transport implements.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use kvferry_core::{Direction, Epoch, PoolId, PoolLayout, Program, TransferId, TransportKind, UnitRange};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::{Device, Event, NicInfo, Options, Pool, PoolKeys, Wait};
+
+/// Finds and opens devices of one kind.
+pub trait Provider: Send + Sync {
+    /// The kind of transport that it opens.
+    fn kind(&self) -> TransportKind;
+
+    /// The devices of this host, usable or not; an unusable one says why in [`Device::unavailable`].
+    fn discover(&self) -> Vec<Device>;
+
+    /// Opens one device on the calling thread, where it stays.
+    fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError>;
+}
+
+/// One opened device. It is opened on its host thread and never leaves it.
+///
+/// Nothing blocks. Every posted or expected transfer ends in exactly one [`Event::Completed`], [`Event::Arrived`] or [`Event::Failed`],
+/// and until then its memory belongs to the operation: dropping handles frees nothing.
+pub trait Transport {
+    /// Kind, device, library, capabilities.
+    fn info(&self) -> &NicInfo;
+
+    /// What a peer needs for [`Transport::connect`]. Holds a per-session key: it travels on the authenticated control link only.
+    fn address(&self) -> Bytes;
+
+    /// Makes a pool reachable for local posts and, through the returned keys, for peers.
+    fn bind(&mut self, pool: &Pool) -> Result<PoolKeys, BindError>;
+
+    /// Withdraws a pool; [`Event::Unbound`] follows once nothing touches it any more.
+    fn unbind(&mut self, pool: PoolId);
+
+    /// Starts connecting; ends in [`Event::Connected`] or [`Event::PeerLost`]. Posts before that are queued.
+    fn connect(&mut self, address: &[u8]) -> Result<PeerId, ConnectError>;
+
+    /// Makes a peer's pool nameable in posts. The layout was validated by the session; bounds are checked again where the bytes are touched.
+    fn import(&mut self, peer: PeerId, keys: &PoolKeys, layout: &PoolLayout) -> Result<RemotePool, ImportError>;
+
+    /// The receiver's side of a push: registers what may be written before any byte of it can arrive.
+    ///
+    /// A push whose id is not expected (yet) waits at the receiver, bounded in number and time, and is then refused.
+    fn expect(&mut self, transfer: Expected) -> Result<(), PostError>;
+
+    /// Starts a transfer that this side initiates. [`PostError::Full`] is back-pressure: poll, then post again.
+    fn post(&mut self, transfer: Transfer) -> Result<(), PostError>;
+
+    /// Stops a posted or expected transfer as soon as its memory is safe; it ends in [`Event::Failed`] with
+    /// [`TransferError::Cancelled`](crate::TransferError::Cancelled), unless it ended before. Unknown ids are ignored.
+    fn cancel(&mut self, id: TransferId);
+
+    /// Ends every transfer with a peer and proves that nothing of it can touch local memory any more: [`Event::Fenced`].
+    fn fence(&mut self, peer: PeerId);
+
+    /// Lets a peer go; its unfinished transfers end in [`Event::Failed`].
+    fn disconnect(&mut self, peer: PeerId);
+
+    /// Makes progress and appends what happened. Bounded work per call: copies at most a few MiB.
+    fn poll(&mut self, events: &mut Vec<Event>);
+
+    /// Call when `poll` returned nothing: says how to wait.
+    fn arm(&mut self) -> Wait;
+}
+
+/// A peer of one transport, numbered by that transport.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PeerId(pub u32);
+
+/// An imported pool of a peer, numbered by that transport.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RemotePool(pub u32);
+
+/// A transfer that this side initiates.
+#[derive(Clone, Debug)]
+pub struct Transfer {
+    /// Its name at both ends.
+    pub id: TransferId,
+    /// The other end.
+    pub peer: PeerId,
+    /// Who reads and who writes.
+    pub direction: Direction,
+    /// The local pool: destination of a pull, source of a push.
+    pub local: PoolId,
+    /// The peer's pool.
+    pub remote: RemotePool,
+    /// What moves. A pull needs both sides' tables; a push needs its own (source) tables, the destination's stay with the peer's [`Expected`].
+    pub program: Arc<Program>,
+    /// Which part of it.
+    pub range: UnitRange,
+    /// Told to the peer after the last byte: for a push every byte is visible there, for a pull "I will read no more".
+    pub notice: Option<Notice>,
+}
+
+/// The receiver's side of a push.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    /// Its name at both ends.
+    pub id: TransferId,
+    /// The local pool that is written.
+    pub pool: PoolId,
+    /// What may arrive: the same segments as the peer's, with the destination's tables. [`Program::fingerprint`] is compared.
+    pub program: Arc<Program>,
+    /// Which part of it.
+    pub range: UnitRange,
+}
+
+/// A few bytes of protocol that follow a transfer's data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Notice {
+    /// Incarnation of the sender; notices of an older one are dropped.
+    pub epoch: Epoch,
+    /// Which transfer.
+    pub transfer: TransferId,
+    /// Which share of it, where rails split it.
+    pub chunk: u32,
+}
+
+/// Why a device did not open.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The device is not on this host or is not usable; the reason says what to change.
+    #[error("{device} cannot be opened: {reason}")]
+    Unavailable {
+        /// Its name.
+        device: String,
+        /// Cause and remedy.
+        reason: String,
+    },
+    /// The operating system refused.
+    #[error("{device} cannot be opened: {context}")]
+    Io {
+        /// Its name.
+        device: String,
+        /// What was tried.
+        context: &'static str,
+        /// What it said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Why a pool was not bound.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum BindError {
+    /// A pool of that id is bound already; unbind it first.
+    #[error("{0} is bound already; unbind it first")]
+    Duplicate(PoolId),
+    /// This transport cannot reach such memory.
+    #[error("{pool} cannot be bound: {reason}")]
+    Unsupported {
+        /// Which pool.
+        pool: PoolId,
+        /// Cause and remedy.
+        reason: String,
+    },
+}
+
+/// Why a connection was not even started.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// The address is not one of this transport's, or was cut.
+    #[error("not a {kind} address: {reason}")]
+    BadAddress {
+        /// This transport.
+        kind: TransportKind,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The operating system refused.
+    #[error("cannot connect: {context}")]
+    Io {
+        /// What was tried.
+        context: &'static str,
+        /// What it said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Why a peer's pool was not imported.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ImportError {
+    /// The peer is not known (any more).
+    #[error("peer {0:?} is not connected; connect again")]
+    UnknownPeer(PeerId),
+    /// The keys are not this transport's, or were cut.
+    #[error("not keys of a {kind} pool: {reason}")]
+    BadKeys {
+        /// This transport.
+        kind: TransportKind,
+        /// What is wrong with them.
+        reason: String,
+    },
+    /// The layout does not fit the peer's pool.
+    #[error("the peer's pool and its layout disagree: {0}")]
+    Layout(String),
+}
+
+/// Why a transfer was not accepted. Nothing was started.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PostError {
+    /// Queues are full: poll, then post again.
+    #[error("the transport's queue is full; poll it and post again")]
+    Full,
+    /// The peer is not known (any more).
+    #[error("peer {0:?} is not connected; connect again")]
+    UnknownPeer(PeerId),
+    /// The local pool is not bound.
+    #[error("{0} is not bound here")]
+    UnknownPool(PoolId),
+    /// The remote pool was not imported.
+    #[error("the peer's pool {0:?} was not imported")]
+    UnknownRemote(RemotePool),
+    /// A transfer of that id is in flight.
+    #[error("{0} is in flight already")]
+    Duplicate(TransferId),
+    /// The program does not fit the pools, or lacks a table.
+    #[error("{id} does not fit the pools: {source}")]
+    Program {
+        /// Which transfer.
+        id: TransferId,
+        /// What is wrong.
+        #[source]
+        source: kvferry_core::ProgramError,
+    },
+}

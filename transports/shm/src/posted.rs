@@ -1,0 +1,197 @@
+//! Transfers that this side posted. A pull is copied here; a push is announced, and its destination copies.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use kvferry_core::{End, TransferId};
+use kvferry_transport::{Direction, Event, PeerId, PostError, RemotePool, Transfer, TransferError};
+
+use crate::copy::Walk;
+use crate::remote::Access;
+use crate::transport::{Job, Role, ShmTransport};
+use crate::wire::{Doorbell, Frame, PUSH_BYTES_MAX, PushOutcome};
+
+/// A transfer that this side initiated.
+pub(crate) struct Posted {
+    pub(crate) transfer: Transfer,
+    serial: u64,
+    progress: Progress,
+}
+
+enum Progress {
+    /// A pull whose source is not mapped yet.
+    Waiting,
+    /// A pull that is being copied.
+    Copying,
+    /// A push that the destination knows of.
+    Announced,
+    /// A push that was called back and may still be read; why it was.
+    Stopping(TransferError),
+}
+
+impl Posted {
+    pub(crate) fn reads_from(&self, remote: RemotePool) -> bool {
+        self.transfer.direction == Direction::Pull && self.transfer.remote == remote
+    }
+}
+
+impl ShmTransport {
+    pub(crate) fn post_transfer(&mut self, transfer: Transfer) -> Result<(), PostError> {
+        let id = transfer.id;
+        if self.posted.len() >= self.options.transfers_max {
+            return Err(PostError::Full);
+        }
+        if self.posted.contains_key(&id) {
+            return Err(PostError::Duplicate(id));
+        }
+        if self.peers.get(&transfer.peer).is_none_or(|peer| peer.is_stranger()) {
+            return Err(PostError::UnknownPeer(transfer.peer));
+        }
+        let bound = self
+            .pools
+            .get(&transfer.local)
+            .filter(|bound| !bound.leaving)
+            .ok_or(PostError::UnknownPool(transfer.local))?;
+        let unknown = PostError::UnknownRemote(transfer.remote);
+        let remote = self.remotes.get(&transfer.remote).filter(|remote| remote.peer == transfer.peer).ok_or(unknown)?;
+        let program = |source| PostError::Program { id, source };
+        let serial = self.next_serial;
+        self.next_serial += 1;
+        match transfer.direction {
+            Direction::Pull => {
+                transfer.program.validate(End::Destination, bound.pool.layout()).map_err(program)?;
+                if let Some(layout) = &remote.layout {
+                    transfer.program.validate(End::Source, layout).map_err(program)?;
+                }
+                let remote = transfer.remote;
+                self.posted.insert(id, Posted { transfer, serial, progress: Progress::Waiting });
+                self.resume_pull(id, remote);
+            }
+            Direction::Push => {
+                transfer.program.validate(End::Source, bound.pool.layout()).map_err(program)?;
+                let mut encoded = Vec::new();
+                transfer.program.without(End::Destination).encode(&mut encoded);
+                let doorbell = Doorbell {
+                    id,
+                    serial,
+                    pool: transfer.local,
+                    token: bound.token,
+                    start: transfer.range.start,
+                    end: transfer.range.end,
+                    notice: transfer.notice,
+                    program: encoded.into(),
+                };
+                let peer = transfer.peer;
+                if doorbell.program.len() > PUSH_BYTES_MAX - 1024 {
+                    let message = format!(
+                        "its block tables take {} bytes, at most {PUSH_BYTES_MAX} fit a message; split it",
+                        doorbell.program.len()
+                    );
+                    self.events
+                        .push(Event::Failed { id, error: TransferError::Io { context: "announcing a push", message } });
+                    return Ok(());
+                }
+                self.posted.insert(id, Posted { transfer, serial, progress: Progress::Announced });
+                self.send(peer, &Frame::Push(doorbell));
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the pulls that waited for a pool.
+    pub(crate) fn resume_pulls(&mut self, remote: RemotePool) {
+        let waits = |posted: &Posted| posted.reads_from(remote) && matches!(posted.progress, Progress::Waiting);
+        let waiting: Vec<TransferId> =
+            self.posted.iter().filter(|(_, posted)| waits(posted)).map(|(&id, _)| id).collect();
+        for id in waiting {
+            self.resume_pull(id, remote);
+        }
+    }
+
+    fn resume_pull(&mut self, id: TransferId, remote: RemotePool) {
+        let Some(posted) = self.posted.get_mut(&id) else { return };
+        let Some(remote) = self.remotes.get(&remote) else { return };
+        let transfer = &posted.transfer;
+        let (memory, layout) = match (&remote.access, &remote.layout) {
+            (Access::Refused(reason), _) => {
+                let error = TransferError::Refused(reason.clone());
+                return self.fail_posted(|posted| posted.transfer.id == id, &error);
+            }
+            (Access::Ready(memory), Some(layout)) => (Rc::clone(memory), Arc::clone(layout)),
+            _ => return,
+        };
+        // The layout may have been unknown when it was posted.
+        if let Err(error) = transfer.program.validate(End::Source, &layout) {
+            let error = TransferError::Refused(error.to_string());
+            return self.fail_posted(|posted| posted.transfer.id == id, &error);
+        }
+        let Some(bound) = self.pools.get(&transfer.local) else { return };
+        let walk = Walk::new(Arc::clone(&transfer.program), transfer.range, layout, memory, bound.pool.clone());
+        posted.progress = Progress::Copying;
+        self.jobs.push_back(Job { id, role: Role::Pull, walk });
+    }
+
+    /// The last byte of a pull is here.
+    pub(crate) fn pulled(&mut self, id: TransferId, bytes: u64, pieces: u64) {
+        if let Some(posted) = self.posted.remove(&id) {
+            if let Some(notice) = posted.transfer.notice {
+                self.send(posted.transfer.peer, &Frame::Notice(notice));
+            }
+            self.events.push(Event::Completed { id, bytes, pieces });
+        }
+    }
+
+    /// The destination says how a push ended.
+    pub(crate) fn push_ended(&mut self, peer: PeerId, id: TransferId, serial: u64, outcome: PushOutcome) {
+        let ours = |posted: &Posted| {
+            posted.transfer.peer == peer && posted.serial == serial && posted.transfer.direction == Direction::Push
+        };
+        if !self.posted.get(&id).is_some_and(ours) {
+            return;
+        }
+        let Some(posted) = self.posted.remove(&id) else { return };
+        let event = match (outcome, posted.progress) {
+            (PushOutcome::Done { bytes, pieces }, _) => Event::Completed { id, bytes, pieces },
+            (_, Progress::Stopping(error)) => Event::Failed { id, error },
+            (PushOutcome::Refused(reason), _) => Event::Failed { id, error: TransferError::Refused(reason) },
+            (PushOutcome::Mismatch(remote), _) => Event::Failed {
+                id,
+                error: TransferError::Mismatch { local: posted.transfer.program.fingerprint(), remote },
+            },
+        };
+        self.events.push(event);
+    }
+
+    /// Ends a posted transfer early: a pull at once, a push when its destination has stopped reading.
+    pub(crate) fn stop_posted(&mut self, id: TransferId, error: TransferError) {
+        let Some(posted) = self.posted.get_mut(&id) else { return };
+        match (posted.transfer.direction, &posted.progress) {
+            (Direction::Pull, _) => self.fail_posted(|posted| posted.transfer.id == id, &error),
+            (Direction::Push, Progress::Stopping(_)) => {}
+            (Direction::Push, _) => {
+                posted.progress = Progress::Stopping(error);
+                let (peer, serial) = (posted.transfer.peer, posted.serial);
+                self.send(peer, &Frame::PushCancel { id, serial });
+            }
+        }
+    }
+
+    /// Fails posted transfers at once. Reading by peers, where there was any, is no danger to memory.
+    pub(crate) fn fail_posted(&mut self, which: impl Fn(&Posted) -> bool, error: &TransferError) {
+        let ended: Vec<TransferId> =
+            self.posted.iter().filter(|(_, posted)| which(posted)).map(|(&id, _)| id).collect();
+        for id in ended {
+            let Some(posted) = self.posted.remove(&id) else { continue };
+            self.jobs.retain(|job| job.id != id || job.role != Role::Pull);
+            let error = match posted.progress {
+                Progress::Stopping(reason) => reason,
+                Progress::Announced => {
+                    self.send(posted.transfer.peer, &Frame::PushCancel { id, serial: posted.serial });
+                    error.clone()
+                }
+                _ => error.clone(),
+            };
+            self.events.push(Event::Failed { id, error });
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Peers' pools: asked for once, mapped, and looked after until withdrawn.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use kvferry_core::{PoolId, PoolLayout};
+use kvferry_transport::{ImportError, PeerId, PoolKeys, RemotePool, TransferError, TransportKind};
+
+use crate::memory::Memory;
+use crate::transport::{Bound, ShmTransport};
+use crate::wire::{FDS_PER_FRAME_MAX, Frame, Keys, MemoryKind};
+
+/// A pool of a peer.
+pub(crate) struct Remote {
+    pub(crate) peer: PeerId,
+    pool: PoolId,
+    token: u64,
+    /// From the import, else from the owner.
+    pub(crate) layout: Option<Arc<PoolLayout>>,
+    pub(crate) access: Access,
+}
+
+/// How far its memory is.
+pub(crate) enum Access {
+    /// Asked for; descriptors so far.
+    Asked(Vec<OwnedFd>),
+    /// Readable.
+    Ready(Rc<Memory>),
+    /// Never.
+    Refused(String),
+}
+
+impl ShmTransport {
+    pub(crate) fn import_pool(
+        &mut self,
+        id: PeerId,
+        keys: &PoolKeys,
+        layout: &PoolLayout,
+    ) -> Result<RemotePool, ImportError> {
+        let bad = |reason: String| ImportError::BadKeys { kind: TransportKind::Shm, reason };
+        let instance = self.peers.get(&id).ok_or(ImportError::UnknownPeer(id))?.instance;
+        let keys = Keys::decode(&keys.0).map_err(bad)?;
+        if keys.instance != instance {
+            return Err(bad("they belong to another transport than this peer's".into()));
+        }
+        layout.validate().map_err(|e| ImportError::Layout(e.to_string()))?;
+        if keys.regions != layout.regions {
+            return Err(ImportError::Layout(
+                "its regions have other sizes than the layout's; exchange both again".into(),
+            ));
+        }
+        let remote = self.remote(id, keys.pool, keys.token);
+        if let Some(found) = self.remotes.get_mut(&remote) {
+            match &found.layout {
+                Some(known) if **known != *layout => {
+                    return Err(ImportError::Layout("its owner, or an earlier import, has another layout".into()));
+                }
+                Some(_) => {}
+                None => found.layout = Some(Arc::new(layout.clone())),
+            }
+        }
+        Ok(remote)
+    }
+
+    /// The record of a peer's pool, which is asked for when it is new: imports at join time are warm when the first transfer comes.
+    pub(crate) fn remote(&mut self, peer: PeerId, pool: PoolId, token: u64) -> RemotePool {
+        let known = self.remotes.iter().find(|(_, r)| r.peer == peer && r.pool == pool && r.token == token);
+        if let Some((&id, _)) = known {
+            return id;
+        }
+        let id = RemotePool(self.next_remote);
+        self.next_remote = self.next_remote.wrapping_add(1);
+        self.remotes.insert(id, Remote { peer, pool, token, layout: None, access: Access::Asked(Vec::new()) });
+        self.send(peer, &Frame::Open { request: id.0, pool, token });
+        id
+    }
+
+    /// The owner's side.
+    pub(crate) fn open_for(&mut self, id: PeerId, request: u32, pool: PoolId, token: u64) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        self.unflushed.insert(id);
+        let Some(Bound { pool, .. }) = self.pools.get(&pool).filter(|bound| bound.token == token && !bound.leaving)
+        else {
+            let reason = format!("{pool} is not bound there, or was bound anew; exchange keys again");
+            return peer.connection.send(&Frame::NotOpened { request, reason });
+        };
+        let memory = if pool.is_shared() {
+            let filled: Vec<usize> =
+                (0..pool.regions().len()).filter(|&r| pool.regions().get(r).is_some_and(|r| r.bytes() > 0)).collect();
+            for part in filled.chunks(FDS_PER_FRAME_MAX) {
+                peer.connection.send_with(&Frame::Fds { request, count: part.len() as u32 }, pool, part.to_vec());
+            }
+            MemoryKind::Shared
+        } else {
+            MemoryKind::Addresses(pool.regions().iter().map(|region| region.base() as u64).collect())
+        };
+        peer.connection.send(&Frame::Opened { request, layout: pool.layout().clone(), memory });
+    }
+
+    pub(crate) fn take_fds(&mut self, peer: PeerId, request: u32, fds: Vec<OwnedFd>) -> Result<(), String> {
+        match self.remotes.get_mut(&RemotePool(request)) {
+            Some(Remote { peer: owner, access: Access::Asked(waiting), .. }) if *owner == peer => {
+                if waiting.len() + fds.len() > kvferry_core::limits::REGIONS_MAX {
+                    return Err("it sent more descriptors than a pool has regions".into());
+                }
+                waiting.extend(fds);
+            }
+            _ => return Err("it sent descriptors that nobody asked for".into()),
+        }
+        Ok(())
+    }
+
+    pub(crate) fn opened(
+        &mut self,
+        peer: PeerId,
+        request: u32,
+        layout: PoolLayout,
+        kind: MemoryKind,
+    ) -> Result<(), String> {
+        let id = RemotePool(request);
+        let pid = self.peers.get(&peer).and_then(|peer| peer.pid);
+        let Some(remote) = self.remotes.get_mut(&id).filter(|remote| remote.peer == peer) else {
+            return Err("it opened a pool that nobody asked for".into());
+        };
+        let Access::Asked(fds) = &mut remote.access else { return Ok(()) };
+        let fds = std::mem::take(fds);
+        let known = remote.layout.as_deref();
+        let memory = match (layout.validate(), kind) {
+            (Err(error), _) => Err(format!("its layout is not valid: {error}")),
+            _ if known.is_some_and(|known| *known != layout) => {
+                Err("the pool's layout is not the one that was imported; exchange both again".into())
+            }
+            (Ok(()), MemoryKind::Shared) => Memory::map(fds, &layout.regions),
+            (Ok(()), MemoryKind::Addresses(bases)) if bases.len() == layout.regions.len() => match pid {
+                Some(pid) => Ok(Memory::Process {
+                    pid,
+                    regions: bases.into_iter().zip(layout.regions.iter().copied()).collect(),
+                }),
+                None => Err("its process is not visible here; share the PID namespace".into()),
+            },
+            (Ok(()), MemoryKind::Addresses(_)) => Err("its addresses and its regions differ in number".into()),
+        };
+        match memory {
+            Ok(memory) => {
+                remote.access = Access::Ready(Rc::new(memory));
+                if remote.layout.is_none() {
+                    remote.layout = Some(Arc::new(layout));
+                }
+            }
+            Err(reason) => remote.access = Access::Refused(reason),
+        }
+        self.resume_pulls(id);
+        self.resume_pushes(id);
+        Ok(())
+    }
+
+    pub(crate) fn not_opened(&mut self, peer: PeerId, request: u32, reason: String) {
+        let id = RemotePool(request);
+        if let Some(remote) = self.remotes.get_mut(&id).filter(|remote| remote.peer == peer) {
+            remote.access = Access::Refused(reason);
+            self.resume_pulls(id);
+            self.resume_pushes(id);
+        }
+    }
+
+    pub(crate) fn withdrawn(&mut self, peer: PeerId, pool: PoolId, token: u64) {
+        let found = self.remotes.iter().find(|(_, r)| r.peer == peer && r.pool == pool && r.token == token);
+        let Some((&id, _)) = found else { return };
+        self.remotes.remove(&id);
+        let reason = "its owner withdrew the pool";
+        let error = TransferError::Refused(reason.into());
+        self.fail_posted(|posted| posted.reads_from(id), &error);
+        self.fail_arriving_from(id, &error, reason);
+    }
+}

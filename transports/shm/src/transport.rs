@@ -1,0 +1,342 @@
+//! The transport: all its state, and the loop over it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvferry_core::{FenceProof, PoolId, PoolLayout, TransferId};
+use kvferry_transport::{
+    BindError, ConnectError, Event, Expected, ImportError, NicInfo, Options, PeerId, Pool, PoolKeys, PostError,
+    RemotePool, Transfer, TransferError, Transport, TransportKind, Wait,
+};
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll;
+use rustix::time::{Itimerspec, TimerfdTimerFlags, Timespec, timerfd_settime};
+
+use crate::arriving::{Expecting, Held};
+use crate::copy::Walk;
+use crate::peer::{Peer, Stage};
+use crate::posted::Posted;
+use crate::remote::Remote;
+use crate::wire::{Address, Frame, Keys};
+
+/// What epoll calls the listener and the timer; peers have their numbers.
+pub(crate) const LISTENER: u64 = u64::MAX;
+pub(crate) const TIMER: u64 = u64::MAX - 1;
+/// Bytes that one transfer copies before it is another's turn.
+const SLICE_BYTES: u64 = 512 << 10;
+/// Sockets that are looked at in one poll.
+const READY_MAX: usize = 64;
+
+/// Shared memory of one host, opened.
+pub(crate) struct ShmTransport {
+    pub(crate) info: NicInfo,
+    pub(crate) options: Options,
+    pub(crate) instance: [u8; 16],
+    pub(crate) key: [u8; 16],
+    socket: [u8; 16],
+    pub(crate) listener: OwnedFd,
+    timer: OwnedFd,
+    timer_at: Option<Instant>,
+    pub(crate) poller: OwnedFd,
+    ready: Vec<epoll::Event>,
+    pub(crate) peers: BTreeMap<PeerId, Peer>,
+    pub(crate) next_peer: u32,
+    /// Peers with something to write.
+    pub(crate) unflushed: BTreeSet<PeerId>,
+    pub(crate) pools: BTreeMap<PoolId, Bound>,
+    pub(crate) remotes: BTreeMap<RemotePool, Remote>,
+    pub(crate) next_remote: u32,
+    pub(crate) posted: BTreeMap<TransferId, Posted>,
+    pub(crate) next_serial: u64,
+    pub(crate) expecting: BTreeMap<TransferId, Expecting>,
+    pub(crate) held: BTreeMap<(PeerId, TransferId), Held>,
+    /// What is being copied, in turn.
+    pub(crate) jobs: VecDeque<Job>,
+    pub(crate) events: Vec<Event>,
+}
+
+/// A pool of our own.
+pub(crate) struct Bound {
+    pub(crate) pool: Pool,
+    pub(crate) token: u64,
+    /// Unbound, but something has not ended.
+    pub(crate) leaving: bool,
+}
+
+/// A transfer that is being copied.
+pub(crate) struct Job {
+    pub(crate) id: TransferId,
+    pub(crate) role: Role,
+    pub(crate) walk: Walk,
+}
+
+/// Who started it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Pull,
+    Arrival,
+}
+
+impl ShmTransport {
+    #[expect(clippy::too_many_arguments, reason = "the parts of one device, made in one place")]
+    pub(crate) fn new(
+        host: String,
+        socket: [u8; 16],
+        key: [u8; 16],
+        instance: [u8; 16],
+        listener: OwnedFd,
+        timer: OwnedFd,
+        poller: OwnedFd,
+        options: Options,
+    ) -> ShmTransport {
+        let info =
+            NicInfo { kind: TransportKind::Shm, device: "memory".into(), host, library: None, bits_per_second: None };
+        ShmTransport {
+            info,
+            options,
+            instance,
+            key,
+            socket,
+            listener,
+            timer,
+            timer_at: None,
+            poller,
+            ready: Vec::with_capacity(READY_MAX),
+            peers: BTreeMap::new(),
+            next_peer: 0,
+            unflushed: BTreeSet::new(),
+            pools: BTreeMap::new(),
+            remotes: BTreeMap::new(),
+            next_remote: 0,
+            posted: BTreeMap::new(),
+            next_serial: 0,
+            expecting: BTreeMap::new(),
+            held: BTreeMap::new(),
+            jobs: VecDeque::new(),
+            events: Vec::new(),
+        }
+    }
+
+    fn read_sockets(&mut self) {
+        self.ready.clear();
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if epoll::wait(&self.poller, spare_capacity(&mut self.ready), Some(&zero)).is_err() {
+            return;
+        }
+        for event in std::mem::take(&mut self.ready) {
+            match event.data.u64() {
+                LISTENER => self.accept_all(),
+                TIMER => {
+                    let mut count = [0; 8];
+                    // Only its readiness counts.
+                    let _expirations = rustix::io::read(&self.timer, &mut count);
+                    self.timer_at = None;
+                }
+                id => {
+                    let id = PeerId(id as u32);
+                    let flags = event.flags;
+                    if flags.contains(epoll::EventFlags::OUT) {
+                        self.unflushed.insert(id);
+                    }
+                    self.read_from(id);
+                }
+            }
+        }
+        self.ready = Vec::with_capacity(READY_MAX);
+    }
+
+    /// Copies in turn, a slice of each transfer.
+    fn copy(&mut self) {
+        let mut left = self.options.poll_bytes_max.max(1);
+        while left > 0 {
+            let Some(mut job) = self.jobs.pop_front() else { return };
+            match if job.walk.is_done() { Ok(0) } else { job.walk.step(SLICE_BYTES.min(left)) } {
+                Ok(cost) => left = left.saturating_sub(cost),
+                Err(error) => {
+                    self.broke(&job, error);
+                    continue;
+                }
+            }
+            if !job.walk.is_done() {
+                self.jobs.push_back(job);
+                continue;
+            }
+            let (bytes, pieces) = (job.walk.bytes(), job.walk.pieces());
+            match job.role {
+                Role::Pull => self.pulled(job.id, bytes, pieces),
+                Role::Arrival => self.arrived(job.id, bytes, pieces),
+            }
+        }
+    }
+
+    fn broke(&mut self, job: &Job, error: TransferError) {
+        let reason = error.to_string();
+        match job.role {
+            Role::Pull => self.fail_posted(|posted| posted.transfer.id == job.id, &error),
+            Role::Arrival => self.fail_arriving_id(job.id, &error, Some(&reason)),
+        }
+    }
+
+    /// Lets withdrawn pools go that nothing touches any more.
+    fn settle_pools(&mut self) {
+        let leaving: Vec<PoolId> = self.pools.iter().filter(|(_, bound)| bound.leaving).map(|(&id, _)| id).collect();
+        for pool in leaving {
+            if self.is_idle(pool) {
+                self.pools.remove(&pool);
+                self.events.push(Event::Unbound { pool });
+            }
+        }
+    }
+
+    fn is_idle(&self, pool: PoolId) -> bool {
+        let posted = self.posted.values().any(|posted| posted.transfer.local == pool);
+        !posted && !self.expecting.values().any(|expecting| expecting.expected.pool == pool)
+    }
+
+    /// The next moment at which something has to be done unasked.
+    fn deadline(&self, now: Instant) -> Option<Instant> {
+        let greetings = self.peers.values().filter_map(|peer| peer.deadline(now));
+        greetings.chain(self.held.values().map(|held| held.until)).min()
+    }
+
+    fn set_timer(&mut self, now: Instant) {
+        let at = self.deadline(now);
+        if at == self.timer_at {
+            return;
+        }
+        // Zero would disarm it.
+        let wait = at.map(|at| at.saturating_duration_since(now).max(Duration::from_micros(1))).unwrap_or_default();
+        let it_value = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() };
+        let value = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
+        if timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &value).is_ok() {
+            self.timer_at = at;
+        }
+    }
+}
+
+impl Transport for ShmTransport {
+    fn info(&self) -> &NicInfo {
+        &self.info
+    }
+
+    fn address(&self) -> Bytes {
+        Address::new(self.info.host.clone(), self.socket, self.key, self.instance).encode()
+    }
+
+    fn bind(&mut self, pool: &Pool) -> Result<PoolKeys, BindError> {
+        if self.pools.contains_key(&pool.id()) {
+            return Err(BindError::Duplicate(pool.id()));
+        }
+        let mut token = [0; 8];
+        getrandom::fill(&mut token).map_err(|error| BindError::Unsupported {
+            pool: pool.id(),
+            reason: format!("the system gives no random bytes: {error}"),
+        })?;
+        let token = u64::from_le_bytes(token);
+        self.pools.insert(pool.id(), Bound { pool: pool.clone(), token, leaving: false });
+        Ok(PoolKeys(Keys::new(self.instance, pool.id(), token, pool.layout().regions.clone()).encode()))
+    }
+
+    fn unbind(&mut self, pool: PoolId) {
+        let Some(bound) = self.pools.get_mut(&pool) else {
+            self.events.push(Event::Unbound { pool });
+            return;
+        };
+        if std::mem::replace(&mut bound.leaving, true) {
+            return;
+        }
+        let token = bound.token;
+        let users: Vec<PeerId> =
+            self.peers.iter().filter(|(_, peer)| matches!(peer.stage, Stage::Up)).map(|(&id, _)| id).collect();
+        for peer in users {
+            self.send(peer, &Frame::Withdrawn { pool, token });
+        }
+        let posted: Vec<TransferId> =
+            self.posted.iter().filter(|(_, p)| p.transfer.local == pool).map(|(&id, _)| id).collect();
+        for id in posted {
+            self.stop_posted(id, TransferError::Unbound);
+        }
+        let expected: Vec<TransferId> =
+            self.expecting.iter().filter(|(_, e)| e.expected.pool == pool).map(|(&id, _)| id).collect();
+        for id in expected {
+            self.fail_arriving_id(id, &TransferError::Unbound, Some("its receiver withdrew the pool"));
+        }
+    }
+
+    fn connect(&mut self, address: &[u8]) -> Result<PeerId, ConnectError> {
+        self.dial(address)
+    }
+
+    fn import(&mut self, peer: PeerId, keys: &PoolKeys, layout: &PoolLayout) -> Result<RemotePool, ImportError> {
+        self.import_pool(peer, keys, layout)
+    }
+
+    fn expect(&mut self, transfer: Expected) -> Result<(), PostError> {
+        self.expect_push(transfer)
+    }
+
+    fn post(&mut self, transfer: Transfer) -> Result<(), PostError> {
+        self.post_transfer(transfer)
+    }
+
+    fn cancel(&mut self, id: TransferId) {
+        self.stop_posted(id, TransferError::Cancelled);
+        self.fail_arriving_id(id, &TransferError::Cancelled, Some("its receiver cancelled it"));
+    }
+
+    fn fence(&mut self, peer: PeerId) {
+        // Only this thread writes our pools: once its copies are off the list, nothing of that peer reaches them.
+        if let Some(instance) = self.peers.get(&peer).map(|peer| peer.instance) {
+            let same: BTreeSet<PeerId> = self
+                .peers
+                .iter()
+                .filter(|(_, p)| p.instance == instance && !p.is_stranger())
+                .map(|(&id, _)| id)
+                .collect();
+            self.fail_posted(|posted| same.contains(&posted.transfer.peer), &TransferError::Cancelled);
+            self.fail_arriving(
+                |peer| same.contains(&peer),
+                &TransferError::Cancelled,
+                Some("its receiver fenced the source"),
+            );
+        }
+        self.events.push(Event::Fenced { peer, proof: FenceProof::OwnerCopies });
+    }
+
+    fn disconnect(&mut self, peer: PeerId) {
+        if self.peers.contains_key(&peer) {
+            // What was said before is sent, as far as the socket takes it.
+            self.unflushed.insert(peer);
+            self.flush_all();
+        }
+        if self.peers.remove(&peer).is_some() {
+            self.forget(peer, &TransferError::PeerLost("it was disconnected here".into()));
+        }
+    }
+
+    fn poll(&mut self, events: &mut Vec<Event>) {
+        self.read_sockets();
+        let now = Instant::now();
+        self.check_greetings(now);
+        self.check_held(now);
+        self.flush_all();
+        self.copy();
+        self.settle_pools();
+        self.flush_all();
+        events.append(&mut self.events);
+    }
+
+    fn arm(&mut self) -> Wait {
+        self.flush_all();
+        if !self.jobs.is_empty()
+            || !self.events.is_empty()
+            || self.pools.values().any(|bound| bound.leaving && self.is_idle(bound.pool.id()))
+        {
+            return Wait::Busy;
+        }
+        self.set_timer(Instant::now());
+        Wait::Ready(self.poller.as_raw_fd())
+    }
+}

@@ -1,0 +1,178 @@
+//! Peers that do not keep to the protocol, and connections that end at the worst moment.
+
+mod broken;
+mod hostile;
+mod wire;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvferry_core::{HandoverId, Plane, PoolId, PoolLayout, Program, Rank, Segment, Side, TransferId};
+use kvferry_transport::{
+    Device, Direction, Event, Expected, Options, PeerId, Pool, PoolKeys, Provider, RemotePool, Transfer, Transport,
+    TransportKind,
+};
+
+use crate::TcpProvider;
+
+/// No step takes longer on any machine that works.
+const DEADLINE: Duration = Duration::from_secs(60);
+const BLOCK_BYTES: u64 = 4096;
+const BLOCKS: u32 = 64;
+
+/// A transport and all its events.
+struct Party {
+    transport: Box<dyn Transport>,
+    events: Vec<Event>,
+    pool: Pool,
+    keys: PoolKeys,
+}
+
+impl Party {
+    fn new(provider: &TcpProvider, pool: u32, planes: u32, options: &Options) -> Party {
+        let device = Device { kind: TransportKind::Tcp, name: "lo".to_owned(), unavailable: None };
+        let mut transport = provider.open(&device, options).unwrap();
+        let pool = Pool::allocate(PoolId(pool), layout(planes), "test").unwrap();
+        let keys = transport.bind(&pool).unwrap();
+        Party { transport, events: Vec::new(), pool, keys }
+    }
+
+    fn poll(&mut self) {
+        self.transport.poll(&mut self.events);
+    }
+
+    fn fill(&self) {
+        for (plane, block) in places(&self.pool) {
+            self.pool.write(plane, block, 0, &pattern(plane, block)).unwrap();
+        }
+    }
+
+    /// Checks that a transfer from a filled pool is here.
+    fn verify(&self) {
+        let mut bytes = vec![0; BLOCK_BYTES as usize];
+        for (plane, block) in places(&self.pool) {
+            self.pool.read(plane, BLOCKS - 1 - block, 0, &mut bytes).unwrap();
+            assert!(bytes == pattern(plane, block), "plane {plane}, block {block}");
+        }
+    }
+
+    fn snapshot(&self) -> Vec<Vec<u8>> {
+        let mut bytes = vec![0; BLOCK_BYTES as usize];
+        let read = |(plane, block)| {
+            self.pool.read(plane, block, 0, &mut bytes).unwrap();
+            bytes.clone()
+        };
+        places(&self.pool).map(read).collect()
+    }
+
+    fn failed(&self, id: TransferId) -> bool {
+        self.events.iter().any(|event| matches!(event, Event::Failed { id: ended, .. } if *ended == id))
+    }
+
+    fn completed(&self, id: TransferId) -> bool {
+        self.events.iter().any(|event| matches!(event, Event::Completed { id: ended, .. } if *ended == id))
+    }
+
+    /// The peers that were reported lost, with the reasons.
+    fn lost(&self) -> Vec<&str> {
+        let mut reasons = Vec::new();
+        for event in &self.events {
+            if let Event::PeerLost { reason, .. } = event {
+                reasons.push(reason.as_str());
+            }
+        }
+        reasons
+    }
+
+    fn reach(&mut self, other: &Party) -> (PeerId, RemotePool) {
+        let peer = self.transport.connect(&other.transport.address()).unwrap();
+        let remote = self.transport.import(peer, &other.keys, other.pool.layout()).unwrap();
+        (peer, remote)
+    }
+
+    fn pull(&mut self, number: u64, (peer, remote): (PeerId, RemotePool)) -> TransferId {
+        self.post(number, Direction::Pull, (peer, remote))
+    }
+
+    fn post(&mut self, number: u64, direction: Direction, (peer, remote): (PeerId, RemotePool)) -> TransferId {
+        let program = Arc::new(program(&self.pool));
+        let range = program.whole();
+        let transfer =
+            Transfer { id: id(number), peer, direction, local: self.pool.id(), remote, program, range, notice: None };
+        self.transport.post(transfer).unwrap();
+        id(number)
+    }
+
+    fn expect(&mut self, number: u64) -> TransferId {
+        let program = Arc::new(program(&self.pool));
+        let range = program.whole();
+        self.transport.expect(Expected { id: id(number), pool: self.pool.id(), program, range }).unwrap();
+        id(number)
+    }
+}
+
+fn until(parties: &mut [&mut Party], what: &str, mut done: impl FnMut(&[&mut Party]) -> bool) {
+    let start = Instant::now();
+    while !done(parties) {
+        assert!(start.elapsed() < DEADLINE, "waited in vain: {what}");
+        for party in parties.iter_mut() {
+            party.poll();
+        }
+    }
+}
+
+fn id(number: u64) -> TransferId {
+    TransferId::of(HandoverId(number), Rank(0), Rank(0), 0)
+}
+
+fn layout(planes: u32) -> PoolLayout {
+    let plane_bytes = u64::from(BLOCKS) * BLOCK_BYTES;
+    let plane = |plane: u32| Plane {
+        region: 0,
+        offset: u64::from(plane) * plane_bytes,
+        blocks: BLOCKS,
+        block_stride: BLOCK_BYTES,
+        block_bytes: BLOCK_BYTES,
+    };
+    PoolLayout { regions: vec![u64::from(planes) * plane_bytes], planes: (0..planes).map(plane).collect() }
+}
+
+/// Every block of a pool to the block as far from the other end.
+fn program(pool: &Pool) -> Program {
+    let side = Side {
+        plane: 0,
+        plane_step: 1,
+        table: 0,
+        first_block: 0,
+        block_tokens: 4,
+        cp: 1,
+        cp_rank: 0,
+        token_pitch: BLOCK_BYTES / 4,
+        head_pitch: BLOCK_BYTES / 4,
+        offset: 0,
+    };
+    let segment = Segment {
+        source: side,
+        destination: side,
+        planes: pool.layout().planes.len() as u32,
+        start: 0,
+        end: u64::from(BLOCKS) * 4,
+        heads: 1,
+        run_bytes: BLOCK_BYTES as u32 / 4,
+    };
+    Program {
+        segments: vec![segment],
+        sources: vec![Some((0..BLOCKS).collect())],
+        destinations: vec![Some((0..BLOCKS).rev().collect())],
+    }
+}
+
+fn places(pool: &Pool) -> impl Iterator<Item = (u32, u32)> + use<> {
+    let planes = pool.layout().planes.len() as u32;
+    (0..planes).flat_map(|plane| (0..BLOCKS).map(move |block| (plane, block)))
+}
+
+fn pattern(plane: u32, block: u32) -> Vec<u8> {
+    let seed = plane.wrapping_mul(977).wrapping_add(block.wrapping_mul(31));
+    (0..BLOCK_BYTES as u32).map(|byte| (seed.wrapping_add(byte).wrapping_mul(0x9e37_79b9) >> 23) as u8).collect()
+}
