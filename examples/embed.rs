@@ -1,0 +1,73 @@
+//! A serving process embeds a prefill and a decode worker and awaits one handover: `cargo run --release --example embed`.
+
+use std::sync::Arc;
+
+use kvferry::{
+    BlockTable, EngineCall, Epoch, Format, GroupGeometry, GroupId, LeastLoaded, Model, NodeConfig, NodeId, Outcome, Parallel, Pool, PoolId,
+    Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms, Tables, ThreadOptions, TransportKind, WorkerConfig, WorkerNode,
+    transport,
+};
+
+type Error = Box<dyn std::error::Error>;
+
+/// One rank, with a pool of 8 blocks and shared memory for its NIC.
+async fn rank(node: u64, role: Role, scheduler: &str) -> Result<(WorkerNode, Pool), Error> {
+    let model = Model::preset("tiny").ok_or("no such model")?;
+    let geometry = Arc::new(GroupGeometry { model, format: Format::default(), parallel: Parallel::default() });
+    let (group, blocks) = (GroupId(node as u32), vec![8]);
+    let pool = Pool::allocate(PoolId(0), geometry.shard(Rank(0))?.layout(&blocks), "kv")?;
+    let config = WorkerConfig::new(role, group, Rank(0), geometry, blocks, (NodeId(0), scheduler.to_owned()));
+    let nics = vec![transport::select(TransportKind::Shm, None, &transport::Options::default())?];
+    let node = NodeConfig::new(NodeId(node), Epoch(1));
+    Ok((WorkerNode::start(node, config, pool.clone(), nics, ThreadOptions::default()).await?, pool))
+}
+
+/// The serving engine's side of a prefill rank: choose blocks, compute, say what is ready.
+async fn prefill(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
+    let port = worker.port();
+    while let Some(call) = worker.next_call().await {
+        if let EngineCall::Prefill(job) = call {
+            let blocks = vec![5, 2, 7];
+            for (plane, block) in (0..pool.layout().planes.len() as u32).flat_map(|plane| blocks.iter().map(move |block| (plane, *block))) {
+                pool.fill(plane, block, 42)?;
+            }
+            port.opened(job.spec.request, Tables { groups: vec![BlockTable::known(0, blocks)] }, vec![4]);
+            port.ready(job.spec.request, 1);
+        }
+    }
+    Ok(())
+}
+
+/// The serving engine's side of a decode rank: find blocks; once it is settled they hold the KV.
+async fn decode(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
+    let port = worker.port();
+    while let Some(call) = worker.next_call().await {
+        match call {
+            EngineCall::Place { handover, .. } => port.placed(handover, Tables { groups: vec![BlockTable::known(0, vec![1, 0, 3])] }, 0),
+            EngineCall::Settled { handover, outcome: Outcome::Delivered, .. } => {
+                let mut first = [0];
+                pool.read(0, 1, 0, &mut first)?;
+                println!("decode: the first byte of block 1 is {}", first[0]);
+                port.freed(handover);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Error> {
+    let scheduler = SchedulerNode::start(NodeConfig::new(NodeId(0), Epoch(1)), SchedulerTerms::default(), Box::new(LeastLoaded)).await?;
+    let (prefiller, source) = rank(1, Role::Prefill, scheduler.address()).await?;
+    let (decoder, destination) = rank(2, Role::Decode, scheduler.address()).await?;
+    let request = RequestSpec { request: RequestId(7), tokens: 40, prefix: Arc::default(), prefix_tokens: 512 };
+    let handover = scheduler.submit(request).await;
+    tokio::select! {
+        finished = handover => println!("{:?}", finished?),
+        ended = prefill(prefiller, source) => ended?,
+        ended = decode(decoder, destination) => ended?,
+    }
+    scheduler.shutdown().await;
+    Ok(())
+}

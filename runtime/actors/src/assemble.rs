@@ -1,0 +1,297 @@
+//! Puts one node together from its seams: the same code in production and in the simulator.
+
+use std::sync::Arc;
+
+use actix::prelude::*;
+use kvferry_core::protocol::{
+    self, DeadlineTerms, DecodeLeader, DecodeRank, Directory, EngineCall, Identity, LeaseTerms, Member, Place, Policy, PrefillLeader,
+    PrefillRank, Profile, Role, SchedulerTerms, SessionTerms, WorkerProfile,
+};
+use kvferry_core::{Direction, Epoch, GroupGeometry, GroupId, NodeId, Rank};
+use kvferry_transport::Pool;
+use thiserror::Error;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::decode_worker::DecodeWorker;
+use crate::group_leader::{GroupLeader, LeaderCore};
+use crate::mesh::{Linked, Mesh, MeshConfig, PeerChange};
+use crate::nic::{NicReport, NicStartError};
+use crate::prefill_worker::PrefillWorker;
+use crate::router::{Incoming, Router};
+use crate::scheduler::{DirectoryActor, Scheduler};
+use crate::seams::{Environment, ListenError, NicPort, OpenNic};
+use crate::shell::{Observer, Shell};
+use crate::supervise::{self, OnPanic};
+use crate::worker::Answer;
+
+/// What every node needs to know of itself.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Who it is, in which incarnation, with which secret.
+    pub identity: Identity,
+    /// Where its control listener is, such as `127.0.0.1:0`.
+    pub listen: String,
+    /// How sessions wait.
+    pub session: SessionTerms,
+    /// How long KV is held for others.
+    pub leases: LeaseTerms,
+    /// How long transfers may take.
+    pub deadlines: DeadlineTerms,
+}
+
+impl NodeConfig {
+    /// A node that listens on any port of the loopback, without a secret, with default terms.
+    pub fn new(node: NodeId, epoch: Epoch) -> Self {
+        NodeConfig {
+            identity: Identity { node, epoch, secret: None },
+            listen: "127.0.0.1:0".to_owned(),
+            session: SessionTerms::default(),
+            leases: LeaseTerms::default(),
+            deadlines: DeadlineTerms::default(),
+        }
+    }
+}
+
+/// What a worker node needs besides.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// Which side.
+    pub role: Role,
+    /// Which group.
+    pub group: GroupId,
+    /// Which rank of it.
+    pub rank: Rank,
+    /// What the group serves, and how it is cut.
+    pub geometry: Arc<GroupGeometry>,
+    /// Blocks of the pool, per layer group.
+    pub blocks: Vec<u32>,
+    /// Handovers that the group takes at once.
+    pub handovers_max: u32,
+    /// Who initiates transfers; `None` leaves it to the peer.
+    pub direction: Option<Direction>,
+    /// The scheduler's node and control address.
+    pub scheduler: (NodeId, String),
+}
+
+impl WorkerConfig {
+    /// Rank `rank` of a group, with a pool of `blocks` blocks per layer group.
+    pub fn new(
+        role: Role,
+        group: GroupId,
+        rank: Rank,
+        geometry: Arc<GroupGeometry>,
+        blocks: Vec<u32>,
+        scheduler: (NodeId, String),
+    ) -> Self {
+        WorkerConfig { role, group, rank, geometry, blocks, handovers_max: 8, direction: None, scheduler }
+    }
+}
+
+/// Why a node did not start.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum NodeError {
+    /// The control listener.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// A NIC.
+    #[error("NIC {nic} of this node did not start: {source}")]
+    Nic {
+        /// Which.
+        nic: usize,
+        /// Why.
+        #[source]
+        source: NicStartError,
+    },
+    /// The geometry or the pool make no sense.
+    #[error("this worker cannot be: {0}")]
+    Config(String),
+    /// The node's thread did not start or ended early.
+    #[error("the node's thread {0}")]
+    Thread(String),
+}
+
+/// A worker node that runs.
+pub struct WorkerParts {
+    /// What the serving engine must do.
+    pub calls: mpsc::UnboundedReceiver<EngineCall>,
+    /// Where the engine answers.
+    pub answers: Recipient<Answer>,
+    /// The control address that peers dial.
+    pub address: String,
+}
+
+/// A scheduler node that runs.
+pub struct SchedulerParts {
+    /// The scheduler.
+    pub scheduler: Addr<Scheduler>,
+    /// The control address that workers dial.
+    pub address: String,
+}
+
+/// What a node is assembled in.
+#[derive(Clone)]
+pub struct Surroundings {
+    /// The four seams.
+    pub environment: Environment,
+    /// Where events go.
+    pub observer: Observer,
+    /// Told of panics.
+    pub on_panic: OnPanic,
+}
+
+impl Surroundings {
+    fn shell(&self, router: &Router) -> Shell {
+        Shell::new(self.environment.clock.clone(), router.clone(), self.observer.clone())
+    }
+}
+
+/// Starts a worker's actors on the current thread. `pool` must be laid out as [`Shard::layout`](kvferry_core::Shard::layout) says.
+pub async fn assemble_worker(
+    around: &Surroundings,
+    node: NodeConfig,
+    config: WorkerConfig,
+    pool: Pool,
+    nics: Vec<OpenNic>,
+) -> Result<WorkerParts, NodeError> {
+    config.geometry.validate().map_err(|error| NodeError::Config(error.to_string()))?;
+    let shard = config.geometry.shard(config.rank).map_err(|error| NodeError::Config(error.to_string()))?;
+    if config.blocks.len() != config.geometry.model.groups.len() {
+        let (given, groups) = (config.blocks.len(), config.geometry.model.groups.len());
+        return Err(NodeError::Config(format!("{given} pool sizes for {groups} layer groups")));
+    }
+    if shard.layout(&config.blocks) != *pool.layout() {
+        return Err(NodeError::Config("the pool is not laid out as Shard::layout says for this rank and these blocks".to_owned()));
+    }
+    match config.role {
+        Role::Prefill => {
+            let leases = node.leases;
+            let make = move |group, profile, shell| PrefillWorker::new(PrefillRank::new(profile, leases), shell, group);
+            run_worker(around, node, config, pool, nics, make).await
+        }
+        Role::Decode => {
+            let (leases, deadlines) = (node.leases, node.deadlines);
+            let make = move |group, profile, shell| DecodeWorker::new(DecodeRank::new(profile, leases, deadlines), shell, group);
+            run_worker(around, node, config, pool, nics, make).await
+        }
+    }
+}
+
+async fn run_worker<A>(
+    around: &Surroundings,
+    node: NodeConfig,
+    config: WorkerConfig,
+    pool: Pool,
+    nics: Vec<OpenNic>,
+    make: impl FnOnce(GroupId, WorkerProfile, Shell) -> A,
+) -> Result<WorkerParts, NodeError>
+where
+    A: Actor<Context = Context<A>> + Handler<NicReport> + Handler<Answer> + Handler<Incoming> + Handler<PeerChange>,
+{
+    let router = Router::new(node.identity.node);
+    // NICs report to the worker, which cannot start before it knows them; its address can.
+    let context = Context::<A>::new();
+    let address = context.address();
+    let (adverts, ports) = open_nics(around, &pool, nics, &address.clone().recipient()).await?;
+    let profile = WorkerProfile {
+        role: config.role,
+        group: config.group,
+        rank: config.rank,
+        geometry: Arc::clone(&config.geometry),
+        layout: Arc::new(pool.layout().clone()),
+        nics: adverts,
+        direction: config.direction,
+    };
+    let (calls, engine_calls) = mpsc::unbounded_channel();
+    let shell = around.shell(&router).with_worker(ports, calls);
+    supervise::start("worker", &around.on_panic, context, make(config.group, profile.clone(), shell));
+    router.connect(|ports| ports.worker = Some(address.clone().recipient()));
+    if config.rank == Rank(0) {
+        let (group, geometry, scheduler) = (config.group, Arc::clone(&config.geometry), config.scheduler.0);
+        let core = match config.role {
+            Role::Prefill => LeaderCore::Prefill(PrefillLeader::new(group, geometry, scheduler, SchedulerTerms::default().prefill_within)),
+            Role::Decode => LeaderCore::Decode(DecodeLeader::new(group, geometry, scheduler, node.deadlines)),
+        };
+        let leader = GroupLeader::new(core, around.shell(&router), group);
+        let leader = supervise::start("group leader", &around.on_panic, Context::new(), leader);
+        router.connect(|ports| ports.leader = Some(leader.recipient()));
+    }
+    let place = Place {
+        role: config.role,
+        group: config.group,
+        rank: config.rank,
+        geometry: config.geometry,
+        blocks: config.blocks,
+        handovers_max: config.handovers_max,
+    };
+    let listener = address.clone().recipient();
+    let profile = Profile { worker: Some(profile) };
+    let dialed = start_mesh(around, node, Some(place), profile, Some(config.scheduler), vec![listener], &router)?;
+    Ok(WorkerParts { calls: engine_calls, answers: address.recipient(), address: dialed })
+}
+
+/// Starts a scheduler's actors on the current thread.
+pub fn assemble_scheduler(
+    around: &Surroundings,
+    node: NodeConfig,
+    terms: SchedulerTerms,
+    policy: Box<dyn Policy>,
+) -> Result<SchedulerParts, NodeError> {
+    let router = Router::new(node.identity.node);
+    // Handover numbers must ascend over restarts: the epoch stands in their upper half.
+    let core = protocol::Scheduler::new(terms, policy, node.identity.epoch.0 << 32);
+    let scheduler = Scheduler::new(core, around.shell(&router));
+    let scheduler = supervise::start("scheduler", &around.on_panic, Context::new(), scheduler);
+    let directory = DirectoryActor::new(Directory::default(), around.shell(&router), scheduler.clone());
+    let directory = supervise::start("directory", &around.on_panic, Context::new(), directory);
+    let ports = (scheduler.clone().recipient(), directory.clone().recipient());
+    router.connect(|all| (all.scheduler, all.directory) = (Some(ports.0), Some(ports.1)));
+    let listeners = vec![directory.recipient()];
+    let address = start_mesh(around, node, None, Profile { worker: None }, None, listeners, &router)?;
+    Ok(SchedulerParts { scheduler, address })
+}
+
+async fn open_nics(
+    around: &Surroundings,
+    pool: &Pool,
+    nics: Vec<OpenNic>,
+    reports: &Recipient<NicReport>,
+) -> Result<(Vec<protocol::NicAdvert>, Vec<NicPort>), NodeError> {
+    let mut waiting = Vec::with_capacity(nics.len());
+    for (nic, open) in nics.into_iter().enumerate() {
+        let (opened, answer) = oneshot::channel();
+        around.environment.host.start_nic(nic, open, pool.clone(), opened, reports.clone());
+        waiting.push(answer);
+    }
+    let (mut adverts, mut ports) = (Vec::with_capacity(waiting.len()), Vec::with_capacity(waiting.len()));
+    for (nic, answer) in waiting.into_iter().enumerate() {
+        let opened = answer.await.unwrap_or(Err(NicStartError::ThreadEnded)).map_err(|source| NodeError::Nic { nic, source })?;
+        adverts.push(opened.advert);
+        ports.push(opened.port);
+    }
+    Ok((adverts, ports))
+}
+
+fn start_mesh(
+    around: &Surroundings,
+    node: NodeConfig,
+    place: Option<Place>,
+    profile: Profile,
+    scheduler: Option<(NodeId, String)>,
+    listeners: Vec<Recipient<PeerChange>>,
+    router: &Router,
+) -> Result<String, NodeError> {
+    let context = Context::<Mesh>::new();
+    let mesh = context.address();
+    let accept = {
+        let mesh = mesh.clone();
+        Box::new(move |link| mesh.do_send(Linked { link: Ok(link), dialed: None }))
+    };
+    let address = around.environment.network.listen(&node.listen, accept)?;
+    let member = Member { node: node.identity.node, epoch: node.identity.epoch, address: address.clone(), place };
+    let config = MeshConfig { identity: node.identity, terms: node.session, member, profile, scheduler };
+    let actor = Mesh::new(config, around.environment.clone(), router.clone(), listeners, around.observer.clone());
+    supervise::start("mesh", &around.on_panic, context, actor);
+    router.connect(|ports| ports.mesh = Some(mesh.recipient()));
+    Ok(address)
+}

@@ -1,0 +1,28 @@
+//! kvferry's actors: thin actix shells around [`kvferry_core::protocol`], on four seams.
+
+mod assemble;
+mod decode_worker;
+mod group_leader;
+mod mesh;
+mod nic;
+mod node;
+mod peer_session;
+mod prefill_worker;
+mod router;
+mod scheduler;
+mod seams;
+mod shell;
+mod supervise;
+mod tcp_link;
+mod threads;
+mod worker;
+
+pub use assemble::{NodeConfig, NodeError, SchedulerParts, Surroundings, WorkerConfig, WorkerParts, assemble_scheduler, assemble_worker};
+pub use nic::{Nic, NicActor, NicOpened, NicReport, NicRequest, NicStartError};
+pub use node::{EnginePort, Handover, HandoverError, SchedulerNode, WorkerNode};
+pub use scheduler::{CancelRequest, Scheduler, Submit};
+pub use seams::{Clock, Environment, Host, Link, LinkInput, LinkUp, ListenError, Network, NicPort, OpenNic, Tick};
+pub use shell::Observer;
+pub use supervise::OnPanic;
+pub use threads::{MonotonicClock, ThreadOptions, environment, local_runtime};
+pub use worker::Answer;

@@ -1,0 +1,318 @@
+//! The actor that keeps a node's sessions: whom to dial, which incarnation to believe, who went away.
+
+use core::time::Duration;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use actix::prelude::*;
+use kvferry_core::protocol::{
+    Event, Identity, Lost, Member, Message as Wire, Profile, Session, SessionTerms, WorkerProfile, are_peers, dials,
+};
+use kvferry_core::{Epoch, Moment, NodeId};
+
+use crate::peer_session::{Hangup, PeerSession};
+use crate::router::{Incoming, Router};
+use crate::seams::{Environment, LinkUp, Tick};
+use crate::shell::Observer;
+
+const REDIAL_FIRST: Duration = Duration::from_millis(20);
+const REDIAL_MAX: Duration = Duration::from_secs(2);
+
+/// A session stands.
+#[derive(Debug)]
+pub(crate) struct SessionUp {
+    /// With whom.
+    pub node: NodeId,
+    /// In which incarnation.
+    pub epoch: Epoch,
+    /// The actor.
+    pub session: Addr<PeerSession>,
+    /// Whether this side dialed.
+    pub dialed: bool,
+}
+
+impl Message for SessionUp {
+    type Result = ();
+}
+
+/// A session, or an attempt at one, is over.
+#[derive(Debug)]
+pub(crate) struct SessionDown {
+    /// With whom it stood, if it did.
+    pub peer: Option<(NodeId, Epoch)>,
+    /// Whom this side had dialed.
+    pub dialed: Option<NodeId>,
+    /// The actor.
+    pub session: Addr<PeerSession>,
+    /// Why.
+    pub cause: String,
+}
+
+impl Message for SessionDown {
+    type Result = ();
+}
+
+/// A link came up, dialed or accepted.
+pub(crate) struct Linked {
+    /// The link, or why the dial failed.
+    pub link: Result<LinkUp, String>,
+    /// Whom this side dialed.
+    pub dialed: Option<NodeId>,
+}
+
+impl Message for Linked {
+    type Result = ();
+}
+
+/// A peer has introduced itself, or gone. For the worker and, at the scheduler's node, the directory.
+#[derive(Debug)]
+pub(crate) enum PeerChange {
+    /// Its session stands and its profile is known.
+    Up {
+        /// Who.
+        node: NodeId,
+        /// In which incarnation.
+        epoch: Epoch,
+        /// What it is; `None` for a scheduler.
+        profile: Option<WorkerProfile>,
+    },
+    /// Its session ended.
+    Down {
+        /// Who.
+        node: NodeId,
+        /// In which incarnation.
+        epoch: Epoch,
+        /// Why.
+        cause: String,
+    },
+}
+
+impl Message for PeerChange {
+    type Result = ();
+}
+
+/// What a mesh needs to know of its own node.
+pub(crate) struct MeshConfig {
+    /// Who this is.
+    pub identity: Identity,
+    /// How sessions wait.
+    pub terms: SessionTerms,
+    /// This node as the directory is to list it.
+    pub member: Member,
+    /// What peers are told.
+    pub profile: Profile,
+    /// Where the scheduler is; `None` on its own node.
+    pub scheduler: Option<(NodeId, String)>,
+}
+
+struct Target {
+    address: String,
+    dialing: bool,
+    backoff: Duration,
+    redial_at: Option<Moment>,
+}
+
+/// The sessions of one node.
+pub(crate) struct Mesh {
+    config: MeshConfig,
+    environment: Environment,
+    router: Router,
+    listeners: Vec<Recipient<PeerChange>>,
+    observer: Observer,
+    targets: BTreeMap<NodeId, Target>,
+    /// Sessions that stand, with the incarnation that they stand with.
+    up: BTreeMap<NodeId, (Epoch, Addr<PeerSession>)>,
+    /// The newest incarnation that was declared lost: nothing of it, or older, is believed.
+    fenced: BTreeMap<NodeId, Epoch>,
+    armed: Option<Moment>,
+}
+
+impl Mesh {
+    /// A mesh without sessions; it dials the scheduler as soon as it starts.
+    pub(crate) fn new(config: MeshConfig, environment: Environment, router: Router, listeners: Vec<Recipient<PeerChange>>, observer: Observer) -> Self {
+        let mut targets = BTreeMap::new();
+        if let Some((node, address)) = &config.scheduler {
+            targets.insert(*node, Target::new(address.clone()));
+        }
+        Mesh { config, environment, router, listeners, observer, targets, up: BTreeMap::new(), fenced: BTreeMap::new(), armed: None }
+    }
+
+    fn dial_all(&mut self, ctx: &mut Context<Self>) {
+        let now = self.environment.clock.now();
+        let mut due: Option<Moment> = None;
+        for (node, target) in &mut self.targets {
+            if target.dialing || self.up.contains_key(node) {
+                continue;
+            }
+            if let Some(at) = target.redial_at.filter(|at| now < *at) {
+                due = Some(due.map_or(at, |due| due.min(at)));
+                continue;
+            }
+            target.dialing = true;
+            let (mesh, dialed) = (ctx.address(), Some(*node));
+            self.environment.network.dial(&target.address, Box::new(move |link| mesh.do_send(Linked { link, dialed })));
+        }
+        if let Some(due) = due
+            && self.armed.is_none_or(|armed| due < armed)
+        {
+            self.armed = Some(due);
+            self.environment.clock.wake(due, ctx.address().recipient());
+        }
+    }
+
+    fn retry_later(&mut self, node: NodeId, ctx: &mut Context<Self>) {
+        let now = self.environment.clock.now();
+        if let Some(target) = self.targets.get_mut(&node) {
+            target.dialing = false;
+            target.redial_at = Some(now + target.backoff);
+            target.backoff = (target.backoff * 2).min(REDIAL_MAX);
+        }
+        self.dial_all(ctx);
+    }
+
+    fn tell(&self, change: impl Fn() -> PeerChange) {
+        for listener in &self.listeners {
+            listener.do_send(change());
+        }
+    }
+
+    fn members(&mut self, members: &[Arc<Member>], ctx: &mut Context<Self>) {
+        let me = &self.config.member;
+        let scheduler = self.config.scheduler.as_ref().map(|(node, _)| *node);
+        self.targets.retain(|node, _| Some(*node) == scheduler || members.iter().any(|member| member.node == *node));
+        for member in members {
+            if member.node != me.node && are_peers(me, member) && dials(me, member) {
+                let target = self.targets.entry(member.node).or_insert_with(|| Target::new(member.address.clone()));
+                if target.address != member.address {
+                    *target = Target::new(member.address.clone());
+                }
+            }
+        }
+        self.dial_all(ctx);
+    }
+
+    fn lost(&mut self, lost: &Lost) {
+        let fence = self.fenced.entry(lost.node).or_insert(lost.epoch);
+        *fence = (*fence).max(lost.epoch);
+        self.targets.remove(&lost.node);
+        if let Some((epoch, session)) = self.up.get(&lost.node)
+            && *epoch <= lost.epoch
+        {
+            session.do_send(Hangup);
+        }
+    }
+}
+
+impl Target {
+    fn new(address: String) -> Self {
+        Target { address, dialing: false, backoff: REDIAL_FIRST, redial_at: None }
+    }
+}
+
+impl Actor for Mesh {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        self.dial_all(ctx);
+    }
+}
+
+impl Handler<Linked> for Mesh {
+    type Result = ();
+
+    fn handle(&mut self, Linked { link, dialed }: Linked, ctx: &mut Context<Self>) {
+        let link = match link {
+            Ok(link) => link,
+            Err(reason) => {
+                tracing::debug!(?dialed, reason, "a dial failed");
+                if let Some(node) = dialed {
+                    self.retry_later(node, ctx);
+                }
+                return;
+            }
+        };
+        let now = self.environment.clock.now();
+        let (identity, nonce, terms) = (self.config.identity.clone(), (self.environment.nonce)(), self.config.terms);
+        let session = match dialed {
+            Some(node) => Session::dial(now, identity, node, link.loopback, nonce, terms),
+            None => Session::accept(now, identity, link.loopback, nonce, terms),
+        };
+        PeerSession::new(session, link, self.environment.clock.clone(), self.router.clone(), ctx.address(), dialed).start();
+    }
+}
+
+impl Handler<SessionUp> for Mesh {
+    type Result = ();
+
+    fn handle(&mut self, SessionUp { node, epoch, session, dialed }: SessionUp, ctx: &mut Context<Self>) {
+        if let Some(target) = self.targets.get_mut(&node).filter(|_| dialed) {
+            target.dialing = false;
+            target.backoff = REDIAL_FIRST;
+        }
+        let fenced = self.fenced.get(&node).is_some_and(|fence| epoch <= *fence);
+        let older = self.up.get(&node).is_some_and(|(current, _)| epoch < *current);
+        if fenced || older {
+            session.do_send(Hangup);
+            self.dial_all(ctx);
+            return;
+        }
+        if let Some((_, replaced)) = self.up.insert(node, (epoch, session.clone()))
+            && replaced != session
+        {
+            replaced.do_send(Hangup);
+        }
+        self.router.attach(node, session);
+        self.router.send(node, Wire::Profile(Box::new(self.config.profile.clone())));
+        if self.config.scheduler.as_ref().is_some_and(|(scheduler, _)| *scheduler == node) {
+            self.router.send(node, Wire::Join(Box::new(self.config.member.clone())));
+        }
+    }
+}
+
+impl Handler<SessionDown> for Mesh {
+    type Result = ();
+
+    fn handle(&mut self, SessionDown { peer, dialed, session, cause }: SessionDown, ctx: &mut Context<Self>) {
+        if let Some((node, epoch)) = peer {
+            self.router.detach(node, &session);
+            if self.up.get(&node).is_some_and(|(_, current)| *current == session) {
+                self.up.remove(&node);
+                self.tell(|| PeerChange::Down { node, epoch, cause: cause.clone() });
+            }
+        }
+        if let Some(node) = dialed {
+            self.retry_later(node, ctx);
+        }
+    }
+}
+
+impl Handler<Incoming> for Mesh {
+    type Result = ();
+
+    fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
+        match message {
+            Wire::Profile(profile) => {
+                if let Some((epoch, _)) = self.up.get(&from) {
+                    let epoch = *epoch;
+                    self.tell(|| PeerChange::Up { node: from, epoch, profile: profile.worker.clone() });
+                }
+            }
+            Wire::Members(members) => self.members(&members, ctx),
+            Wire::Lost(lost) => self.lost(&lost),
+            Wire::JoinRefused(error) => {
+                tracing::error!(%error, "this node may not join");
+                (self.observer)(Event::NodeLost { node: self.config.member.node, cause: error.to_string() });
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Handler<Tick> for Mesh {
+    type Result = ();
+
+    fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
+        self.armed = None;
+        self.dial_all(ctx);
+    }
+}

@@ -1,0 +1,256 @@
+//! The actor that owns one opened device.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+
+use actix::prelude::*;
+use kvferry_core::protocol::{NicAdvert, NicCommand, NicEvent};
+use kvferry_core::{NodeId, PoolId};
+use kvferry_transport::{
+    BindError, Event, Expected, OpenError, PeerId, Pool, PoolKeys, PostError, RemotePool, Transfer, Transport, Wait,
+};
+use thiserror::Error;
+use tokio::sync::Notify;
+
+use crate::seams::NicPort;
+
+/// Posts that wait behind a full transport. Credits bound them long before this does.
+const BACKLOG_MAX: usize = 65_536;
+
+/// A command for a NIC.
+#[derive(Debug)]
+pub struct NicRequest(pub NicCommand);
+
+impl Message for NicRequest {
+    type Result = ();
+}
+
+/// What happened at a NIC since the last report: one message per batch, never one per piece.
+#[derive(Debug)]
+pub struct NicReport {
+    /// Which NIC.
+    pub nic: usize,
+    /// What happened, in order.
+    pub events: Vec<NicEvent>,
+}
+
+impl Message for NicReport {
+    type Result = ();
+}
+
+/// A NIC that is ready to be used.
+#[derive(Debug)]
+pub struct NicOpened {
+    /// What peers need to know.
+    pub advert: NicAdvert,
+    /// Where commands go.
+    pub port: NicPort,
+}
+
+/// Why a NIC did not start.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum NicStartError {
+    /// The device did not open.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The pool was not bound.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Its thread ended before it answered.
+    #[error("the NIC's thread ended before the device was open")]
+    ThreadEnded,
+    /// Its thread did not start.
+    #[error("the NIC's thread did not start: {0}")]
+    Thread(#[source] std::io::Error),
+}
+
+/// The transport and what this node knows of its peers. Shared between the actor and its host's loop, on one thread.
+pub struct Nic {
+    index: usize,
+    transport: Box<dyn Transport>,
+    pool: PoolId,
+    peers: BTreeMap<NodeId, (PeerId, RemotePool)>,
+    backlog: VecDeque<NicCommand>,
+    events: Vec<Event>,
+    reports: Recipient<NicReport>,
+    outgoing: Vec<NicEvent>,
+}
+
+impl Nic {
+    /// Binds the pool and says what peers need to know.
+    pub fn new(
+        index: usize,
+        mut transport: Box<dyn Transport>,
+        pool: &Pool,
+        reports: Recipient<NicReport>,
+    ) -> Result<(Self, NicAdvert), NicStartError> {
+        let keys = transport.bind(pool)?;
+        let info = transport.info();
+        let advert = NicAdvert {
+            kind: info.kind,
+            device: info.device.clone(),
+            host: info.host.clone(),
+            address: transport.address(),
+            keys: keys.0,
+        };
+        let nic = Nic {
+            index,
+            transport,
+            pool: pool.id(),
+            peers: BTreeMap::new(),
+            backlog: VecDeque::new(),
+            events: Vec::new(),
+            reports,
+            outgoing: Vec::new(),
+        };
+        Ok((nic, advert))
+    }
+
+    /// Makes progress: polls the transport once and reports. Says whether anything happened.
+    pub fn pump(&mut self) -> bool {
+        let mut events = std::mem::take(&mut self.events);
+        self.transport.poll(&mut events);
+        let progressed = !events.is_empty();
+        for event in events.drain(..) {
+            self.note(event);
+        }
+        self.events = events;
+        for _ in 0..self.backlog.len() {
+            let Some(command) = self.backlog.pop_front() else { break };
+            self.command(command);
+        }
+        self.report();
+        progressed
+    }
+
+    /// How to wait for the next event.
+    pub fn arm(&mut self) -> Wait {
+        if self.backlog.is_empty() { self.transport.arm() } else { Wait::Busy }
+    }
+
+    fn report(&mut self) {
+        if !self.outgoing.is_empty() {
+            let events = std::mem::take(&mut self.outgoing);
+            self.reports.do_send(NicReport { nic: self.index, events });
+        }
+    }
+
+    fn note(&mut self, event: Event) {
+        let node_of = |peer: PeerId| self.peers.iter().find(|(_, (known, _))| *known == peer).map(|(node, _)| *node);
+        let noted = match event {
+            Event::Connected { peer } => node_of(peer).map(|node| NicEvent::Connected { node }),
+            Event::Completed { id, bytes, pieces } | Event::Arrived { id, bytes, pieces } => Some(NicEvent::Done { id, bytes, pieces }),
+            Event::Failed { id, error } => Some(NicEvent::Failed { id, reason: error.to_string() }),
+            Event::Fenced { peer, proof } => node_of(peer).map(|node| NicEvent::Fenced { node, proof }),
+            Event::PeerLost { peer, reason } => {
+                let node = node_of(peer);
+                if let Some(node) = node {
+                    self.peers.remove(&node);
+                }
+                node.map(|node| NicEvent::PeerLost { node, reason })
+            }
+            // The control plane confirms leases itself, so no notices are asked for.
+            Event::Notice { .. } | Event::Unbound { .. } => None,
+        };
+        self.outgoing.extend(noted);
+    }
+
+    fn command(&mut self, command: NicCommand) {
+        match command {
+            NicCommand::Connect { node, address, keys, layout } => {
+                if let Some((peer, _)) = self.peers.remove(&node) {
+                    self.transport.disconnect(peer);
+                }
+                let connected = self.transport.connect(&address).map_err(|error| error.to_string()).and_then(|peer| {
+                    let remote = self.transport.import(peer, &PoolKeys(keys), &layout).map_err(|error| error.to_string())?;
+                    Ok((peer, remote))
+                });
+                match connected {
+                    Ok(pair) => {
+                        self.peers.insert(node, pair);
+                    }
+                    Err(reason) => self.outgoing.push(NicEvent::PeerLost { node, reason }),
+                }
+            }
+            NicCommand::Disconnect { node } => {
+                if let Some((peer, _)) = self.peers.remove(&node) {
+                    self.transport.disconnect(peer);
+                }
+            }
+            NicCommand::Fence { node } => {
+                if let Some((peer, _)) = self.peers.get(&node) {
+                    self.transport.fence(*peer);
+                }
+            }
+            NicCommand::Post { id, node, direction, program } => {
+                let Some((peer, remote)) = self.peers.get(&node).copied() else {
+                    let reason = format!("{node} is not connected");
+                    self.outgoing.push(NicEvent::Failed { id, reason });
+                    return;
+                };
+                let range = program.whole();
+                let transfer = Transfer { id, peer, direction, local: self.pool, remote, program: program.clone(), range, notice: None };
+                let posted = self.transport.post(transfer);
+                self.accept(posted, id, NicCommand::Post { id, node, direction, program });
+            }
+            NicCommand::Expect { id, program } => {
+                let range = program.whole();
+                let expected = self.transport.expect(Expected { id, pool: self.pool, program: program.clone(), range });
+                self.accept(expected, id, NicCommand::Expect { id, program });
+            }
+            NicCommand::Cancel { id } => {
+                let waiting = self.backlog.len();
+                self.backlog.retain(|command| !names(command, id));
+                if self.backlog.len() < waiting {
+                    self.outgoing.push(NicEvent::Failed { id, reason: "cancelled".to_owned() });
+                } else {
+                    self.transport.cancel(id);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn accept(&mut self, result: Result<(), PostError>, id: kvferry_core::TransferId, command: NicCommand) {
+        match result {
+            Ok(()) => {}
+            Err(PostError::Full) if self.backlog.len() < BACKLOG_MAX => self.backlog.push_back(command),
+            Err(error) => self.outgoing.push(NicEvent::Failed { id, reason: error.to_string() }),
+        }
+    }
+}
+
+fn names(command: &NicCommand, wanted: kvferry_core::TransferId) -> bool {
+    matches!(command, NicCommand::Post { id, .. } | NicCommand::Expect { id, .. } if *id == wanted)
+}
+
+/// The actor: commands in, progress by whoever pumps.
+pub struct NicActor {
+    nic: Rc<RefCell<Nic>>,
+    /// Wakes the host's loop.
+    wake: Rc<Notify>,
+}
+
+impl NicActor {
+    /// An actor over a NIC that its host pumps; `wake` is notified after every command.
+    pub fn new(nic: Rc<RefCell<Nic>>, wake: Rc<Notify>) -> Self {
+        NicActor { nic, wake }
+    }
+}
+
+impl Actor for NicActor {
+    type Context = Context<Self>;
+}
+
+impl Handler<NicRequest> for NicActor {
+    type Result = ();
+
+    fn handle(&mut self, NicRequest(command): NicRequest, _: &mut Context<Self>) {
+        let mut nic = self.nic.borrow_mut();
+        nic.command(command);
+        nic.report();
+        self.wake.notify_one();
+    }
+}

@@ -1,0 +1,280 @@
+//! Nodes as a serving process holds them: handles that any thread may use, over actors on threads of their own.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context as Poller, Poll};
+
+use actix::prelude::*;
+use kvferry_core::protocol::{EngineCall, EngineEvent, Event, Finished, Policy, Refusal, RequestSpec, SchedulerTerms};
+use kvferry_core::{HandoverId, RequestId, Tables};
+use kvferry_transport::Pool;
+use thiserror::Error;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+
+use crate::assemble::{NodeConfig, NodeError, Surroundings, WorkerConfig, assemble_scheduler, assemble_worker};
+use crate::scheduler::{CancelRequest, Scheduler, Submit};
+use crate::seams::OpenNic;
+use crate::threads::{ThreadOptions, environment, local_runtime};
+use crate::worker::Answer;
+
+/// Requests that may be submitted and not finished at once.
+const REQUESTS_MAX: usize = 65_536;
+
+/// A scheduler's node.
+pub struct SchedulerNode {
+    scheduler: Addr<Scheduler>,
+    address: String,
+    events: Option<mpsc::UnboundedReceiver<Event>>,
+    credits: Arc<Semaphore>,
+    thread: NodeThread,
+}
+
+impl SchedulerNode {
+    /// Starts a scheduler on a thread of its own.
+    pub async fn start(config: NodeConfig, terms: SchedulerTerms, policy: Box<dyn Policy>) -> Result<Self, NodeError> {
+        let (parts, events, thread) = NodeThread::start("kvferry-scheduler", ThreadOptions::default(), move |around| async move {
+            let parts = assemble_scheduler(&around, config, terms, policy)?;
+            Ok((parts.scheduler, parts.address))
+        })
+        .await?;
+        let (scheduler, address) = parts;
+        Ok(SchedulerNode { scheduler, address, events: Some(events), credits: Arc::new(Semaphore::new(REQUESTS_MAX)), thread })
+    }
+
+    /// The control address that workers are given.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// What happens at the scheduler, from now on; can be taken once.
+    pub fn events(&mut self) -> Option<mpsc::UnboundedReceiver<Event>> {
+        self.events.take()
+    }
+
+    /// Submits a request: a prefill group computes it, a decode group gets its KV. Waits for a credit, not for the handover.
+    ///
+    /// Dropping the returned [`Handover`] asks for cancellation; it frees nothing by itself.
+    pub async fn submit(&self, spec: RequestSpec) -> Handover {
+        let permit = Arc::clone(&self.credits).acquire_owned().await.ok();
+        let (answer, finished) = oneshot::channel();
+        let request = spec.request;
+        self.scheduler.do_send(Submit { spec, answer });
+        Handover { request, finished, scheduler: Some(self.scheduler.clone()), _permit: permit }
+    }
+
+    /// Stops the node and waits for its thread.
+    pub async fn shutdown(self) {
+        self.thread.shutdown().await;
+    }
+}
+
+/// A submitted request: resolves once it is finished.
+#[must_use = "dropping a handover cancels it"]
+pub struct Handover {
+    request: RequestId,
+    finished: oneshot::Receiver<Result<Finished, Refusal>>,
+    scheduler: Option<Addr<Scheduler>>,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+/// Why a handover has no outcome.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum HandoverError {
+    /// The scheduler did not take it.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The scheduler is gone.
+    #[error("the scheduler of {0} is gone; what became of it is unknown")]
+    SchedulerGone(RequestId),
+}
+
+impl Handover {
+    /// Which request.
+    pub fn request(&self) -> RequestId {
+        self.request
+    }
+}
+
+impl Future for Handover {
+    type Output = Result<Finished, HandoverError>;
+
+    fn poll(mut self: Pin<&mut Self>, poller: &mut Poller<'_>) -> Poll<Self::Output> {
+        let Poll::Ready(answer) = Pin::new(&mut self.finished).poll(poller) else { return Poll::Pending };
+        self.scheduler = None;
+        Poll::Ready(match answer {
+            Ok(Ok(finished)) => Ok(finished),
+            Ok(Err(refusal)) => Err(refusal.into()),
+            Err(_) => Err(HandoverError::SchedulerGone(self.request)),
+        })
+    }
+}
+
+impl Drop for Handover {
+    fn drop(&mut self) {
+        if let Some(scheduler) = &self.scheduler {
+            scheduler.do_send(CancelRequest(self.request));
+        }
+    }
+}
+
+/// A prefill or decode rank's node.
+pub struct WorkerNode {
+    calls: mpsc::UnboundedReceiver<EngineCall>,
+    port: EnginePort,
+    address: String,
+    events: Option<mpsc::UnboundedReceiver<Event>>,
+    thread: NodeThread,
+}
+
+impl WorkerNode {
+    /// Starts a rank: control actors on one thread, each NIC on another. `pool` must be laid out as
+    /// [`Shard::layout`](kvferry_core::Shard::layout) says for this rank.
+    pub async fn start(
+        config: NodeConfig,
+        worker: WorkerConfig,
+        pool: Pool,
+        nics: Vec<OpenNic>,
+        threads: ThreadOptions,
+    ) -> Result<Self, NodeError> {
+        let name = format!("kvferry-{}-{}", worker.role, worker.rank.0);
+        let (parts, events, thread) = NodeThread::start(&name, threads, move |around| async move {
+            let parts = assemble_worker(&around, config, worker, pool, nics).await?;
+            Ok((parts.calls, parts.answers, parts.address))
+        })
+        .await?;
+        let (calls, answers, address) = parts;
+        Ok(WorkerNode { calls, port: EnginePort { answers }, address, events: Some(events), thread })
+    }
+
+    /// The control address that peers dial.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// What happens at this rank, from now on; can be taken once.
+    pub fn events(&mut self) -> Option<mpsc::UnboundedReceiver<Event>> {
+        self.events.take()
+    }
+
+    /// The next thing that the serving engine must do; `None` after the node has stopped.
+    pub async fn next_call(&mut self) -> Option<EngineCall> {
+        self.calls.recv().await
+    }
+
+    /// The next thing, if there is one already.
+    pub fn try_next_call(&mut self) -> Option<EngineCall> {
+        self.calls.try_recv().ok()
+    }
+
+    /// Where the engine answers; cheap to clone, from any thread.
+    pub fn port(&self) -> EnginePort {
+        self.port.clone()
+    }
+
+    /// Stops the node and waits for its thread.
+    pub async fn shutdown(self) {
+        self.thread.shutdown().await;
+    }
+}
+
+/// The engine's way back to its worker.
+#[derive(Clone)]
+pub struct EnginePort {
+    answers: Recipient<Answer>,
+}
+
+impl EnginePort {
+    /// Tells the worker anything that an engine can say. A worker that is gone does not hear it.
+    pub fn tell(&self, event: EngineEvent) {
+        self.answers.do_send(Answer(event));
+    }
+
+    /// Prefill: blocks are allocated; layers become ready in these steps (model-layer ends, the last is the layer count).
+    pub fn opened(&self, request: RequestId, tables: Tables, steps: Vec<u32>) {
+        self.tell(EngineEvent::Opened { request, tables, steps });
+    }
+
+    /// Prefill: the first `steps` steps are computed.
+    pub fn ready(&self, request: RequestId, steps: u32) {
+        self.tell(EngineEvent::Ready { request, steps });
+    }
+
+    /// Decode: here are blocks, of which those of the first `have` tokens hold their KV already.
+    pub fn placed(&self, handover: HandoverId, tables: Tables, have: u64) {
+        self.tell(EngineEvent::Placed { handover, tables, have });
+    }
+
+    /// Decode: the blocks of a delivered handover are free again.
+    pub fn freed(&self, handover: HandoverId) {
+        self.tell(EngineEvent::Freed { handover });
+    }
+}
+
+/// The control thread of a node.
+struct NodeThread {
+    stop: Option<oneshot::Sender<()>>,
+    ended: oneshot::Receiver<()>,
+}
+
+impl NodeThread {
+    /// Runs `assemble` on a new thread with a local runtime of its own, which then serves until it is told to stop or an actor panics.
+    async fn start<T, A, F>(name: &str, threads: ThreadOptions, assemble: A) -> Result<(T, mpsc::UnboundedReceiver<Event>, Self), NodeError>
+    where
+        T: Send + 'static,
+        A: FnOnce(Surroundings) -> F + Send + 'static,
+        F: Future<Output = Result<T, NodeError>>,
+    {
+        let (observed, events) = mpsc::unbounded_channel();
+        let (started, assembled) = oneshot::channel();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (end, ended) = oneshot::channel();
+        let body = move || {
+            let runtime = match local_runtime() {
+                Ok(runtime) => runtime,
+                Err(error) => {
+                    let _ = started.send(Err(NodeError::Thread(format!("has no runtime: {error}"))));
+                    return;
+                }
+            };
+            runtime.block_on(async move {
+                let panicked = Rc::new(tokio::sync::Notify::new());
+                let around = Surroundings {
+                    environment: environment(threads),
+                    // Nobody has to watch.
+                    observer: Rc::new(move |event| drop(observed.send(event))),
+                    on_panic: {
+                        let panicked = Rc::clone(&panicked);
+                        Rc::new(move |_| panicked.notify_one())
+                    },
+                };
+                let parts = assemble(around).await;
+                let failed = parts.is_err();
+                if started.send(parts).is_err() || failed {
+                    return;
+                }
+                tokio::select! {
+                    biased;
+                    _ = stopped => {}
+                    () = panicked.notified() => {}
+                }
+            });
+            // Dropping the runtime closes every session: peers see this incarnation end.
+            drop(runtime);
+            let _ = end.send(());
+        };
+        std::thread::Builder::new().name(name.to_owned()).spawn(body).map_err(|error| NodeError::Thread(format!("did not start: {error}")))?;
+        let parts = assembled.await.unwrap_or_else(|_| Err(NodeError::Thread("ended before the node stood".to_owned())))?;
+        Ok((parts, events, NodeThread { stop: Some(stop), ended }))
+    }
+
+    async fn shutdown(mut self) {
+        if let Some(stop) = self.stop.take() {
+            // A thread that has ended already needs no word.
+            let _ = stop.send(());
+        }
+        let _ = self.ended.await;
+    }
+}

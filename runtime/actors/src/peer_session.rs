@@ -1,0 +1,155 @@
+//! The actor under one control link.
+
+use std::rc::Rc;
+
+use actix::prelude::*;
+use kvferry_core::protocol::{Message as Wire, Session, SessionEvent};
+use kvferry_core::{Epoch, Moment, NodeId};
+
+use crate::mesh::{Mesh, SessionDown, SessionUp};
+use crate::router::Router;
+use crate::seams::{Clock, Link, LinkInput, LinkUp, Tick};
+
+/// Say this to the peer.
+#[derive(Debug)]
+pub(crate) struct Say(pub Wire);
+
+impl Message for Say {
+    type Result = ();
+}
+
+/// End the session: another one replaces it, or the peer's epoch is over.
+#[derive(Debug)]
+pub(crate) struct Hangup;
+
+impl Message for Hangup {
+    type Result = ();
+}
+
+/// One session per remote node and epoch: the link, its handshake, its deadlines.
+pub(crate) struct PeerSession {
+    session: Session,
+    link: Option<Box<dyn Link>>,
+    attach: Option<LinkUp>,
+    clock: Rc<dyn Clock>,
+    router: Router,
+    mesh: Addr<Mesh>,
+    peer: Option<(NodeId, Epoch)>,
+    /// Whom this side dialed; tells the mesh which attempt ended.
+    dialed: Option<NodeId>,
+    armed: Option<Moment>,
+}
+
+impl PeerSession {
+    /// A session over a link that stands.
+    pub(crate) fn new(session: Session, link: LinkUp, clock: Rc<dyn Clock>, router: Router, mesh: Addr<Mesh>, dialed: Option<NodeId>) -> Self {
+        PeerSession { session, link: None, attach: Some(link), clock, router, mesh, peer: None, dialed, armed: None }
+    }
+
+    fn turn(&mut self, ctx: &mut Context<Self>) {
+        if let Some(link) = &mut self.link {
+            while let Some(frame) = self.session.poll_transmit() {
+                link.send(frame);
+            }
+        }
+        while let Some(event) = self.session.poll_event() {
+            match event {
+                SessionEvent::Established { node, epoch } => {
+                    self.peer = Some((node, epoch));
+                    if let Some(link) = &mut self.link {
+                        link.trust();
+                    }
+                    self.mesh.do_send(SessionUp { node, epoch, session: ctx.address(), dialed: self.dialed.is_some() });
+                }
+                SessionEvent::Message(message) => {
+                    if let Some((node, _)) = self.peer {
+                        self.router.deliver(node, message);
+                    }
+                }
+                SessionEvent::Closed(error) => {
+                    self.mesh.do_send(SessionDown {
+                        peer: self.peer,
+                        dialed: self.dialed,
+                        session: ctx.address(),
+                        cause: error.to_string(),
+                    });
+                    if let Some(mut link) = self.link.take() {
+                        while let Some(frame) = self.session.poll_transmit() {
+                            link.send(frame);
+                        }
+                        link.close();
+                    }
+                    ctx.stop();
+                }
+            }
+        }
+        if let Some(link) = &mut self.link {
+            while let Some(frame) = self.session.poll_transmit() {
+                link.send(frame);
+            }
+        }
+        if let Some(due) = self.session.poll_timeout()
+            && self.armed.is_none_or(|armed| due < armed)
+        {
+            self.armed = Some(due);
+            self.clock.wake(due, ctx.address().recipient());
+        }
+    }
+}
+
+impl Actor for PeerSession {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        if let Some(link) = self.attach.take() {
+            self.link = Some((link.attach)(ctx.address().recipient()));
+        }
+        self.turn(ctx);
+    }
+}
+
+impl Handler<LinkInput> for PeerSession {
+    type Result = ();
+
+    fn handle(&mut self, input: LinkInput, ctx: &mut Context<Self>) {
+        let now = self.clock.now();
+        match input {
+            LinkInput::Frames(frames) => {
+                for frame in frames {
+                    self.session.handle_frame(now, frame);
+                }
+            }
+            LinkInput::Garbage(error) => self.session.handle_wire_error(now, error),
+            LinkInput::Closed(reason) => self.session.handle_link_closed(&reason),
+        }
+        self.turn(ctx);
+    }
+}
+
+impl Handler<Say> for PeerSession {
+    type Result = ();
+
+    fn handle(&mut self, Say(message): Say, ctx: &mut Context<Self>) {
+        self.session.send(self.clock.now(), message);
+        self.turn(ctx);
+    }
+}
+
+impl Handler<Hangup> for PeerSession {
+    type Result = ();
+
+    fn handle(&mut self, _: Hangup, ctx: &mut Context<Self>) {
+        self.session.handle_link_closed("this side hung up");
+        self.turn(ctx);
+    }
+}
+
+impl Handler<Tick> for PeerSession {
+    type Result = ();
+
+    fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
+        self.armed = None;
+        self.session.handle_timeout(self.clock.now());
+        self.turn(ctx);
+    }
+}

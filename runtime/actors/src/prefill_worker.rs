@@ -1,0 +1,98 @@
+//! The actor of a prefill rank: a shell around [`PrefillRank`].
+
+use actix::prelude::*;
+use kvferry_core::GroupId;
+use kvferry_core::protocol::{Message as Wire, PrefillRank};
+
+use crate::mesh::PeerChange;
+use crate::nic::NicReport;
+use crate::router::Incoming;
+use crate::seams::Tick;
+use crate::shell::Shell;
+use crate::worker::{Answer, Roster};
+
+/// One prefill rank.
+pub(crate) struct PrefillWorker {
+    core: PrefillRank,
+    shell: Shell,
+    group: GroupId,
+    roster: Roster,
+}
+
+impl PrefillWorker {
+    /// A worker over its core.
+    pub(crate) fn new(core: PrefillRank, shell: Shell, group: GroupId) -> Self {
+        PrefillWorker { core, shell, group, roster: Roster::default() }
+    }
+
+    fn turn(&mut self, ctx: &mut Context<Self>) {
+        self.shell.run(self.core.outbox(), |_| {});
+        self.shell.arm(self.core.poll_timeout(), || ctx.address().recipient());
+    }
+}
+
+impl Actor for PrefillWorker {
+    type Context = Context<Self>;
+}
+
+impl Handler<Incoming> for PrefillWorker {
+    type Result = ();
+
+    fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
+        let now = self.shell.now();
+        match message {
+            Wire::Members(members) => self.roster.update(&members),
+            Wire::Lost(lost) => {
+                let mine = self.roster.rank_in(self.group, lost.node).is_some();
+                self.core.handle_lost(now, &lost, mine);
+            }
+            message => self.core.handle_message(now, from, message),
+        }
+        self.turn(ctx);
+    }
+}
+
+impl Handler<Answer> for PrefillWorker {
+    type Result = ();
+
+    fn handle(&mut self, Answer(event): Answer, ctx: &mut Context<Self>) {
+        self.core.handle_engine(self.shell.now(), event);
+        self.turn(ctx);
+    }
+}
+
+impl Handler<NicReport> for PrefillWorker {
+    type Result = ();
+
+    fn handle(&mut self, NicReport { nic, events }: NicReport, ctx: &mut Context<Self>) {
+        for event in events {
+            self.core.handle_nic(self.shell.now(), nic, event);
+        }
+        self.turn(ctx);
+    }
+}
+
+impl Handler<PeerChange> for PrefillWorker {
+    type Result = ();
+
+    fn handle(&mut self, change: PeerChange, ctx: &mut Context<Self>) {
+        let now = self.shell.now();
+        match change {
+            PeerChange::Up { node, profile: Some(profile), .. } => self.core.handle_peer(now, node, profile),
+            PeerChange::Up { .. } => {}
+            PeerChange::Down { node, .. } => self.core.handle_peer_down(now, node),
+        }
+        self.turn(ctx);
+    }
+}
+
+impl Handler<Tick> for PrefillWorker {
+    type Result = ();
+
+    fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
+        let now = self.shell.ticked();
+        self.core.handle_timeout(now);
+        self.turn(ctx);
+    }
+}
+

@@ -1,0 +1,128 @@
+//! Who gets a message: a local actor, or the session to another node.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use actix::prelude::*;
+use dashmap::DashMap;
+use kvferry_core::NodeId;
+use kvferry_core::protocol::Message as Wire;
+
+use crate::peer_session::{PeerSession, Say};
+
+/// A message for a local actor, and who said it.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    /// The sender; authenticated by its session, or this node itself.
+    pub from: NodeId,
+    /// What it said.
+    pub message: Wire,
+}
+
+impl Message for Incoming {
+    type Result = ();
+}
+
+/// Local actors by what they take.
+#[derive(Clone, Default)]
+pub(crate) struct Ports {
+    /// The prefill or decode worker.
+    pub worker: Option<Recipient<Incoming>>,
+    /// The group leader.
+    pub leader: Option<Recipient<Incoming>>,
+    /// The scheduler.
+    pub scheduler: Option<Recipient<Incoming>>,
+    /// The directory.
+    pub directory: Option<Recipient<Incoming>>,
+    /// The mesh of sessions.
+    pub mesh: Option<Recipient<Incoming>>,
+}
+
+/// Shared by all actors of one node, on one thread. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Router {
+    node: NodeId,
+    ports: Rc<RefCell<Ports>>,
+    sessions: Rc<DashMap<NodeId, Addr<PeerSession>>>,
+}
+
+impl Router {
+    /// A router without ports or sessions.
+    pub(crate) fn new(node: NodeId) -> Self {
+        Router { node, ports: Rc::default(), sessions: Rc::default() }
+    }
+
+    /// This node.
+    pub(crate) fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Connects local actors.
+    pub(crate) fn connect(&self, change: impl FnOnce(&mut Ports)) {
+        change(&mut self.ports.borrow_mut());
+    }
+
+    /// The session to a node from now on.
+    pub(crate) fn attach(&self, node: NodeId, session: Addr<PeerSession>) -> Option<Addr<PeerSession>> {
+        self.sessions.insert(node, session)
+    }
+
+    /// Forgets a session, if it is still that one.
+    pub(crate) fn detach(&self, node: NodeId, session: &Addr<PeerSession>) -> bool {
+        self.sessions.remove_if(&node, |_, current| current == session).is_some()
+    }
+
+    /// Whether a session to a node stands.
+    pub(crate) fn reaches(&self, node: NodeId) -> bool {
+        self.sessions.contains_key(&node)
+    }
+
+    /// Sends to a node; to this one, without a session. A message to nobody is dropped: whoever waits for its answer has a deadline.
+    pub(crate) fn send(&self, to: NodeId, message: Wire) {
+        if to == self.node {
+            self.deliver(to, message);
+        } else if let Some(session) = self.sessions.get(&to) {
+            session.do_send(Say(message));
+        } else {
+            tracing::debug!(%to, "no session; a message is dropped");
+        }
+    }
+
+    /// Gives a message to the local actors that it concerns.
+    pub(crate) fn deliver(&self, from: NodeId, message: Wire) {
+        let ports = self.ports.borrow();
+        match &message {
+            Wire::Join(_) => give(&ports.directory, from, message),
+            Wire::Profile(_) | Wire::JoinRefused(_) => give(&ports.mesh, from, message),
+            Wire::Members(_) | Wire::Lost(_) => {
+                // The leader before the worker, the mesh last: it dials, and what it dials asks the others.
+                for port in [&ports.leader, &ports.worker, &ports.mesh] {
+                    give(port, from, message.clone());
+                }
+            }
+            // The scheduler talks to leaders, leaders to ranks; a leader hands on what it decided under the same names.
+            Wire::Prefill(_) | Wire::Renew { .. } | Wire::Release { .. } => {
+                let from_scheduler = ports.leader.is_some() && from != self.node;
+                give(if from_scheduler { &ports.leader } else { &ports.worker }, from, message);
+            }
+            Wire::RankOpened { .. } | Wire::RankReady { .. } | Wire::RankFailed { .. } | Wire::RankDone { .. } => {
+                give(&ports.leader, from, message);
+            }
+            Wire::Pair(_) | Wire::Abort { .. } => give(&ports.leader, from, message),
+            Wire::Started { .. } | Wire::Freed { .. } | Wire::Holds { .. } => {
+                give(if ports.leader.is_some() { &ports.leader } else { &ports.scheduler }, from, message);
+            }
+            Wire::Offered(_) | Wire::OfferReady { .. } | Wire::OfferFailed { .. } | Wire::Outcome(_) => {
+                give(&ports.scheduler, from, message);
+            }
+            _ => give(&ports.worker, from, message),
+        }
+    }
+}
+
+fn give(port: &Option<Recipient<Incoming>>, from: NodeId, message: Wire) {
+    match port {
+        Some(port) => port.do_send(Incoming { from, message }),
+        None => tracing::debug!(%from, "nobody here takes that message"),
+    }
+}

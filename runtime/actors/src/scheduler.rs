@@ -1,0 +1,196 @@
+//! The actors of the scheduler's node: the scheduler itself, and the directory beside it.
+
+use std::collections::BTreeMap;
+
+use actix::prelude::*;
+use kvferry_core::RequestId;
+use kvferry_core::protocol::{self, Directory, Event, Finished, Lost, Member, Message as Wire, Refusal, RequestSpec};
+use tokio::sync::oneshot;
+
+use crate::mesh::PeerChange;
+use crate::router::Incoming;
+use crate::seams::Tick;
+use crate::shell::Shell;
+
+/// A request, and who waits for its end.
+#[derive(Debug)]
+pub struct Submit {
+    /// What to move.
+    pub spec: RequestSpec,
+    /// Answered once: refused at once, or finished later.
+    pub answer: oneshot::Sender<Result<Finished, Refusal>>,
+}
+
+impl Message for Submit {
+    type Result = ();
+}
+
+/// Nobody waits for a request any more.
+#[derive(Clone, Copy, Debug)]
+pub struct CancelRequest(pub RequestId);
+
+impl Message for CancelRequest {
+    type Result = ();
+}
+
+/// Pairs offers with decode consumers.
+pub struct Scheduler {
+    core: protocol::Scheduler,
+    shell: Shell,
+    waiting: BTreeMap<RequestId, oneshot::Sender<Result<Finished, Refusal>>>,
+}
+
+impl Scheduler {
+    /// A scheduler over its core.
+    pub(crate) fn new(core: protocol::Scheduler, shell: Shell) -> Self {
+        Scheduler { core, shell, waiting: BTreeMap::new() }
+    }
+
+    fn turn(&mut self, ctx: &mut Context<Self>) {
+        let waiting = &mut self.waiting;
+        self.shell.run(self.core.outbox(), |event| {
+            if let Event::Finished(finished) = event
+                && let Some(answer) = waiting.remove(&finished.request)
+            {
+                // Whoever asked may have gone; the event is still observed.
+                let _ = answer.send(Ok(finished.clone()));
+            }
+        });
+        self.shell.arm(self.core.poll_timeout(), || ctx.address().recipient());
+    }
+}
+
+impl Actor for Scheduler {
+    type Context = Context<Self>;
+}
+
+impl Handler<Submit> for Scheduler {
+    type Result = ();
+
+    fn handle(&mut self, Submit { spec, answer }: Submit, ctx: &mut Context<Self>) {
+        let request = spec.request;
+        match self.core.handle_submit(self.shell.now(), spec) {
+            Ok(()) => {
+                self.waiting.insert(request, answer);
+            }
+            Err(refusal) => {
+                let _ = answer.send(Err(refusal));
+            }
+        }
+        self.turn(ctx);
+    }
+}
+
+impl Handler<CancelRequest> for Scheduler {
+    type Result = ();
+
+    fn handle(&mut self, CancelRequest(request): CancelRequest, ctx: &mut Context<Self>) {
+        self.core.handle_cancel(self.shell.now(), request);
+        self.turn(ctx);
+    }
+}
+
+impl Handler<Incoming> for Scheduler {
+    type Result = ();
+
+    fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
+        self.core.handle_message(self.shell.now(), from, message);
+        self.turn(ctx);
+    }
+}
+
+impl Handler<Membership> for Scheduler {
+    type Result = ();
+
+    fn handle(&mut self, change: Membership, ctx: &mut Context<Self>) {
+        let now = self.shell.now();
+        match change {
+            Membership::Joined(member) => self.core.handle_member(now, &member),
+            Membership::Lost(lost) => self.core.handle_lost(now, &lost),
+        }
+        self.turn(ctx);
+    }
+}
+
+impl Handler<Tick> for Scheduler {
+    type Result = ();
+
+    fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
+        let now = self.shell.ticked();
+        self.core.handle_timeout(now);
+        self.turn(ctx);
+    }
+}
+
+/// What the directory tells the scheduler.
+#[derive(Debug)]
+pub(crate) enum Membership {
+    /// A member joined.
+    Joined(std::sync::Arc<Member>),
+    /// A member is gone.
+    Lost(Lost),
+}
+
+impl Message for Membership {
+    type Result = ();
+}
+
+/// Knows who is alive: in memory, on the scheduler's node.
+pub(crate) struct DirectoryActor {
+    core: Directory,
+    shell: Shell,
+    scheduler: Addr<Scheduler>,
+}
+
+impl DirectoryActor {
+    /// A directory over its core.
+    pub(crate) fn new(core: Directory, shell: Shell, scheduler: Addr<Scheduler>) -> Self {
+        DirectoryActor { core, shell, scheduler }
+    }
+
+    fn turn(&mut self) {
+        self.shell.run(self.core.outbox(), |_| {});
+    }
+}
+
+impl Actor for DirectoryActor {
+    type Context = Context<Self>;
+}
+
+impl Handler<Incoming> for DirectoryActor {
+    type Result = ();
+
+    fn handle(&mut self, Incoming { from, message }: Incoming, _: &mut Context<Self>) {
+        let Wire::Join(member) = message else { return };
+        // A node joins for itself only.
+        if member.node != from {
+            self.shell.observe(Event::Ignored { from, what: "a join in another node's name" });
+            return;
+        }
+        match self.core.handle_join(*member) {
+            Ok(member) => {
+                // The list of members leaves before any work that the newcomer makes possible.
+                self.turn();
+                self.scheduler.do_send(Membership::Joined(member));
+            }
+            Err(error) => {
+                tracing::warn!(%from, %error, "a join was refused");
+                self.shell.router().send(from, Wire::JoinRefused(error));
+            }
+        }
+    }
+}
+
+impl Handler<PeerChange> for DirectoryActor {
+    type Result = ();
+
+    fn handle(&mut self, change: PeerChange, _: &mut Context<Self>) {
+        if let PeerChange::Down { node, epoch, cause } = change
+            && let Some(lost) = self.core.handle_lost(node, epoch, &cause)
+        {
+            self.turn();
+            self.shell.router().deliver(self.shell.router().node(), Wire::Lost(lost.clone()));
+            self.scheduler.do_send(Membership::Lost(lost));
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! What every protocol actor does around its core: run commands, pass events on, arm one timer.
+
+use std::rc::Rc;
+
+use actix::prelude::*;
+use kvferry_core::Moment;
+use kvferry_core::protocol::{Command, EngineCall, Event, Outbox};
+use tokio::sync::mpsc;
+
+use crate::nic::NicRequest;
+use crate::router::Router;
+use crate::seams::{Clock, NicPort, Tick};
+
+/// Where events of a node go.
+pub type Observer = Rc<dyn Fn(Event)>;
+
+/// The effects side of an actor.
+pub struct Shell {
+    clock: Rc<dyn Clock>,
+    router: Router,
+    nics: Vec<NicPort>,
+    engine: Option<mpsc::UnboundedSender<EngineCall>>,
+    observer: Observer,
+    armed: Option<Moment>,
+}
+
+impl Shell {
+    /// A shell for an actor without NICs or engine.
+    pub fn new(clock: Rc<dyn Clock>, router: Router, observer: Observer) -> Self {
+        Shell { clock, router, nics: Vec::new(), engine: None, observer, armed: None }
+    }
+
+    /// With the NICs and the engine of a worker.
+    pub fn with_worker(mut self, nics: Vec<NicPort>, engine: mpsc::UnboundedSender<EngineCall>) -> Self {
+        self.nics = nics;
+        self.engine = Some(engine);
+        self
+    }
+
+    /// Now, on the node's clock.
+    pub fn now(&self) -> Moment {
+        self.clock.now()
+    }
+
+    /// The node's router.
+    pub fn router(&self) -> &Router {
+        &self.router
+    }
+
+    /// Tells whoever watches.
+    pub fn observe(&self, event: Event) {
+        (self.observer)(event);
+    }
+
+    /// Runs everything in the outbox, handing each event to `each` first.
+    pub fn run(&mut self, outbox: &mut Outbox, mut each: impl FnMut(&Event)) {
+        while let Some(command) = outbox.poll_command() {
+            match command {
+                Command::Send { to, message } => self.router.send(to, message),
+                Command::Engine(call) => {
+                    if let Some(engine) = &self.engine {
+                        // An engine that is gone needs no calls; its node is being shut down.
+                        let _ = engine.send(call);
+                    }
+                }
+                Command::Nic { nic, command } => {
+                    if let Some(port) = self.nics.get(nic) {
+                        port.do_send(NicRequest(command));
+                    }
+                }
+                _ => {}
+            }
+        }
+        while let Some(event) = outbox.poll_event() {
+            each(&event);
+            (self.observer)(event);
+        }
+    }
+
+    /// Arms the actor's one timer, if `due` is earlier than what is armed.
+    pub fn arm(&mut self, due: Option<Moment>, to: impl FnOnce() -> Recipient<Tick>) {
+        if let Some(due) = due
+            && self.armed.is_none_or(|armed| due < armed)
+        {
+            self.armed = Some(due);
+            self.clock.wake(due, to());
+        }
+    }
+
+    /// A tick came: says whether the timer was due; an early one (from a timer that was superseded) is re-armed by the next `arm`.
+    pub fn ticked(&mut self) -> Moment {
+        self.armed = None;
+        self.clock.now()
+    }
+}

@@ -1,0 +1,47 @@
+//! A worker's panic is caught and counted, and ends its node's incarnation: what it held is only safe to reuse under a new epoch.
+
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context as Poller, Poll};
+
+use actix::prelude::*;
+
+/// Told the name of an actor that panicked.
+pub type OnPanic = Rc<dyn Fn(&'static str)>;
+
+/// Runs an actor; when it panics, it is dropped and `on_panic` is told its name.
+struct Supervised<A: Actor<Context = Context<A>>> {
+    name: &'static str,
+    running: Option<actix::dev::ContextFut<A, Context<A>>>,
+    on_panic: OnPanic,
+}
+
+impl<A: Actor<Context = Context<A>>> Unpin for Supervised<A> {}
+
+impl<A: Actor<Context = Context<A>>> Future for Supervised<A> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, poller: &mut Poller<'_>) -> Poll<()> {
+        let this = self.get_mut();
+        let Some(running) = &mut this.running else { return Poll::Ready(()) };
+        match std::panic::catch_unwind(AssertUnwindSafe(|| Pin::new(running).poll(poller))) {
+            Ok(poll) => poll,
+            Err(_) => {
+                tracing::error!(actor = this.name, "an actor panicked; its node's incarnation ends");
+                this.running = None;
+                (this.on_panic)(this.name);
+                Poll::Ready(())
+            }
+        }
+    }
+}
+
+/// Starts an actor under supervision, on the current thread's local set, in a context whose address may be known already.
+pub fn start<A: Actor<Context = Context<A>>>(name: &'static str, on_panic: &OnPanic, context: Context<A>, actor: A) -> Addr<A> {
+    let running = context.into_future(actor);
+    let address = running.address();
+    tokio::task::spawn_local(Supervised { name, running: Some(running), on_panic: Rc::clone(on_panic) });
+    address
+}

@@ -1,0 +1,141 @@
+//! Control links over TCP, on tokio.
+
+use std::cell::Cell;
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+
+use actix::prelude::*;
+use bytes::Bytes;
+use kvferry_core::wire::FrameReader;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::spawn_local;
+
+use crate::seams::{Link, LinkInput, LinkUp, ListenError, Network};
+
+/// Bytes that one read asks for.
+const READ_BYTES: usize = 64 << 10;
+
+/// The network of real hosts.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct TcpNetwork;
+
+impl Network for TcpNetwork {
+    fn dial(&self, address: &str, answer: Box<dyn FnOnce(Result<LinkUp, String>)>) {
+        let address = address.to_owned();
+        spawn_local(async move {
+            let stream = TcpStream::connect(&address).await;
+            answer(stream.and_then(link_up).map_err(|error| format!("{address}: {error}")));
+        });
+    }
+
+    fn listen(&self, address: &str, accept: Box<dyn Fn(LinkUp)>) -> Result<String, ListenError> {
+        let parsed: SocketAddr =
+            address.parse().map_err(|error: std::net::AddrParseError| ListenError::BadAddress { address: address.to_owned(), reason: error.to_string() })?;
+        let io = |source| ListenError::Io { address: address.to_owned(), source };
+        let listener = std::net::TcpListener::bind(parsed).map_err(io)?;
+        listener.set_nonblocking(true).map_err(io)?;
+        let bound = listener.local_addr().map_err(io)?;
+        let listener = TcpListener::from_std(listener).map_err(io)?;
+        spawn_local(async move {
+            loop {
+                match listener.accept().await.and_then(|(stream, _)| link_up(stream)) {
+                    Ok(link) => accept(link),
+                    Err(error) => {
+                        // Out of descriptors, or a peer that left at once: neither may spin.
+                        tracing::warn!(%error, "a link could not be accepted");
+                        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                    }
+                }
+            }
+        });
+        Ok(bound.to_string())
+    }
+}
+
+fn link_up(stream: TcpStream) -> std::io::Result<LinkUp> {
+    stream.set_nodelay(true)?;
+    let is_local = |address: IpAddr| address.is_loopback();
+    let loopback = is_local(stream.peer_addr()?.ip()) && is_local(stream.local_addr()?.ip());
+    Ok(LinkUp { loopback, attach: Box::new(move |inputs| Box::new(TcpLink::start(stream, inputs))) })
+}
+
+struct TcpLink {
+    outgoing: Option<mpsc::UnboundedSender<Bytes>>,
+    trusted: Rc<Cell<bool>>,
+}
+
+impl TcpLink {
+    fn start(stream: TcpStream, inputs: Recipient<LinkInput>) -> Self {
+        let (read, mut write) = stream.into_split();
+        let (outgoing, mut frames) = mpsc::unbounded_channel::<Bytes>();
+        let trusted = Rc::new(Cell::new(false));
+        let failed = inputs.clone();
+        spawn_local(async move {
+            while let Some(frame) = frames.recv().await {
+                if let Err(error) = write.write_all(&frame).await {
+                    failed.do_send(LinkInput::Closed(error.to_string()));
+                    return;
+                }
+            }
+            // A peer that reads slowly still gets the last frame, the reason of a rejection; a broken link cannot.
+            let _ = write.shutdown().await;
+        });
+        spawn_local(read_frames(read, inputs, Rc::clone(&trusted)));
+        TcpLink { outgoing: Some(outgoing), trusted }
+    }
+}
+
+impl Link for TcpLink {
+    fn send(&mut self, frame: Bytes) {
+        if let Some(outgoing) = &self.outgoing {
+            // A writer that has ended has reported why.
+            let _ = outgoing.send(frame);
+        }
+    }
+
+    fn trust(&mut self) {
+        self.trusted.set(true);
+    }
+
+    fn close(&mut self) {
+        self.outgoing = None;
+    }
+}
+
+async fn read_frames(mut read: tokio::net::tcp::OwnedReadHalf, inputs: Recipient<LinkInput>, trusted: Rc<Cell<bool>>) {
+    let mut reader = FrameReader::default();
+    let reason = loop {
+        let mut frames = Vec::new();
+        if trusted.get() {
+            reader.trust();
+        }
+        let garbage = loop {
+            match reader.next_frame() {
+                Ok(Some(frame)) => frames.push(frame),
+                Ok(None) => break None,
+                Err(error) => break Some(error),
+            }
+        };
+        if !frames.is_empty() {
+            inputs.do_send(LinkInput::Frames(frames));
+            // The session may have become trusted by these; the reader must know before it judges the next length.
+            tokio::task::yield_now().await;
+            if garbage.is_none() || (trusted.get() && !reader.is_trusted()) {
+                continue;
+            }
+        }
+        if let Some(error) = garbage {
+            inputs.do_send(LinkInput::Garbage(error));
+            return;
+        }
+        reader.buffer().reserve(READ_BYTES);
+        match read.read_buf(reader.buffer()).await {
+            Ok(0) => break "the peer closed it".to_owned(),
+            Ok(_) => {}
+            Err(error) => break error.to_string(),
+        }
+    };
+    inputs.do_send(LinkInput::Closed(reason));
+}

@@ -1,0 +1,206 @@
+//! The production host: threads with tokio's `LocalRuntime`, one per node and one per NIC.
+
+use std::cell::RefCell;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use actix::prelude::*;
+use kvferry_core::Moment;
+use kvferry_transport::{Pool, Wait};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
+use tokio::sync::{Notify, oneshot};
+
+use crate::nic::{Nic, NicActor, NicOpened, NicReport, NicStartError};
+use crate::seams::{Clock, Environment, Host, OpenNic, Tick};
+use crate::tcp_link::TcpNetwork;
+
+/// How NIC threads use their processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThreadOptions {
+    /// How long a NIC thread polls on after work before it sleeps. Wake-ups cost more than short waits, but only with cores to spare.
+    pub spin: Duration,
+}
+
+impl Default for ThreadOptions {
+    fn default() -> Self {
+        ThreadOptions { spin: Duration::from_micros(20) }
+    }
+}
+
+impl ThreadOptions {
+    /// The default for a host on which `nic_threads` run: no spinning when they exceed half the cores.
+    pub fn for_nic_threads(nic_threads: usize) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        if nic_threads * 2 > cores { ThreadOptions { spin: Duration::ZERO } } else { ThreadOptions::default() }
+    }
+}
+
+/// The seams of a production node, for the thread that calls.
+pub fn environment(options: ThreadOptions) -> Environment {
+    Environment {
+        clock: Rc::new(MonotonicClock),
+        network: Rc::new(TcpNetwork),
+        host: Rc::new(Threads { options }),
+        nonce: Rc::new(|| {
+            let mut nonce = [0; 16];
+            // Without the system's randomness there is no safe session; a zero nonce only weakens replay protection between restarts.
+            if let Err(error) = getrandom::fill(&mut nonce) {
+                tracing::error!(%error, "the system gives no random bytes");
+            }
+            nonce
+        }),
+    }
+}
+
+/// A runtime for one thread of a node.
+pub fn local_runtime() -> std::io::Result<LocalRuntime> {
+    Builder::new_current_thread().enable_all().build_local(LocalOptions::default())
+}
+
+/// `CLOCK_MONOTONIC`: processes of one host can compare it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MonotonicClock;
+
+impl MonotonicClock {
+    /// Now.
+    pub fn moment() -> Moment {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        Moment(u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0))
+    }
+}
+
+impl Clock for MonotonicClock {
+    fn now(&self) -> Moment {
+        MonotonicClock::moment()
+    }
+
+    fn wake(&self, at: Moment, to: Recipient<Tick>) {
+        let wait = at.since(self.now());
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(wait).await;
+            to.do_send(Tick);
+        });
+    }
+}
+
+struct Threads {
+    options: ThreadOptions,
+}
+
+impl Host for Threads {
+    fn start_nic(
+        &self,
+        nic: usize,
+        open: OpenNic,
+        pool: Pool,
+        opened: oneshot::Sender<Result<NicOpened, NicStartError>>,
+        reports: Recipient<NicReport>,
+    ) {
+        let spin = self.options.spin;
+        let body = move || {
+            let runtime = match local_runtime() {
+                Ok(runtime) => runtime,
+                Err(error) => {
+                    let _ = opened.send(Err(NicStartError::Thread(error)));
+                    return;
+                }
+            };
+            runtime.block_on(async move {
+                let started = open().map_err(NicStartError::from).and_then(|transport| Nic::new(nic, transport, &pool, reports));
+                // Whoever started this has gone if it does not take the answer; then there is nothing to drive.
+                match started {
+                    Ok((nic, advert)) => {
+                        let (nic, wake) = (Rc::new(RefCell::new(nic)), Rc::new(Notify::new()));
+                        let port = NicActor::new(Rc::clone(&nic), Rc::clone(&wake)).start();
+                        let alive = port.downgrade();
+                        if opened.send(Ok(NicOpened { advert, port: port.recipient() })).is_ok() {
+                            drive(&nic, &wake, spin, || alive.upgrade().is_some()).await;
+                        }
+                    }
+                    Err(error) => {
+                        let _ = opened.send(Err(error));
+                    }
+                }
+            });
+        };
+        let thread = std::thread::Builder::new().name(format!("kvferry-nic-{nic}"));
+        if let Err(error) = thread.spawn(body) {
+            tracing::error!(%error, nic, "a NIC thread did not start");
+        }
+    }
+}
+
+/// Pumps a NIC for as long as somebody can command it.
+async fn drive(nic: &Rc<RefCell<Nic>>, wake: &Rc<Notify>, spin: Duration, alive: impl Fn() -> bool) {
+    /// Somebody who stopped commanding is noticed this often.
+    const LIVENESS: Duration = Duration::from_millis(200);
+    /// Between polls of a transport that announces nothing.
+    const MUST_POLL: Duration = Duration::from_micros(50);
+    let mut ready: Option<AsyncFd<Borrowed>> = None;
+    let mut worked = Instant::now();
+    while alive() {
+        if nic.borrow_mut().pump() {
+            worked = Instant::now();
+            tokio::task::yield_now().await;
+            continue;
+        }
+        let wait = nic.borrow_mut().arm();
+        match wait {
+            Wait::Busy => tokio::task::yield_now().await,
+            _ if worked.elapsed() < spin => tokio::task::yield_now().await,
+            Wait::MustPoll => {
+                let _ = tokio::time::timeout(MUST_POLL, wake.notified()).await;
+            }
+            Wait::Ready(fd) => {
+                if ready.as_ref().is_none_or(|ready| ready.as_raw_fd() != fd) {
+                    ready = AsyncFd::with_interest(Borrowed(fd), Interest::READABLE).map_err(|error| tracing::error!(%error, "epoll")).ok();
+                }
+                let Some(ready) = &ready else {
+                    let _ = tokio::time::timeout(MUST_POLL, wake.notified()).await;
+                    continue;
+                };
+                // tokio waits for edges; what is readable already gives none.
+                if is_readable(ready) {
+                    tokio::task::yield_now().await;
+                    continue;
+                }
+                tokio::select! {
+                    biased;
+                    () = wake.notified() => {}
+                    guard = ready.readable() => {
+                        if let Ok(mut guard) = guard {
+                            // Level-triggered underneath: the transport's own epoll stays readable while there is more.
+                            guard.clear_ready();
+                        }
+                    }
+                    () = tokio::time::sleep(LIVENESS) => {}
+                }
+            }
+        }
+    }
+}
+
+fn is_readable(fd: &AsyncFd<Borrowed>) -> bool {
+    let mut fds = [PollFd::new(fd.get_ref(), PollFlags::IN)];
+    rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
+/// A descriptor that stays the transport's.
+struct Borrowed(RawFd);
+
+impl AsRawFd for Borrowed {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
+}
+
+impl AsFd for Borrowed {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the transport that lent the descriptor lives in the same loop, longer than every use of it here.
+        unsafe { BorrowedFd::borrow_raw(self.0) }
+    }
+}

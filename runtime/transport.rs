@@ -1,0 +1,56 @@
+//! Which transports this build has, and how to open them.
+
+use kvferry_actors::OpenNic;
+use kvferry_core::TransportKind;
+use kvferry_transport::Provider;
+pub use kvferry_transport::{Device, NicInfo, OpenError, Options, Transport};
+use thiserror::Error;
+
+/// Every provider of this build, in order of preference.
+pub fn providers() -> Vec<Box<dyn Provider>> {
+    vec![Box::new(kvferry_shm::ShmProvider), Box::new(kvferry_tcp::TcpProvider::default())]
+}
+
+/// Why no NIC can be opened.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SelectError {
+    /// This build or host has no such transport.
+    #[error("no {kind} device can be used: {reason}")]
+    NoDevice {
+        /// Which transport.
+        kind: TransportKind,
+        /// Why not.
+        reason: String,
+    },
+    /// A device was named that is not there.
+    #[error("there is no {kind} device {name:?}; there are {known}")]
+    UnknownDevice {
+        /// Which transport.
+        kind: TransportKind,
+        /// What was named.
+        name: String,
+        /// What is there.
+        known: String,
+    },
+}
+
+/// How to open the best device of `kind`, or the one that is named. The returned closure opens it on the thread that calls it.
+pub fn select(kind: TransportKind, device: Option<&str>, options: &Options) -> Result<OpenNic, SelectError> {
+    let no_device = |reason: String| SelectError::NoDevice { kind, reason };
+    let provider = providers().into_iter().find(|provider| provider.kind() == kind);
+    let provider = provider.ok_or_else(|| no_device("this build does not have it".to_owned()))?;
+    let devices = provider.discover();
+    let device = match device {
+        Some(name) => devices.iter().find(|device| device.name == name).ok_or_else(|| {
+            let known: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
+            SelectError::UnknownDevice { kind, name: name.to_owned(), known: known.join(", ") }
+        })?,
+        None => devices.iter().find(|device| device.unavailable.is_none()).or(devices.first()).ok_or_else(|| no_device("none was found".to_owned()))?,
+    };
+    if let Some(reason) = &device.unavailable {
+        return Err(no_device(format!("{}: {reason}", device.name)));
+    }
+    let (device, options) = (device.clone(), options.clone());
+    Ok(Box::new(move || provider.open(&device, &options)))
+}
