@@ -175,8 +175,6 @@ fn turn(transport: &mut dyn Transport, events: &mut Vec<Event>, patience: Durati
         return;
     }
     if let Wait::Ready(fd) = transport.arm() {
-        // SAFETY: the descriptor stays open as long as the transport, which is borrowed here.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
         let timeout = Timespec { tv_sec: 0, tv_nsec: patience.subsec_nanos().into() };
         let _ = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout));
     }

@@ -71,8 +71,6 @@ pub(crate) enum PeerChange {
     Up {
         /// Who.
         node: NodeId,
-        /// In which incarnation.
-        epoch: Epoch,
         /// What it is; `None` for a scheduler.
         profile: Option<WorkerProfile>,
     },
@@ -292,9 +290,8 @@ impl Handler<Incoming> for Mesh {
     fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
         match message {
             Wire::Profile(profile) => {
-                if let Some((epoch, _)) = self.up.get(&from) {
-                    let epoch = *epoch;
-                    self.tell(|| PeerChange::Up { node: from, epoch, profile: profile.worker.clone() });
+                if self.up.contains_key(&from) {
+                    self.tell(|| PeerChange::Up { node: from, profile: profile.worker.clone() });
                 }
             }
             Wire::Members(members) => self.members(&members, ctx),

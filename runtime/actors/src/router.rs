@@ -72,11 +72,6 @@ impl Router {
         self.sessions.remove_if(&node, |_, current| current == session).is_some()
     }
 
-    /// Whether a session to a node stands.
-    pub(crate) fn reaches(&self, node: NodeId) -> bool {
-        self.sessions.contains_key(&node)
-    }
-
     /// Sends to a node; to this one, without a session. A message to nobody is dropped: whoever waits for its answer has a deadline.
     pub(crate) fn send(&self, to: NodeId, message: Wire) {
         if to == self.node {

@@ -15,7 +15,7 @@ use crate::seams::{Clock, NicPort, Tick};
 pub type Observer = Rc<dyn Fn(Event)>;
 
 /// The effects side of an actor.
-pub struct Shell {
+pub(crate) struct Shell {
     clock: Rc<dyn Clock>,
     router: Router,
     nics: Vec<NicPort>,
@@ -26,34 +26,34 @@ pub struct Shell {
 
 impl Shell {
     /// A shell for an actor without NICs or engine.
-    pub fn new(clock: Rc<dyn Clock>, router: Router, observer: Observer) -> Self {
+    pub(crate) fn new(clock: Rc<dyn Clock>, router: Router, observer: Observer) -> Self {
         Shell { clock, router, nics: Vec::new(), engine: None, observer, armed: None }
     }
 
     /// With the NICs and the engine of a worker.
-    pub fn with_worker(mut self, nics: Vec<NicPort>, engine: mpsc::UnboundedSender<EngineCall>) -> Self {
+    pub(crate) fn with_worker(mut self, nics: Vec<NicPort>, engine: mpsc::UnboundedSender<EngineCall>) -> Self {
         self.nics = nics;
         self.engine = Some(engine);
         self
     }
 
     /// Now, on the node's clock.
-    pub fn now(&self) -> Moment {
+    pub(crate) fn now(&self) -> Moment {
         self.clock.now()
     }
 
     /// The node's router.
-    pub fn router(&self) -> &Router {
+    pub(crate) fn router(&self) -> &Router {
         &self.router
     }
 
     /// Tells whoever watches.
-    pub fn observe(&self, event: Event) {
+    pub(crate) fn observe(&self, event: Event) {
         (self.observer)(event);
     }
 
     /// Runs everything in the outbox, handing each event to `each` first.
-    pub fn run(&mut self, outbox: &mut Outbox, mut each: impl FnMut(&Event)) {
+    pub(crate) fn run(&mut self, outbox: &mut Outbox, mut each: impl FnMut(&Event)) {
         while let Some(command) = outbox.poll_command() {
             match command {
                 Command::Send { to, message } => self.router.send(to, message),
@@ -78,7 +78,7 @@ impl Shell {
     }
 
     /// Arms the actor's one timer, if `due` is earlier than what is armed.
-    pub fn arm(&mut self, due: Option<Moment>, to: impl FnOnce() -> Recipient<Tick>) {
+    pub(crate) fn arm(&mut self, due: Option<Moment>, to: impl FnOnce() -> Recipient<Tick>) {
         if let Some(due) = due
             && self.armed.is_none_or(|armed| due < armed)
         {
@@ -88,7 +88,7 @@ impl Shell {
     }
 
     /// A tick came: says whether the timer was due; an early one (from a timer that was superseded) is re-armed by the next `arm`.
-    pub fn ticked(&mut self) -> Moment {
+    pub(crate) fn ticked(&mut self) -> Moment {
         self.armed = None;
         self.clock.now()
     }

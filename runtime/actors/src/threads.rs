@@ -1,8 +1,9 @@
 //! The production host: threads with tokio's `LocalRuntime`, one per node and one per NIC.
 
 use std::cell::RefCell;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
@@ -140,7 +141,7 @@ async fn drive(nic: &Rc<RefCell<Nic>>, wake: &Rc<Notify>, spin: Duration, alive:
     const LIVENESS: Duration = Duration::from_millis(200);
     /// Between polls of a transport that announces nothing.
     const MUST_POLL: Duration = Duration::from_micros(50);
-    let mut ready: Option<AsyncFd<Borrowed>> = None;
+    let mut ready: Option<AsyncFd<Arc<OwnedFd>>> = None;
     let mut worked = Instant::now();
     while alive() {
         if nic.borrow_mut().pump() {
@@ -156,8 +157,8 @@ async fn drive(nic: &Rc<RefCell<Nic>>, wake: &Rc<Notify>, spin: Duration, alive:
                 let _ = tokio::time::timeout(MUST_POLL, wake.notified()).await;
             }
             Wait::Ready(fd) => {
-                if ready.as_ref().is_none_or(|ready| ready.as_raw_fd() != fd) {
-                    ready = AsyncFd::with_interest(Borrowed(fd), Interest::READABLE).map_err(|error| tracing::error!(%error, "epoll")).ok();
+                if ready.as_ref().is_none_or(|ready| !Arc::ptr_eq(ready.get_ref(), &fd)) {
+                    ready = watch(fd);
                 }
                 let Some(ready) = &ready else {
                     let _ = tokio::time::timeout(MUST_POLL, wake.notified()).await;
@@ -184,23 +185,15 @@ async fn drive(nic: &Rc<RefCell<Nic>>, wake: &Rc<Notify>, spin: Duration, alive:
     }
 }
 
-fn is_readable(fd: &AsyncFd<Borrowed>) -> bool {
+// The replacement is unsafe for the sake of types whose descriptor may change; that of an `OwnedFd` cannot.
+#[expect(deprecated, reason = "safe for a shared, owned descriptor")]
+fn watch(fd: Arc<OwnedFd>) -> Option<AsyncFd<Arc<OwnedFd>>> {
+    AsyncFd::with_interest(fd, Interest::READABLE)
+        .map_err(|error| tracing::error!(%error, "a NIC's descriptor cannot be waited for; it is polled"))
+        .ok()
+}
+
+fn is_readable(fd: &AsyncFd<Arc<OwnedFd>>) -> bool {
     let mut fds = [PollFd::new(fd.get_ref(), PollFlags::IN)];
     rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
-}
-
-/// A descriptor that stays the transport's.
-struct Borrowed(RawFd);
-
-impl AsRawFd for Borrowed {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0
-    }
-}
-
-impl AsFd for Borrowed {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the transport that lent the descriptor lives in the same loop, longer than every use of it here.
-        unsafe { BorrowedFd::borrow_raw(self.0) }
-    }
 }

@@ -1,6 +1,7 @@
 //! What is known of a device, and how it is opened and waited for.
 
-use std::os::fd::RawFd;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use kvferry_core::TransportKind;
@@ -56,10 +57,10 @@ pub struct NicInfo {
 pub struct PoolKeys(pub Bytes);
 
 /// How to wait for a transport that has nothing to report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Wait {
-    /// Wait until this descriptor is readable; it stays the transport's.
-    Ready(RawFd),
+    /// Wait until this descriptor is readable. It is the same one at every call, shared so that a waiter never holds a closed one.
+    Ready(Arc<OwnedFd>),
     /// There is more to do at once: poll again.
     Busy,
     /// Nothing announces progress: poll again within a short time.

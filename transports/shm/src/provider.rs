@@ -1,5 +1,7 @@
 //! Finds the one device there is, and opens it.
 
+use std::sync::Arc;
+
 use kvferry_transport::{Device, OpenError, Options, Provider, Transport, TransportKind};
 use rustix::event::epoll;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -49,7 +51,7 @@ impl Provider for ShmProvider {
         let poller = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| io("making an epoll instance", e))?;
         let watch = |fd, data| epoll::add(&poller, fd, epoll::EventData::new_u64(data), epoll::EventFlags::IN);
         watch(&listener, LISTENER).and_then(|()| watch(&timer, TIMER)).map_err(|e| io("watching the socket", e))?;
-        Ok(Box::new(ShmTransport::new(host, socket, key, instance, listener, timer, poller, options.clone())))
+        Ok(Box::new(ShmTransport::new(host, socket, key, instance, listener, timer, Arc::new(poller), options.clone())))
     }
 }
 

@@ -1,7 +1,8 @@
 //! The transport: all its state, and the loop over it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -39,7 +40,7 @@ pub(crate) struct ShmTransport {
     pub(crate) listener: OwnedFd,
     timer: OwnedFd,
     timer_at: Option<Instant>,
-    pub(crate) poller: OwnedFd,
+    pub(crate) poller: Arc<OwnedFd>,
     ready: Vec<epoll::Event>,
     pub(crate) peers: BTreeMap<PeerId, Peer>,
     pub(crate) next_peer: u32,
@@ -88,7 +89,7 @@ impl ShmTransport {
         instance: [u8; 16],
         listener: OwnedFd,
         timer: OwnedFd,
-        poller: OwnedFd,
+        poller: Arc<OwnedFd>,
         options: Options,
     ) -> ShmTransport {
         let info =
@@ -337,6 +338,6 @@ impl Transport for ShmTransport {
             return Wait::Busy;
         }
         self.set_timer(Instant::now());
-        Wait::Ready(self.poller.as_raw_fd())
+        Wait::Ready(Arc::clone(&self.poller))
     }
 }

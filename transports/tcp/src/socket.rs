@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{Timespec, epoll};
@@ -108,7 +109,7 @@ pub(crate) struct Ready {
 
 /// One epoll descriptor over all sockets, and the timer behind every deadline.
 pub(crate) struct Poller {
-    epoll: OwnedFd,
+    epoll: Arc<OwnedFd>,
     timer: OwnedFd,
 }
 
@@ -117,7 +118,7 @@ impl Poller {
     pub(crate) const TIMER: u64 = u64::MAX;
 
     pub(crate) fn new() -> io::Result<Poller> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
@@ -125,8 +126,8 @@ impl Poller {
         Ok(Poller { epoll, timer })
     }
 
-    pub(crate) fn fd(&self) -> std::os::fd::RawFd {
-        self.epoll.as_raw_fd()
+    pub(crate) fn fd(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.epoll)
     }
 
     /// Watches a socket, edge-triggered, until it is closed.

@@ -111,8 +111,7 @@ pub(super) fn turn(parties: &mut [&mut Party], patience: Duration) -> bool {
     let mut fds = Vec::new();
     for party in parties.iter_mut() {
         match party.transport.arm() {
-            // SAFETY: the transport owns the descriptor and lives on through this function.
-            Wait::Ready(fd) => fds.push(unsafe { BorrowedFd::borrow_raw(fd) }),
+            Wait::Ready(fd) => fds.push(fd),
             Wait::Busy | Wait::MustPoll => return true,
         }
     }

@@ -99,8 +99,6 @@ fn a_listener_that_never_answers_is_given_up() {
         if !here.failed(pulled)
             && let kvferry_transport::Wait::Ready(fd) = here.transport.arm()
         {
-            // SAFETY: the descriptor stays open as long as the transport.
-            let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
             let interest = &mut [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
             let limit = rustix::event::Timespec { tv_sec: 60, tv_nsec: 0 };
             assert_eq!(rustix::event::poll(interest, Some(&limit)), Ok(1), "the deadline was not announced");
