@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""kvferry beside the machine's limit and beside NIXL: same shapes, same machine, in turn, round by round.
+
+usage: side_by_side.py --kvferry PROGRAM [--host-limit PROGRAM] [--nixl 'PYTHON SCRIPT'] [--rounds N]
+
+PROGRAM of --kvferry is the release build of the command; that of --host-limit copies blocks without a transport and prints lines
+`tcp sg n=.. bb=.. X GB/s` and `shm copy n=.. bb=.. X GB/s`; the script of --nixl takes READ|WRITE UCX LAYERS BLOCKS BLOCK_BYTES ITERS
+and prints a JSON object. What is left out is skipped. In every round each program runs once for each shape; tables hold the medians
+of the rounds, and ratios of one round's figures: their median, least and greatest. Run it on an otherwise idle machine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+
+SHAPES = [(32, 160, 4 << 10), (32, 160, 16 << 10), (32, 128, 64 << 10)]
+CASES = [("shm", "pull"), ("shm", "push"), ("tcp", "pull"), ("tcp", "push")]
+# What the destination reads and what the source writes.
+NIXL_OP = {"pull": "READ", "push": "WRITE"}
+LIMIT_LINE = re.compile(r"^(tcp sg|shm copy) n=\d+ bb=\d+ ([0-9.]+) GB/s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kvferry", required=True, metavar="PROGRAM")
+    parser.add_argument("--host-limit", metavar="PROGRAM")
+    parser.add_argument("--nixl", metavar="'PYTHON SCRIPT'")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--iters", type=int, default=7, help="iterations of kvferry and NIXL in one round")
+    parser.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="for one run of one program")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.iters < 1:
+        parser.error("--rounds and --iters must be at least 1")
+
+    rounds = []
+    for number in range(options.rounds):
+        print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+        rounds.append({shape: one_round(options, shape) for shape in SHAPES})
+    print(machine())
+    print()
+    print(table(rounds, options))
+
+
+def one_round(options, shape):
+    """GB/s of every program, by (program, transport, op); kvferry's planning and processor time too."""
+    layers, blocks, block_bytes = shape
+    figures = {}
+    if options.host_limit:
+        for transport, rate in host_limit(options, 2 * layers * blocks, block_bytes).items():
+            figures["limit", transport] = rate
+    for transport, op in CASES:
+        report = kvferry(options, transport, op, shape)
+        figures["kvferry", transport, op] = report["gigabytes_per_second"]
+        figures["plan", transport, op] = report["plan_microseconds"]
+        figures["cpu", transport, op] = report["cpu_seconds"] / report["seconds"]["p50"]
+        if options.nixl:
+            figures["nixl", transport, op] = nixl(options, transport, op, shape)
+    return figures
+
+
+def kvferry(options, transport, op, shape):
+    layers, blocks, block_bytes = map(str, shape)
+    command = [options.kvferry, "bench", "--transport", transport, "--op", op, "--layers", layers, "--blocks", blocks]
+    command += ["--block-bytes", block_bytes, "--iters", str(options.iters), "--json"]
+    report = json.loads(run(command, options.timeout))
+    if report["verified"] is not True:
+        raise SystemExit(f"not verified: {shlex.join(command)}")
+    return report
+
+
+def nixl(options, transport, op, shape):
+    command = shlex.split(options.nixl) + [NIXL_OP[op], "UCX", *map(str, shape), str(options.iters)]
+    environment = dict(os.environ, NIXL_LOG_LEVEL="ERROR")
+    environment.pop("UCX_TLS", None)
+    if transport == "tcp":
+        environment["UCX_TLS"] = "tcp"
+    output = run(command, options.timeout, environment)
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if not lines:
+        raise SystemExit(f"no JSON object from {shlex.join(command)}:\n{output}")
+    return json.loads(lines[-1])["gigabytes_per_second"]
+
+
+def host_limit(options, pieces, block_bytes):
+    rates = {"shm": [], "tcp": []}
+    for line in run([options.host_limit, str(pieces), str(block_bytes)], options.timeout).splitlines():
+        if match := LIMIT_LINE.match(line):
+            rates[match[1][:3]].append(float(match[2]))
+    if not all(rates.values()):
+        raise SystemExit(f"{options.host_limit} printed no figures")
+    return {transport: statistics.median(values) for transport, values in rates.items()}
+
+
+def run(command, timeout, environment=None):
+    """Its output. A program that runs too long is killed with everything that it started."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, 9)
+        process.wait()
+        raise
+    if process.returncode != 0:
+        raise SystemExit(f"{shlex.join(command)} ended with {process.returncode}:\n{output}")
+    return output
+
+
+def table(rounds, options):
+    head = ["path", "op", "pieces", "kvferry GB/s", "limit GB/s", "kvferry / limit", "NIXL GB/s", "kvferry / NIXL"]
+    head += ["plan µs", "CPU s / s"]
+    rows = [head, ["---"] * len(head)]
+    for transport, op in CASES:
+        for shape in SHAPES:
+            figures = [each[shape] for each in rounds]
+            own, limit, rival = ("kvferry", transport, op), ("limit", transport), ("nixl", transport, op)
+            row = [transport, op, f"{2 * shape[0] * shape[1]:,} × {shape[2] >> 10} KiB", middle(figures, own)]
+            row += [middle(figures, limit), ratio(figures, own, limit), middle(figures, rival), ratio(figures, own, rival)]
+            row += [middle(figures, ("plan", transport, op)), middle(figures, ("cpu", transport, op))]
+            rows.append(row)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", f"Medians of {options.rounds} rounds of {options.iters} iterations; ratios within a round: median (least-greatest)."]
+    return "\n".join(lines)
+
+
+def middle(figures, key):
+    values = [each[key] for each in figures if key in each]
+    return f"{statistics.median(values):.2f}" if values else "-"
+
+
+def ratio(figures, over, under):
+    values = [each[over] / each[under] for each in figures if under in each and each[under] > 0]
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})" if values else "-"
+
+
+def machine():
+    model = "unknown processor"
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    except OSError:
+        pass
+    load = os.getloadavg()[0]
+    return f"Machine: {model}, {os.cpu_count()} cores, Linux {platform.release()}, load at the end {load:.1f}."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+//! `kvferry bench`: the KV blocks of one request, moved between two processes of this host.
+
+mod error;
+mod initiator;
+mod kv;
+mod nic;
+mod peer;
+mod process;
+mod report;
+mod words;
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, ValueEnum};
+use kvferry::transport::providers;
+use kvferry::{Direction, TransportKind};
+use kvferry_core::limits::{LAYERS_MAX, TABLE_BLOCKS_MAX};
+
+use error::{BenchError, explain};
+
+/// Measure a transport: move the KV blocks of one request between two processes of this host, then verify every byte.
+///
+/// This process starts a second one. Each has a pool of 2·LAYERS planes (K and V of every layer) with 2·BLOCKS blocks of BLOCK_BYTES
+/// bytes; the request has BLOCKS blocks in random order on either side, so 2·LAYERS·BLOCKS pieces move. This process initiates: it is
+/// the destination of a pull and the source of a push.
+///
+/// Every iteration plans the request anew and then moves it. `seconds` runs from the post to the completion (for a push: every byte is
+/// visible at the peer), without the planning, which is `plan_microseconds`. `cpu_seconds` is the processor time of both processes in
+/// that while. One iteration more comes first and is not counted. Afterwards every block of the destination's pool is compared; then it
+/// is overwritten, the request is moved once more, and everything is compared again: blocks that are not the request's must be
+/// untouched.
+///
+/// Exits with 0 when every byte was right, with 1 when one was not or something failed, with 2 when the options make no sense.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Options {
+    /// How the bytes move.
+    #[arg(long, value_parser = PossibleValuesParser::new(providers().iter().map(|p| p.kind().name())).try_map(|word| word.parse::<TransportKind>()))]
+    transport: TransportKind,
+
+    /// Who initiates: the destination (pull) or the source (push).
+    #[arg(long, value_enum, default_value_t = Op::Pull)]
+    op: Op,
+
+    /// Layers of the model; each has a plane for K and one for V.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=i64::from(LAYERS_MAX)))]
+    layers: u32,
+
+    /// Blocks of the request in every plane; the pools have twice as many.
+    #[arg(long, default_value_t = 160, value_parser = clap::value_parser!(u32).range(1..=TABLE_BLOCKS_MAX as i64))]
+    blocks: u32,
+
+    /// Bytes of one block in one plane.
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    block_bytes: u32,
+
+    /// Timed iterations.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    iters: u32,
+
+    /// The device that both processes open: a network interface for tcp. By default the first usable one.
+    #[arg(long)]
+    device: Option<String>,
+
+    /// TCP streams between the two processes. By default what the transport thinks best.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+    streams: Option<u32>,
+
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    json: bool,
+
+    /// Give up and end both processes when everything together has taken longer than this many seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    deadline: u64,
+
+    /// Be the second process: answer on stdin and stdout.
+    #[arg(long, hide = true)]
+    peer: bool,
+}
+
+/// Who initiates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Op {
+    /// The destination reads.
+    Pull,
+    /// The source writes.
+    Push,
+}
+
+impl Op {
+    fn name(self) -> &'static str {
+        match self {
+            Op::Pull => "pull",
+            Op::Push => "push",
+        }
+    }
+
+    fn direction(self) -> Direction {
+        match self {
+            Op::Pull => Direction::Pull,
+            Op::Push => Direction::Push,
+        }
+    }
+}
+
+/// When everything has to be over.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deadline {
+    at: Instant,
+    seconds: u64,
+}
+
+impl Deadline {
+    fn of(options: &Options) -> Deadline {
+        Deadline { at: Instant::now() + Duration::from_secs(options.deadline), seconds: options.deadline }
+    }
+
+    /// What is left, or an error that says what was under way.
+    fn left(self, during: &'static str) -> Result<Duration, BenchError> {
+        let left = self.at.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(BenchError::Late { seconds: self.seconds, during }) } else { Ok(left) }
+    }
+}
+
+/// Runs it and prints the result.
+pub(crate) fn run(options: &Options) -> ExitCode {
+    if options.peer {
+        return peer::run(options);
+    }
+    let report = match initiator::measure(options) {
+        Ok(report) => report,
+        Err(error) => {
+            eprintln!("kvferry bench: {}", explain(&error));
+            return ExitCode::from(if error.is_usage() { 2 } else { 1 });
+        }
+    };
+    let text = if options.json { report.json() } else { report.table() };
+    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
+        eprintln!("kvferry bench: the result cannot be written: {error}");
+        return ExitCode::FAILURE;
+    }
+    match &report.mismatch {
+        None => ExitCode::SUCCESS,
+        Some(mismatch) => {
+            eprintln!("kvferry bench: wrong bytes at the destination: {mismatch}");
+            ExitCode::FAILURE
+        }
+    }
+}

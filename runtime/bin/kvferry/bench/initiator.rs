@@ -1,0 +1,239 @@
+//! The first process: it starts the second one, initiates the transfers, and takes the time.
+
+use std::time::{Duration, Instant};
+
+use kvferry::{BlockTable, PoolId, Tables};
+use kvferry_transport::{Event, PeerId, PoolKeys, RemotePool, Transfer};
+
+use super::error::BenchError;
+use super::kv::{Cache, Holds, Shape};
+use super::nic::Nic;
+use super::peer::{processor_nanoseconds, transfer_id};
+use super::process::PeerProcess;
+use super::report::Report;
+use super::words::{FromPeer, ToPeer, Words};
+use super::{Deadline, Op, Options};
+
+const SEED: u64 = 1;
+
+/// Runs everything.
+pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
+    let deadline = Deadline::of(options);
+    let shape = Shape::of(options)?;
+    let nic = Nic::open(options)?;
+    let device = nic.transport.info().device.clone();
+    let mut peer = PeerProcess::start(options, &device)?;
+    match compare(options, &shape, nic, &mut peer.words, deadline) {
+        Ok((samples, mismatch)) => {
+            peer.finish(deadline)?;
+            Ok(Report::new(options, device, &shape, &samples, mismatch))
+        }
+        Err(error) => Err(peer.explain(error)),
+    }
+}
+
+/// What one iteration took.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sample {
+    pub(crate) plan: Duration,
+    /// From the post to the completion.
+    pub(crate) moved: Duration,
+    /// Of both processes.
+    pub(crate) processor: Duration,
+}
+
+/// The timed iterations, and the first wrong byte after them.
+fn compare(
+    options: &Options,
+    shape: &Shape,
+    nic: Nic,
+    words: &mut Words,
+    deadline: Deadline,
+) -> Result<(Vec<Sample>, Option<String>), BenchError> {
+    let mut session = Session::open(options.op, shape, nic, words, deadline)?;
+    session.iterate(0)?;
+    let mut samples = Vec::with_capacity(options.iters as usize);
+    for handover in 1..=u64::from(options.iters) {
+        samples.push(session.iterate(handover)?);
+    }
+    let mut mismatch = session.verify()?;
+    if mismatch.is_none() {
+        session.write()?;
+        session.iterate(u64::from(options.iters) + 1)?;
+        mismatch = session.verify()?;
+    }
+    Ok((samples, mismatch))
+}
+
+/// Both sides connected, with their pools filled.
+struct Session<'a> {
+    op: Op,
+    shape: &'a Shape,
+    cache: Cache,
+    /// The peer's table: its blocks where this side touches them, else its shape.
+    there: Tables,
+    nic: Nic,
+    peer: PeerId,
+    remote: RemotePool,
+    words: &'a mut Words,
+    deadline: Deadline,
+    events: Vec<Event>,
+}
+
+impl<'a> Session<'a> {
+    fn open(
+        op: Op,
+        shape: &'a Shape,
+        mut nic: Nic,
+        words: &'a mut Words,
+        deadline: Deadline,
+    ) -> Result<Session<'a>, BenchError> {
+        let during = "connecting";
+        let holds = match op {
+            Op::Pull => Holds::Destination,
+            Op::Push => Holds::Source,
+        };
+        let cache = Cache::allocate(shape, holds, SEED)?;
+        nic.transport.bind(cache.pool())?;
+        let mut events = Vec::new();
+        let hello = hear(&mut nic, words, deadline, "the peer's start", &mut events)?;
+        let FromPeer::Hello { address, keys, layout, table } = hello else {
+            return Err(unexpected(&hello, during));
+        };
+        let peer = nic.transport.connect(&address)?;
+        let remote = nic.transport.import(peer, &PoolKeys(keys.into()), &layout)?;
+        let mut there = Tables { groups: vec![BlockTable::known(0, table)] };
+        if op == Op::Push {
+            there = there.shapes();
+        }
+        let mut session = Session { op, shape, cache, there, nic, peer, remote, words, deadline, events };
+        while !session.turn(during)?.any(|event| matches!(event, Event::Connected { .. })) {}
+        Ok(session)
+    }
+
+    /// Plans the request and moves it once.
+    fn iterate(&mut self, handover: u64) -> Result<Sample, BenchError> {
+        let during = "a transfer";
+        let there_before = self.processor_there(&ToPeer::Begin { handover }, "the start of a transfer")?;
+
+        let start = Instant::now();
+        let (source, destination) = match self.op {
+            Op::Pull => (&self.there, self.cache.tables()),
+            Op::Push => (self.cache.tables(), &self.there),
+        };
+        let program = self.shape.program(source, destination)?;
+        let plan = start.elapsed();
+
+        let transfer = Transfer {
+            id: transfer_id(handover),
+            peer: self.peer,
+            direction: self.op.direction(),
+            local: PoolId(0),
+            remote: self.remote,
+            range: program.whole(),
+            program,
+            notice: None,
+        };
+        let here_before = processor_nanoseconds();
+        let start = Instant::now();
+        self.nic.transport.post(transfer)?;
+        let moved = 'moving: loop {
+            for event in self.turn(during)? {
+                if let Event::Completed { bytes, .. } = event {
+                    break 'moving bytes;
+                }
+            }
+        };
+        let elapsed = start.elapsed();
+        let here = processor_nanoseconds().saturating_sub(here_before);
+
+        let there_after = self.processor_there(&ToPeer::End { handover }, "the end of a transfer")?;
+        let due = self.shape.bytes();
+        if moved != due {
+            return Err(BenchError::Short { moved, due });
+        }
+        let processor = Duration::from_nanos(here.saturating_add(there_after.saturating_sub(there_before)));
+        Ok(Sample { plan, moved: elapsed, processor })
+    }
+
+    /// Compares the destination, wherever it is.
+    fn verify(&mut self) -> Result<Option<String>, BenchError> {
+        if self.op == Op::Pull {
+            return Ok(self.cache.verify()?.map(|mismatch| mismatch.to_string()));
+        }
+        match self.ask(&ToPeer::Verify, "the comparison")? {
+            FromPeer::Compared { mismatch } => Ok(mismatch),
+            other => Err(unexpected(&other, "the comparison")),
+        }
+    }
+
+    /// Overwrites the destination.
+    fn write(&mut self) -> Result<(), BenchError> {
+        match self.op {
+            Op::Pull => self.cache.write()?,
+            Op::Push => drop(self.processor_there(&ToPeer::Write, "overwriting")?),
+        }
+        Ok(())
+    }
+
+    fn processor_there(&mut self, word: &ToPeer, during: &'static str) -> Result<u64, BenchError> {
+        match self.ask(word, during)? {
+            FromPeer::Processor { nanoseconds } => Ok(nanoseconds),
+            other => Err(unexpected(&other, during)),
+        }
+    }
+
+    fn ask(&mut self, word: &ToPeer, during: &'static str) -> Result<FromPeer, BenchError> {
+        self.words.say(word, self.deadline)?;
+        hear(&mut self.nic, self.words, self.deadline, during, &mut self.events)
+    }
+
+    /// One turn of the transport, while the peer has nothing to say.
+    fn turn(&mut self, during: &'static str) -> Result<std::vec::Drain<'_, Event>, BenchError> {
+        let Session { nic, words, deadline, events, .. } = self;
+        if nic.turn(words.readable(), *deadline, during, events)?
+            && let Some(word) = words.take::<FromPeer>()?
+        {
+            return Err(unexpected(&word, during));
+        }
+        check(events)?;
+        Ok(events.drain(..))
+    }
+}
+
+/// The peer's next word; the transport goes on in the meantime.
+fn hear(
+    nic: &mut Nic,
+    words: &mut Words,
+    deadline: Deadline,
+    during: &'static str,
+    events: &mut Vec<Event>,
+) -> Result<FromPeer, BenchError> {
+    loop {
+        match words.take()? {
+            Some(FromPeer::Failed { reason }) => return Err(BenchError::PeerFailed(reason)),
+            Some(word) => return Ok(word),
+            None => {}
+        }
+        nic.turn(words.readable(), deadline, during, events)?;
+        check(events)?;
+    }
+}
+
+fn check(events: &[Event]) -> Result<(), BenchError> {
+    for event in events {
+        match event {
+            Event::Failed { error, .. } => return Err(error.clone().into()),
+            Event::PeerLost { reason, .. } => return Err(BenchError::PeerLost(reason.clone())),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn unexpected(word: &FromPeer, during: &'static str) -> BenchError {
+    match word {
+        FromPeer::Failed { reason } => BenchError::PeerFailed(reason.clone()),
+        other => BenchError::Unexpected { said: format!("{other:?}"), during },
+    }
+}

@@ -1,0 +1,82 @@
+//! An opened device, and how either process waits for it.
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use kvferry::transport::{self, Transport};
+use kvferry::{ThreadOptions, TransportKind};
+use kvferry_transport::{Event, Wait};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use super::error::BenchError;
+use super::{Deadline, Options};
+
+/// Between polls of a transport that announces nothing.
+const MUST_POLL: Duration = Duration::from_micros(50);
+/// The two processes have one each.
+const NIC_THREADS: usize = 2;
+
+/// A transport with the waiting of a NIC thread.
+pub(crate) struct Nic {
+    pub(crate) transport: Box<dyn Transport>,
+    spin: Duration,
+    worked: Instant,
+}
+
+impl Nic {
+    pub(crate) fn open(options: &Options) -> Result<Nic, BenchError> {
+        let mut how = transport::Options::default();
+        if let Some(streams) = options.streams {
+            if options.transport != TransportKind::Tcp {
+                return Err(BenchError::NoStreams);
+            }
+            how.streams_per_peer = streams;
+        }
+        let open = transport::select(options.transport, options.device.as_deref(), &how)?;
+        let spin = ThreadOptions::for_nic_threads(NIC_THREADS).spin;
+        Ok(Nic { transport: open()?, spin, worked: Instant::now() })
+    }
+
+    /// Polls once; waits when there was nothing to do, at most to the deadline. Says whether `words` can be read, as far as it looked:
+    /// it does so whenever it waits.
+    pub(crate) fn turn(
+        &mut self,
+        words: BorrowedFd<'_>,
+        deadline: Deadline,
+        during: &'static str,
+        events: &mut Vec<Event>,
+    ) -> Result<bool, BenchError> {
+        let before = events.len();
+        self.transport.poll(events);
+        if events.len() > before {
+            self.worked = Instant::now();
+            return Ok(false);
+        }
+        let wait = self.transport.arm();
+        let left = deadline.left(during)?;
+        let readable = match &wait {
+            Wait::Busy => false,
+            _ if self.worked.elapsed() < self.spin => {
+                std::hint::spin_loop();
+                return Ok(false);
+            }
+            Wait::MustPoll => wait_for(&mut [PollFd::from_borrowed_fd(words, PollFlags::IN)], left.min(MUST_POLL))?,
+            Wait::Ready(fd) => {
+                let mut fds = [PollFd::from_borrowed_fd(words, PollFlags::IN), PollFd::new(fd, PollFlags::IN)];
+                wait_for(&mut fds, left)?
+            }
+        };
+        self.worked = Instant::now();
+        Ok(readable)
+    }
+}
+
+/// Waits for any of them; says whether it was the first. A closed pipe counts: reading it says so.
+fn wait_for(fds: &mut [PollFd<'_>], at_most: Duration) -> Result<bool, BenchError> {
+    let timeout = Timespec { tv_sec: at_most.as_secs().cast_signed(), tv_nsec: at_most.subsec_nanos().into() };
+    match poll(fds, Some(&timeout)) {
+        Ok(_) | Err(Errno::INTR) => Ok(fds.first().is_some_and(|fd| !fd.revents().is_empty())),
+        Err(error) => Err(BenchError::Wait(error.into())),
+    }
+}

@@ -1,0 +1,165 @@
+//! The second process: it holds the other side, and does what it is told.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+
+use kvferry::{HandoverId, PoolId, Rank, Tables};
+use kvferry_core::TransferId;
+use kvferry_transport::{Event, Expected};
+use rustix::time::{ClockId, clock_gettime};
+
+use super::error::{BenchError, explain};
+use super::kv::{Cache, Holds, Shape};
+use super::nic::Nic;
+use super::words::{FromPeer, ToPeer, Words, WordsError};
+use super::{Deadline, Op, Options};
+
+const SEED: u64 = 2;
+
+/// Runs until it is told to leave, or until stdin closes.
+pub(crate) fn run(options: &Options) -> ExitCode {
+    let deadline = Deadline::of(options);
+    let pipes = io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|from| Ok((from, io::stdout().as_fd().try_clone_to_owned()?)));
+    let words = pipes.map_err(WordsError::Io).and_then(|(from, to)| Words::new(from, to));
+    let mut words = match words {
+        Ok(words) => words,
+        Err(error) => {
+            eprintln!("kvferry bench: {}", explain(&error));
+            return ExitCode::FAILURE;
+        }
+    };
+    match serve(options, deadline, &mut words) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Without the initiator there is nobody to tell.
+            let _unheard = words.say(&FromPeer::Failed { reason: explain(&error) }, deadline);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The name of an iteration's transfer, at both ends.
+pub(crate) fn transfer_id(handover: u64) -> TransferId {
+    TransferId::of(HandoverId(handover), Rank(0), Rank(0), 0)
+}
+
+/// Processor time of this process so far, in user and system mode.
+pub(crate) fn processor_nanoseconds() -> u64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec.cast_unsigned().saturating_mul(1_000_000_000).saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+fn serve(options: &Options, deadline: Deadline, words: &mut Words) -> Result<(), BenchError> {
+    let shape = Shape::of(options)?;
+    let holds = match options.op {
+        Op::Pull => Holds::Source,
+        Op::Push => Holds::Destination,
+    };
+    let cache = Cache::allocate(&shape, holds, SEED)?;
+    let mut nic = Nic::open(options)?;
+    let keys = nic.transport.bind(cache.pool())?;
+    let hello = FromPeer::Hello {
+        address: nic.transport.address().to_vec(),
+        keys: keys.0.to_vec(),
+        layout: cache.pool().layout().clone(),
+        table: cache.table().to_vec(),
+    };
+    words.say(&hello, deadline)?;
+    let source = cache.tables().shapes();
+    let mut peer = Peer { shape, cache, nic, source, op: options.op, arrived: None, ending: None };
+    let mut events = Vec::new();
+    loop {
+        if peer.nic.turn(words.readable(), deadline, "waiting for the initiator", &mut events)? {
+            while let Some(word) = words.take()? {
+                if matches!(word, ToPeer::Leave) {
+                    return Ok(());
+                }
+                if let Some(answer) = peer.handle(word)? {
+                    words.say(&answer, deadline)?;
+                }
+            }
+        }
+        for event in events.drain(..) {
+            peer.note(event)?;
+        }
+        if let Some(answer) = peer.ended() {
+            words.say(&answer, deadline)?;
+        }
+    }
+}
+
+struct Peer {
+    shape: Shape,
+    cache: Cache,
+    nic: Nic,
+    /// The other side's table as far as this one needs it: both have as many blocks.
+    source: Tables,
+    op: Op,
+    /// The last push that is here.
+    arrived: Option<TransferId>,
+    /// The iteration whose end the initiator waits for.
+    ending: Option<TransferId>,
+}
+
+impl Peer {
+    fn handle(&mut self, word: ToPeer) -> Result<Option<FromPeer>, BenchError> {
+        Ok(match word {
+            ToPeer::Begin { handover } => {
+                if self.op == Op::Push {
+                    let program = self.shape.program(&self.source, self.cache.tables())?;
+                    let range = program.whole();
+                    self.nic.transport.expect(Expected {
+                        id: transfer_id(handover),
+                        pool: PoolId(0),
+                        program,
+                        range,
+                    })?;
+                }
+                Some(FromPeer::Processor { nanoseconds: processor_nanoseconds() })
+            }
+            ToPeer::End { handover } => {
+                self.ending = Some(transfer_id(handover));
+                None
+            }
+            ToPeer::Verify => {
+                let mismatch = self.cache.verify()?.map(|mismatch| mismatch.to_string());
+                Some(FromPeer::Compared { mismatch })
+            }
+            ToPeer::Write => {
+                self.cache.write()?;
+                Some(FromPeer::Processor { nanoseconds: processor_nanoseconds() })
+            }
+            ToPeer::Leave => None,
+        })
+    }
+
+    fn note(&mut self, event: Event) -> Result<(), BenchError> {
+        match event {
+            Event::Arrived { id, bytes, .. } => {
+                let due = self.shape.bytes();
+                if bytes != due {
+                    return Err(BenchError::Short { moved: bytes, due });
+                }
+                self.arrived = Some(id);
+                Ok(())
+            }
+            Event::Failed { error, .. } => Err(error.into()),
+            // When the initiator leaves, stdin says so too.
+            _ => Ok(()),
+        }
+    }
+
+    /// The answer to [`ToPeer::End`], once a push has arrived: its completion may be known there a little earlier than here.
+    fn ended(&mut self) -> Option<FromPeer> {
+        let ending = self.ending?;
+        if self.op == Op::Push && self.arrived != Some(ending) {
+            return None;
+        }
+        self.ending = None;
+        Some(FromPeer::Processor { nanoseconds: processor_nanoseconds() })
+    }
+}

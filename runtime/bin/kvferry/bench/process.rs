@@ -1,0 +1,111 @@
+//! The second process, as the first one sees it.
+
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::error::BenchError;
+use super::words::{FromPeer, ToPeer, Words, WordsError};
+use super::{Deadline, Options};
+
+/// How long a process that fell silent may take to say why, or to end.
+const GRACE: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(2);
+
+/// A running peer process. It is killed and reaped when this is dropped.
+#[derive(Debug)]
+pub(crate) struct PeerProcess {
+    child: Child,
+    pub(crate) words: Words,
+}
+
+impl PeerProcess {
+    /// Starts this program again, on the device that was opened here.
+    pub(crate) fn start(options: &Options, device: &str) -> Result<PeerProcess, BenchError> {
+        let program = std::env::current_exe().map_err(BenchError::Spawn)?;
+        let mut command = Command::new(program);
+        command.args(["bench", "--peer", "--transport", options.transport.name(), "--op", options.op.name()]);
+        command.args(["--device", device]);
+        let numbers = [
+            ("--layers", u64::from(options.layers)),
+            ("--blocks", u64::from(options.blocks)),
+            ("--block-bytes", u64::from(options.block_bytes)),
+            ("--deadline", options.deadline),
+        ];
+        for (name, number) in numbers {
+            command.arg(name).arg(number.to_string());
+        }
+        if let Some(streams) = options.streams {
+            command.arg("--streams").arg(streams.to_string());
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().map_err(BenchError::Spawn)?;
+        let pipes = child.stdout.take().zip(child.stdin.take());
+        let words =
+            pipes.ok_or(WordsError::Closed).and_then(|(from, to)| Words::new(OwnedFd::from(from), OwnedFd::from(to)));
+        match words {
+            Ok(words) => Ok(PeerProcess { child, words }),
+            Err(error) => {
+                end(&mut child);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Lets it go and waits for it.
+    pub(crate) fn finish(mut self, deadline: Deadline) -> Result<(), BenchError> {
+        self.words.say(&ToPeer::Leave, deadline)?;
+        loop {
+            if let Some(status) = self.child.try_wait().map_err(BenchError::Wait)? {
+                return if status.success() { Ok(()) } else { Err(BenchError::PeerEnded { status }) };
+            }
+            deadline.left("the peer's end")?;
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// What really happened, when the peer knows it; then it is over.
+    pub(crate) fn explain(mut self, error: BenchError) -> BenchError {
+        if !error.may_be_the_peer() {
+            return error;
+        }
+        let until = Instant::now() + GRACE;
+        while Instant::now() < until {
+            match self.words.take() {
+                Ok(Some(FromPeer::Failed { reason })) => return BenchError::PeerFailed(reason),
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    let timeout = Timespec { tv_sec: 0, tv_nsec: LOOK.subsec_nanos().into() };
+                    // Only a nap: what there is to read is looked for either way.
+                    let _woken = poll(&mut [PollFd::new(&self.words.readable(), PollFlags::IN)], Some(&timeout));
+                }
+                Err(_) => return self.ended_until(until).map_or(error, |status| BenchError::PeerEnded { status }),
+            }
+        }
+        error
+    }
+
+    fn ended_until(&mut self, until: Instant) -> Option<ExitStatus> {
+        loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) => return Some(status),
+                Ok(None) if Instant::now() < until => std::thread::sleep(LOOK),
+                Ok(None) | Err(_) => return None,
+            }
+        }
+    }
+}
+
+impl Drop for PeerProcess {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+fn end(child: &mut Child) {
+    // Both fail only for a child that has been reaped.
+    let _killed = child.kill();
+    let _reaped = child.wait();
+}

@@ -1,0 +1,104 @@
+//! What came out.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::Options;
+use super::initiator::Sample;
+use super::kv::Shape;
+
+/// The result; serialised, it is what `--json` prints.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    transport: &'static str,
+    device: String,
+    op: &'static str,
+    /// Blocks of the request in all planes, whatever the transport makes of them.
+    pieces: u64,
+    /// Of all pieces.
+    bytes: u64,
+    seconds: Spread,
+    /// `bytes` in the median of `seconds`, in 10⁹ bytes a second.
+    gigabytes_per_second: f64,
+    /// Median.
+    plan_microseconds: f64,
+    /// Of both processes while the bytes moved: median.
+    cpu_seconds: f64,
+    /// Whether every byte was right.
+    verified: bool,
+    #[serde(skip)]
+    shape: (u32, u32, u32, u32),
+    /// The first byte that was not.
+    #[serde(skip)]
+    pub(crate) mismatch: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Spread {
+    min: f64,
+    p50: f64,
+    max: f64,
+}
+
+impl Report {
+    pub(crate) fn new(
+        options: &Options,
+        device: String,
+        shape: &Shape,
+        samples: &[Sample],
+        mismatch: Option<String>,
+    ) -> Report {
+        let spread =
+            |part: fn(&Sample) -> Duration| Spread::of(samples.iter().map(|sample| part(sample).as_secs_f64()));
+        let seconds = spread(|sample| sample.moved);
+        Report {
+            transport: options.transport.name(),
+            device,
+            op: options.op.name(),
+            pieces: shape.pieces(),
+            bytes: shape.bytes(),
+            seconds,
+            gigabytes_per_second: shape.bytes() as f64 / seconds.p50 / 1e9,
+            plan_microseconds: spread(|sample| sample.plan).p50 * 1e6,
+            cpu_seconds: spread(|sample| sample.processor).p50,
+            verified: mismatch.is_none(),
+            shape: (2 * options.layers, options.blocks, options.block_bytes, options.iters),
+            mismatch,
+        }
+    }
+
+    /// One object, on one line.
+    pub(crate) fn json(&self) -> String {
+        // Numbers and strings always have a JSON form.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
+    /// For people.
+    pub(crate) fn table(&self) -> String {
+        let (planes, blocks, block_bytes, iters) = self.shape;
+        let Spread { min, p50, max } = self.seconds;
+        let milliseconds = |seconds: f64| format!("{:.3}", seconds * 1e3);
+        let rows = [
+            ("path", format!("{} on {}, {}, between two processes", self.transport, self.device, self.op)),
+            ("request", format!("{planes} planes × {blocks} blocks × {block_bytes} bytes")),
+            ("pieces", self.pieces.to_string()),
+            ("bytes", self.bytes.to_string()),
+            ("ms", format!("{} median, {} to {} in {iters}", milliseconds(p50), milliseconds(min), milliseconds(max))),
+            ("GB/s", format!("{:.2}", self.gigabytes_per_second)),
+            ("plan µs", format!("{:.1}", self.plan_microseconds)),
+            ("CPU ms", format!("{} in both processes", milliseconds(self.cpu_seconds))),
+            ("verified", if self.verified { "every byte".to_owned() } else { "NO".to_owned() }),
+        ];
+        rows.map(|(name, value)| format!("{name:<9} {value}")).join("\n")
+    }
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Spread {
+        let mut sorted: Vec<f64> = values.collect();
+        sorted.sort_by(f64::total_cmp);
+        let at = |index: usize| sorted.get(index).copied().unwrap_or(f64::NAN);
+        Spread { min: at(0), p50: at(sorted.len() / 2), max: at(sorted.len().saturating_sub(1)) }
+    }
+}

@@ -1,0 +1,26 @@
+//! The `kvferry` command.
+
+mod bench;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Moves the KV cache of LLM requests from prefill ranks to decode ranks.
+#[derive(Debug, Parser)]
+#[command(name = "kvferry", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Bench(options) => bench::run(&options),
+    }
+}
