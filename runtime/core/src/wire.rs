@@ -210,7 +210,8 @@ fn append<T: Serialize>(value: &T, out: Vec<u8>, what: &'static str) -> Result<V
 }
 
 fn parse_exact<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<T, WireError> {
-    let (value, rest) = postcard::take_from_bytes(bytes).map_err(|error| WireError::Malformed { what, cause: error.to_string() })?;
+    let (value, rest) =
+        postcard::take_from_bytes(bytes).map_err(|error| WireError::Malformed { what, cause: error.to_string() })?;
     if rest.is_empty() { Ok(value) } else { Err(WireError::Trailing { what, bytes: rest.len() }) }
 }
 

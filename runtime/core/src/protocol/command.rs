@@ -6,7 +6,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::{FailReason, Message, Outcome, OutcomeReport, PathReport, PrefillJob, PrefillView, Refusal, RequestSpec};
-use crate::{Direction, FenceProof, GroupId, HandoverId, Moment, NodeId, PoolLayout, Program, RequestId, Tables, TransferId};
+use crate::{
+    Direction, FenceProof, GroupId, HandoverId, Moment, NodeId, PoolLayout, Program, RequestId, Tables, TransferId,
+};
 
 /// Something that the shell must do, in the order given.
 #[derive(Clone, Debug, PartialEq)]

@@ -6,10 +6,13 @@ use std::sync::Arc;
 use super::peer::Peer;
 use super::prefill::{check_steps, step_layers};
 use super::{
-    Awaited, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms, Lost, Member, Message,
-    NicCommand, NicEvent, OpenFetch, Outbox, Outcome, Pace, PathReport, Pairing, Role, WorkerProfile,
+    Awaited, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms, Lost,
+    Member, Message, NicCommand, NicEvent, OpenFetch, Outbox, Outcome, Pace, Pairing, PathReport, Role, WorkerProfile,
 };
-use crate::{Direction, FenceProof, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PlanRequest, Rank, Tables, TransferId, sources};
+use crate::{
+    Direction, FenceProof, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PlanRequest, Rank, Tables, TransferId,
+    sources,
+};
 
 /// The state machine of a decode rank.
 ///
@@ -64,6 +67,8 @@ struct Leg {
     source: Rank,
     state: LegState,
     opened_at: Option<Moment>,
+    /// Our NIC and the direction, for the report: the peer may be gone by then.
+    path: Option<(usize, Direction)>,
     source_tables: Option<Tables>,
     /// Steps that the source called ready.
     ready: u32,
@@ -236,17 +241,15 @@ impl DecodeRank {
     pub fn handle_engine(&mut self, now: Moment, event: EngineEvent) {
         match event {
             EngineEvent::Placed { handover, tables, have } => self.placed(now, handover, tables, have),
-            EngineEvent::NoRoom { handover, reason } => {
-                if self.fetches.get(&handover).is_some_and(|fetch| fetch.placed.is_none()) {
-                    self.fail(now, handover, FailReason::Engine(reason));
-                }
+            EngineEvent::NoRoom { handover, reason }
+                if self.fetches.get(&handover).is_some_and(|fetch| fetch.placed.is_none()) =>
+            {
+                self.fail(now, handover, FailReason::Engine(reason));
             }
-            EngineEvent::Freed { handover } => self.to_leader(Message::Freed { handover }),
-            EngineEvent::Holds { added, removed } => {
-                // The ranks of a group hold the same prefixes; one of them speaks.
-                if self.local.rank == Rank(0) {
-                    self.to_leader(Message::Holds { added, removed });
-                }
+            EngineEvent::Freed { handover } => self.tell_leader(Message::Freed { handover }),
+            // The ranks of a group hold the same prefixes; one of them speaks.
+            EngineEvent::Holds { added, removed } if self.local.rank == Rank(0) => {
+                self.tell_leader(Message::Holds { added, removed });
             }
             _ => {}
         }
@@ -277,7 +280,11 @@ impl DecodeRank {
                 }
             }
             NicEvent::PeerLost { node, reason } => {
-                if self.peers.get(&node).is_some_and(|peer| peer.as_ref().is_ok_and(|peer| peer.initiates(Role::Decode))) {
+                if self
+                    .peers
+                    .get(&node)
+                    .is_some_and(|peer| peer.as_ref().is_ok_and(|peer| peer.initiates(Role::Decode)))
+                {
                     for handover in self.handovers() {
                         if self.owed_by(handover, node, &reason).is_some() {
                             let reason = self.transport_failure(node, reason.clone());
@@ -288,6 +295,11 @@ impl DecodeRank {
             }
             NicEvent::Fenced { node, proof } => {
                 for handover in self.handovers() {
+                    // A fence ends transfers; none of them completed.
+                    if self.leg(handover, node).is_some_and(|leg| !leg.in_flight.is_empty()) {
+                        let reason = self.transport_failure(node, "the peer was fenced".to_owned());
+                        self.fail(now, handover, reason);
+                    }
                     if let Some(leg) = self.fetches.get_mut(&handover).and_then(|fetch| fetch.legs.get_mut(&node)) {
                         leg.in_flight.clear();
                     }
@@ -307,7 +319,9 @@ impl DecodeRank {
             .fetches
             .iter()
             .filter(|(_, fetch)| !fetch.reported && fetch.deadline.has_passed(now))
-            .map(|(handover, fetch)| (*handover, FailReason::Deadline { awaited: fetch.awaited, waited_ms: fetch.deadline.waited_ms(now) }))
+            .map(|(handover, fetch)| {
+                (*handover, FailReason::Deadline { awaited: fetch.awaited, waited_ms: fetch.deadline.waited_ms(now) })
+            })
             .collect();
         for (handover, reason) in late {
             self.fail(now, handover, reason);
@@ -348,7 +362,8 @@ impl DecodeRank {
         if fetch.placed.is_some() || fetch.reported {
             return;
         }
-        let bytes = self.local.geometry.bytes_expected(fetch.pairing.spec.tokens, have) / u64::from(self.local.geometry.ranks().max(1));
+        let bytes = self.local.geometry.bytes_expected(fetch.pairing.spec.tokens, have)
+            / u64::from(self.local.geometry.ranks().max(1));
         fetch.placed = Some(Placed { tables, have });
         fetch.awaited = Awaited::Transfer;
         fetch.began = now;
@@ -358,7 +373,11 @@ impl DecodeRank {
 
     /// Finds out which nodes owe what. The directory may still be on its way: then [`DecodeRank::handle_members`] tries again.
     fn resolve(&mut self, now: Moment, handover: HandoverId) {
-        let Some(fetch) = self.fetches.get_mut(&handover).filter(|fetch| !fetch.resolved && !fetch.reported && fetch.placed.is_some()) else {
+        let Some(fetch) = self
+            .fetches
+            .get_mut(&handover)
+            .filter(|fetch| !fetch.resolved && !fetch.reported && fetch.placed.is_some())
+        else {
             return;
         };
         let Some(group) = self.groups.get(&fetch.pairing.source) else { return };
@@ -384,7 +403,10 @@ impl DecodeRank {
     fn open_leg(&mut self, now: Moment, handover: HandoverId, node: NodeId) {
         let Some(fetch) = self.fetches.get_mut(&handover) else { return };
         let Some(placed) = &fetch.placed else { return };
-        let Some(leg) = fetch.legs.get_mut(&node).filter(|leg| leg.state == LegState::Unopened && !fetch.reported) else { return };
+        let Some(leg) = fetch.legs.get_mut(&node).filter(|leg| leg.state == LegState::Unopened && !fetch.reported)
+        else {
+            return;
+        };
         let peer = match self.peers.get(&node) {
             Some(Ok(peer)) => peer,
             Some(Err(reason)) => {
@@ -397,6 +419,7 @@ impl DecodeRank {
         let shapes = placed.tables.shapes();
         leg.state = LegState::Moving;
         leg.opened_at = Some(now);
+        leg.path = Some((peer.nic, peer.direction));
         let open = OpenFetch {
             handover,
             request: fetch.pairing.spec.request,
@@ -450,15 +473,22 @@ impl DecodeRank {
             if !leg.opened_at.is_some_and(|sent| Lease::held(sent, &self.leases).is_alive(now)) {
                 failure = Some(FailReason::Refused(super::Refusal::LeaseExpired(fetch.pairing.spec.request)));
             } else {
-                let layers = step_layers(&fetch.pairing.steps, leg.posted).start..step_layers(&fetch.pairing.steps, leg.ready.min(steps) - 1).end;
-                let request =
-                    PlanRequest { tokens: fetch.pairing.spec.tokens, have: placed.have, layers, source, destination: &placed.tables };
+                let layers = step_layers(&fetch.pairing.steps, leg.posted).start
+                    ..step_layers(&fetch.pairing.steps, leg.ready.min(steps) - 1).end;
+                let request = PlanRequest {
+                    tokens: fetch.pairing.spec.tokens,
+                    have: placed.have,
+                    layers,
+                    source,
+                    destination: &placed.tables,
+                };
                 match peer.plan.program(&request) {
                     Ok(program) => {
                         if program.units() > 0 {
                             let id = TransferId::of(handover, leg.source, self.local.rank, leg.posted);
                             leg.in_flight.insert(id);
-                            let command = NicCommand::Post { id, node, direction: Direction::Pull, program: Arc::new(program) };
+                            let command =
+                                NicCommand::Post { id, node, direction: Direction::Pull, program: Arc::new(program) };
                             self.outbox.nic(peer.nic, command);
                         }
                         leg.posted = leg.ready.min(steps);
@@ -499,9 +529,9 @@ impl DecodeRank {
         }
         fetch.reported = true;
         let mut paths = Vec::with_capacity(fetch.legs.len());
-        for (node, leg) in &fetch.legs {
-            if let Some(Ok(peer)) = self.peers.get(node)
-                && let Some(nic) = self.local.nics.get(peer.nic)
+        for leg in fetch.legs.values() {
+            if let Some((nic, direction)) = leg.path
+                && let Some(nic) = self.local.nics.get(nic)
             {
                 paths.push(PathReport {
                     source_group: fetch.pairing.source,
@@ -510,14 +540,14 @@ impl DecodeRank {
                     destination: self.local.rank,
                     kind: nic.kind,
                     device: nic.device.clone(),
-                    direction: peer.direction,
+                    direction,
                     bytes: leg.bytes,
                     pieces: leg.pieces,
                 });
             }
         }
         self.pace.observe(paths.iter().map(|path| path.bytes).sum(), now.since(fetch.began));
-        self.to_leader(Message::RankDone { handover, result: Ok(paths) });
+        self.tell_leader(Message::RankDone { handover, result: Ok(paths) });
     }
 
     /// This rank's part failed: stop everything, tell everybody.
@@ -528,7 +558,7 @@ impl DecodeRank {
         }
         fetch.reported = true;
         self.stop(handover);
-        self.to_leader(Message::RankDone { handover, result: Err(reason) });
+        self.tell_leader(Message::RankDone { handover, result: Err(reason) });
     }
 
     fn stop(&mut self, handover: HandoverId) {
@@ -580,7 +610,9 @@ impl DecodeRank {
         let mut readers: BTreeMap<NodeId, Vec<HandoverId>> = BTreeMap::new();
         for (handover, fetch) in self.fetches.iter_mut().filter(|(_, fetch)| !fetch.reported) {
             for (node, leg) in &mut fetch.legs {
-                if leg.opened_at.is_some() && leg.state != LegState::Done {
+                // A lease that ran out while nobody looked stays expired.
+                let alive = leg.opened_at.is_some_and(|sent| Lease::held(sent, &self.leases).is_alive(now));
+                if alive && leg.state != LegState::Done {
                     leg.opened_at = Some(now);
                     readers.entry(*node).or_default().push(*handover);
                 }
@@ -592,7 +624,7 @@ impl DecodeRank {
         self.renew_at = (!self.fetches.is_empty()).then(|| now + self.leases.renewal());
     }
 
-    fn to_leader(&mut self, message: Message) {
+    fn tell_leader(&mut self, message: Message) {
         if let Some(leader) = self.leader {
             self.outbox.send(leader, message);
         }
@@ -636,7 +668,10 @@ impl DecodeRank {
         self.fetches
             .values()
             .filter(|fetch| fetch.placed.is_some() && !fetch.reported)
-            .map(|fetch| self.local.geometry.bytes_expected(fetch.pairing.spec.tokens, 0) / u64::from(self.local.geometry.ranks().max(1)))
+            .map(|fetch| {
+                self.local.geometry.bytes_expected(fetch.pairing.spec.tokens, 0)
+                    / u64::from(self.local.geometry.ranks().max(1))
+            })
             .sum()
     }
 }
@@ -653,6 +688,7 @@ impl Leg {
             source,
             state: LegState::Unopened,
             opened_at: None,
+            path: None,
             source_tables: None,
             ready: 0,
             posted: 0,

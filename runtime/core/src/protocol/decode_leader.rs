@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use super::{
-    Awaited, Deadline, DeadlineTerms, Event, FailReason, FetchJob, Lost, Message, Outbox, Outcome, OutcomeReport, Pairing, PathReport, Role,
+    Awaited, Deadline, DeadlineTerms, Event, FailReason, FetchJob, Lost, Message, Outbox, Outcome, OutcomeReport,
+    Pairing, PathReport, Role,
 };
 use crate::{GroupGeometry, GroupId, HandoverId, Moment, NodeId, Rank};
 
@@ -76,7 +77,13 @@ impl DecodeLeader {
     pub fn handle_lost(&mut self, now: Moment, lost: &Lost) {
         let Some(rank) = self.rank_of(lost.node) else { return };
         self.nodes.remove(&rank);
-        let reason = FailReason::RankLost { role: Role::Decode, group: self.group, rank, node: lost.node, cause: lost.cause.clone() };
+        let reason = FailReason::RankLost {
+            role: Role::Decode,
+            group: self.group,
+            rank,
+            node: lost.node,
+            cause: lost.cause.clone(),
+        };
         for handover in self.handovers.keys().copied().collect::<Vec<_>>() {
             self.decide(now, handover, Outcome::Failed { reason: reason.clone() });
         }
@@ -122,7 +129,11 @@ impl DecodeLeader {
             .map(|(id, handover)| (*id, handover.deadline.waited_ms(now)))
             .collect();
         for (handover, waited_ms) in late {
-            self.decide(now, handover, Outcome::Failed { reason: FailReason::Deadline { awaited: Awaited::Transfer, waited_ms } });
+            self.decide(
+                now,
+                handover,
+                Outcome::Failed { reason: FailReason::Deadline { awaited: Awaited::Transfer, waited_ms } },
+            );
         }
     }
 
@@ -141,7 +152,10 @@ impl DecodeLeader {
         // A rank's placement and transfer are each bounded by cap + floor.
         let deadline = Deadline::after(now, (self.terms.cap + self.terms.floor) * 2);
         let pending = owners.iter().copied().collect();
-        self.handovers.insert(handover, Handover { pairing, dp: dp as u32, owners, pending, paths: Vec::new(), started: false, deadline });
+        self.handovers.insert(
+            handover,
+            Handover { pairing, dp: dp as u32, owners, pending, paths: Vec::new(), started: false, deadline },
+        );
         match nodes {
             Some(nodes) => {
                 for node in nodes {
@@ -180,7 +194,8 @@ impl DecodeLeader {
             self.outbox.send(*node, Message::Settled { handover: id, outcome: outcome.clone() });
         }
         self.outbox.send(self.scheduler, Message::Outcome(report));
-        let holders: BTreeSet<Rank> = handover.owners.iter().copied().filter(|rank| self.nodes.contains_key(rank)).collect();
+        let holders: BTreeSet<Rank> =
+            handover.owners.iter().copied().filter(|rank| self.nodes.contains_key(rank)).collect();
         if outcome.is_delivered() && !holders.is_empty() {
             self.holding.insert(id, (handover.dp, handover.pairing.spec.tokens, holders));
         } else {

@@ -72,6 +72,10 @@ impl Directory {
     /// A node joins; everybody hears of it.
     pub fn handle_join(&mut self, member: Member) -> Result<Arc<Member>, JoinError> {
         self.check(&member)?;
+        // An older incarnation whose loss nobody noticed is lost now.
+        if let Some(epoch) = self.members.get(&member.node).map(|earlier| earlier.epoch) {
+            self.handle_lost(member.node, epoch, &format!("it restarted as {}", member.epoch));
+        }
         let member = Arc::new(member);
         self.epochs.insert(member.node, member.epoch);
         self.members.insert(member.node, Arc::clone(&member));
@@ -112,7 +116,8 @@ impl Directory {
             return Err(JoinError::BadPlace { node, why });
         }
         if place.blocks.len() != place.geometry.model.groups.len() {
-            let why = format!("{} pool sizes for {} layer groups", place.blocks.len(), place.geometry.model.groups.len());
+            let why =
+                format!("{} pool sizes for {} layer groups", place.blocks.len(), place.geometry.model.groups.len());
             return Err(JoinError::BadPlace { node, why });
         }
         for other in self.members.values().filter(|other| other.node != node) {

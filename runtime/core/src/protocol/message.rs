@@ -6,7 +6,10 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{FailReason, Outcome, PrefillView, Refusal, Role};
-use crate::{Direction, Epoch, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PoolLayout, Rank, RequestId, Tables, TransportKind};
+use crate::{
+    Direction, Epoch, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PoolLayout, Rank, RequestId, Tables,
+    TransportKind,
+};
 
 /// One control message. The sender is the session's peer; nothing in a message claims who sent it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

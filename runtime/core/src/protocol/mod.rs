@@ -21,6 +21,8 @@ mod prefill_leader;
 mod scheduler;
 mod scheduler_group;
 mod session;
+#[cfg(test)]
+mod tests;
 
 pub use command::{Command, EngineCall, EngineEvent, Event, Finished, NicCommand, NicEvent, Outbox};
 pub use credit::{Credit, CreditError};
@@ -30,8 +32,8 @@ pub use decode_leader::DecodeLeader;
 pub use directory::{Directory, JoinError, are_peers, dials};
 pub use lease::{Lease, LeaseTerms};
 pub use message::{
-    FetchJob, Lost, Member, Message, NicAdvert, OfferSummary, OpenFetch, OpenedFetch, OutcomeReport, Pairing, PathReport, Place, PrefillJob,
-    Profile, RequestSpec, WorkerProfile,
+    FetchJob, Lost, Member, Message, NicAdvert, OfferSummary, OpenFetch, OpenedFetch, OutcomeReport, Pairing,
+    PathReport, Place, PrefillJob, Profile, RequestSpec, WorkerProfile,
 };
 pub use outcome::{Awaited, FailReason, Outcome, PrefillView, Refusal, Role};
 pub use policy::{GroupView, LeastLoaded, LongestHeldPrefix, Policy};

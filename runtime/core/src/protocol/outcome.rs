@@ -79,7 +79,9 @@ pub enum FailReason {
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// A wait ran out.
-    #[error("no {awaited} within {waited_ms} ms; if the link is merely slow raise kv_transfer_timeout_ms, otherwise look at the peer")]
+    #[error(
+        "no {awaited} within {waited_ms} ms; if the link is merely slow raise kv_transfer_timeout_ms, otherwise look at the peer"
+    )]
     Deadline {
         /// What did not come.
         awaited: Awaited,

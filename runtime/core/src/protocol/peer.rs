@@ -24,7 +24,10 @@ impl Peer {
         if source.role == destination.role {
             return Err(FailReason::Mismatch(format!("both are {} workers", local.role)));
         }
-        remote.layout.validate().map_err(|error| FailReason::Mismatch(format!("the peer's pool layout is impossible: {error}")))?;
+        remote
+            .layout
+            .validate()
+            .map_err(|error| FailReason::Mismatch(format!("the peer's pool layout is impossible: {error}")))?;
         let plan = PairPlan::new(&source.geometry, source.rank, &destination.geometry, destination.rank)
             .map_err(|error| FailReason::Mismatch(error.to_string()))?;
         let direction = direction(source.direction, destination.direction)?;

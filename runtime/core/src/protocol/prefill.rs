@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::peer::Peer;
 use super::{
-    EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent, OpenFetch, OpenedFetch, Outbox,
-    PrefillJob, PrefillView, Refusal, Role, WorkerProfile,
+    EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent, OpenFetch,
+    OpenedFetch, Outbox, PrefillJob, PrefillView, Refusal, Role, WorkerProfile,
 };
 use crate::{Direction, HandoverId, Moment, NodeId, PlanRequest, RequestId, Tables, TransferId, limits};
 
@@ -33,6 +33,8 @@ struct Offer {
     held: Option<Held>,
     /// Set when it is over but our own NICs still read its blocks.
     closing: Option<PrefillView>,
+    /// The same request prefilled anew: it starts when this offer has closed.
+    next: Option<PrefillJob>,
 }
 
 #[derive(Debug)]
@@ -58,8 +60,6 @@ struct Reader {
     posted: u32,
     /// Pushes that our NIC still reads blocks for.
     in_flight: BTreeSet<TransferId>,
-    /// Every byte read and the lease confirmed (pull), or every push completed.
-    confirmed: bool,
     /// No new transfers: the reader gave up or was lost.
     stopped: bool,
 }
@@ -67,7 +67,14 @@ struct Reader {
 impl PrefillRank {
     /// A rank with no offers.
     pub fn new(local: WorkerProfile, terms: LeaseTerms) -> Self {
-        PrefillRank { local, leader: None, terms, offers: BTreeMap::new(), peers: BTreeMap::new(), outbox: Outbox::default() }
+        PrefillRank {
+            local,
+            leader: None,
+            terms,
+            offers: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            outbox: Outbox::default(),
+        }
     }
 
     /// Commands and events to drain.
@@ -82,7 +89,11 @@ impl PrefillRank {
 
     /// When [`PrefillRank::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Moment> {
-        self.offers.values().filter(|offer| offer.closing.is_none()).filter_map(|offer| Some(offer.held.as_ref()?.lease.expires())).min()
+        self.offers
+            .values()
+            .filter(|offer| offer.closing.is_none())
+            .filter_map(|offer| Some(offer.held.as_ref()?.lease.expires()))
+            .min()
     }
 
     /// A session with a peer stands and it has introduced itself.
@@ -110,15 +121,15 @@ impl PrefillRank {
 
     /// A session ended. What the peer was reading is no longer its business.
     pub fn handle_peer_down(&mut self, now: Moment, node: NodeId) {
+        // Transfers are cancelled while it is still known through which NIC they run.
+        for request in self.offers.keys().copied().collect::<Vec<_>>() {
+            self.stop_reader(request, node);
+            self.finish_closing(now, request);
+        }
         if let Some(Ok(peer)) = self.peers.remove(&node)
             && peer.initiates(Role::Prefill)
         {
             self.outbox.nic(peer.nic, NicCommand::Disconnect { node });
-        }
-        let requests: Vec<RequestId> = self.offers.keys().copied().collect();
-        for request in requests {
-            self.stop_reader(request, node);
-            self.finish_closing(now, request);
         }
     }
 
@@ -186,11 +197,7 @@ impl PrefillRank {
         match event {
             EngineEvent::Opened { request, tables, steps } => self.opened(now, request, tables, steps),
             EngineEvent::Ready { request, steps } => self.ready(now, request, steps),
-            EngineEvent::Unable { request, reason } => {
-                if self.offers.remove(&request).is_some() {
-                    self.fail_to_leader(request, FailReason::Engine(reason));
-                }
-            }
+            EngineEvent::Unable { request, reason } => self.unable(now, request, reason),
             _ => {}
         }
     }
@@ -217,7 +224,9 @@ impl PrefillRank {
         let expired: Vec<RequestId> = self
             .offers
             .iter()
-            .filter(|(_, offer)| offer.closing.is_none() && offer.held.as_ref().is_some_and(|held| !held.lease.is_alive(now)))
+            .filter(|(_, offer)| {
+                offer.closing.is_none() && offer.held.as_ref().is_some_and(|held| !held.lease.is_alive(now))
+            })
             .map(|(request, _)| *request)
             .collect();
         for request in expired {
@@ -229,12 +238,26 @@ impl PrefillRank {
 
     fn prefill(&mut self, job: PrefillJob) {
         let request = job.spec.request;
-        if self.offers.contains_key(&request) {
-            self.fail_to_leader(request, FailReason::Refused(Refusal::Duplicate(request)));
-            return;
+        match self.offers.get_mut(&request) {
+            Some(offer) if offer.closing.is_some() && offer.next.is_none() => offer.next = Some(job),
+            Some(_) => self.fail_to_leader(request, FailReason::Refused(Refusal::Duplicate(request))),
+            None => {
+                self.offers.insert(request, Offer { job: job.clone(), held: None, closing: None, next: None });
+                self.outbox.engine(EngineCall::Prefill(job));
+            }
         }
-        self.offers.insert(request, Offer { job: job.clone(), held: None, closing: None });
-        self.outbox.engine(EngineCall::Prefill(job));
+    }
+
+    /// Before it opened, the engine holds nothing; afterwards its blocks go back as with every other end.
+    fn unable(&mut self, now: Moment, request: RequestId, reason: String) {
+        let Some(offer) = self.offers.get(&request).filter(|offer| offer.closing.is_none()) else { return };
+        let opened = offer.held.is_some();
+        self.fail_to_leader(request, FailReason::Engine(reason));
+        if opened {
+            self.close(now, request, PrefillView::Ended);
+        } else {
+            self.offers.remove(&request);
+        }
     }
 
     fn opened(&mut self, now: Moment, request: RequestId, tables: Tables, steps: Vec<u32>) {
@@ -249,9 +272,10 @@ impl PrefillRank {
         }
         if let Some(offer) = self.offers.get_mut(&request) {
             let lease = Lease::granted(now, &self.terms);
-            offer.held = Some(Held { tables, steps: steps.clone(), ready: 0, lease, handover: None, readers: BTreeMap::new() });
+            offer.held =
+                Some(Held { tables, steps: steps.clone(), ready: 0, lease, handover: None, readers: BTreeMap::new() });
             self.outbox.event(Event::OfferOpened { request });
-            self.to_leader(Message::RankOpened { request, steps });
+            self.tell_leader(Message::RankOpened { request, steps });
         }
     }
 
@@ -276,8 +300,12 @@ impl PrefillRank {
             .filter(|(_, reader)| !reader.stopped && reader.open.direction == Direction::Pull)
             .map(|(node, reader)| (*node, reader.open.handover))
             .collect();
-        let pushes: Vec<NodeId> =
-            held.readers.iter().filter(|(_, reader)| reader.open.direction == Direction::Push).map(|(node, _)| *node).collect();
+        let pushes: Vec<NodeId> = held
+            .readers
+            .iter()
+            .filter(|(_, reader)| reader.open.direction == Direction::Push)
+            .map(|(node, _)| *node)
+            .collect();
         for (node, handover) in pulls {
             self.outbox.send(node, Message::StepsReady { handover, ready: steps });
         }
@@ -285,7 +313,7 @@ impl PrefillRank {
             self.push_ready(now, request, node);
         }
         if steps == total {
-            self.to_leader(Message::RankReady { request, at: now });
+            self.tell_leader(Message::RankReady { request, at: now });
         }
     }
 
@@ -297,7 +325,10 @@ impl PrefillRank {
             None => return Err(Refusal::Mismatch("the peer has not introduced itself".to_owned())),
         };
         if peer.direction != open.direction {
-            return Err(Refusal::Mismatch(format!("direction: {:?} was agreed, {:?} was asked for", peer.direction, open.direction)));
+            return Err(Refusal::Mismatch(format!(
+                "direction: {:?} was agreed, {:?} was asked for",
+                peer.direction, open.direction
+            )));
         }
         let offer = self.offers.get_mut(&request).ok_or(Refusal::UnknownRequest(request))?;
         if offer.closing.is_some() {
@@ -311,7 +342,13 @@ impl PrefillRank {
         // Planning the whole offer once proves that both sides' tables fit, before any byte moves.
         let layers = 0..self.local.geometry.model.layers;
         peer.plan
-            .program(&PlanRequest { tokens, have: open.have, layers, source: &held.tables, destination: &open.destination })
+            .program(&PlanRequest {
+                tokens,
+                have: open.have,
+                layers,
+                source: &held.tables,
+                destination: &open.destination,
+            })
             .map_err(|error| Refusal::BadTables(error.to_string()))?;
         match held.handover {
             Some(newer) if newer > handover => return Err(Refusal::Superseded { request, newer }),
@@ -330,7 +367,7 @@ impl PrefillRank {
         }
         let direction = open.direction;
         let carried = held.readers.remove(&from).map(|old| old.in_flight).unwrap_or_default();
-        held.readers.insert(from, Reader { open, expecting: false, posted: 0, in_flight: carried, confirmed: false, stopped: false });
+        held.readers.insert(from, Reader { open, expecting: false, posted: 0, in_flight: carried, stopped: false });
         let source = match direction {
             Direction::Pull => held.tables.clone(),
             Direction::Push => held.tables.shapes(),
@@ -351,7 +388,13 @@ impl PrefillRank {
             let step = reader.posted;
             reader.posted += 1;
             let layers = step_layers(&held.steps, step);
-            let plan = PlanRequest { tokens, have: reader.open.have, layers, source: &held.tables, destination: &reader.open.destination };
+            let plan = PlanRequest {
+                tokens,
+                have: reader.open.have,
+                layers,
+                source: &held.tables,
+                destination: &reader.open.destination,
+            };
             match peer.plan.program(&plan) {
                 Ok(program) if program.units() == 0 => {}
                 Ok(program) => {
@@ -366,7 +409,6 @@ impl PrefillRank {
                 }
             }
         }
-        reader.confirmed = !reader.stopped && reader.in_flight.is_empty() && reader.posted as usize == held.steps.len();
         if let Some((handover, refusal)) = refusal {
             self.outbox.send(to, Message::Refused { handover, refusal });
         }
@@ -382,9 +424,9 @@ impl PrefillRank {
         let request = *request;
         if let Some(held) = &mut offer.held {
             for reader in held.readers.values_mut() {
-                if reader.in_flight.remove(&id) {
+                // What is left of an earlier handover says nothing about this one.
+                if reader.in_flight.remove(&id) && id.handover() == reader.open.handover {
                     reader.stopped |= !done;
-                    reader.confirmed = !reader.stopped && reader.in_flight.is_empty() && reader.posted as usize == held.steps.len();
                 }
             }
         }
@@ -395,12 +437,8 @@ impl PrefillRank {
         let answer = match self.request_of(handover) {
             None => Err(Refusal::UnknownHandover(handover)),
             Some(request) => match self.held(request) {
-                Some(held) if held.lease.is_alive(now) => {
-                    if let Some(reader) = held.readers.get_mut(&from) {
-                        reader.confirmed = true;
-                    }
-                    Ok(())
-                }
+                Some(held) if !held.readers.contains_key(&from) => Err(Refusal::UnknownHandover(handover)),
+                Some(held) if held.lease.is_alive(now) => Ok(()),
                 _ => Err(Refusal::LeaseExpired(request)),
             },
         };
@@ -435,6 +473,9 @@ impl PrefillRank {
     /// A foreign *read* does not hold them: that reader's confirmation will be refused.
     fn close(&mut self, now: Moment, request: RequestId, view: PrefillView) {
         let Some(offer) = self.offers.get_mut(&request) else { return };
+        if offer.next.take().is_some() {
+            return;
+        }
         offer.closing.get_or_insert(view);
         let readers: Vec<NodeId> = offer.held.iter().flat_map(|held| held.readers.keys().copied()).collect();
         for node in readers {
@@ -448,17 +489,20 @@ impl PrefillRank {
         let Some(view) = offer.closing else { return };
         let busy = offer.held.iter().flat_map(|held| held.readers.values()).any(|reader| !reader.in_flight.is_empty());
         if !busy {
-            self.offers.remove(&request);
+            let next = self.offers.remove(&request).and_then(|offer| offer.next);
             self.outbox.engine(EngineCall::Release { request, view });
             self.outbox.event(Event::OfferClosed { request, view });
+            if let Some(job) = next {
+                self.prefill(job);
+            }
         }
     }
 
     fn fail_to_leader(&mut self, request: RequestId, reason: FailReason) {
-        self.to_leader(Message::RankFailed { request, reason });
+        self.tell_leader(Message::RankFailed { request, reason });
     }
 
-    fn to_leader(&mut self, message: Message) {
+    fn tell_leader(&mut self, message: Message) {
         if let Some(leader) = self.leader {
             self.outbox.send(leader, message);
         }
@@ -471,7 +515,9 @@ impl PrefillRank {
     fn request_of(&self, handover: HandoverId) -> Option<RequestId> {
         self.offers
             .iter()
-            .find(|(_, offer)| offer.closing.is_none() && offer.held.as_ref().is_some_and(|held| held.handover == Some(handover)))
+            .find(|(_, offer)| {
+                offer.closing.is_none() && offer.held.as_ref().is_some_and(|held| held.handover == Some(handover))
+            })
             .map(|(request, _)| *request)
     }
 
@@ -490,7 +536,9 @@ pub(crate) fn step_layers(steps: &[u32], step: u32) -> core::ops::Range<u32> {
 /// Steps ascend, and the last ends the model.
 pub(crate) fn check_steps(steps: &[u32], layers: u32) -> Result<(), Refusal> {
     let ascending = steps.windows(2).all(|pair| matches!(pair, [a, b] if a < b));
-    let fits = steps.len() <= limits::STEPS_MAX as usize && steps.first().is_some_and(|first| *first > 0) && steps.last() == Some(&layers);
+    let fits = steps.len() <= limits::STEPS_MAX as usize
+        && steps.first().is_some_and(|first| *first > 0)
+        && steps.last() == Some(&layers);
     if ascending && fits {
         Ok(())
     } else {

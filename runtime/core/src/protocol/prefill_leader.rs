@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::{Awaited, Deadline, Event, FailReason, Lost, Message, OfferSummary, Outbox, PrefillJob, PrefillView, Refusal, Role};
+use super::{
+    Awaited, Deadline, Event, FailReason, Lost, Message, OfferSummary, Outbox, PrefillJob, PrefillView, Refusal, Role,
+};
 use crate::{GroupGeometry, GroupId, Moment, NodeId, Rank, RequestId};
 
 /// The state machine of a prefill group's leader. It runs on the node of rank 0.
@@ -35,7 +37,12 @@ struct GroupOffer {
 
 impl PrefillLeader {
     /// A leader that does not know its ranks' nodes yet; [`PrefillLeader::handle_rank`] names them.
-    pub fn new(group: GroupId, geometry: Arc<GroupGeometry>, scheduler: NodeId, open_within: core::time::Duration) -> Self {
+    pub fn new(
+        group: GroupId,
+        geometry: Arc<GroupGeometry>,
+        scheduler: NodeId,
+        open_within: core::time::Duration,
+    ) -> Self {
         let load = vec![0; geometry.parallel.adp.max(1) as usize];
         let (nodes, offers, outbox) = (BTreeMap::new(), BTreeMap::new(), Outbox::default());
         PrefillLeader { group, geometry, scheduler, nodes, offers, load, open_within, outbox }
@@ -60,7 +67,13 @@ impl PrefillLeader {
     pub fn handle_lost(&mut self, _now: Moment, lost: &Lost) {
         let Some(rank) = self.nodes.iter().find(|(_, node)| **node == lost.node).map(|(rank, _)| *rank) else { return };
         self.nodes.remove(&rank);
-        let reason = FailReason::RankLost { role: Role::Prefill, group: self.group, rank, node: lost.node, cause: lost.cause.clone() };
+        let reason = FailReason::RankLost {
+            role: Role::Prefill,
+            group: self.group,
+            rank,
+            node: lost.node,
+            cause: lost.cause.clone(),
+        };
         for request in self.offers.keys().copied().collect::<Vec<_>>() {
             self.fail(request, reason.clone());
         }
@@ -114,7 +127,8 @@ impl PrefillLeader {
         let owners = self.geometry.owners(job.dp);
         let nodes: Option<Vec<NodeId>> = owners.iter().map(|rank| self.nodes.get(rank).copied()).collect();
         let Some(nodes) = nodes else {
-            self.outbox.send(self.scheduler, Message::OfferFailed { request, reason: FailReason::NoGroup(Role::Prefill) });
+            self.outbox
+                .send(self.scheduler, Message::OfferFailed { request, reason: FailReason::NoGroup(Role::Prefill) });
             return;
         };
         if let Some(load) = self.load.get_mut(dp) {
@@ -141,7 +155,10 @@ impl PrefillLeader {
         let Some(rank) = self.rank_of(from) else { return };
         let Some(offer) = self.offers.get_mut(&request) else { return };
         if offer.steps.get_or_insert_with(|| steps.clone()) != &steps {
-            let text = format!("ranks of {} open {request} in different steps; give every rank the same layers per step", self.group);
+            let text = format!(
+                "ranks of {} open {request} in different steps; give every rank the same layers per step",
+                self.group
+            );
             self.fail(request, FailReason::Mismatch(text));
             return;
         }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::scheduler_group::{DecodeGroup, PrefillGroup};
 use super::{
-    Awaited, Deadline, Event, FailReason, Finished, GroupView, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox, Outcome,
-    OutcomeReport, Pairing, PathReport, Policy, PrefillJob, PrefillView, RequestSpec, Role,
+    Awaited, Deadline, Event, FailReason, Finished, GroupView, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox,
+    Outcome, OutcomeReport, Pairing, PathReport, Policy, PrefillJob, PrefillView, RequestSpec, Role,
 };
 use crate::{GroupId, HandoverId, Moment, NodeId, RequestId};
 
@@ -75,6 +75,8 @@ struct Request {
     attempts: u32,
     ready_at: Option<Moment>,
     cancelled: bool,
+    /// The prefill side said that its offer is gone while a handover was under way.
+    withdrawn: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -129,7 +131,18 @@ impl Scheduler {
             return Err(super::Refusal::Duplicate(request));
         }
         let deadline = Deadline::after(now, self.terms.queue_within);
-        self.requests.insert(request, Request { spec, stage: Stage::Queued, deadline, attempts: 0, ready_at: None, cancelled: false });
+        self.requests.insert(
+            request,
+            Request {
+                spec,
+                stage: Stage::Queued,
+                deadline,
+                attempts: 0,
+                ready_at: None,
+                cancelled: false,
+                withdrawn: false,
+            },
+        );
         self.arrivals.push_back(request);
         self.pump(now);
         Ok(())
@@ -156,6 +169,17 @@ impl Scheduler {
     /// A member joined.
     pub fn handle_member(&mut self, now: Moment, member: &Member) {
         let Some(place) = &member.place else { return };
+        let known = |node| {
+            self.prefill.values().any(|group| group.rank_of(node).is_some())
+                || self.decode.values().any(|group| group.rank_of(node).is_some())
+        };
+        if known(member.node) {
+            // It came back before its loss was noticed: what the earlier incarnation held is gone.
+            self.handle_lost(
+                now,
+                &Lost { node: member.node, epoch: member.epoch, cause: format!("it restarted as {}", member.epoch) },
+            );
+        }
         let complete = match place.role {
             Role::Prefill => {
                 let jobs = self.terms.prefill_jobs_max;
@@ -179,13 +203,15 @@ impl Scheduler {
         self.outbox.event(Event::NodeLost { node: lost.node, cause: lost.cause.clone() });
         let prefill = self.prefill.iter().find_map(|(id, group)| Some((*id, group.rank_of(lost.node)?)));
         let decode = self.decode.iter().find_map(|(id, group)| Some((*id, group.rank_of(lost.node)?)));
-        let reason = |role, group, rank| FailReason::RankLost { role, group, rank, node: lost.node, cause: lost.cause.clone() };
+        let reason =
+            |role, group, rank| FailReason::RankLost { role, group, rank, node: lost.node, cause: lost.cause.clone() };
         if let Some((group, rank)) = prefill {
             self.prefill.remove(&group);
             self.lose_prefill(now, group, &reason(Role::Prefill, group, rank));
         }
         if let Some((group, rank)) = decode {
-            let leader = self.decode.remove(&group).and_then(|group| group.leader()).filter(|leader| *leader != lost.node);
+            let leader =
+                self.decode.remove(&group).and_then(|group| group.leader()).filter(|leader| *leader != lost.node);
             self.held.retain(|_, (held_by, _)| *held_by != group);
             match leader {
                 // It will decide by itself.
@@ -194,7 +220,9 @@ impl Scheduler {
                 }
                 None => self.fail_decode(now, group, &reason(Role::Decode, group, rank)),
             }
-        } else if let Some(group) = self.broken.iter().find(|(_, leader)| **leader == lost.node).map(|(group, _)| *group) {
+        } else if let Some(group) =
+            self.broken.iter().find(|(_, leader)| **leader == lost.node).map(|(group, _)| *group)
+        {
             self.broken.remove(&group);
             self.fail_decode(now, group, &reason(Role::Decode, group, crate::Rank(0)));
         }
@@ -232,8 +260,12 @@ impl Scheduler {
         if self.renew_at.is_some_and(|at| now >= at) {
             self.renew(now);
         }
-        let late: Vec<RequestId> =
-            self.requests.iter().filter(|(_, request)| request.deadline.has_passed(now)).map(|(request, _)| *request).collect();
+        let late: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, request)| request.deadline.has_passed(now))
+            .map(|(request, _)| *request)
+            .collect();
         for request in late {
             let Some(known) = self.requests.get(&request) else { continue };
             let awaited = match &known.stage {
@@ -262,13 +294,15 @@ impl Scheduler {
         self.offers.push_back(offer.request);
         known.stage = Stage::Offered { group, offer };
         known.deadline = Deadline::after(now, self.terms.pair_within);
-        self.renew_at.get_or_insert(now + self.terms.leases.renewal());
         self.pump(now);
     }
 
     fn offer_failed(&mut self, now: Moment, from: NodeId, request: RequestId, reason: FailReason) {
-        let Some(known) = self.requests.get(&request) else { return };
-        let (Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. }) = known.stage else { return };
+        let Some(known) = self.requests.get_mut(&request) else { return };
+        let (Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. }) = known.stage
+        else {
+            return;
+        };
         if self.prefill.get(&group).and_then(PrefillGroup::leader) != Some(from) {
             return;
         }
@@ -277,6 +311,12 @@ impl Scheduler {
                 if let Some(leader) = self.decode.get(decode).and_then(DecodeGroup::leader) {
                     self.outbox.send(leader, Message::Abort { handover: *handover, reason: Some(reason) });
                 }
+                known.withdrawn = true;
+            }
+            // An offer that lapsed can be made again.
+            _ if matches!(reason, FailReason::Refused(_)) => {
+                self.offers.retain(|waiting| *waiting != request);
+                self.try_again(now, request, group, None, reason);
             }
             // What one engine refuses for good, another of the same kind would too.
             _ => self.finish(request, Outcome::Failed { reason }, None, Vec::new()),
@@ -294,7 +334,7 @@ impl Scheduler {
         if report.outcome.is_delivered() {
             self.held.insert(handover, (decode, known.spec.clone()));
         } else {
-            self.give_back(decode, &known.spec.clone());
+            self.give_back(decode, handover, &known.spec.clone());
         }
         match report.outcome {
             Outcome::Failed { reason } => self.try_again(now, request, group, Some(offer), reason),
@@ -304,7 +344,14 @@ impl Scheduler {
     }
 
     /// A handover failed: the offer is paired again if it still stands, prefilled again if there is another group, or the request fails.
-    fn try_again(&mut self, now: Moment, request: RequestId, group: GroupId, offer: Option<OfferSummary>, reason: FailReason) {
+    fn try_again(
+        &mut self,
+        now: Moment,
+        request: RequestId,
+        group: GroupId,
+        offer: Option<OfferSummary>,
+        reason: FailReason,
+    ) {
         let Some(known) = self.requests.get_mut(&request) else { return };
         known.attempts += 1;
         if known.cancelled {
@@ -312,8 +359,15 @@ impl Scheduler {
             return;
         }
         let again = known.attempts < self.terms.attempts_max && !matches!(reason, FailReason::Mismatch(_));
-        let stands = self.prefill.contains_key(&group) && !matches!(reason, FailReason::Refused(_));
-        if again && stands && !self.decode.is_empty() && let Some(offer) = offer {
+        let held = self.prefill.get(&group).is_some_and(|group| group.has(request));
+        // The decode side may notice a lost prefill rank before the directory does: its offer is gone all the same.
+        let gone = matches!(reason, FailReason::Refused(_) | FailReason::RankLost { role: Role::Prefill, .. });
+        let stands = held && !known.withdrawn && !gone;
+        if again
+            && stands
+            && !self.decode.is_empty()
+            && let Some(offer) = offer
+        {
             known.stage = Stage::Offered { group, offer };
             known.deadline = Deadline::after(now, self.terms.pair_within);
             self.offers.push_front(request);
@@ -322,6 +376,7 @@ impl Scheduler {
             if let Some(known) = self.requests.get_mut(&request) {
                 known.stage = Stage::Queued;
                 known.ready_at = None;
+                known.withdrawn = false;
                 known.deadline = Deadline::after(now, self.terms.queue_within);
             }
             self.arrivals.push_front(request);
@@ -365,14 +420,14 @@ impl Scheduler {
     fn freed(&mut self, now: Moment, handover: HandoverId) {
         if let Some((group, spec)) = self.held.remove(&handover) {
             self.outbox.event(Event::Freed { request: spec.request });
-            self.give_back(group, &spec);
+            self.give_back(group, handover, &spec);
             self.pump(now);
         }
     }
 
-    fn give_back(&mut self, group: GroupId, spec: &RequestSpec) {
+    fn give_back(&mut self, group: GroupId, handover: HandoverId, spec: &RequestSpec) {
         if let Some(group) = self.decode.get_mut(&group) {
-            group.give_back(spec);
+            group.give_back(handover, spec);
         }
     }
 
@@ -380,15 +435,25 @@ impl Scheduler {
         let view = if outcome.is_delivered() { PrefillView::Confirmed } else { PrefillView::Ended };
         self.release(request, view);
         let Some(known) = self.requests.remove(&request) else { return };
-        self.arrivals.retain(|waiting| *waiting != request);
-        self.offers.retain(|waiting| *waiting != request);
-        if let Stage::Paired { decode, handover, .. } = &known.stage
-            && self.handovers.remove(handover).is_some()
-        {
-            self.give_back(*decode, &known.spec);
+        match &known.stage {
+            Stage::Queued => self.arrivals.retain(|waiting| *waiting != request),
+            Stage::Prefilling { .. } => {}
+            Stage::Offered { .. } => self.offers.retain(|waiting| *waiting != request),
+            Stage::Paired { decode, handover, .. } => {
+                if self.handovers.remove(handover).is_some() {
+                    self.give_back(*decode, *handover, &known.spec);
+                }
+            }
         }
         let attempts = known.attempts + 1;
-        self.outbox.event(Event::Finished(Finished { request, outcome, attempts, ready_at: known.ready_at, settled_at, paths }));
+        self.outbox.event(Event::Finished(Finished {
+            request,
+            outcome,
+            attempts,
+            ready_at: known.ready_at,
+            settled_at,
+            paths,
+        }));
     }
 
     /// The prefill side may let go, and its credit comes back.
@@ -398,11 +463,11 @@ impl Scheduler {
             Stage::Queued => return,
             Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. } => *group,
         };
-        if let Some(group) = self.prefill.get_mut(&group) {
-            group.release(known.spec.tokens);
-            if let Some(leader) = group.leader() {
-                self.outbox.send(leader, Message::Release { request, view });
-            }
+        if let Some(group) = self.prefill.get_mut(&group)
+            && group.release(request, known.spec.tokens)
+            && let Some(leader) = group.leader()
+        {
+            self.outbox.send(leader, Message::Release { request, view });
         }
     }
 
@@ -412,13 +477,14 @@ impl Scheduler {
             if !self.start_prefill(now, request) {
                 break;
             }
-            self.arrivals.retain(|waiting| *waiting != request);
+            // Unless it finished and left by itself.
+            self.arrivals.pop_front_if(|waiting| *waiting == request);
         }
         while let Some(request) = self.offers.front().copied() {
             if !self.start_pairing(now, request) {
                 break;
             }
-            self.offers.retain(|waiting| *waiting != request);
+            self.offers.pop_front_if(|waiting| *waiting == request);
         }
     }
 
@@ -436,10 +502,12 @@ impl Scheduler {
         let Some(choice) = self.policy.prefill(&known.spec, &candidates) else { return false };
         let Some(group) = self.prefill.get_mut(&choice) else { return false };
         let Some(leader) = group.leader() else { return false };
-        if !group.take(known.spec.tokens) {
+        if !group.take(request, known.spec.tokens) {
             return false;
         }
         known.stage = Stage::Prefilling { group: choice };
+        // Ranks open at different times; the first lease must last until the last rank has opened.
+        self.renew_at.get_or_insert(now + self.terms.leases.renewal());
         known.deadline = Deadline::after(now, self.terms.prefill_within);
         self.outbox.send(leader, Message::Prefill(PrefillJob { spec: known.spec.clone(), dp: 0 }));
         true
@@ -454,21 +522,27 @@ impl Scheduler {
             self.finish(request, Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) }, None, Vec::new());
             return true;
         }
-        let candidates: Vec<GroupView> = self.decode.iter().filter_map(|(id, decode)| decode.view(*id, &known.spec)).collect();
+        let candidates: Vec<GroupView> =
+            self.decode.iter().filter_map(|(id, decode)| decode.view(*id, &known.spec)).collect();
         if candidates.is_empty() {
             return false;
         }
         let Some(choice) = self.policy.decode(&known.spec, &candidates) else { return false };
         let Some(decode) = self.decode.get_mut(&choice) else { return false };
         let Some(leader) = decode.leader() else { return false };
-        if !decode.take(&known.spec) {
+        let handover = HandoverId(self.next_handover);
+        if !decode.take(handover, &known.spec) {
             return false;
         }
-        let handover = HandoverId(self.next_handover);
         self.next_handover += 1;
         self.handovers.insert(handover, request);
-        let pairing =
-            Pairing { handover, spec: known.spec.clone(), source: group, source_dp: offer.dp, steps: offer.steps.clone() };
+        let pairing = Pairing {
+            handover,
+            spec: known.spec.clone(),
+            source: group,
+            source_dp: offer.dp,
+            steps: offer.steps.clone(),
+        };
         known.stage = Stage::Paired { group, offer, decode: choice, handover };
         known.deadline = Deadline::after(now, self.terms.outcome_within);
         self.outbox.event(Event::Paired { request, handover, group: choice });
@@ -479,7 +553,9 @@ impl Scheduler {
     fn renew(&mut self, now: Moment) {
         let mut wanted: BTreeMap<GroupId, Vec<RequestId>> = BTreeMap::new();
         for (request, known) in &self.requests {
-            if let Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. } = &known.stage {
+            if let Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. } =
+                &known.stage
+            {
                 wanted.entry(*group).or_default().push(*request);
             }
         }

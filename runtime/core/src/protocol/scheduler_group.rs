@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::{Credit, GroupView, Place, RequestSpec};
-use crate::{GroupGeometry, GroupId, NodeId, Rank};
+use crate::{GroupGeometry, GroupId, HandoverId, NodeId, Rank, RequestId};
 
 /// Hashes remembered per decode group; beyond that the scheduler forgets the largest, and only chooses less well.
 const HELD_HASHES_MAX: usize = 1 << 20;
@@ -47,12 +47,19 @@ impl Ranks {
 pub(super) struct PrefillGroup {
     ranks: Ranks,
     jobs: Credit,
+    /// Requests whose credit is out. A group that formed anew under an old number owes nothing of its predecessor's.
+    working: BTreeSet<RequestId>,
     load_tokens: u64,
 }
 
 impl PrefillGroup {
     pub(super) fn new(geometry: &GroupGeometry, jobs_max: u64) -> Self {
-        PrefillGroup { ranks: Ranks::new(geometry), jobs: Credit::new(jobs_max), load_tokens: 0 }
+        PrefillGroup {
+            ranks: Ranks::new(geometry),
+            jobs: Credit::new(jobs_max),
+            working: BTreeSet::new(),
+            load_tokens: 0,
+        }
     }
 
     pub(super) fn join(&mut self, place: &Place, node: NodeId) -> bool {
@@ -77,17 +84,28 @@ impl PrefillGroup {
         })
     }
 
-    pub(super) fn take(&mut self, tokens: u64) -> bool {
-        let taken = self.jobs.take(1).is_ok();
+    /// Whether it works on the request, or holds its offer.
+    pub(super) fn has(&self, request: RequestId) -> bool {
+        self.working.contains(&request)
+    }
+
+    pub(super) fn take(&mut self, request: RequestId, tokens: u64) -> bool {
+        let taken = !self.has(request) && self.jobs.take(1).is_ok();
         if taken {
+            self.working.insert(request);
             self.load_tokens += tokens;
         }
         taken
     }
 
-    pub(super) fn release(&mut self, tokens: u64) {
-        self.jobs.give(1);
-        self.load_tokens = self.load_tokens.saturating_sub(tokens);
+    /// Says whether there was anything to release.
+    pub(super) fn release(&mut self, request: RequestId, tokens: u64) -> bool {
+        let released = self.working.remove(&request);
+        if released {
+            self.jobs.give(1);
+            self.load_tokens = self.load_tokens.saturating_sub(tokens);
+        }
+        released
     }
 }
 
@@ -99,6 +117,8 @@ pub(super) struct DecodeGroup {
     handovers: Credit,
     /// Blocks of one rank's pool, per layer group.
     blocks: Vec<Credit>,
+    /// Handovers whose credits are out. A group that formed anew under an old number owes nothing of its predecessor's.
+    working: BTreeSet<HandoverId>,
     load_tokens: u64,
     held: BTreeSet<u64>,
 }
@@ -111,6 +131,7 @@ impl DecodeGroup {
             handovers: Credit::new(u64::from(place.handovers_max.max(1))),
             // The ranks of a group have equal pools in practice; the first to join speaks for all.
             blocks: place.blocks.iter().map(|blocks| Credit::new(u64::from(*blocks))).collect(),
+            working: BTreeSet::new(),
             load_tokens: 0,
             held: BTreeSet::new(),
         }
@@ -130,7 +151,8 @@ impl DecodeGroup {
 
     /// `None` when it has no room for the request now, or not all its ranks.
     pub(super) fn view(&self, group: GroupId, spec: &RequestSpec) -> Option<GroupView> {
-        let room = self.handovers.left() > 0 && self.costs(spec).zip(&self.blocks).all(|(cost, credit)| cost <= credit.left());
+        let room =
+            self.handovers.left() > 0 && self.costs(spec).zip(&self.blocks).all(|(cost, credit)| cost <= credit.left());
         (self.leader().is_some() && room).then(|| GroupView {
             group,
             load_tokens: self.load_tokens,
@@ -144,7 +166,7 @@ impl DecodeGroup {
         self.costs(spec).zip(&self.blocks).all(|(cost, credit)| cost <= credit.limit())
     }
 
-    pub(super) fn take(&mut self, spec: &RequestSpec) -> bool {
+    pub(super) fn take(&mut self, handover: HandoverId, spec: &RequestSpec) -> bool {
         let costs: Vec<u64> = self.costs(spec).collect();
         if self.handovers.left() == 0 || costs.iter().zip(&self.blocks).any(|(cost, credit)| *cost > credit.left()) {
             return false;
@@ -155,10 +177,14 @@ impl DecodeGroup {
             }
         }
         self.load_tokens += spec.tokens;
+        self.working.insert(handover);
         self.handovers.take(1).is_ok()
     }
 
-    pub(super) fn give_back(&mut self, spec: &RequestSpec) {
+    pub(super) fn give_back(&mut self, handover: HandoverId, spec: &RequestSpec) {
+        if !self.working.remove(&handover) {
+            return;
+        }
         let costs: Vec<u64> = self.costs(spec).collect();
         for (cost, credit) in costs.iter().zip(&mut self.blocks) {
             credit.give(*cost);

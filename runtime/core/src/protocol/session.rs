@@ -9,7 +9,7 @@ use sha2::Sha256;
 use thiserror::Error;
 
 use super::Message;
-use crate::wire::{self, Frame, Hello, MAC_BYTES, WireError, Welcome};
+use crate::wire::{self, Frame, Hello, MAC_BYTES, Welcome, WireError};
 use crate::{Epoch, Moment, NodeId};
 
 /// Messages that may wait for a session to stand.
@@ -29,7 +29,11 @@ pub struct Identity {
 impl core::fmt::Debug for Identity {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         // The secret stays out of logs.
-        f.debug_struct("Identity").field("node", &self.node).field("epoch", &self.epoch).field("secured", &self.secret.is_some()).finish()
+        f.debug_struct("Identity")
+            .field("node", &self.node)
+            .field("epoch", &self.epoch)
+            .field("secured", &self.secret.is_some())
+            .finish()
     }
 }
 
@@ -70,7 +74,9 @@ pub enum SessionError {
         due: &'static str,
     },
     /// No common protocol.
-    #[error("the peer speaks protocol {peer_min} to {peer_max}, this node {own_min} to {own_max}; upgrade the older one")]
+    #[error(
+        "the peer speaks protocol {peer_min} to {peer_max}, this node {own_min} to {own_max}; upgrade the older one"
+    )]
     Protocol {
         /// Theirs.
         peer_min: u16,
@@ -168,7 +174,14 @@ enum State {
 
 impl Session {
     /// The dialing side. `nonce` must be fresh and unpredictable.
-    pub fn dial(now: Moment, identity: Identity, expects: NodeId, loopback: bool, nonce: [u8; 16], terms: SessionTerms) -> Self {
+    pub fn dial(
+        now: Moment,
+        identity: Identity,
+        expects: NodeId,
+        loopback: bool,
+        nonce: [u8; 16],
+        terms: SessionTerms,
+    ) -> Self {
         let hello = Hello {
             protocol_min: wire::PROTOCOL_MIN,
             protocol_max: wire::PROTOCOL_MAX,
@@ -194,7 +207,15 @@ impl Session {
         Session::new(now, identity, loopback, nonce, terms, false, State::AwaitHello)
     }
 
-    fn new(now: Moment, identity: Identity, loopback: bool, nonce: [u8; 16], terms: SessionTerms, dialer: bool, state: State) -> Self {
+    fn new(
+        now: Moment,
+        identity: Identity,
+        loopback: bool,
+        nonce: [u8; 16],
+        terms: SessionTerms,
+        dialer: bool,
+        state: State,
+    ) -> Self {
         Session {
             identity,
             terms,
@@ -247,7 +268,9 @@ impl Session {
                     self.seal(now, Bytes::new());
                 }
             }
-            _ if now.since(self.began) >= self.terms.handshake_within => self.close(SessionError::Silent(now.since(self.began))),
+            _ if now.since(self.began) >= self.terms.handshake_within => {
+                self.close(SessionError::Silent(now.since(self.began)))
+            }
             _ => {}
         }
     }
@@ -256,7 +279,9 @@ impl Session {
     pub fn poll_timeout(&self) -> Option<Moment> {
         match self.state {
             State::Closed => None,
-            State::Established { .. } => Some((self.heard + self.terms.silence_max).min(self.spoke + self.terms.beat_every)),
+            State::Established { .. } => {
+                Some((self.heard + self.terms.silence_max).min(self.spoke + self.terms.beat_every))
+            }
             _ => Some(self.began + self.terms.handshake_within),
         }
     }
@@ -288,7 +313,9 @@ impl Session {
                 Ok(())
             }
             (State::AwaitHello, Frame::Hello(hello)) => self.hello(now, hello),
-            (State::AwaitWelcome { expects, hello }, Frame::Welcome(welcome)) => self.welcome(now, expects, &hello, &welcome),
+            (State::AwaitWelcome { expects, hello }, Frame::Welcome(welcome)) => {
+                self.welcome(now, expects, &hello, &welcome)
+            }
             (State::AwaitProof { hello, welcome }, Frame::Proof(mac)) => {
                 self.check(&proof_text("proof", &hello, &welcome), &mac)?;
                 self.establish(now, hello.node, hello.epoch, &hello, &welcome);
@@ -314,8 +341,16 @@ impl Session {
         }
         match (&self.identity.secret, hello.secured) {
             (None, false) if !self.loopback => return Err(SessionError::SecretRequired(OFF_LOOPBACK)),
-            (None, true) => return Err(SessionError::SecretRequired("the dialer holds a secret and this node does not; give it the same")),
-            (Some(_), false) => return Err(SessionError::SecretRequired("this node requires the shared secret; give it to the dialer")),
+            (None, true) => {
+                return Err(SessionError::SecretRequired(
+                    "the dialer holds a secret and this node does not; give it the same",
+                ));
+            }
+            (Some(_), false) => {
+                return Err(SessionError::SecretRequired(
+                    "this node requires the shared secret; give it to the dialer",
+                ));
+            }
             _ => {}
         }
         let mut welcome = Welcome {
@@ -386,7 +421,8 @@ impl Session {
     fn seal(&mut self, now: Moment, body: Bytes) {
         let sequence = self.sent;
         self.sent += 1;
-        let mac = self.key.as_ref().map_or([0; MAC_BYTES], |key| short(&hmac(key, &seal_text(self.dialer, sequence, &body))));
+        let mac =
+            self.key.as_ref().map_or([0; MAC_BYTES], |key| short(&hmac(key, &seal_text(self.dialer, sequence, &body))));
         self.write(now, &Frame::Sealed { sequence, mac, body });
     }
 
@@ -433,7 +469,15 @@ fn proof_text(label: &str, hello: &Hello, welcome: &Welcome) -> Vec<u8> {
     for number in [hello.protocol_min, hello.protocol_max, welcome.protocol] {
         text.extend_from_slice(&number.to_le_bytes());
     }
-    let long = [hello.capabilities, hello.node.0, hello.epoch.0, hello.expects.0, welcome.capabilities, welcome.node.0, welcome.epoch.0];
+    let long = [
+        hello.capabilities,
+        hello.node.0,
+        hello.epoch.0,
+        hello.expects.0,
+        welcome.capabilities,
+        welcome.node.0,
+        welcome.epoch.0,
+    ];
     for number in long {
         text.extend_from_slice(&number.to_le_bytes());
     }

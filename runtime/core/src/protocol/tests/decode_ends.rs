@@ -1,0 +1,253 @@
+//! The decode rank: fetches that fail, and blocks that stay quarantined until nothing can write them.
+
+use super::decode::*;
+use super::kit::*;
+use crate::protocol::{
+    Awaited, Command, EngineCall, EngineEvent, FailReason, FetchJob, Message, NicCommand, NicEvent, Outcome, Refusal,
+    Role,
+};
+use crate::{Direction, FenceProof, NodeId, Rank, TransportKind};
+
+fn lost_source(source: usize) -> FailReason {
+    let (role, group, rank) = (Role::Prefill, PREFILL, Rank(source as u32));
+    FailReason::RankLost { role, group, rank, node: NodeId(SOURCES[source]), cause: "it crashed".into() }
+}
+
+fn outcome(outcome: Outcome) -> Message {
+    Message::Settled { handover: H1, outcome }
+}
+
+#[test]
+fn placement_and_transfer_have_deadlines() {
+    let mut fixture = Fixture::connected(Direction::Pull);
+    fixture.fetch(H1, &[4]);
+    assert_eq!(fixture.rank.poll_timeout(), Some(at(10)));
+    fixture.rank.handle_timeout(at(10));
+    let late = |awaited, waited_ms| rank_failed(FailReason::Deadline { awaited, waited_ms });
+    assert_eq!(commands(fixture.rank.outbox()), [late(Awaited::Placement, 10_000)]);
+    assert_eq!(fixture.place(H1), [], "blocks that come after the end are not used");
+    let cancelled = fixture.message(11, LEADER, outcome(Outcome::Cancelled));
+    assert_eq!(cancelled, [settled(H1, Outcome::Cancelled, false)], "but they are given back");
+
+    let mut fixture = Fixture::moving(Direction::Pull, 0);
+    fixture.message(2, 1, Message::StepsReady { handover: H1, ready: 1 });
+    fixture.rank.handle_timeout(at(10));
+    let reading = |to| send(to, Message::Reading { handovers: vec![H1] });
+    assert_eq!(commands(fixture.rank.outbox()), [reading(1), reading(2)]);
+    fixture.rank.handle_timeout(at(61));
+    let commands = commands(fixture.rank.outbox());
+    for wanted in [abandon(0), abandon(1), cancel(0, id(0, 0))] {
+        assert!(commands.contains(&wanted), "{wanted:?} in {commands:?}");
+    }
+    let Some(Command::Send {
+        message: Message::RankDone { result: Err(FailReason::Deadline { awaited, .. }), .. },
+        ..
+    }) = commands.last()
+    else {
+        panic!("{commands:?}");
+    };
+    assert_eq!(*awaited, Awaited::Transfer);
+}
+
+#[test]
+fn a_refusal_fails_the_rank_once() {
+    let mut fixture = Fixture::moving(Direction::Pull, 1);
+    let refusal = Refusal::LeaseExpired(R1);
+    let refused = Message::Refused { handover: H1, refusal: refusal.clone() };
+    let commands = fixture.message(2, 1, refused.clone());
+    let reason = rank_failed(FailReason::Refused(refusal));
+    assert_eq!(commands, [abandon(0), cancel(0, id(0, 0)), abandon(1), cancel(0, id(1, 0)), reason]);
+    assert_eq!(fixture.message(2, 2, refused), []);
+    assert_eq!(fixture.opened(1, H1, 2), [], "it is over");
+}
+
+#[test]
+fn a_failed_transfer_fails_the_rank_and_frees_the_blocks_last() {
+    for direction in [Direction::Pull, Direction::Push] {
+        let mut fixture = Fixture::moving(direction, 2);
+        let failure = fixture.nic(failed(id(0, 0)));
+        let (kind, peer, message) = (TransportKind::Sim, NodeId(1), "the link broke".to_owned());
+        assert_eq!(failure.last(), Some(&rank_failed(FailReason::Transport { kind, peer, message })));
+        let reason = FailReason::Engine("as the leader says".into());
+        let word = Outcome::Failed { reason };
+        assert_eq!(fixture.message(3, LEADER, outcome(word.clone())), [settled(H1, word, true)]);
+        let open: Vec<_> = match direction {
+            Direction::Pull => vec![id(1, 0)],
+            Direction::Push => vec![id(0, 1), id(1, 0), id(1, 1)],
+        };
+        let (last, others) = open.split_last().expect("transfers");
+        for other in others {
+            assert_eq!(fixture.nic(failed(*other)), []);
+        }
+        let returned = engine(EngineCall::Returned { handover: H1, proof: FenceProof::OwnerCopies });
+        assert_eq!(fixture.nic(done(*last)), [returned], "done or failed: it has ended");
+        assert_eq!(fixture.nic(failed(*last)), [], "once");
+        assert_eq!(fixture.rank.fetches(), 0);
+    }
+}
+
+#[test]
+fn a_word_from_the_leader_stops_what_runs() {
+    let mut fixture = Fixture::moving(Direction::Pull, 1);
+    let commands = fixture.message(2, LEADER, outcome(Outcome::Cancelled));
+    let stops =
+        [abandon(0), cancel(0, id(0, 0)), abandon(1), cancel(0, id(1, 0)), settled(H1, Outcome::Cancelled, true)];
+    assert_eq!(commands, stops, "this rank has nothing to report any more");
+    assert_eq!(fixture.message(2, LEADER, outcome(Outcome::Delivered)), [], "the first word is the last");
+    assert_eq!(fixture.message(2, 1, Message::StepsReady { handover: H1, ready: 2 }), [], "nothing is posted after it");
+    fixture.nic(failed(id(0, 0)));
+    assert_eq!(fixture.nic(failed(id(1, 0))).len(), 1);
+    assert_eq!(fixture.rank.fetches(), 0);
+}
+
+#[test]
+fn a_lost_source_matters_while_it_owes_something() {
+    // Unopened: the session never stood.
+    let mut fixture = Fixture::new(Direction::Pull);
+    fixture.members();
+    fixture.fetch(H1, &[4]);
+    fixture.place(H1);
+    fixture.rank.handle_peer_down(at(1), NodeId(1), "it crashed");
+    assert_eq!(commands(fixture.rank.outbox()), [rank_failed(lost_source(0))]);
+
+    // Moving.
+    let mut fixture = Fixture::moving(Direction::Pull, 1);
+    fixture.rank.handle_lost(at(1), &lost(1), None);
+    let disconnect = Command::Nic { nic: 0, command: NicCommand::Disconnect { node: NodeId(1) } };
+    let stops = [disconnect.clone(), cancel(0, id(0, 0)), abandon(1), cancel(0, id(1, 0)), rank_failed(lost_source(0))];
+    assert_eq!(commands(fixture.rank.outbox()), stops);
+
+    // Confirming: the bytes are here, but nobody says whether they were good.
+    let mut fixture = Fixture::moving(Direction::Pull, 2);
+    fixture.nic(done(id(0, 0)));
+    fixture.rank.handle_peer_down(at(1), NodeId(1), "it crashed");
+    let stops = commands(fixture.rank.outbox());
+    assert_eq!(stops.last(), Some(&rank_failed(lost_source(0))), "{stops:?}");
+
+    // Done: it owes nothing.
+    fixture = Fixture::moving(Direction::Pull, 2);
+    fixture.nic(done(id(0, 0)));
+    fixture.message(1, 1, Message::Confirmed { handover: H1 });
+    fixture.rank.handle_peer_down(at(1), NodeId(1), "it crashed");
+    assert_eq!(commands(fixture.rank.outbox()), [disconnect]);
+    fixture.nic(done(id(1, 0)));
+    let finished = fixture.message(2, 2, Message::Confirmed { handover: H1 });
+    let [Command::Send { message: Message::RankDone { result: Ok(paths), .. }, .. }] = finished.as_slice() else {
+        panic!("{finished:?}")
+    };
+    assert_eq!(paths.len(), 2, "what it brought is still reported");
+}
+
+#[test]
+fn a_nic_that_loses_its_peer_fails_a_pull() {
+    let mut fixture = Fixture::moving(Direction::Pull, 1);
+    let commands = fixture.nic(NicEvent::PeerLost { node: NodeId(2), reason: "reset".into() });
+    let (kind, peer, message) = (TransportKind::Sim, NodeId(2), "reset".to_owned());
+    assert_eq!(commands.last(), Some(&rank_failed(FailReason::Transport { kind, peer, message })));
+    let mut fixture = Fixture::moving(Direction::Push, 1);
+    assert_eq!(
+        fixture.nic(NicEvent::PeerLost { node: NodeId(2), reason: "reset".into() }),
+        [],
+        "a push is the writer's affair"
+    );
+}
+
+#[test]
+fn a_lost_rank_of_the_group_settles_everything_here() {
+    let mut fixture = Fixture::moving(Direction::Pull, 1);
+    fixture.rank.handle_lost(at(2), &lost(21), Some(Rank(1)));
+    let (role, group, rank, node) = (Role::Decode, DECODE, Rank(1), NodeId(21));
+    let reason = FailReason::RankLost { role, group, rank, node, cause: "it crashed".into() };
+    let commands = commands(fixture.rank.outbox());
+    assert_eq!(commands.last(), Some(&settled(H1, Outcome::Failed { reason }, true)), "{commands:?}");
+    assert_eq!(fixture.message(3, LEADER, outcome(Outcome::Delivered)), [], "no other word counts");
+}
+
+#[test]
+fn a_fence_ends_transfers_without_completing_them() {
+    let mut fixture = Fixture::moving(Direction::Push, 2);
+    let fenced = NicEvent::Fenced { node: NodeId(1), proof: FenceProof::PeerProcessDead };
+    let commands = fixture.nic(fenced.clone());
+    assert!(
+        matches!(commands.last(), Some(Command::Send { message: Message::RankDone { result: Err(_), .. }, .. })),
+        "{commands:?}"
+    );
+    assert_eq!(fixture.message(3, LEADER, outcome(Outcome::Cancelled)), [settled(H1, Outcome::Cancelled, true)]);
+    assert_eq!(fixture.nic(fenced), [], "the other source may still write");
+    let fenced = NicEvent::Fenced { node: NodeId(2), proof: FenceProof::PeerProcessDead };
+    assert_eq!(
+        fixture.nic(fenced),
+        [engine(EngineCall::Returned { handover: H1, proof: FenceProof::PeerProcessDead })]
+    );
+}
+
+#[test]
+fn a_reader_renews_and_stops_posting_when_it_was_too_late() {
+    let mut fixture = Fixture::moving(Direction::Pull, 1);
+    assert_eq!(fixture.rank.poll_timeout(), Some(at(10)));
+    fixture.rank.handle_timeout(at(10));
+    assert!(fixture.rank.poll_timeout().is_some_and(|timer| timer <= at(20)), "and again before the lease could lapse");
+    fixture.drain();
+    // Nobody ran for 29.98 s: a holder counts from sending, and allows for drift.
+    let next = Message::StepsReady { handover: H1, ready: 2 };
+    let commands = fixture.message(40, 1, next);
+    assert_eq!(posts(&commands), []);
+    assert_eq!(commands.last(), Some(&rank_failed(FailReason::Refused(Refusal::LeaseExpired(R1)))));
+}
+
+#[test]
+fn an_expired_holder_does_not_revive_itself() {
+    // A long deadline, so that only the lease is at stake.
+    let mut fixture = Fixture::connected(Direction::Pull);
+    let deadlines =
+        crate::protocol::DeadlineTerms { floor: core::time::Duration::from_secs(600), ..Default::default() };
+    let local = worker(Role::Decode, 0, &fixture.destination, Some(Direction::Pull));
+    fixture.rank = crate::protocol::DecodeRank::new(local, leases(), deadlines);
+    fixture.members();
+    fixture.peer(0);
+    fixture.peer(1);
+    fixture.fetch(H1, &[2, 4]);
+    fixture.place(H1);
+    fixture.opened(0, H1, 1);
+    fixture.drain();
+    fixture.rank.handle_timeout(at(45));
+    assert_eq!(commands(fixture.rank.outbox()), [], "no renewal of what has lapsed");
+    let commands = fixture.message(45, 1, Message::StepsReady { handover: H1, ready: 2 });
+    assert_eq!(posts(&commands), [], "a late fetch stops before it posts");
+    assert_eq!(commands.last(), Some(&rank_failed(FailReason::Refused(Refusal::LeaseExpired(R1)))));
+}
+
+#[test]
+fn an_engine_without_room_and_a_pairing_without_sense_fail() {
+    let mut fixture = Fixture::connected(Direction::Pull);
+    fixture.fetch(H1, &[4]);
+    let full = fixture.engine(EngineEvent::NoRoom { handover: H1, reason: "full".into() });
+    assert_eq!(full, [rank_failed(FailReason::Engine("full".into()))]);
+    for steps in [&[][..], &[2], &[3, 2, 4], &[4, 9]] {
+        let mut fixture = Fixture::connected(Direction::Pull);
+        let job = Message::Fetch(FetchJob { pairing: pairing(H1, steps), dp: 0 });
+        let commands = fixture.message(0, LEADER, job);
+        assert!(
+            matches!(
+                commands.last(),
+                Some(Command::Send {
+                    message: Message::RankDone { result: Err(FailReason::Refused(Refusal::BadTables(_))), .. },
+                    ..
+                })
+            ),
+            "{steps:?}: {commands:?}"
+        );
+    }
+    let mut fixture = Fixture::connected(Direction::Pull);
+    fixture.fetch(H1, &[4]);
+    let short = EngineEvent::Placed { handover: H1, tables: crate::Tables::default(), have: 0 };
+    fixture.engine(short);
+    let commands = fixture.opened(0, H1, 1);
+    assert!(
+        matches!(
+            commands.last(),
+            Some(Command::Send { message: Message::RankDone { result: Err(FailReason::Mismatch(_)), .. }, .. })
+        ),
+        "tables that are too short end in a mismatch: {commands:?}"
+    );
+}

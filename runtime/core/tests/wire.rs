@@ -1,0 +1,245 @@
+//! Foreign bytes: what was encoded comes back, anything else is an error, never a panic and never a large allocation.
+
+use bytes::Bytes;
+use kvferry_core::limits::FRAME_BYTES_MAX;
+use kvferry_core::protocol::Message;
+use kvferry_core::wire::{Frame, FrameReader, Hello, Welcome, WireError, decode_message, encode_message};
+use kvferry_core::{Epoch, NodeId};
+use proptest::prelude::*;
+
+mod messages;
+
+use messages::{every_variant, message};
+
+/// Bytes that were allocated at most, all together, while `work` ran.
+fn most_allocated<T>(work: impl FnOnce() -> T) -> (T, u64) {
+    let mut result = None;
+    let measured = allocation_counter::measure(|| result = Some(work()));
+    (result.expect("it ran"), measured.bytes_max)
+}
+
+/// Everything that is done with bytes of a peer.
+fn read_all(bytes: &[u8]) {
+    let _ = decode_message(bytes);
+    let _ = Frame::decode(Bytes::copy_from_slice(bytes));
+    let mut reader = FrameReader::default();
+    reader.trust();
+    reader.buffer().extend_from_slice(bytes);
+    while let Ok(Some(frame)) = reader.next_frame() {
+        if let Ok(Frame::Sealed { body, .. }) = Frame::decode(frame) {
+            let _ = decode_message(&body);
+        }
+    }
+}
+
+fn sealed(sequence: u64, message: &Message) -> Frame {
+    Frame::Sealed { sequence, mac: [7; 16], body: encode_message(message).expect("encodes") }
+}
+
+fn frame() -> impl Strategy<Value = Frame> {
+    let hello = (any::<[u16; 2]>(), any::<[u64; 4]>(), any::<[u8; 16]>(), any::<bool>()).prop_map(
+        |(versions, ids, nonce, secured)| {
+            Frame::Hello(Hello {
+                protocol_min: versions[0],
+                protocol_max: versions[1],
+                capabilities: ids[0],
+                node: NodeId(ids[1]),
+                epoch: Epoch(ids[2]),
+                expects: NodeId(ids[3]),
+                nonce,
+                secured,
+            })
+        },
+    );
+    let welcome = (any::<u16>(), any::<[u64; 3]>(), any::<[u8; 16]>(), any::<[u8; 16]>()).prop_map(
+        |(protocol, ids, nonce, mac)| {
+            Frame::Welcome(Welcome {
+                protocol,
+                capabilities: ids[0],
+                node: NodeId(ids[1]),
+                epoch: Epoch(ids[2]),
+                nonce,
+                mac,
+            })
+        },
+    );
+    let body = prop::collection::vec(any::<u8>(), 0..200);
+    let sealed = (any::<u64>(), any::<[u8; 16]>(), body).prop_map(|(sequence, mac, body)| Frame::Sealed {
+        sequence,
+        mac,
+        body: Bytes::from(body),
+    });
+    prop_oneof![hello, welcome, any::<[u8; 16]>().prop_map(Frame::Proof), ".{0,80}".prop_map(Frame::Reject), sealed]
+}
+
+#[test]
+fn every_variant_comes_back() {
+    for message in every_variant() {
+        let bytes = encode_message(&message).expect("encodes");
+        assert_eq!(decode_message(&bytes).as_ref(), Ok(&message));
+    }
+}
+
+#[test]
+fn nothing_short_or_long_is_taken_for_a_message() {
+    for message in every_variant() {
+        let bytes = encode_message(&message).expect("encodes");
+        for length in 0..bytes.len() {
+            let cut = decode_message(&bytes[..length]);
+            assert!(matches!(cut, Err(WireError::Malformed { .. })), "{length} of {} bytes: {cut:?}", bytes.len());
+        }
+        let long = [&bytes[..], &[0]].concat();
+        assert_eq!(decode_message(&long), Err(WireError::Trailing { what: "message", bytes: 1 }));
+    }
+}
+
+#[test]
+fn every_flipped_byte_is_survived() {
+    for message in every_variant() {
+        let bytes = encode_message(&message).expect("encodes");
+        let framed = sealed(3, &message).encode().expect("encodes");
+        for place in 0..bytes.len() {
+            for flip in [0x01, 0x80, 0xff] {
+                let mut bad = bytes.to_vec();
+                bad[place] ^= flip;
+                let (_, most) = most_allocated(|| read_all(&bad));
+                assert!(
+                    most <= 4 << 20,
+                    "{most} bytes for {} bytes, byte {place} ^ {flip:#x} of {message:?}",
+                    bad.len()
+                );
+            }
+        }
+        for place in 0..framed.len() {
+            let mut bad = framed.to_vec();
+            bad[place] ^= 0xff;
+            read_all(&bad);
+        }
+    }
+}
+
+#[test]
+fn a_length_far_beyond_the_input_allocates_nothing() {
+    // Every variant's tag, then counts that claim more than any memory holds.
+    for tag in 0..64u8 {
+        for claim in
+            [&[0xff, 0xff, 0xff, 0xff, 0x0f][..], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01]]
+        {
+            for prefix in 0..6 {
+                let mut bytes = vec![tag];
+                bytes.extend(std::iter::repeat_n(1, prefix));
+                for _ in 0..4 {
+                    bytes.extend_from_slice(claim);
+                }
+                let (result, most) = most_allocated(|| decode_message(&bytes));
+                assert!(most <= 4 << 20, "{most} bytes for {bytes:?}: {result:?}");
+                assert!(result.is_err(), "{bytes:?} became {result:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_oversized_frame_is_refused_by_its_header() {
+    let mut reader = FrameReader::default();
+    reader.trust();
+    reader.buffer().extend_from_slice(&u32::MAX.to_le_bytes());
+    let (result, most) = most_allocated(|| reader.next_frame());
+    assert_eq!(result, Err(WireError::Oversized { bytes: u64::from(u32::MAX), limit: FRAME_BYTES_MAX }));
+    assert!(most < 4096, "{most}");
+    let body = Bytes::from(vec![0; FRAME_BYTES_MAX]);
+    let refused = Frame::Sealed { sequence: 0, mac: [0; 16], body }.encode();
+    assert!(matches!(refused, Err(WireError::Oversized { .. })));
+}
+
+#[test]
+fn before_the_handshake_only_small_frames_are_read() {
+    let frame = Frame::Sealed { sequence: 0, mac: [0; 16], body: Bytes::from(vec![1; 5000]) };
+    let bytes = frame.encode().expect("encodes");
+    let mut reader = FrameReader::default();
+    assert!(!reader.is_trusted());
+    reader.buffer().extend_from_slice(&bytes[..4]);
+    assert!(matches!(reader.next_frame(), Err(WireError::Oversized { .. })), "before its body is there");
+    let mut reader = FrameReader::default();
+    reader.trust();
+    reader.buffer().extend_from_slice(&bytes);
+    let read = reader.next_frame().expect("small enough").expect("whole");
+    assert_eq!(Frame::decode(read), Ok(frame));
+}
+
+#[test]
+fn bad_frames_are_named() {
+    assert_eq!(Frame::decode(Bytes::new()), Err(WireError::Truncated { bytes: 0 }));
+    assert_eq!(Frame::decode(Bytes::from_static(&[9, 1])), Err(WireError::UnknownKind(9)));
+    for (kind, enough) in [(3u8, 17), (5, 25)] {
+        for length in 1..enough {
+            let mut bytes = vec![0; length];
+            bytes[0] = kind;
+            assert_eq!(Frame::decode(Bytes::from(bytes)), Err(WireError::Truncated { bytes: length }), "kind {kind}");
+        }
+    }
+    for kind in [1u8, 2] {
+        assert!(matches!(Frame::decode(Bytes::from(vec![kind, 0xff])), Err(WireError::Malformed { .. })));
+        let mut long = vec![0; 200];
+        long[0] = kind;
+        assert!(matches!(Frame::decode(Bytes::from(long)), Err(WireError::Trailing { .. })));
+    }
+    assert_eq!(Frame::decode(Bytes::from_static(&[4, b'n', 0xff])), Ok(Frame::Reject("n\u{fffd}".to_owned())));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn messages_come_back(message in message()) {
+        let bytes = encode_message(&message).expect("encodes");
+        prop_assert_eq!(decode_message(&bytes), Ok(message));
+    }
+
+    #[test]
+    fn frames_come_back(frame in frame()) {
+        let bytes = frame.encode().expect("encodes");
+        prop_assert_eq!(Frame::decode(bytes.slice(4..)), Ok(frame));
+    }
+
+    #[test]
+    fn a_stream_is_cut_into_the_same_frames_however_it_arrives(
+        messages in prop::collection::vec(message(), 1..6),
+        cuts in prop::collection::vec(0usize..64, 1..200),
+        bytewise in any::<bool>(),
+    ) {
+        let frames: Vec<Frame> = messages.iter().zip(0..).map(|(message, sequence)| sealed(sequence, message)).collect();
+        let stream: Vec<u8> = frames.iter().flat_map(|frame| frame.encode().expect("encodes")).collect();
+        let mut reader = FrameReader::default();
+        reader.trust();
+        let (mut read, mut rest, mut cuts) = (Vec::new(), &stream[..], cuts.into_iter().cycle());
+        while !rest.is_empty() {
+            let step = if bytewise { 1 } else { cuts.next().unwrap_or(1).max(1) };
+            let (now, later) = rest.split_at(step.min(rest.len()));
+            reader.buffer().extend_from_slice(now);
+            rest = later;
+            while let Some(frame) = reader.next_frame().expect("whole frames") {
+                read.push(Frame::decode(frame).expect("decodes"));
+            }
+        }
+        prop_assert_eq!(read, frames);
+        prop_assert!(reader.buffer().is_empty());
+    }
+
+    #[test]
+    fn random_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        let (_, most) = most_allocated(|| read_all(&bytes));
+        prop_assert!(most <= 4 << 20, "{} bytes", most);
+    }
+
+    #[test]
+    fn damaged_messages_are_survived(message in message(), damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+        let mut bytes = encode_message(&message).expect("encodes").to_vec();
+        for (place, value) in damage {
+            let place = place.index(bytes.len());
+            bytes[place] = value;
+        }
+        let (_, most) = most_allocated(|| read_all(&bytes));
+        prop_assert!(most <= 4 << 20, "{} bytes", most);
+    }
+}

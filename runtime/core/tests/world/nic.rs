@@ -1,0 +1,63 @@
+//! A NIC that moves nothing, but answers every transfer exactly once.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use kvferry_core::protocol::NicCommand;
+use kvferry_core::{Direction, NodeId, TransferId};
+
+/// One transfer that has not ended.
+pub(super) struct Flight {
+    /// With whom, when it was posted here; `None` for one that is expected.
+    pub(super) posted: Option<(NodeId, Direction)>,
+    pub(super) bytes: u64,
+    pub(super) cancelled: bool,
+    /// The writer has written all of it (expected transfers).
+    pub(super) arrived: bool,
+}
+
+/// The transfers of one node.
+#[derive(Default)]
+pub(super) struct Nic {
+    pub(super) flights: BTreeMap<TransferId, Flight>,
+    connected: BTreeSet<NodeId>,
+}
+
+impl Nic {
+    pub(super) fn command(&mut self, command: NicCommand) -> Result<(), String> {
+        let (id, flight) = match command {
+            NicCommand::Connect { node, .. } => {
+                self.connected.insert(node);
+                return Ok(());
+            }
+            NicCommand::Disconnect { node } => {
+                self.connected.remove(&node);
+                return Ok(());
+            }
+            NicCommand::Cancel { id } => {
+                if let Some(flight) = self.flights.get_mut(&id) {
+                    flight.cancelled = true;
+                }
+                return Ok(());
+            }
+            NicCommand::Post { id, node, direction, program } => (
+                id,
+                Flight { posted: Some((node, direction)), bytes: program.bytes(), cancelled: false, arrived: false },
+            ),
+            NicCommand::Expect { id, program } => {
+                (id, Flight { posted: None, bytes: program.bytes(), cancelled: false, arrived: false })
+            }
+            _ => return Ok(()),
+        };
+        self.flights.insert(id, flight).map_or(Ok(()), |_| Err(format!("{id} was posted twice")))
+    }
+
+    pub(super) fn is_connected(&self, node: NodeId) -> bool {
+        self.connected.contains(&node)
+    }
+
+    /// Transfers that can end now: an expected one waits for its writer.
+    pub(super) fn actionable(&self) -> impl Iterator<Item = TransferId> {
+        let ends = |flight: &Flight| flight.posted.is_some() || flight.cancelled || flight.arrived;
+        self.flights.iter().filter(move |(_, flight)| ends(flight)).map(|(id, _)| *id)
+    }
+}

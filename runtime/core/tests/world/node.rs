@@ -1,0 +1,367 @@
+//! One rank's node: its cores, its engine, its NIC.
+
+use core::time::Duration;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use kvferry_core::protocol::{
+    Command, DeadlineTerms, DecodeLeader, DecodeRank, EngineCall, EngineEvent, Event, Lost, Message, NicAdvert,
+    NicCommand, NicEvent, Outbox, PrefillLeader, PrefillRank, Role, WorkerProfile,
+};
+use kvferry_core::{
+    Direction, End, GroupGeometry, GroupId, HandoverId, Moment, NodeId, Rank, TransferId, TransportKind,
+};
+
+use super::engine::Engine;
+use super::nic::Nic;
+use super::{BLOCKS, SCHEDULER, World, leases};
+
+pub(super) struct Node {
+    pub(super) id: NodeId,
+    pub(super) group: GroupId,
+    pub(super) rank: Rank,
+    pub(super) profile: WorkerProfile,
+    pub(super) engine: Engine,
+    pub(super) nic: Nic,
+    core: RankCore,
+    leader: Option<LeaderCore>,
+    places: BTreeMap<NodeId, (GroupId, Rank)>,
+    /// Whose loss it knows: nothing that they said counts any more.
+    gone: BTreeSet<NodeId>,
+}
+
+enum RankCore {
+    Prefill(Box<PrefillRank>),
+    Decode(Box<DecodeRank>),
+}
+
+enum LeaderCore {
+    Prefill(PrefillLeader),
+    Decode(DecodeLeader),
+}
+
+impl Node {
+    pub(super) fn new(
+        id: NodeId,
+        (role, group, rank): (Role, GroupId, Rank),
+        geometry: &Arc<GroupGeometry>,
+        direction: Direction,
+        steps: u32,
+    ) -> Self {
+        let layout = Arc::new(geometry.shard(rank).expect("a valid rank").layout(&[BLOCKS]));
+        let nic = NicAdvert {
+            kind: TransportKind::Sim,
+            device: "sim0".to_owned(),
+            host: String::new(),
+            address: Bytes::new(),
+            keys: Bytes::new(),
+        };
+        let profile = WorkerProfile {
+            role,
+            group,
+            rank,
+            geometry: Arc::clone(geometry),
+            layout,
+            nics: vec![nic],
+            direction: Some(direction),
+        };
+        let core = match role {
+            Role::Prefill => RankCore::Prefill(Box::new(PrefillRank::new(profile.clone(), leases()))),
+            Role::Decode => {
+                RankCore::Decode(Box::new(DecodeRank::new(profile.clone(), leases(), DeadlineTerms::default())))
+            }
+        };
+        let shared = Arc::clone(geometry);
+        let leader = (rank == Rank(0)).then(|| match role {
+            Role::Prefill => LeaderCore::Prefill(PrefillLeader::new(group, shared, SCHEDULER, Duration::from_secs(60))),
+            Role::Decode => LeaderCore::Decode(DecodeLeader::new(group, shared, SCHEDULER, DeadlineTerms::default())),
+        });
+        let engine = Engine::new(geometry, rank, steps);
+        let (nic, places, gone) = (Nic::default(), BTreeMap::new(), BTreeSet::new());
+        Node { id, group, rank, profile, engine, nic, core, leader, places, gone }
+    }
+
+    pub(super) fn steps(&self) -> u32 {
+        self.engine.steps.len() as u32
+    }
+
+    pub(super) fn agree(&mut self, steps: u32) {
+        self.engine.agree(steps);
+    }
+
+    pub(super) fn is_busy(&self) -> bool {
+        let open = match &self.core {
+            RankCore::Prefill(core) => core.offers(),
+            RankCore::Decode(core) => core.fetches(),
+        };
+        open > 0 || self.engine.is_busy() || !self.nic.flights.is_empty()
+    }
+
+    pub(super) fn describe(&self) -> String {
+        let flights: Vec<String> = self.nic.flights.keys().map(ToString::to_string).collect();
+        format!("{} {} {}: {:?}, in flight {flights:?}", self.id, self.group, self.rank, self.engine.leak())
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Moment> {
+        let rank = match &self.core {
+            RankCore::Prefill(core) => core.poll_timeout(),
+            RankCore::Decode(core) => core.poll_timeout(),
+        };
+        let leader = match &self.leader {
+            Some(LeaderCore::Prefill(core)) => core.poll_timeout(),
+            Some(LeaderCore::Decode(core)) => core.poll_timeout(),
+            None => None,
+        };
+        rank.into_iter().chain(leader).min()
+    }
+
+    pub(super) fn fire(&mut self, now: Moment) {
+        let due = |timer: Option<Moment>| timer.is_some_and(|timer| timer <= now);
+        match &mut self.core {
+            RankCore::Prefill(core) if due(core.poll_timeout()) => core.handle_timeout(now),
+            RankCore::Decode(core) if due(core.poll_timeout()) => core.handle_timeout(now),
+            _ => {}
+        }
+        match &mut self.leader {
+            Some(LeaderCore::Prefill(core)) if due(core.poll_timeout()) => core.handle_timeout(now),
+            Some(LeaderCore::Decode(core)) if due(core.poll_timeout()) => core.handle_timeout(now),
+            _ => {}
+        }
+    }
+
+    pub(super) fn handle_down(&mut self, now: Moment, from: NodeId) {
+        match &mut self.core {
+            RankCore::Prefill(core) => core.handle_peer_down(now, from),
+            RankCore::Decode(core) => core.handle_peer_down(now, from, "the session ended"),
+        }
+    }
+
+    pub(super) fn handle_message(&mut self, now: Moment, from: NodeId, message: Message) {
+        if self.gone.contains(&from) {
+            return;
+        }
+        match message {
+            Message::Members(members) => {
+                for member in &members {
+                    let Some(place) = &member.place else { continue };
+                    self.places.insert(member.node, (place.group, place.rank));
+                    if place.group == self.group {
+                        match &mut self.leader {
+                            Some(LeaderCore::Prefill(core)) => core.handle_rank(place.rank, member.node),
+                            Some(LeaderCore::Decode(core)) => core.handle_rank(place.rank, member.node),
+                            None => {}
+                        }
+                    }
+                }
+                if let RankCore::Decode(core) = &mut self.core {
+                    core.handle_members(now, &members);
+                }
+            }
+            Message::Lost(lost) => self.handle_lost(now, &lost),
+            Message::Profile(profile) => {
+                if let Some(profile) = profile.worker {
+                    match &mut self.core {
+                        RankCore::Prefill(core) => core.handle_peer(now, from, profile),
+                        RankCore::Decode(core) => core.handle_peer(now, from, profile),
+                    }
+                }
+            }
+            message if self.is_for_leader(from, &message) => match &mut self.leader {
+                Some(LeaderCore::Prefill(core)) => core.handle_message(now, from, message),
+                Some(LeaderCore::Decode(core)) => core.handle_message(now, from, message),
+                None => {}
+            },
+            message => match &mut self.core {
+                RankCore::Prefill(core) => core.handle_message(now, from, message),
+                RankCore::Decode(core) => core.handle_message(now, from, message),
+            },
+        }
+    }
+
+    fn handle_lost(&mut self, now: Moment, lost: &Lost) {
+        self.gone.insert(lost.node);
+        let mine = self.places.get(&lost.node).filter(|(group, _)| *group == self.group).map(|(_, rank)| *rank);
+        match &mut self.leader {
+            Some(LeaderCore::Prefill(core)) => core.handle_lost(now, lost),
+            Some(LeaderCore::Decode(core)) => core.handle_lost(now, lost),
+            None => {}
+        }
+        match &mut self.core {
+            RankCore::Prefill(core) => core.handle_lost(now, lost, mine.is_some()),
+            RankCore::Decode(core) => core.handle_lost(now, lost, mine),
+        }
+    }
+
+    /// The scheduler speaks to leaders; ranks report to them.
+    fn is_for_leader(&self, from: NodeId, message: &Message) -> bool {
+        let report = matches!(
+            message,
+            Message::RankOpened { .. }
+                | Message::RankReady { .. }
+                | Message::RankFailed { .. }
+                | Message::Started { .. }
+                | Message::RankDone { .. }
+                | Message::Freed { .. }
+                | Message::Holds { .. }
+        );
+        self.leader.is_some() && (from == SCHEDULER || report)
+    }
+
+    fn outboxes(&mut self) -> impl Iterator<Item = &mut Outbox> {
+        let rank = match &mut self.core {
+            RankCore::Prefill(core) => core.outbox(),
+            RankCore::Decode(core) => core.outbox(),
+        };
+        let leader = self.leader.as_mut().map(|leader| match leader {
+            LeaderCore::Prefill(core) => core.outbox(),
+            LeaderCore::Decode(core) => core.outbox(),
+        });
+        [rank].into_iter().chain(leader)
+    }
+
+    fn settled(&mut self) -> Vec<(HandoverId, bool)> {
+        let events = self.outboxes().flat_map(|outbox| std::iter::from_fn(|| outbox.poll_event()).collect::<Vec<_>>());
+        let settled = |event| match event {
+            Event::Settled { report } => Some((report.handover, report.outcome.is_delivered())),
+            _ => None,
+        };
+        events.filter_map(settled).collect()
+    }
+
+    fn next_command(&mut self) -> Option<Command> {
+        self.outboxes().find_map(Outbox::poll_command)
+    }
+}
+
+impl World {
+    /// Carries out everything that a node's cores want.
+    pub(super) fn drain(&mut self, id: NodeId) {
+        loop {
+            let Some(node) = self.nodes.get_mut(&id) else { return };
+            for (handover, delivered) in node.settled() {
+                *self.decided.entry(handover).or_default() += 1;
+                if delivered && self.tainted.contains(&handover) {
+                    self.violations.push(format!("I2: {handover} was delivered from blocks that were given away"));
+                }
+            }
+            let Some(command) = node.next_command() else { return };
+            match command {
+                Command::Send { to, message } if to == id => node.handle_message(self.now, id, message),
+                Command::Send { to, message } => self.push(id, to, message),
+                Command::Engine(call) => self.engine_call(id, call),
+                Command::Nic { command, .. } => self.nic_command(id, command),
+                _ => {}
+            }
+        }
+    }
+
+    fn engine_call(&mut self, id: NodeId, call: EngineCall) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        // Blocks must not change hands while our own NIC still touches them.
+        let touched = |mine: &dyn Fn(HandoverId) -> bool| node.nic.flights.keys().any(|flight| mine(flight.handover()));
+        let busy = match &call {
+            EngineCall::Release { request, .. } => {
+                touched(&|handover| self.paired.get(&handover).is_some_and(|(paired, _)| paired == request))
+            }
+            EngineCall::Settled { handover, quarantined: false, .. } | EngineCall::Returned { handover, .. } => {
+                touched(&|flying| flying == *handover)
+            }
+            _ => false,
+        };
+        if busy {
+            self.violations.push(format!("I1: {id} gives blocks back that a transfer still touches: {call:?}"));
+        }
+        if let Err(violation) = node.engine.call(call) {
+            self.violations.push(format!("{id}: {violation}"));
+        }
+    }
+
+    fn nic_command(&mut self, id: NodeId, command: NicCommand) {
+        let Some(node) = self.nodes.get(&id) else { return };
+        let prefill = node.profile.role == Role::Prefill;
+        if let NicCommand::Post { id: transfer, program, .. } | NicCommand::Expect { id: transfer, program } = &command
+        {
+            let handover = transfer.handover();
+            if node.engine.has_settled(handover) {
+                self.violations.push(format!("{id}: {transfer} was posted after its handover was settled"));
+            }
+            let held = self.paired.get(&handover).is_some_and(|(request, _)| node.engine.holds(*request));
+            if prefill && !held {
+                self.violations.push(format!("{id}: {transfer} reads blocks that are not there"));
+            }
+            let end = if prefill { End::Source } else { End::Destination };
+            if let Err(error) = program.validate(end, &node.profile.layout) {
+                self.violations.push(format!("{id}: {transfer} is not valid here: {error}"));
+            }
+        }
+        let accepted = self.nodes.get_mut(&id).map_or(Ok(()), |node| node.nic.command(command));
+        if let Err(violation) = accepted {
+            self.violations.push(format!("{id}: {violation}"));
+        }
+    }
+
+    pub(super) fn engine_acts(&mut self, id: NodeId) {
+        let (now, faulty) = (self.now, self.faulty);
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        if let Some(event) = node.engine.act(&mut self.random, faulty) {
+            node.handle_engine(now, event);
+            self.drain(id);
+        }
+    }
+
+    /// A transfer ends, well or badly.
+    pub(super) fn nic_acts(&mut self, id: NodeId, transfer: TransferId) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        let Some(flight) = node.nic.flights.remove(&transfer) else { return };
+        let by_chance = self.faulty && self.random.one_in(40);
+        // A cancellation may come too late.
+        let stopped = flight.cancelled && !self.random.one_in(4);
+        let done = match flight.posted {
+            None => flight.arrived && !stopped,
+            Some((peer, _)) if by_chance || stopped || !node.nic.is_connected(peer) => false,
+            Some((peer, Direction::Pull)) => self.pulls(peer, transfer),
+            Some((peer, Direction::Push)) => self.pushes(peer, transfer),
+        };
+        let event = match done {
+            true => NicEvent::Done { id: transfer, bytes: flight.bytes, pieces: 1 },
+            false => NicEvent::Failed { id: transfer, reason: "by chance".to_owned() },
+        };
+        let now = self.now;
+        if let Some(node) = self.nodes.get_mut(&id) {
+            match &mut node.core {
+                RankCore::Prefill(core) => core.handle_nic(now, 0, event),
+                RankCore::Decode(core) => core.handle_nic(now, 0, event),
+            }
+        }
+        self.drain(id);
+    }
+
+    /// A foreign read gets whatever is in those blocks now.
+    fn pulls(&mut self, source: NodeId, transfer: TransferId) -> bool {
+        let Some(source) = self.nodes.get(&source) else { return false };
+        let handover = transfer.handover();
+        if !self.paired.get(&handover).is_some_and(|(request, _)| source.engine.holds(*request)) {
+            self.tainted.insert(handover);
+        }
+        true
+    }
+
+    /// The receiver takes only what it expects.
+    fn pushes(&mut self, destination: NodeId, transfer: TransferId) -> bool {
+        let Some(flight) = self.nodes.get_mut(&destination).and_then(|node| node.nic.flights.get_mut(&transfer)) else {
+            return false;
+        };
+        flight.arrived |= !flight.cancelled;
+        flight.arrived
+    }
+}
+
+impl Node {
+    fn handle_engine(&mut self, now: Moment, event: EngineEvent) {
+        match &mut self.core {
+            RankCore::Prefill(core) => core.handle_engine(now, event),
+            RankCore::Decode(core) => core.handle_engine(now, event),
+        }
+    }
+}
