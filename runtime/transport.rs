@@ -1,5 +1,7 @@
 //! Which transports this build has, and how to open them.
 
+use std::net::IpAddr;
+
 use kvferry_actors::OpenNic;
 use kvferry_core::TransportKind;
 use kvferry_transport::Provider;
@@ -35,22 +37,29 @@ pub enum SelectError {
     },
 }
 
-/// How to open the best device of `kind`, or the one that is named. The returned closure opens it on the thread that calls it.
+/// How to open the best device of `kind`, or the one that is named (for TCP, an address of this host will do). The returned closure opens it on the thread that calls it.
 pub fn select(kind: TransportKind, device: Option<&str>, options: &Options) -> Result<OpenNic, SelectError> {
     let no_device = |reason: String| SelectError::NoDevice { kind, reason };
     let provider = providers().into_iter().find(|provider| provider.kind() == kind);
     let provider = provider.ok_or_else(|| no_device("this build does not have it".to_owned()))?;
     let devices = provider.discover();
     let device = match device {
-        Some(name) => devices.iter().find(|device| device.name == name).ok_or_else(|| {
+        // An address of this host is as good a name as its interface; opening it says if it is not one.
+        Some(name) if kind == TransportKind::Tcp && name.parse::<IpAddr>().is_ok() => {
+            Device { kind, name: name.to_owned(), unavailable: None }
+        }
+        Some(name) => devices.iter().find(|device| device.name == name).cloned().ok_or_else(|| {
             let known: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
             SelectError::UnknownDevice { kind, name: name.to_owned(), known: known.join(", ") }
         })?,
-        None => devices.iter().find(|device| device.unavailable.is_none()).or(devices.first()).ok_or_else(|| no_device("none was found".to_owned()))?,
+        None => {
+            let usable = devices.iter().find(|device| device.unavailable.is_none()).or(devices.first());
+            usable.cloned().ok_or_else(|| no_device("none was found".to_owned()))?
+        }
     };
     if let Some(reason) = &device.unavailable {
         return Err(no_device(format!("{}: {reason}", device.name)));
     }
-    let (device, options) = (device.clone(), options.clone());
+    let options = options.clone();
     Ok(Box::new(move || provider.open(&device, &options)))
 }

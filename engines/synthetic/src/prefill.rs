@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use kvferry_core::RequestId;
-use kvferry_core::protocol::{EngineCall, EngineEvent, PrefillJob, Refusal, RequestSpec};
+use kvferry_core::protocol::{EngineCall, EngineEvent, PrefillJob, RequestSpec};
 use kvferry_transport::Pool;
 
 use crate::blocks::{Blocks, Census};
@@ -13,6 +13,8 @@ use crate::table::{Table, Walk, announce};
 use crate::{Engine, EngineConfig, EngineError, EngineReport};
 
 /// One rank of a prefill instance. Jobs get blocks in the order of their calls and are computed one after another.
+///
+/// A job whose request is queued or held already is ignored, like a release of one that is not.
 ///
 /// A released request's blocks are poisoned before they are used again: who still reads them does not find its KV.
 pub struct PrefillEngine {
@@ -148,13 +150,10 @@ impl Engine for PrefillEngine {
         match call {
             EngineCall::Prefill(job) => self.prefill(job, emit),
             EngineCall::Release { request, .. } => self.release(request),
-            EngineCall::Rejected { request, refusal } => {
+            // Whatever the worker does not know (any more), it has released or will release.
+            EngineCall::Rejected { refusal, .. } => {
                 self.rejected += 1;
                 self.last_rejection = Some(refusal.to_string());
-                // The worker does not know the request, so nobody will release it.
-                if matches!(refusal, Refusal::UnknownRequest(_)) {
-                    self.release(request);
-                }
             }
             _ => {}
         }

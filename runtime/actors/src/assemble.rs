@@ -69,6 +69,9 @@ pub struct WorkerConfig {
     pub handovers_max: u32,
     /// Who initiates transfers; `None` leaves it to the peer.
     pub direction: Option<Direction>,
+    /// Tells hosts apart that the operating system calls one: added to the host identity of every NIC that reaches peers by memory, so that
+    /// only ranks with equal labels share it.
+    pub host: Option<String>,
     /// The scheduler's node and control address.
     pub scheduler: (NodeId, String),
 }
@@ -83,7 +86,7 @@ impl WorkerConfig {
         blocks: Vec<u32>,
         scheduler: (NodeId, String),
     ) -> Self {
-        WorkerConfig { role, group, rank, geometry, blocks, handovers_max: 8, direction: None, scheduler }
+        WorkerConfig { role, group, rank, geometry, blocks, handovers_max: 8, direction: None, host: None, scheduler }
     }
 }
 
@@ -192,7 +195,12 @@ where
     // NICs report to the worker, which cannot start before it knows them; its address can.
     let context = Context::<A>::new();
     let address = context.address();
-    let (adverts, ports) = open_nics(around, &pool, nics, &address.clone().recipient()).await?;
+    let (mut adverts, ports) = open_nics(around, &pool, nics, &address.clone().recipient()).await?;
+    if let Some(label) = &config.host {
+        for advert in adverts.iter_mut().filter(|advert| !advert.host.is_empty()) {
+            advert.host = format!("{}/{label}", advert.host);
+        }
+    }
     let profile = WorkerProfile {
         role: config.role,
         group: config.group,

@@ -193,6 +193,7 @@ impl Mesh {
         let fence = self.fenced.entry(lost.node).or_insert(lost.epoch);
         *fence = (*fence).max(lost.epoch);
         self.targets.remove(&lost.node);
+        self.router.forget(lost.node);
         if let Some((epoch, session)) = self.up.get(&lost.node)
             && *epoch <= lost.epoch
         {
@@ -264,6 +265,7 @@ impl Handler<SessionUp> for Mesh {
         if self.config.scheduler.as_ref().is_some_and(|(scheduler, _)| *scheduler == node) {
             self.router.send(node, Wire::Join(Box::new(self.config.member.clone())));
         }
+        self.router.flush(node);
     }
 }
 
@@ -309,7 +311,8 @@ impl Handler<Tick> for Mesh {
     type Result = ();
 
     fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
-        self.armed = None;
+        let now = self.environment.clock.now();
+        self.armed = self.armed.filter(|armed| now < *armed);
         self.dial_all(ctx);
     }
 }

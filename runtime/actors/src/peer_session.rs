@@ -148,8 +148,9 @@ impl Handler<Tick> for PeerSession {
     type Result = ();
 
     fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
-        self.armed = None;
-        self.session.handle_timeout(self.clock.now());
+        let now = self.clock.now();
+        self.armed = self.armed.filter(|armed| now < *armed);
+        self.session.handle_timeout(now);
         self.turn(ctx);
     }
 }

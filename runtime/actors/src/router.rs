@@ -1,14 +1,18 @@
 //! Who gets a message: a local actor, or the session to another node.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 use actix::prelude::*;
-use dashmap::DashMap;
+use dashmap::{DashMap, DashSet};
 use kvferry_core::NodeId;
 use kvferry_core::protocol::Message as Wire;
 
 use crate::peer_session::{PeerSession, Say};
+
+/// Messages that may wait for a first session with one node.
+const WAITING_MAX: usize = 4096;
 
 /// A message for a local actor, and who said it.
 #[derive(Debug)]
@@ -44,12 +48,16 @@ pub(crate) struct Router {
     node: NodeId,
     ports: Rc<RefCell<Ports>>,
     sessions: Rc<DashMap<NodeId, Addr<PeerSession>>>,
+    /// For nodes whose first session is still to come: a group may get work before all its ranks have met.
+    waiting: Rc<DashMap<NodeId, VecDeque<Wire>>>,
+    /// Nodes that had a session: what was meant for one that ended is dropped.
+    met: Rc<DashSet<NodeId>>,
 }
 
 impl Router {
     /// A router without ports or sessions.
     pub(crate) fn new(node: NodeId) -> Self {
-        Router { node, ports: Rc::default(), sessions: Rc::default() }
+        Router { node, ports: Rc::default(), sessions: Rc::default(), waiting: Rc::default(), met: Rc::default() }
     }
 
     /// This node.
@@ -64,7 +72,21 @@ impl Router {
 
     /// The session to a node from now on.
     pub(crate) fn attach(&self, node: NodeId, session: Addr<PeerSession>) -> Option<Addr<PeerSession>> {
+        self.met.insert(node);
         self.sessions.insert(node, session)
+    }
+
+    /// Sends what waited for a node's first session.
+    pub(crate) fn flush(&self, node: NodeId) {
+        for message in self.waiting.remove(&node).into_iter().flat_map(|(_, waiting)| waiting) {
+            self.send(node, message);
+        }
+    }
+
+    /// A node is lost: its next incarnation is met anew.
+    pub(crate) fn forget(&self, node: NodeId) {
+        self.waiting.remove(&node);
+        self.met.remove(&node);
     }
 
     /// Forgets a session, if it is still that one.
@@ -72,12 +94,15 @@ impl Router {
         self.sessions.remove_if(&node, |_, current| current == session).is_some()
     }
 
-    /// Sends to a node; to this one, without a session. A message to nobody is dropped: whoever waits for its answer has a deadline.
+    /// Sends to a node; to this one, without a session. A message for a node that had a session and has none is dropped: whoever waits for
+    /// its answer has a deadline.
     pub(crate) fn send(&self, to: NodeId, message: Wire) {
         if to == self.node {
             self.deliver(to, message);
         } else if let Some(session) = self.sessions.get(&to) {
             session.do_send(Say(message));
+        } else if !self.met.contains(&to) && self.waiting.get(&to).is_none_or(|waiting| waiting.len() < WAITING_MAX) {
+            self.waiting.entry(to).or_default().push_back(message);
         } else {
             tracing::debug!(%to, "no session; a message is dropped");
         }

@@ -87,9 +87,10 @@ impl Shell {
         }
     }
 
-    /// A tick came: says whether the timer was due; an early one (from a timer that was superseded) is re-armed by the next `arm`.
+    /// A tick came, now. One of a timer that was superseded arms nothing anew: each that did would double the timers.
     pub(crate) fn ticked(&mut self) -> Moment {
-        self.armed = None;
-        self.clock.now()
+        let now = self.clock.now();
+        self.armed = self.armed.filter(|armed| now < *armed);
+        now
     }
 }
