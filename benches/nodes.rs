@@ -87,6 +87,7 @@ async fn answer(mut worker: WorkerNode, geometry: Arc<GroupGeometry>) {
                 port.opened(job.spec.request, tables(job.spec.tokens), vec![geometry.model.layers]);
                 port.ready(job.spec.request, 1);
             }
+            EngineCall::Release { request, .. } => port.released(request),
             EngineCall::Place { handover, spec } => port.placed(handover, tables(spec.tokens), 0),
             EngineCall::Settled { handover, outcome, .. } if outcome.is_delivered() => port.freed(handover),
             _ => {}

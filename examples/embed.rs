@@ -26,13 +26,17 @@ async fn rank(node: u64, role: Role, scheduler: &str) -> Result<(WorkerNode, Poo
 async fn prefill(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
     let port = worker.port();
     while let Some(call) = worker.next_call().await {
-        if let EngineCall::Prefill(job) = call {
-            let blocks = vec![5, 2, 7];
-            for (plane, block) in (0..pool.layout().planes.len() as u32).flat_map(|plane| blocks.iter().map(move |block| (plane, *block))) {
-                pool.fill(plane, block, 42)?;
+        match call {
+            EngineCall::Prefill(job) => {
+                let blocks = vec![5, 2, 7];
+                for (plane, block) in (0..pool.layout().planes.len() as u32).flat_map(|plane| blocks.iter().map(move |block| (plane, *block))) {
+                    pool.fill(plane, block, 42)?;
+                }
+                port.opened(job.spec.request, Tables { groups: vec![BlockTable::known(0, blocks)] }, vec![4]);
+                port.ready(job.spec.request, 1);
             }
-            port.opened(job.spec.request, Tables { groups: vec![BlockTable::known(0, blocks)] }, vec![4]);
-            port.ready(job.spec.request, 1);
+            EngineCall::Release { request, .. } => port.released(request),
+            _ => {}
         }
     }
     Ok(())

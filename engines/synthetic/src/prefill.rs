@@ -149,7 +149,10 @@ impl Engine for PrefillEngine {
     fn handle(&mut self, call: EngineCall, emit: &mut dyn FnMut(EngineEvent)) {
         match call {
             EngineCall::Prefill(job) => self.prefill(job, emit),
-            EngineCall::Release { request, .. } => self.release(request),
+            EngineCall::Release { request, .. } => {
+                self.release(request);
+                emit(EngineEvent::Released { request });
+            }
             // Whatever the worker does not know (any more), it has released or will release.
             EngineCall::Rejected { refusal, .. } => {
                 self.rejected += 1;

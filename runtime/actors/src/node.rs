@@ -202,6 +202,11 @@ impl EnginePort {
         self.tell(EngineEvent::Ready { request, steps });
     }
 
+    /// Prefill: a release was taken.
+    pub fn released(&self, request: RequestId) {
+        self.tell(EngineEvent::Released { request });
+    }
+
     /// Decode: here are blocks, of which those of the first `have` tokens hold their KV already.
     pub fn placed(&self, handover: HandoverId, tables: Tables, have: u64) {
         self.tell(EngineEvent::Placed { handover, tables, have });

@@ -38,7 +38,7 @@ pub enum Command {
 pub enum EngineCall {
     /// Prefill: compute this and offer it.
     Prefill(PrefillJob),
-    /// Prefill: nobody reads it any more; its blocks are the engine's again.
+    /// Prefill: nobody reads it any more; its blocks are the engine's again. Answered by [`EngineEvent::Released`].
     Release {
         /// Which request.
         request: RequestId,
@@ -105,6 +105,11 @@ pub enum EngineEvent {
         request: RequestId,
         /// Why.
         reason: String,
+    },
+    /// Prefill: a [`EngineCall::Release`] was taken; what the engine says of that request from now on is about a later prefill of it.
+    Released {
+        /// Which request.
+        request: RequestId,
     },
     /// Decode: here are blocks.
     Placed {

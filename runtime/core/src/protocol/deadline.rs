@@ -17,6 +17,8 @@ pub struct DeadlineTerms {
     pub initial_bytes_per_second: u64,
     /// How many times the expected duration is granted.
     pub slack: u32,
+    /// How long a reader waits for layers that its source has yet to compute; no transfer is under way meanwhile.
+    pub prefill: Duration,
 }
 
 impl Default for DeadlineTerms {
@@ -26,7 +28,15 @@ impl Default for DeadlineTerms {
             cap: Duration::from_secs(60),
             initial_bytes_per_second: 100_000_000,
             slack: 8,
+            prefill: Duration::from_secs(600),
         }
+    }
+}
+
+impl DeadlineTerms {
+    /// After which a decode leader decides by itself: every rank's own deadlines have run out long before.
+    pub fn backstop(&self) -> Duration {
+        (self.cap + self.floor) * 2 + self.prefill
     }
 }
 

@@ -1,18 +1,16 @@
 //! One decode rank: fetches, and the destination blocks that they own until nothing can write them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::fetch::{Fetch, Leg, LegState, Placed, SourceGroup};
 use super::peer::Peer;
 use super::prefill::{check_steps, step_layers};
 use super::{
     Awaited, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms, Lost,
-    Member, Message, NicCommand, NicEvent, OpenFetch, Outbox, Outcome, Pace, Pairing, PathReport, Role, WorkerProfile,
+    Member, Message, NicCommand, NicEvent, OpenFetch, Outbox, Outcome, Pace, PathReport, Role, WorkerProfile,
 };
-use crate::{
-    Direction, FenceProof, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PlanRequest, Rank, Tables, TransferId,
-    sources,
-};
+use crate::{Direction, FenceProof, GroupId, HandoverId, Moment, NodeId, PlanRequest, Rank, Tables, TransferId};
 
 /// The state machine of a decode rank.
 ///
@@ -23,70 +21,13 @@ pub struct DecodeRank {
     /// Whoever gave the latest job: the node of the group's rank 0.
     leader: Option<NodeId>,
     leases: LeaseTerms,
+    deadlines: DeadlineTerms,
     pace: Pace,
     fetches: BTreeMap<HandoverId, Fetch>,
     peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
     groups: BTreeMap<GroupId, SourceGroup>,
     renew_at: Option<Moment>,
     outbox: Outbox,
-}
-
-/// A prefill group as the directory lists it.
-#[derive(Debug)]
-struct SourceGroup {
-    geometry: Arc<GroupGeometry>,
-    nodes: BTreeMap<Rank, NodeId>,
-}
-
-/// This rank's part of one handover. It ends with the leader's word *and* with nothing in flight.
-#[derive(Debug)]
-struct Fetch {
-    pairing: Pairing,
-    deadline: Deadline,
-    awaited: Awaited,
-    placed: Option<Placed>,
-    /// Empty until the source group's nodes are known.
-    legs: BTreeMap<NodeId, Leg>,
-    resolved: bool,
-    started: bool,
-    /// This rank told its leader how its part ended.
-    reported: bool,
-    settled: Option<Outcome>,
-    began: Moment,
-}
-
-#[derive(Debug)]
-struct Placed {
-    tables: Tables,
-    have: u64,
-}
-
-/// What one source rank owes.
-#[derive(Debug)]
-struct Leg {
-    source: Rank,
-    state: LegState,
-    opened_at: Option<Moment>,
-    /// Our NIC and the direction, for the report: the peer may be gone by then.
-    path: Option<(usize, Direction)>,
-    source_tables: Option<Tables>,
-    /// Steps that the source called ready.
-    ready: u32,
-    /// Steps posted (pull).
-    posted: u32,
-    in_flight: BTreeSet<TransferId>,
-    bytes: u64,
-    pieces: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LegState {
-    /// The session to the source does not stand yet.
-    Unopened,
-    Moving,
-    /// Every byte is here; the owner has yet to confirm its lease (pull).
-    Confirming,
-    Done,
 }
 
 impl DecodeRank {
@@ -96,6 +37,7 @@ impl DecodeRank {
             local,
             leader: None,
             leases,
+            deadlines,
             pace: Pace::new(deadlines),
             fetches: BTreeMap::new(),
             peers: BTreeMap::new(),
@@ -117,7 +59,7 @@ impl DecodeRank {
 
     /// When [`DecodeRank::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Moment> {
-        let deadlines = self.fetches.values().filter(|fetch| !fetch.reported).map(|fetch| fetch.deadline.at);
+        let deadlines = self.fetches.values().filter(|fetch| fetch.settled.is_none()).map(|fetch| fetch.deadline.at);
         deadlines.chain(self.renew_at.filter(|_| !self.fetches.is_empty())).min()
     }
 
@@ -128,10 +70,8 @@ impl DecodeRank {
             if let Some(place) = &member.place
                 && place.role == Role::Prefill
             {
-                let group = self
-                    .groups
-                    .entry(place.group)
-                    .or_insert_with(|| SourceGroup { geometry: Arc::clone(&place.geometry), nodes: BTreeMap::new() });
+                let group =
+                    self.groups.entry(place.group).or_insert_with(|| SourceGroup::new(Arc::clone(&place.geometry)));
                 group.nodes.insert(place.rank, member.node);
             }
         }
@@ -212,12 +152,14 @@ impl DecodeRank {
                     leg.ready = leg.ready.max(opened.ready);
                     self.expect(now, opened.handover, from);
                     self.advance(now, opened.handover, from);
+                    self.anchor(now, opened.handover);
                 }
             }
             Message::StepsReady { handover, ready } => {
                 if let Some(leg) = self.leg(handover, from) {
                     leg.ready = leg.ready.max(ready);
                     self.advance(now, handover, from);
+                    self.anchor(now, handover);
                 }
             }
             Message::Confirmed { handover } => {
@@ -266,6 +208,7 @@ impl DecodeRank {
                         leg.pieces += pieces;
                     }
                     self.advance(now, handover, node);
+                    self.anchor(now, handover);
                     self.drain(handover, FenceProof::OwnerCopies);
                 }
             }
@@ -318,13 +261,18 @@ impl DecodeRank {
         let late: Vec<(HandoverId, FailReason)> = self
             .fetches
             .iter()
-            .filter(|(_, fetch)| !fetch.reported && fetch.deadline.has_passed(now))
+            .filter(|(_, fetch)| fetch.settled.is_none() && fetch.deadline.has_passed(now))
             .map(|(handover, fetch)| {
                 (*handover, FailReason::Deadline { awaited: fetch.awaited, waited_ms: fetch.deadline.waited_ms(now) })
             })
             .collect();
         for (handover, reason) in late {
-            self.fail(now, handover, reason);
+            if self.fetches.get(&handover).is_some_and(|fetch| fetch.reported) {
+                // The leader has fallen silent and nobody has said that it is lost: what this rank holds is not going to be used.
+                self.settle(now, handover, Outcome::Failed { reason });
+            } else {
+                self.fail(now, handover, reason);
+            }
         }
     }
 
@@ -336,18 +284,7 @@ impl DecodeRank {
         let spec = job.pairing.spec.clone();
         let malformed = check_steps(&job.pairing.steps, self.local.geometry.model.layers).err();
         let deadline = Deadline::after(now, self.pace.allowance(0, 0));
-        let fetch = Fetch {
-            pairing: job.pairing,
-            deadline,
-            awaited: Awaited::Placement,
-            placed: None,
-            legs: BTreeMap::new(),
-            resolved: false,
-            started: false,
-            reported: false,
-            settled: None,
-            began: now,
-        };
+        let fetch = Fetch::new(job.pairing, deadline, now);
         self.fetches.insert(handover, fetch);
         self.renew_at.get_or_insert(now + self.leases.renewal());
         self.outbox.engine(EngineCall::Place { handover, spec });
@@ -364,7 +301,7 @@ impl DecodeRank {
         }
         let bytes = self.local.geometry.bytes_expected(fetch.pairing.spec.tokens, have)
             / u64::from(self.local.geometry.ranks().max(1));
-        fetch.placed = Some(Placed { tables, have });
+        fetch.placed = Some(Placed { tables, have, bytes });
         fetch.awaited = Awaited::Transfer;
         fetch.began = now;
         fetch.deadline = Deadline::after(now, self.pace.allowance(bytes, queued));
@@ -380,8 +317,8 @@ impl DecodeRank {
         else {
             return;
         };
-        let Some(group) = self.groups.get(&fetch.pairing.source) else { return };
-        let owing = match sources(&group.geometry, fetch.pairing.source_dp, &self.local.geometry, self.local.rank) {
+        let Some(group) = self.groups.get_mut(&fetch.pairing.source) else { return };
+        let owing = match group.owing(fetch.pairing.source_dp, &self.local.geometry, self.local.rank) {
             Ok(owing) => owing,
             Err(error) => {
                 self.fail(now, handover, FailReason::Mismatch(error.to_string()));
@@ -389,7 +326,7 @@ impl DecodeRank {
             }
         };
         let nodes: Option<BTreeMap<NodeId, Leg>> =
-            owing.into_iter().map(|source| group.nodes.get(&source).map(|node| (*node, Leg::new(source)))).collect();
+            owing.iter().map(|source| group.nodes.get(source).map(|node| (*node, Leg::new(*source)))).collect();
         let Some(legs) = nodes else { return };
         fetch.legs = legs;
         fetch.resolved = true;
@@ -521,13 +458,29 @@ impl DecodeRank {
         }
     }
 
+    /// Anchors the deadline anew when what is waited for changes: bytes, or layers that the sources have yet to compute.
+    fn anchor(&mut self, now: Moment, handover: HandoverId) {
+        let queued = self.queued_bytes();
+        let Some(fetch) = self.fetches.get_mut(&handover).filter(|fetch| !fetch.reported) else { return };
+        let Some(placed) = &fetch.placed else { return };
+        let awaited = if fetch.waits_for_layers() { Awaited::Layers } else { Awaited::Transfer };
+        if awaited != fetch.awaited {
+            fetch.awaited = awaited;
+            let allowance = match awaited {
+                Awaited::Layers => self.deadlines.prefill,
+                _ => self.pace.allowance(placed.bytes, queued.saturating_sub(placed.bytes)),
+            };
+            fetch.deadline = Deadline::after(now, allowance);
+        }
+    }
+
     /// Reports success once every leg is done.
     fn finish(&mut self, now: Moment, handover: HandoverId) {
         let Some(fetch) = self.fetches.get_mut(&handover) else { return };
         if fetch.reported || !fetch.resolved || fetch.legs.values().any(|leg| leg.state != LegState::Done) {
             return;
         }
-        fetch.reported = true;
+        fetch.report(now, self.deadlines.backstop());
         let mut paths = Vec::with_capacity(fetch.legs.len());
         for leg in fetch.legs.values() {
             if let Some((nic, direction)) = leg.path
@@ -551,12 +504,12 @@ impl DecodeRank {
     }
 
     /// This rank's part failed: stop everything, tell everybody.
-    fn fail(&mut self, _now: Moment, handover: HandoverId, reason: FailReason) {
+    fn fail(&mut self, now: Moment, handover: HandoverId, reason: FailReason) {
         let Some(fetch) = self.fetches.get_mut(&handover) else { return };
         if fetch.reported {
             return;
         }
-        fetch.reported = true;
+        fetch.report(now, self.deadlines.backstop());
         self.stop(handover);
         self.tell_leader(Message::RankDone { handover, result: Err(reason) });
     }
@@ -665,36 +618,7 @@ impl DecodeRank {
     }
 
     fn queued_bytes(&self) -> u64 {
-        self.fetches
-            .values()
-            .filter(|fetch| fetch.placed.is_some() && !fetch.reported)
-            .map(|fetch| {
-                self.local.geometry.bytes_expected(fetch.pairing.spec.tokens, 0)
-                    / u64::from(self.local.geometry.ranks().max(1))
-            })
-            .sum()
-    }
-}
-
-impl Fetch {
-    fn in_flight(&self) -> bool {
-        self.legs.values().any(|leg| !leg.in_flight.is_empty())
-    }
-}
-
-impl Leg {
-    fn new(source: Rank) -> Self {
-        Leg {
-            source,
-            state: LegState::Unopened,
-            opened_at: None,
-            path: None,
-            source_tables: None,
-            ready: 0,
-            posted: 0,
-            in_flight: BTreeSet::new(),
-            bytes: 0,
-            pieces: 0,
-        }
+        let placed = self.fetches.values().filter(|fetch| !fetch.reported).filter_map(|fetch| fetch.placed.as_ref());
+        placed.map(|placed| placed.bytes).sum()
     }
 }

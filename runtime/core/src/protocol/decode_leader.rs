@@ -149,8 +149,7 @@ impl DecodeLeader {
             *load += pairing.spec.tokens;
         }
         let job = FetchJob { pairing: pairing.clone(), dp: dp as u32 };
-        // A rank's placement and transfer are each bounded by cap + floor.
-        let deadline = Deadline::after(now, (self.terms.cap + self.terms.floor) * 2);
+        let deadline = Deadline::after(now, self.terms.backstop());
         let pending = owners.iter().copied().collect();
         self.handovers.insert(
             handover,

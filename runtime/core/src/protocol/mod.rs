@@ -11,6 +11,7 @@ mod deadline;
 mod decode;
 mod decode_leader;
 mod directory;
+mod fetch;
 mod lease;
 mod message;
 mod outcome;

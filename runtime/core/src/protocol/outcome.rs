@@ -115,12 +115,12 @@ pub enum FailReason {
 pub enum Awaited {
     /// The prefill group's offer.
     Offer,
-    /// All layers of the prompt.
-    Prefill,
     /// A decode group with room.
     Pairing,
     /// Destination blocks from the engine.
     Placement,
+    /// Layers that the source has yet to compute.
+    Layers,
     /// The bytes, and the owners' confirmation after them.
     Transfer,
     /// The outcome that the decode leader owes.
@@ -131,9 +131,9 @@ impl fmt::Display for Awaited {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Awaited::Offer => "offer from the prefill group",
-            Awaited::Prefill => "finished prefill",
             Awaited::Pairing => "decode group with room",
             Awaited::Placement => "destination blocks",
+            Awaited::Layers => "further layers from the prefill ranks",
             Awaited::Transfer => "complete and confirmed transfer",
             Awaited::Outcome => "outcome from the decode leader",
         })
@@ -179,6 +179,9 @@ pub enum Refusal {
     /// The ranks cannot exchange KV; the message lists the fields.
     #[error("the ranks do not fit together: {0}")]
     Mismatch(String),
+    /// The writer's transport gave up on a push.
+    #[error("the writer's transport failed: {0}")]
+    Transport(String),
     /// A table or a count that does not fit the geometry.
     #[error("{0}")]
     BadTables(String),

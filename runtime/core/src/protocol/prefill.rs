@@ -10,6 +10,9 @@ use super::{
 };
 use crate::{Direction, HandoverId, Moment, NodeId, PlanRequest, RequestId, Tables, TransferId, limits};
 
+/// Releases that an engine may leave unacknowledged.
+const RELEASING_MAX: usize = 65_536;
+
 /// The state machine of a prefill rank.
 ///
 /// Inputs are `handle_*(now, …)`; after each, drain [`PrefillRank::outbox`] and arm one timer for [`PrefillRank::poll_timeout`].
@@ -22,6 +25,9 @@ pub struct PrefillRank {
     terms: LeaseTerms,
     offers: BTreeMap<RequestId, Offer>,
     peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
+    /// Requests whose release the engine has not acknowledged, with the same request's next prefill if that came already: until then
+    /// the engine may still be speaking of the old one.
+    releasing: BTreeMap<RequestId, Option<PrefillJob>>,
     outbox: Outbox,
 }
 
@@ -33,7 +39,7 @@ struct Offer {
     held: Option<Held>,
     /// Set when it is over but our own NICs still read its blocks.
     closing: Option<PrefillView>,
-    /// The same request prefilled anew: it starts when this offer has closed.
+    /// The same request prefilled anew: it starts when this offer has closed and the engine has let go of it.
     next: Option<PrefillJob>,
 }
 
@@ -73,6 +79,7 @@ impl PrefillRank {
             terms,
             offers: BTreeMap::new(),
             peers: BTreeMap::new(),
+            releasing: BTreeMap::new(),
             outbox: Outbox::default(),
         }
     }
@@ -194,10 +201,20 @@ impl PrefillRank {
 
     /// An answer of the engine.
     pub fn handle_engine(&mut self, now: Moment, event: EngineEvent) {
+        let stale = |request: &RequestId| self.releasing.contains_key(request);
         match event {
+            EngineEvent::Opened { request, .. }
+            | EngineEvent::Ready { request, .. }
+            | EngineEvent::Unable { request, .. }
+                if stale(&request) => {}
             EngineEvent::Opened { request, tables, steps } => self.opened(now, request, tables, steps),
             EngineEvent::Ready { request, steps } => self.ready(now, request, steps),
             EngineEvent::Unable { request, reason } => self.unable(now, request, reason),
+            EngineEvent::Released { request } => {
+                if let Some(Some(job)) = self.releasing.remove(&request) {
+                    self.prefill(job);
+                }
+            }
             _ => {}
         }
     }
@@ -205,12 +222,12 @@ impl PrefillRank {
     /// Something happened at a NIC of this node.
     pub fn handle_nic(&mut self, now: Moment, _nic: usize, event: NicEvent) {
         match event {
-            NicEvent::Done { id, .. } => self.push_ended(now, id, true),
-            NicEvent::Failed { id, .. } => self.push_ended(now, id, false),
-            NicEvent::PeerLost { node, .. } => {
+            NicEvent::Done { id, .. } => self.push_ended(now, id, Ok(())),
+            NicEvent::Failed { id, reason } => self.push_ended(now, id, Err(reason)),
+            NicEvent::PeerLost { node, reason } => {
                 for request in self.offers.keys().copied().collect::<Vec<_>>() {
                     if self.initiates_with(node) {
-                        self.stop_reader(request, node);
+                        self.fail_reader(request, node, &reason);
                     }
                     self.finish_closing(now, request);
                 }
@@ -238,6 +255,10 @@ impl PrefillRank {
 
     fn prefill(&mut self, job: PrefillJob) {
         let request = job.spec.request;
+        if let Some(next) = self.releasing.get_mut(&request) {
+            next.get_or_insert(job);
+            return;
+        }
         match self.offers.get_mut(&request) {
             Some(offer) if offer.closing.is_some() && offer.next.is_none() => offer.next = Some(job),
             Some(_) => self.fail_to_leader(request, FailReason::Refused(Refusal::Duplicate(request))),
@@ -294,10 +315,10 @@ impl PrefillRank {
             return;
         }
         held.ready = steps;
-        let pulls: Vec<(NodeId, HandoverId)> = held
+        let told: Vec<(NodeId, HandoverId)> = held
             .readers
             .iter()
-            .filter(|(_, reader)| !reader.stopped && reader.open.direction == Direction::Pull)
+            .filter(|(_, reader)| !reader.stopped)
             .map(|(node, reader)| (*node, reader.open.handover))
             .collect();
         let pushes: Vec<NodeId> = held
@@ -306,7 +327,7 @@ impl PrefillRank {
             .filter(|(_, reader)| reader.open.direction == Direction::Push)
             .map(|(node, _)| *node)
             .collect();
-        for (node, handover) in pulls {
+        for (node, handover) in told {
             self.outbox.send(node, Message::StepsReady { handover, ready: steps });
         }
         for node in pushes {
@@ -415,22 +436,33 @@ impl PrefillRank {
         self.finish_closing(now, request);
     }
 
-    fn push_ended(&mut self, now: Moment, id: TransferId, done: bool) {
+    fn push_ended(&mut self, now: Moment, id: TransferId, end: Result<(), String>) {
         let Some((request, offer)) = self.offers.iter_mut().find(|(_, offer)| {
             offer.held.as_ref().is_some_and(|held| held.readers.values().any(|reader| reader.in_flight.contains(&id)))
         }) else {
             return;
         };
         let request = *request;
-        if let Some(held) = &mut offer.held {
-            for reader in held.readers.values_mut() {
-                // What is left of an earlier handover says nothing about this one.
-                if reader.in_flight.remove(&id) && id.handover() == reader.open.handover {
-                    reader.stopped |= !done;
-                }
+        let mut failed = None;
+        for (node, reader) in offer.held.iter_mut().flat_map(|held| &mut held.readers) {
+            // What is left of an earlier handover says nothing about this one.
+            if reader.in_flight.remove(&id) && id.handover() == reader.open.handover {
+                failed = end.as_ref().err().map(|reason| (*node, reason));
             }
         }
+        if let Some((node, reason)) = failed {
+            self.fail_reader(request, node, reason);
+        }
         self.finish_closing(now, request);
+    }
+
+    /// Our transport gave up on a reader: it is told, instead of waiting for what will not come.
+    fn fail_reader(&mut self, request: RequestId, node: NodeId, reason: &str) {
+        let reader = self.offers.get(&request).and_then(|offer| offer.held.as_ref()?.readers.get(&node));
+        let Some(handover) = reader.filter(|reader| !reader.stopped).map(|reader| reader.open.handover) else { return };
+        self.stop_reader(request, node);
+        let refusal = Refusal::Transport(reason.to_owned());
+        self.outbox.send(node, Message::Refused { handover, refusal });
     }
 
     fn fetched(&mut self, now: Moment, from: NodeId, handover: HandoverId) {
@@ -472,7 +504,13 @@ impl PrefillRank {
     ///
     /// A foreign *read* does not hold them: that reader's confirmation will be refused.
     fn close(&mut self, now: Moment, request: RequestId, view: PrefillView) {
-        let Some(offer) = self.offers.get_mut(&request) else { return };
+        let Some(offer) = self.offers.get_mut(&request) else {
+            // What was to follow a release that the engine still owes is not wanted any more.
+            if let Some(next) = self.releasing.get_mut(&request) {
+                *next = None;
+            }
+            return;
+        };
         if offer.next.take().is_some() {
             return;
         }
@@ -492,8 +530,10 @@ impl PrefillRank {
             let next = self.offers.remove(&request).and_then(|offer| offer.next);
             self.outbox.engine(EngineCall::Release { request, view });
             self.outbox.event(Event::OfferClosed { request, view });
-            if let Some(job) = next {
-                self.prefill(job);
+            self.releasing.insert(request, next);
+            // An engine that acknowledges nothing only loses the protection for the smallest ids.
+            while self.releasing.len() > RELEASING_MAX {
+                self.releasing.pop_first();
             }
         }
     }

@@ -35,7 +35,7 @@ impl Default for SchedulerTerms {
             queue_within: minutes(30),
             prefill_within: minutes(10),
             pair_within: minutes(10),
-            outcome_within: minutes(6),
+            outcome_within: minutes(20),
             attempts_max: 3,
             prefill_jobs_max: 16,
             leases: LeaseTerms::default(),
@@ -244,7 +244,7 @@ impl Scheduler {
                     self.outbox.event(Event::Started { handover });
                 }
             }
-            Message::Outcome(report) => self.outcome(now, report),
+            Message::Outcome(report) => self.outcome(now, from, report),
             Message::Freed { handover } => self.freed(now, handover),
             Message::Holds { added, removed } => {
                 if let Some(group) = self.decode.values_mut().find(|group| group.leader() == Some(from)) {
@@ -324,7 +324,18 @@ impl Scheduler {
         self.pump(now);
     }
 
-    fn outcome(&mut self, now: Moment, report: OutcomeReport) {
+    fn outcome(&mut self, now: Moment, from: NodeId, report: OutcomeReport) {
+        // Only the group that has it may decide it.
+        let decides = |group: &GroupId| {
+            self.decode.get(group).and_then(DecodeGroup::leader).or(self.broken.get(group).copied()) == Some(from)
+        };
+        let stage = self.handovers.get(&report.handover).and_then(|request| Some(&self.requests.get(request)?.stage));
+        if let Some(Stage::Paired { decode, .. }) = stage
+            && !decides(decode)
+        {
+            self.outbox.event(Event::Ignored { from, what: "an outcome of another group's handover" });
+            return;
+        }
         let Some(request) = self.handovers.remove(&report.handover) else { return };
         let Some(known) = self.requests.get(&request) else { return };
         let Stage::Paired { group, offer, decode, handover } = known.stage.clone() else { return };

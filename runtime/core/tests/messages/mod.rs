@@ -244,7 +244,7 @@ impl Parts {
             1 => FailReason::Deadline {
                 awaited: [
                     Awaited::Offer,
-                    Awaited::Prefill,
+                    Awaited::Layers,
                     Awaited::Pairing,
                     Awaited::Placement,
                     Awaited::Transfer,

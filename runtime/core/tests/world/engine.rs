@@ -19,6 +19,8 @@ pub(super) struct Engine {
     places: BTreeMap<HandoverId, Placement>,
     /// Every handover that was settled here: nothing of it may be posted afterwards.
     settled: BTreeSet<HandoverId>,
+    /// Releases that the core has not heard of.
+    taken: Vec<RequestId>,
 }
 
 struct Job {
@@ -52,6 +54,7 @@ impl Engine {
             jobs: BTreeMap::new(),
             places: BTreeMap::new(),
             settled: BTreeSet::new(),
+            taken: Vec::new(),
         };
         engine.agree(steps);
         engine
@@ -81,7 +84,7 @@ impl Engine {
             PlacementState::Delivered => true,
             PlacementState::Refused | PlacementState::Quarantined => false,
         };
-        self.jobs.values().any(job) || self.places.values().any(place)
+        !self.taken.is_empty() || self.jobs.values().any(job) || self.places.values().any(place)
     }
 
     pub(super) fn is_busy(&self) -> bool {
@@ -100,6 +103,7 @@ impl Engine {
                 let job =
                     self.jobs.remove(&request).ok_or_else(|| format!("{request} was released, but is not here"))?;
                 self.free.extend(job.blocks.into_iter().flatten());
+                self.taken.push(request);
                 Ok(())
             }
             EngineCall::Place { handover, spec } => {
@@ -141,6 +145,9 @@ impl Engine {
 
     /// One piece of work, and what the core hears of it.
     pub(super) fn act(&mut self, random: &mut Random, faulty: bool) -> Option<EngineEvent> {
+        if let Some(request) = self.taken.pop() {
+            return Some(EngineEvent::Released { request });
+        }
         let jobs: Vec<RequestId> = self.jobs.keys().copied().collect();
         let places: Vec<HandoverId> = self.places.keys().copied().collect();
         let choice = random.below((jobs.len() + places.len()) as u64) as usize;

@@ -3,8 +3,8 @@
 use super::decode::*;
 use super::kit::*;
 use crate::protocol::{
-    Awaited, Command, EngineCall, EngineEvent, FailReason, FetchJob, Message, NicCommand, NicEvent, Outcome, Refusal,
-    Role,
+    Awaited, Command, DeadlineTerms, EngineCall, EngineEvent, FailReason, FetchJob, Message, NicCommand, NicEvent,
+    Outcome, Refusal, Role,
 };
 use crate::{Direction, FenceProof, NodeId, Rank, TransportKind};
 
@@ -250,4 +250,62 @@ fn an_engine_without_room_and_a_pairing_without_sense_fail() {
         ),
         "tables that are too short end in a mismatch: {commands:?}"
     );
+}
+
+#[test]
+fn layers_that_are_not_computed_yet_are_waited_for_by_another_clock() {
+    let terms = DeadlineTerms::default();
+    let deadline = |fixture: &mut Fixture| {
+        // Renewals come in between; only the last point in time matters here.
+        let mut due = fixture.rank.poll_timeout();
+        while let Some(at) = due.filter(|at| *at < self::at(1) + terms.floor) {
+            fixture.rank.handle_timeout(at);
+            fixture.drain();
+            due = fixture.rank.poll_timeout();
+        }
+        due
+    };
+    for direction in [Direction::Pull, Direction::Push] {
+        // One step of two is under way: bytes are awaited, and soon.
+        let mut fixture = Fixture::moving(direction, 1);
+        assert!(deadline(&mut fixture).is_some_and(|due| due < at(15)));
+        // It is here; the next is still being computed, which may take minutes.
+        for source in 0..2 {
+            fixture.nic(done(id(source, 0)));
+        }
+        for seconds in [20, 40, 60, 80, 100, 200, 300, 400, 500, 600] {
+            fixture.rank.handle_timeout(at(seconds));
+            assert!(
+                !commands(fixture.rank.outbox()).contains(&abandon(0)),
+                "{direction:?}: given up after {seconds} s"
+            );
+        }
+        fixture.rank.handle_timeout(at(2) + terms.prefill);
+        let reported = commands(fixture.rank.outbox());
+        let awaited = |command: &Command| {
+            matches!(command, Command::Send { message: Message::RankDone { result: Err(FailReason::Deadline { awaited, .. }), .. }, .. }
+                if *awaited == Awaited::Layers)
+        };
+        assert!(reported.iter().any(awaited), "{direction:?}: {reported:?}");
+    }
+}
+
+#[test]
+fn a_silent_leader_does_not_hold_blocks_for_ever() {
+    let mut fixture = Fixture::moving(Direction::Pull, 2);
+    for source in 0..2 {
+        fixture.nic(done(id(source, 0)));
+        fixture.message(3, SOURCES[source as usize], Message::Confirmed { handover: H1 });
+    }
+    fixture.rank.handle_timeout(at(60));
+    assert_eq!(commands(fixture.rank.outbox()), []);
+    fixture.rank.handle_timeout(at(3) + DeadlineTerms::default().backstop());
+    let commands = commands(fixture.rank.outbox());
+    let [Command::Engine(EngineCall::Settled { outcome: Outcome::Failed { reason }, quarantined: false, .. })] =
+        commands.as_slice()
+    else {
+        panic!("{commands:?}");
+    };
+    assert!(matches!(reason, FailReason::Deadline { awaited: Awaited::Outcome, .. }));
+    assert_eq!(fixture.rank.fetches(), 0);
 }

@@ -179,11 +179,16 @@ fn a_push_waits_for_the_reader_and_then_follows_the_watermark() {
     assert_eq!(posts(&first), [(READERS[0], id(0))]);
     let second = fixture.engine(2, EngineEvent::Ready { request: R1, steps: 2 });
     assert_eq!(posts(&second), [(READERS[0], id(1))]);
-    let Some(Command::Nic { command: NicCommand::Post { program, direction: Direction::Push, .. }, .. }) =
-        second.first()
+    let [
+        told,
+        Command::Nic { command: NicCommand::Post { program, direction: Direction::Push, .. }, .. },
+        Command::Send { message: Message::RankReady { .. }, .. },
+    ] = second.as_slice()
     else {
         panic!("a push was posted: {second:?}");
     };
+    // The reader's deadline depends on whether it waits for bytes or for layers.
+    assert_eq!(*told, send(READERS[0], Message::StepsReady { handover: H1, ready: 2 }));
     // Half the layers and half the heads; the destination's blocks are for the destination to know.
     assert_eq!(program.bytes() * 4, fixture.source.bytes_expected(TOKENS, 0));
     assert!(program.sources[0].is_some() && program.destinations[0].is_none());

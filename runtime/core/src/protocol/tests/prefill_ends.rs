@@ -114,15 +114,27 @@ fn a_request_prefilled_anew_waits_until_its_old_offer_has_closed() {
     let ended = Message::Release { request: R1, view: PrefillView::Ended };
     fixture.message(1, LEADER, ended.clone());
     assert_eq!(fixture.message(1, LEADER, job(1)), []);
+    assert_eq!(fixture.nic(failed(id)), [release(PrefillView::Ended)]);
+    // What the engine said before it took the release is about the old offer.
+    let opened = fixture.opened();
+    assert_eq!(fixture.engine(1, opened), []);
+    assert_eq!(fixture.engine(1, EngineEvent::Unable { request: R1, reason: "full".into() }), []);
     let again = engine(EngineCall::Prefill(PrefillJob { spec: spec(1), dp: 0 }));
-    assert_eq!(fixture.nic(failed(id)), [release(PrefillView::Ended), again]);
+    assert_eq!(fixture.engine(1, EngineEvent::Released { request: R1 }), [again]);
+    let opened = fixture.opened();
+    assert!(matches!(fixture.engine(1, opened).as_slice(), [Command::Send { .. }]), "the new offer opens");
     // And not at all when it is released before that.
     let mut fixture = Fixture::offered(Direction::Push);
     let id = fixture.pushing(0, H1);
     fixture.message(1, LEADER, ended.clone());
     fixture.message(1, LEADER, job(1));
-    assert_eq!(fixture.message(1, LEADER, ended), []);
+    assert_eq!(fixture.message(1, LEADER, ended.clone()), []);
     assert_eq!(fixture.nic(failed(id)), [release(PrefillView::Ended)]);
+    assert_eq!(fixture.rank.offers(), 0);
+    // The same while only the engine's acknowledgement is awaited.
+    assert_eq!(fixture.message(1, LEADER, job(1)), []);
+    assert_eq!(fixture.message(1, LEADER, ended), []);
+    assert_eq!(fixture.engine(1, EngineEvent::Released { request: R1 }), []);
     assert_eq!(fixture.rank.offers(), 0);
 }
 
@@ -161,7 +173,8 @@ fn a_nic_that_loses_its_peer_stops_that_reader() {
     let mut fixture = Fixture::offered(Direction::Push);
     let id = fixture.pushing(0, H1);
     let gone = NicEvent::PeerLost { node: NodeId(READERS[0]), reason: "reset".into() };
-    assert_eq!(fixture.nic(gone), [cancel(0, id)]);
+    let refusal = Refusal::Transport("reset".into());
+    assert_eq!(fixture.nic(gone), [cancel(0, id), send(READERS[0], Message::Refused { handover: H1, refusal })]);
     assert_eq!(fixture.nic(failed(id)), []);
     assert_eq!(posts(&fixture.engine(2, EngineEvent::Ready { request: R1, steps: 2 })), []);
     assert_eq!(fixture.rank.offers(), 1, "the offer is there for another handover");
@@ -175,6 +188,8 @@ fn a_lost_rank_of_the_group_ends_every_offer() {
     let waiting = engine(EngineCall::Release { request: RequestId(2), view: PrefillView::Ended });
     assert_eq!(commands(fixture.rank.outbox()), [release(PrefillView::Ended), waiting]);
     let opened = fixture.opened();
+    assert_eq!(fixture.engine(2, opened.clone()), [], "the engine has not heard of the release yet");
+    fixture.engine(2, EngineEvent::Released { request: R1 });
     assert_eq!(
         fixture.engine(2, opened),
         [engine(EngineCall::Rejected { request: R1, refusal: Refusal::UnknownRequest(R1) })]

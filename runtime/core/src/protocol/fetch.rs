@@ -1,0 +1,149 @@
+//! One decode rank's part of one handover, as a record; [`DecodeRank`](super::DecodeRank) acts on it.
+
+use core::time::Duration;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::{Awaited, Deadline, Outcome, Pairing};
+use crate::{Direction, GroupGeometry, Moment, NodeId, PlanError, Rank, Tables, TransferId, sources};
+
+/// This rank's part of one handover. It ends with the leader's word *and* with nothing in flight.
+#[derive(Debug)]
+pub(super) struct Fetch {
+    pub(super) pairing: Pairing,
+    pub(super) deadline: Deadline,
+    pub(super) awaited: Awaited,
+    pub(super) placed: Option<Placed>,
+    /// Empty until the source group's nodes are known.
+    pub(super) legs: BTreeMap<NodeId, Leg>,
+    pub(super) resolved: bool,
+    pub(super) started: bool,
+    /// This rank told its leader how its part ended.
+    pub(super) reported: bool,
+    pub(super) settled: Option<Outcome>,
+    pub(super) began: Moment,
+}
+
+/// Where the engine wants it.
+#[derive(Debug)]
+pub(super) struct Placed {
+    pub(super) tables: Tables,
+    pub(super) have: u64,
+    /// What is to come, about: deadlines follow from it.
+    pub(super) bytes: u64,
+}
+
+/// What one source rank owes.
+#[derive(Debug)]
+pub(super) struct Leg {
+    pub(super) source: Rank,
+    pub(super) state: LegState,
+    pub(super) opened_at: Option<Moment>,
+    /// Our NIC and the direction, for the report: the peer may be gone by then.
+    pub(super) path: Option<(usize, Direction)>,
+    pub(super) source_tables: Option<Tables>,
+    /// Steps that the source called ready.
+    pub(super) ready: u32,
+    /// Steps posted (pull) or expected (push).
+    pub(super) posted: u32,
+    pub(super) in_flight: BTreeSet<TransferId>,
+    pub(super) bytes: u64,
+    pub(super) pieces: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LegState {
+    /// The session to the source does not stand yet.
+    Unopened,
+    Moving,
+    /// Every byte is here; the owner has yet to confirm its lease (pull).
+    Confirming,
+    Done,
+}
+
+impl Fetch {
+    /// Blocks are still to be found.
+    pub(super) fn new(pairing: Pairing, deadline: Deadline, now: Moment) -> Self {
+        Fetch {
+            pairing,
+            deadline,
+            awaited: Awaited::Placement,
+            placed: None,
+            legs: BTreeMap::new(),
+            resolved: false,
+            started: false,
+            reported: false,
+            settled: None,
+            began: now,
+        }
+    }
+
+    pub(super) fn in_flight(&self) -> bool {
+        self.legs.values().any(|leg| !leg.in_flight.is_empty())
+    }
+
+    /// Its part has ended; from now on the leader owes an outcome.
+    pub(super) fn report(&mut self, now: Moment, within: Duration) {
+        self.reported = true;
+        self.awaited = Awaited::Outcome;
+        self.deadline = Deadline::after(now, within);
+    }
+
+    /// Whether everything that is ready is here, and the rest is not computed yet.
+    pub(super) fn waits_for_layers(&self) -> bool {
+        let steps = self.pairing.steps.len() as u32;
+        let mut unfinished = self.legs.values().filter(|leg| leg.state != LegState::Done).peekable();
+        self.resolved && unfinished.peek().is_some() && unfinished.all(|leg| leg.waits_for_layers(steps))
+    }
+}
+
+impl Leg {
+    pub(super) fn new(source: Rank) -> Self {
+        Leg {
+            source,
+            state: LegState::Unopened,
+            opened_at: None,
+            path: None,
+            source_tables: None,
+            ready: 0,
+            posted: 0,
+            in_flight: BTreeSet::new(),
+            bytes: 0,
+            pieces: 0,
+        }
+    }
+
+    fn waits_for_layers(&self, steps: u32) -> bool {
+        // A step of a push is expected from the beginning; it moves once it is ready.
+        let still = self.in_flight.iter().all(|id| id.step() >= self.ready);
+        self.state == LegState::Moving && self.source_tables.is_some() && self.ready < steps && still
+    }
+}
+
+/// A prefill group as the directory lists it.
+#[derive(Debug)]
+pub(super) struct SourceGroup {
+    geometry: Arc<GroupGeometry>,
+    pub(super) nodes: BTreeMap<Rank, NodeId>,
+    /// Ranks that owe this rank something, by the attention-dp part that owns the request.
+    owing: BTreeMap<u32, Arc<[Rank]>>,
+}
+
+impl SourceGroup {
+    pub(super) fn new(geometry: Arc<GroupGeometry>) -> Self {
+        SourceGroup { geometry, nodes: BTreeMap::new(), owing: BTreeMap::new() }
+    }
+
+    /// Which of its ranks owe `rank` of `destination` something.
+    pub(super) fn owing(&mut self, dp: u32, destination: &GroupGeometry, rank: Rank) -> Result<Arc<[Rank]>, PlanError> {
+        if let Some(known) = self.owing.get(&dp) {
+            return Ok(Arc::clone(known));
+        }
+        let owing: Arc<[Rank]> = sources(&self.geometry, dp, destination, rank)?.into();
+        // A peer names the part; only parts that exist are remembered.
+        if !owing.is_empty() {
+            self.owing.insert(dp, Arc::clone(&owing));
+        }
+        Ok(owing)
+    }
+}
