@@ -49,6 +49,8 @@ pub struct Scheduler {
     terms: SchedulerTerms,
     policy: Box<dyn Policy>,
     requests: BTreeMap<RequestId, Request>,
+    /// The deadlines of all requests, soonest first.
+    deadlines: BTreeSet<(Moment, RequestId)>,
     /// Requests without a prefill group, oldest first.
     arrivals: VecDeque<RequestId>,
     /// Offers without a decode group, oldest first.
@@ -79,6 +81,16 @@ struct Request {
     withdrawn: bool,
 }
 
+impl Request {
+    /// Waits anew.
+    fn wait(&mut self, deadlines: &mut BTreeSet<(Moment, RequestId)>, deadline: Deadline) {
+        let request = self.spec.request;
+        deadlines.remove(&(self.deadline.at, request));
+        deadlines.insert((deadline.at, request));
+        self.deadline = deadline;
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Stage {
     Queued,
@@ -94,6 +106,7 @@ impl Scheduler {
             terms,
             policy,
             requests: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
             arrivals: VecDeque::new(),
             offers: VecDeque::new(),
             prefill: BTreeMap::new(),
@@ -120,7 +133,7 @@ impl Scheduler {
 
     /// When [`Scheduler::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Moment> {
-        let deadline = self.requests.values().map(|request| request.deadline.at).min();
+        let deadline = self.deadlines.first().map(|(at, _)| *at);
         deadline.into_iter().chain(self.renew_at).min()
     }
 
@@ -131,6 +144,7 @@ impl Scheduler {
             return Err(super::Refusal::Duplicate(request));
         }
         let deadline = Deadline::after(now, self.terms.queue_within);
+        self.deadlines.insert((deadline.at, request));
         self.requests.insert(
             request,
             Request {
@@ -260,12 +274,8 @@ impl Scheduler {
         if self.renew_at.is_some_and(|at| now >= at) {
             self.renew(now);
         }
-        let late: Vec<RequestId> = self
-            .requests
-            .iter()
-            .filter(|(_, request)| request.deadline.has_passed(now))
-            .map(|(request, _)| *request)
-            .collect();
+        let late: Vec<RequestId> =
+            self.deadlines.iter().take_while(|(at, _)| *at <= now).map(|(_, request)| *request).collect();
         for request in late {
             let Some(known) = self.requests.get(&request) else { continue };
             let awaited = match &known.stage {
@@ -293,7 +303,7 @@ impl Scheduler {
         }
         self.offers.push_back(offer.request);
         known.stage = Stage::Offered { group, offer };
-        known.deadline = Deadline::after(now, self.terms.pair_within);
+        known.wait(&mut self.deadlines, Deadline::after(now, self.terms.pair_within));
         self.pump(now);
     }
 
@@ -380,7 +390,7 @@ impl Scheduler {
             && let Some(offer) = offer
         {
             known.stage = Stage::Offered { group, offer };
-            known.deadline = Deadline::after(now, self.terms.pair_within);
+            known.wait(&mut self.deadlines, Deadline::after(now, self.terms.pair_within));
             self.offers.push_front(request);
         } else if again && !self.prefill.is_empty() && !self.decode.is_empty() {
             self.release(request, PrefillView::Ended);
@@ -388,7 +398,7 @@ impl Scheduler {
                 known.stage = Stage::Queued;
                 known.ready_at = None;
                 known.withdrawn = false;
-                known.deadline = Deadline::after(now, self.terms.queue_within);
+                known.wait(&mut self.deadlines, Deadline::after(now, self.terms.queue_within));
             }
             self.arrivals.push_front(request);
         } else {
@@ -446,6 +456,7 @@ impl Scheduler {
         let view = if outcome.is_delivered() { PrefillView::Confirmed } else { PrefillView::Ended };
         self.release(request, view);
         let Some(known) = self.requests.remove(&request) else { return };
+        self.deadlines.remove(&(known.deadline.at, request));
         match &known.stage {
             Stage::Queued => self.arrivals.retain(|waiting| *waiting != request),
             Stage::Prefilling { .. } => {}
@@ -519,7 +530,7 @@ impl Scheduler {
         known.stage = Stage::Prefilling { group: choice };
         // Ranks open at different times; the first lease must last until the last rank has opened.
         self.renew_at.get_or_insert(now + self.terms.leases.renewal());
-        known.deadline = Deadline::after(now, self.terms.prefill_within);
+        known.wait(&mut self.deadlines, Deadline::after(now, self.terms.prefill_within));
         self.outbox.send(leader, Message::Prefill(PrefillJob { spec: known.spec.clone(), dp: 0 }));
         true
     }
@@ -555,7 +566,7 @@ impl Scheduler {
             steps: offer.steps.clone(),
         };
         known.stage = Stage::Paired { group, offer, decode: choice, handover };
-        known.deadline = Deadline::after(now, self.terms.outcome_within);
+        known.wait(&mut self.deadlines, Deadline::after(now, self.terms.outcome_within));
         self.outbox.event(Event::Paired { request, handover, group: choice });
         self.outbox.send(leader, Message::Pair(pairing));
         true
