@@ -1,0 +1,65 @@
+//! The main job: a scheduler and one OS process per rank hand over the KV of requests, and every byte is checked where it arrives.
+//!
+//! `cargo run --release --example cluster -- --help` lists the options. Exit status: 0 when nothing was mismatched or leaked on the
+//! survivors, every request is accounted for, and none failed that no `--kill` or `--stop` explains; 1 otherwise; 2 for bad usage.
+
+mod drive;
+mod error;
+mod fault;
+mod launch;
+mod nics;
+mod options;
+mod progress;
+mod rank;
+mod report;
+mod setup;
+mod share;
+mod side;
+mod verdict;
+mod workload;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::options::{Options, RANK_WORKER};
+
+/// What `clap` exits with, too.
+const BAD_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "error".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    if std::env::args().nth(1).as_deref() == Some(RANK_WORKER) {
+        return rank::process();
+    }
+    let options = Options::parse();
+    let setup = match setup::Setup::check(&options) {
+        Ok(setup) => setup,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(BAD_USAGE);
+        }
+    };
+    match drive::run(&setup) {
+        Ok(record) => {
+            let verdict = verdict::Verdict::of(&setup, &record);
+            if options.json {
+                println!("{}", verdict.json());
+            } else {
+                print!("{}", report::table(&verdict));
+            }
+            for note in &record.notes {
+                eprintln!("note: {note}");
+            }
+            for complaint in &verdict.complaints {
+                eprintln!("error: {complaint}");
+            }
+            if verdict.complaints.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Which devices every rank opens.
+
+use kvferry::transport::{self, Options};
+use kvferry::{OpenNic, TransportKind};
+use serde::{Deserialize, Serialize};
+
+use crate::error::UsageError;
+
+/// What `auto` opens, best first, as far as this host has it.
+const AUTO: [(&str, &str); 2] = [("shm", "memory"), ("tcp", "lo")];
+
+/// A device that every rank opens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NicChoice {
+    pub(crate) kind: TransportKind,
+    pub(crate) device: String,
+}
+
+impl NicChoice {
+    /// How it is opened.
+    pub(crate) fn select(&self) -> Result<OpenNic, transport::SelectError> {
+        transport::select(self.kind, Some(&self.device), &Options::default())
+    }
+}
+
+/// The devices that `--transport` and `--devices` name, checked against those of this host.
+pub(crate) fn choose(wanted: &str, devices: Option<&str>) -> Result<Vec<NicChoice>, UsageError> {
+    let providers = transport::providers();
+    let names: Vec<&str> = providers.iter().map(|provider| provider.kind().name()).collect();
+    if wanted != "auto" && !names.contains(&wanted) {
+        return Err(UsageError::UnknownTransport {
+            name: wanted.to_owned(),
+            known: format!("auto, {}", names.join(", ")),
+        });
+    }
+    let mut known: Vec<NicChoice> = Vec::new();
+    for provider in providers.iter().filter(|provider| wanted == "auto" || provider.kind().name() == wanted) {
+        let found = provider.discover();
+        known.extend(found.into_iter().map(|device| NicChoice { kind: device.kind, device: device.name }));
+    }
+    let chosen = match devices {
+        Some(list) => named(wanted, list, &known)?,
+        None if wanted == "auto" => AUTO.iter().filter_map(|(kind, device)| find(&known, Some(kind), device)).collect(),
+        None => {
+            // Ranks are on this machine: of several network devices the loopback is the one that surely reaches them all.
+            let local = AUTO
+                .iter()
+                .find(|(kind, _)| *kind == wanted)
+                .and_then(|(kind, device)| find(&known, Some(kind), device));
+            local.or_else(|| known.first().cloned()).into_iter().collect()
+        }
+    };
+    for nic in &chosen {
+        drop(nic.select().map_err(|source| UsageError::Transport { transport: wanted.to_owned(), source })?);
+    }
+    if chosen.is_empty() {
+        return Err(UsageError::UnknownDevice {
+            value: devices.unwrap_or_default().to_owned(),
+            entry: String::new(),
+            transport: wanted.to_owned(),
+            known: list(&known),
+        });
+    }
+    Ok(chosen)
+}
+
+fn named(wanted: &str, value: &str, known: &[NicChoice]) -> Result<Vec<NicChoice>, UsageError> {
+    let mut chosen = Vec::new();
+    for entry in value.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+        let exact = entry.split_once(':').and_then(|(kind, device)| find(known, Some(kind), device));
+        let nic = exact.or_else(|| find(known, None, entry)).ok_or_else(|| UsageError::UnknownDevice {
+            value: value.to_owned(),
+            entry: entry.to_owned(),
+            transport: wanted.to_owned(),
+            known: list(known),
+        })?;
+        if !chosen.contains(&nic) {
+            chosen.push(nic);
+        }
+    }
+    Ok(chosen)
+}
+
+fn find(known: &[NicChoice], kind: Option<&str>, device: &str) -> Option<NicChoice> {
+    known.iter().find(|nic| nic.device == device && kind.is_none_or(|kind| nic.kind.name() == kind)).cloned()
+}
+
+fn list(known: &[NicChoice]) -> String {
+    let names: Vec<String> = known.iter().map(|nic| format!("{}:{}", nic.kind, nic.device)).collect();
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}

@@ -1,0 +1,128 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use kvferry::Direction;
+
+/// The first argument of a rank's process.
+pub(crate) const RANK_WORKER: &str = "--rank-worker";
+
+/// Hands over the KV of requests from prefill ranks to decode ranks, one OS process each, and checks every byte where it arrives.
+///
+/// Requests are submitted as fast as `--concurrency` allows. `seconds` counts from the first submission to the last outcome, the synthetic
+/// prefill included.
+#[derive(Debug, Parser)]
+#[command(name = "cluster")]
+pub(crate) struct Options {
+    /// A model by name: llama-3.1-8b, llama-3.1-70b, qwen3-32b, qwen3-235b, deepseek-r1, gpt-oss-120b, qwen3-next or tiny
+    /// [default: llama-3.1-8b]
+    #[arg(long, value_name = "NAME", conflicts_with = "geometry")]
+    pub(crate) model: Option<String>,
+    /// A model by its KV: layers=..,kv_heads=..,head_dim=..,dtype=bf16|f16|fp8|..,kv=separate|interleaved,planes=one|per-layer,
+    /// window=..,latent=..
+    #[arg(long, value_name = "LIST")]
+    pub(crate) geometry: Option<String>,
+    /// The prefill side: tp=2,pp=1,layers=3+2,cp=1,adp=1,groups=1,nodes=1,block=16,order=NHD|HND,kv=separate|interleaved,
+    /// planes=one|per-layer,blocks=N. `layers` are those of each pipeline stage. With nodes=N the ranks of a group are spread over the
+    /// simulated hosts 0 to N-1: under `--transport auto` only ranks of one host share memory. `blocks` are those of a rank's pool, per
+    /// layer group (default: three of the largest requests)
+    #[arg(long, value_name = "LIST", default_value = "tp=2")]
+    pub(crate) prefill: String,
+    /// The decode side, with the same keys
+    #[arg(long, value_name = "LIST", default_value = "tp=4")]
+    pub(crate) decode: String,
+    /// How many requests [default: 16]
+    #[arg(long, value_name = "N", conflicts_with = "trace")]
+    pub(crate) requests: Option<u64>,
+    /// Tokens of each prompt [default: 1000]
+    #[arg(long, value_name = "N", conflicts_with = "trace")]
+    pub(crate) isl: Option<u64>,
+    /// Requests from a Mooncake trace, one JSON object per line: timestamp (ignored), input_length, output_length (ignored), hash_ids (one
+    /// per 512 tokens)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Takes the first N requests of the trace only
+    #[arg(long, value_name = "N", requires = "trace")]
+    pub(crate) limit: Option<u64>,
+    /// Decode ranks keep the prefixes of the trace and fetch only what they lack
+    #[arg(long, requires = "trace")]
+    pub(crate) reuse_prefix: bool,
+    /// Which decode group gets a request [default: longest-prefix with --reuse-prefix, otherwise least-loaded]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) policy: Option<PolicyName>,
+    /// Requests in flight at once [default: 4 per decode group]
+    #[arg(long, value_name = "N")]
+    pub(crate) concurrency: Option<u64>,
+    /// auto (shared memory where ranks share a host, otherwise TCP), or one transport: shm, tcp, ucx, libfabric, cuda
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub(crate) transport: String,
+    /// Devices by name, best first: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]
+    #[arg(long, value_name = "LIST")]
+    pub(crate) devices: Option<String>,
+    /// Who initiates transfers: pull = decode, push = prefill
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub(crate) direction: DirectionName,
+    /// Layers that prefill makes ready at a time [default: all]
+    #[arg(long, value_name = "N")]
+    pub(crate) layers_per_step: Option<u32>,
+    /// SIGKILL a rank when the Nth transfer starts: prefill:1@3. Ranks are counted over all groups of their side; may repeat
+    #[arg(long, value_name = "ROLE:RANK@N")]
+    pub(crate) kill: Vec<String>,
+    /// SIGSTOP a rank when the Nth transfer starts, and SIGKILL it once it is declared lost; may repeat
+    #[arg(long, value_name = "ROLE:RANK@N")]
+    pub(crate) stop: Vec<String>,
+    /// Every rank is a node of its own inside this process
+    #[arg(long)]
+    pub(crate) in_process: bool,
+    /// Shuffles which blocks requests get
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Gives up after so long
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub(crate) deadline: u64,
+    /// Prints one JSON object and nothing else on standard output
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Not in this build
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) config: Option<PathBuf>,
+    /// Not in this build
+    #[arg(long, value_name = "NAME", hide = true)]
+    pub(crate) role: Option<String>,
+    /// Not in this build
+    #[arg(long, value_name = "ADDRESS", hide = true)]
+    pub(crate) listen: Option<String>,
+    /// Not in this build
+    #[arg(long, value_name = "ADDRESS", hide = true)]
+    pub(crate) join: Option<String>,
+    /// Not in this build
+    #[arg(long, value_name = "N", hide = true)]
+    pub(crate) rank: Option<u32>,
+}
+
+/// Names of policies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PolicyName {
+    LeastLoaded,
+    LongestPrefix,
+}
+
+/// Names of directions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DirectionName {
+    Auto,
+    Pull,
+    Push,
+}
+
+impl DirectionName {
+    /// What ranks are told.
+    pub(crate) fn chosen(self) -> Option<Direction> {
+        match self {
+            DirectionName::Auto => None,
+            DirectionName::Pull => Some(Direction::Pull),
+            DirectionName::Push => Some(Direction::Push),
+        }
+    }
+}

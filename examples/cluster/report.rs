@@ -1,0 +1,56 @@
+//! The table for people.
+
+use std::fmt::Write;
+
+use crate::verdict::Verdict;
+
+/// Failures that are listed; the rest is counted.
+const FAILURES_SHOWN: usize = 10;
+
+/// Renders a verdict.
+pub(crate) fn table(verdict: &Verdict) -> String {
+    let mut out = String::new();
+    let waits = &verdict.handover_ms;
+    let rows = [
+        ("requests", verdict.requests.to_string()),
+        ("delivered", verdict.delivered.to_string()),
+        ("failed", verdict.failed.to_string()),
+        ("cancelled", verdict.cancelled.to_string()),
+        ("bytes", verdict.bytes.to_string()),
+        ("verified bytes", verdict.verified_bytes.to_string()),
+        ("mismatched bytes", verdict.mismatched_bytes.to_string()),
+        ("leaked blocks", verdict.leaked_blocks.to_string()),
+        ("quarantined blocks", verdict.quarantined_blocks.to_string()),
+        ("seconds", format!("{:.3}", verdict.seconds)),
+        ("GB/s", format!("{:.3}", verdict.gigabytes_per_second)),
+        ("handover ms", format!("p50 {:.2}   p99 {:.2}   max {:.2}", waits.p50, waits.p99, waits.max)),
+    ];
+    for (name, value) in rows {
+        // Writing to a string does not fail.
+        let _ = writeln!(out, "{name:<20}{value}");
+    }
+    if !verdict.paths.is_empty() {
+        let _ = writeln!(
+            out,
+            "\n{:<12}{:<12}{:<11}{:<10}{:<11}{:>15}{:>11}  evidence",
+            "from", "to", "transport", "device", "direction", "bytes", "pieces"
+        );
+    }
+    for path in &verdict.paths {
+        let _ = writeln!(
+            out,
+            "{:<12}{:<12}{:<11}{:<10}{:<11}{:>15}{:>11}  {}",
+            path.from, path.to, path.transport, path.device, path.direction, path.bytes, path.pieces, path.evidence
+        );
+    }
+    if !verdict.failures.is_empty() {
+        let _ = writeln!(out, "\nfailed");
+    }
+    for failure in verdict.failures.iter().take(FAILURES_SHOWN) {
+        let _ = writeln!(out, "request {:<8} {}", failure.request, failure.reason);
+    }
+    if verdict.failures.len() > FAILURES_SHOWN {
+        let _ = writeln!(out, "and {} more", verdict.failures.len() - FAILURES_SHOWN);
+    }
+    out
+}

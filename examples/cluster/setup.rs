@@ -1,0 +1,256 @@
+//! Options, checked: what will run.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvferry::{
+    GroupGeometry, GroupId, KvPlacement, LeastLoaded, LongestHeldPrefix, Model, NodeId, PairPlan, PlanePlacement,
+    Policy, Rank, RequestSpec, Role,
+};
+
+use crate::error::UsageError;
+use crate::fault::{Action, Fault};
+use crate::nics;
+use crate::options::{Options, PolicyName};
+use crate::rank::RankConfig;
+use crate::side::Side;
+use crate::workload::{self, number};
+
+const DEFAULT_MODEL: &str = "llama-3.1-8b";
+const RANKS_MAX: u64 = 256;
+/// Of the largest request, when `blocks` is not given.
+const REQUESTS_PER_POOL: u64 = 3;
+const CONCURRENCY_PER_GROUP: u64 = 4;
+
+/// A cluster that can be.
+pub(crate) struct Setup {
+    /// Prefill ranks before decode ranks, group by group; the scheduler is node 0, these follow.
+    pub(crate) ranks: Vec<RankConfig>,
+    pub(crate) requests: Vec<RequestSpec>,
+    pub(crate) prefill: Side,
+    pub(crate) decode: Side,
+    pub(crate) faults: Vec<Fault>,
+    pub(crate) policy: PolicyName,
+    pub(crate) concurrency: usize,
+    pub(crate) in_process: bool,
+    pub(crate) reuse_prefix: bool,
+    pub(crate) deadline: Duration,
+}
+
+impl Setup {
+    /// Checks everything that can be known before anything starts.
+    pub(crate) fn check(options: &Options) -> Result<Setup, UsageError> {
+        refuse_what_is_not_there(options)?;
+        let (model, kv, planes) = model(options)?;
+        let prefill = Side::parse(Role::Prefill, &options.prefill, &model, kv, planes)?;
+        let decode = Side::parse(Role::Decode, &options.decode, &model, kv, planes)?;
+        let ranks = prefill.ranks() + decode.ranks();
+        if ranks > RANKS_MAX {
+            return Err(UsageError::TooManyRanks { ranks, limit: RANKS_MAX });
+        }
+        if let Err(error) = PairPlan::new(&prefill.geometry, Rank(0), &decode.geometry, Rank(0)) {
+            return Err(UsageError::Pair { reason: error.to_string() });
+        }
+        let requests = workload::requests(options)?;
+        let lengths: BTreeSet<u64> = requests.iter().map(|request| request.tokens).collect();
+        let tokens_option = if options.trace.is_some() { "--limit" } else { "--isl" };
+        let prefill_blocks = blocks(&prefill, &lengths, tokens_option)?;
+        let decode_blocks = blocks(&decode, &lengths, tokens_option)?;
+        let each = u64::from(decode.groups) * CONCURRENCY_PER_GROUP;
+        let concurrency = number("concurrency", options.concurrency, each, 1, 4096)?;
+        let deadline = Duration::from_secs(number("deadline", Some(options.deadline), 600, 1, 1 << 20)?);
+        let layers = u64::from(model.layers);
+        let steps = options
+            .layers_per_step
+            .map(|step| number("layers-per-step", Some(u64::from(step)), layers, 1, layers))
+            .transpose()?;
+        let nics = nics::choose(&options.transport, options.devices.as_deref())?;
+        let counts = (prefill.ranks(), decode.ranks());
+        let kills = options.kill.iter().map(|value| Fault::parse(Action::Kill, value, counts, options.in_process));
+        let stops = options.stop.iter().map(|value| Fault::parse(Action::Stop, value, counts, options.in_process));
+        let faults = kills.chain(stops).collect::<Result<Vec<_>, _>>()?;
+
+        let mut configs = Vec::with_capacity(ranks as usize);
+        let mut group = GroupId(0);
+        for (side, blocks) in [(&prefill, prefill_blocks), (&decode, decode_blocks)] {
+            let mut number = 0;
+            for _ in 0..side.groups {
+                for rank in 0..side.geometry.ranks() {
+                    let host = u64::from(rank) * u64::from(side.nodes) / u64::from(side.geometry.ranks());
+                    configs.push(RankConfig {
+                        node: NodeId(configs.len() as u64 + 1),
+                        role: side.role,
+                        group,
+                        rank: Rank(rank),
+                        number,
+                        geometry: Arc::clone(&side.geometry),
+                        blocks: blocks.clone(),
+                        nics: nics.clone(),
+                        host: (options.transport == "auto" && host > 0).then(|| format!("simulated host {host}")),
+                        direction: options.direction.chosen(),
+                        handovers_max: u32::try_from(concurrency).unwrap_or(u32::MAX),
+                        layers_per_step: steps.map(|steps| steps as u32),
+                        reuse_prefix: options.reuse_prefix && side.role == Role::Decode,
+                        seed: options.seed,
+                        nic_threads: nics.len() * ranks as usize,
+                        scheduler: String::new(),
+                    });
+                    number += 1;
+                }
+                group = GroupId(group.0 + 1);
+            }
+        }
+        fits_memory(
+            &configs,
+            if options.trace.is_some() { "blocks or --limit" } else { "blocks, --isl, tp or groups" },
+        )?;
+        let policy = options.policy.unwrap_or(if options.reuse_prefix {
+            PolicyName::LongestPrefix
+        } else {
+            PolicyName::LeastLoaded
+        });
+        Ok(Setup {
+            ranks: configs,
+            requests,
+            prefill,
+            decode,
+            faults,
+            policy,
+            concurrency: concurrency as usize,
+            in_process: options.in_process,
+            reuse_prefix: options.reuse_prefix,
+            deadline,
+        })
+    }
+
+    /// Groups of both sides.
+    pub(crate) fn groups(&self) -> usize {
+        self.prefill.groups as usize + self.decode.groups as usize
+    }
+
+    /// The scheduler's policy.
+    pub(crate) fn make_policy(&self) -> Box<dyn Policy> {
+        match self.policy {
+            PolicyName::LeastLoaded => Box::new(LeastLoaded),
+            PolicyName::LongestPrefix => Box::new(LongestHeldPrefix::default()),
+        }
+    }
+
+    /// A rank of a group as reports number it.
+    pub(crate) fn number(&self, role: Role, group: GroupId, rank: Rank) -> u64 {
+        let (side, first) = match role {
+            Role::Prefill => (&self.prefill, 0),
+            Role::Decode => (&self.decode, self.prefill.groups),
+        };
+        u64::from(group.0.saturating_sub(first)) * u64::from(side.geometry.ranks()) + u64::from(rank.0)
+    }
+}
+
+fn refuse_what_is_not_there(options: &Options) -> Result<(), UsageError> {
+    let not_yet = |option, value: String, remedy| Err(UsageError::NotYet { option, value, remedy });
+    if let Some(file) = &options.config {
+        return not_yet("config", file.display().to_string(), "use --transport, --direction and --devices instead");
+    }
+    let remote = "all ranks are started on this machine, leave --role, --rank, --listen and --join out";
+    if let Some(role) = &options.role {
+        return not_yet("role", role.clone(), remote);
+    }
+    if let Some(address) = &options.listen {
+        return not_yet("listen", address.clone(), remote);
+    }
+    if let Some(address) = &options.join {
+        return not_yet("join", address.clone(), remote);
+    }
+    if let Some(rank) = options.rank {
+        return not_yet("rank", rank.to_string(), remote);
+    }
+    Ok(())
+}
+
+fn model(options: &Options) -> Result<(Model, KvPlacement, PlanePlacement), UsageError> {
+    if let Some(value) = &options.geometry {
+        let spec = Model::from_spec(value).map_err(|source| UsageError::Geometry { value: value.clone(), source })?;
+        return Ok((spec.model, spec.kv, spec.planes));
+    }
+    let name = options.model.as_deref().unwrap_or(DEFAULT_MODEL);
+    let unknown = || UsageError::UnknownModel { name: name.to_owned(), known: Model::PRESETS.join(", ") };
+    Ok((Model::preset(name).ok_or_else(unknown)?, KvPlacement::default(), PlanePlacement::default()))
+}
+
+/// Blocks of a rank's pool per layer group: what was asked for, or enough for a few of the largest requests.
+fn blocks(side: &Side, lengths: &BTreeSet<u64>, tokens_option: &'static str) -> Result<Vec<u32>, UsageError> {
+    let GroupGeometry { model, .. } = &*side.geometry;
+    // The largest request, and what it takes, per layer group.
+    let mut needs: Vec<(u64, u64)> = Vec::with_capacity(model.groups.len());
+    for group in 0..model.groups.len() {
+        let take = |tokens: u64| {
+            (0..side.geometry.ranks()).map(|rank| side.geometry.blocks_for(group, tokens, Rank(rank)).blocks).max()
+        };
+        needs.push(
+            lengths.iter().map(|tokens| (u64::from(take(*tokens).unwrap_or(0)), *tokens)).max().unwrap_or((0, 0)),
+        );
+    }
+    let paged = |group: usize| side.geometry.block_tokens(group) > 1 || side.geometry.format.block_tokens == 1;
+    // State takes a slot per request: as many as the paged layers have room for requests.
+    let largest = needs
+        .iter()
+        .enumerate()
+        .filter(|(group, _)| paged(*group))
+        .map(|(_, (need, _))| *need)
+        .max()
+        .unwrap_or(1)
+        .max(1);
+    let requests = side.blocks.map_or(REQUESTS_PER_POOL, |blocks| (u64::from(blocks) / largest).max(1));
+    let mut blocks = Vec::with_capacity(needs.len());
+    for (index, (need, tokens)) in needs.into_iter().enumerate() {
+        let given = match side.blocks {
+            Some(blocks) if paged(index) => u64::from(blocks),
+            _ => need.saturating_mul(requests),
+        };
+        if given < need {
+            return Err(UsageError::Blocks {
+                side: side.role,
+                value: side.value.clone(),
+                tokens,
+                need,
+                group: model.groups.get(index).map(|group| group.name.clone()).unwrap_or_default(),
+                blocks: given,
+                tokens_option,
+            });
+        }
+        blocks.push(u32::try_from(given).unwrap_or(u32::MAX));
+    }
+    for rank in 0..side.geometry.ranks() {
+        let shape = |source| UsageError::Shape { side: side.role, value: side.value.clone(), source };
+        let layout = side.geometry.shard(Rank(rank)).map_err(shape)?.layout(&blocks);
+        let (side, value) = (side.role, side.value.clone());
+        layout.validate().map_err(|error| UsageError::Layout {
+            side,
+            value,
+            reason: error.to_string(),
+            tokens_option,
+        })?;
+    }
+    Ok(blocks)
+}
+
+/// All ranks share one machine: their pools may not take more than 60 % of it.
+fn fits_memory(ranks: &[RankConfig], options: &'static str) -> Result<(), UsageError> {
+    let pool = |rank: &RankConfig| rank.geometry.shard(rank.rank).map_or(0, |shard| shard.layout(&rank.blocks).bytes());
+    let needed = ranks.iter().map(pool).fold(0, u64::saturating_add);
+    let limit = memory_bytes().map_or(u64::MAX, |bytes| bytes / 10 * 6);
+    if needed <= limit {
+        return Ok(());
+    }
+    Err(UsageError::Memory { needed_mib: needed >> 20, limit_mib: limit >> 20, options })
+}
+
+/// Memory of this machine, or of the control group that we are in.
+fn memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let machine = total.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)?;
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    Some(group.map_or(machine, |group: u64| group.min(machine)))
+}

@@ -1,0 +1,120 @@
+//! Runs the `cluster` example as a script would.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+
+use serde_json::Value;
+
+/// One run at a time: each has threads or processes of its own, and machines are small.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// How ranks reach each other.
+pub(crate) struct Case {
+    pub(crate) transport: &'static str,
+    pub(crate) direction: &'static str,
+    pub(crate) in_process: bool,
+}
+
+/// What a run printed.
+pub(crate) struct Ran {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    command: String,
+}
+
+/// Runs the example with a case's options and `--json`.
+pub(crate) fn run(case: &Case, options: &[&str]) -> Ran {
+    let mut all = vec!["--json", "--deadline", "120", "--transport", case.transport, "--direction", case.direction];
+    if case.in_process {
+        all.push("--in-process");
+    }
+    all.extend_from_slice(options);
+    run_bare(&all)
+}
+
+/// Runs the example with these options only.
+pub(crate) fn run_bare(options: &[&str]) -> Ran {
+    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut child = Command::new(example())
+        .args(options)
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the example starts");
+    let (mut stdout, mut stderr) = (String::new(), String::new());
+    let mut errors = child.stderr.take().expect("stderr is piped");
+    let reader = std::thread::spawn(move || {
+        // What is no text shows as missing.
+        let _ = errors.read_to_string(&mut stderr);
+        stderr
+    });
+    child.stdout.take().expect("stdout is piped").read_to_string(&mut stdout).expect("stdout is text");
+    let status = child.wait().expect("the example ends");
+    let stderr = reader.join().expect("stderr is read");
+    Ran { code: status.code(), stdout, stderr, command: options.join(" ") }
+}
+
+/// Cargo builds examples beside the tests: `target/<profile>/deps/<test>` and `target/<profile>/examples/cluster`.
+fn example() -> PathBuf {
+    let test = std::env::current_exe().expect("the test has a path");
+    let profile = test.parent().and_then(|deps| deps.parent()).expect("the test lies in target/<profile>/deps");
+    let example = profile.join("examples").join("cluster");
+    assert!(example.exists(), "{} is not built: run `cargo build --example cluster`, or all tests", example.display());
+    example
+}
+
+impl Ran {
+    /// What `--json` printed: one object and nothing else.
+    pub(crate) fn json(&self) -> Value {
+        let object = serde_json::from_str(&self.stdout);
+        assert!(object.is_ok(), "{}: {object:?}\n{}\n{}", self.command, self.stdout, self.stderr);
+        object.unwrap_or_default()
+    }
+
+    /// The object's `paths`.
+    pub(crate) fn paths(&self) -> Vec<Value> {
+        self.json()["paths"].as_array().cloned().unwrap_or_default()
+    }
+
+    /// One of the object's numbers.
+    pub(crate) fn number(&self, name: &str) -> u64 {
+        let number = self.json()[name].as_u64();
+        assert!(number.is_some(), "{}: no number {name}\n{}", self.command, self.stdout);
+        number.unwrap_or_default()
+    }
+
+    /// Nothing was mismatched, leaked or quarantined on survivors, and every request is accounted for.
+    pub(crate) fn check_sound(&self) {
+        assert_eq!(self.code, Some(0), "{}\n{}\n{}", self.command, self.stderr, self.stdout);
+        for name in ["mismatched_bytes", "leaked_blocks", "quarantined_blocks"] {
+            assert_eq!(self.number(name), 0, "{}: {name}\n{}", self.command, self.stdout);
+        }
+        let ended = self.number("delivered") + self.number("failed") + self.number("cancelled");
+        assert_eq!(ended, self.number("requests"), "{}", self.command);
+        assert_eq!(self.json()["failures"].as_array().map(Vec::len), Some(self.number("failed") as usize));
+    }
+
+    /// All was delivered and verified, by the paths that the case asks for.
+    pub(crate) fn check_delivered(&self, case: &Case) {
+        self.check_sound();
+        assert_eq!(self.number("delivered"), self.number("requests"), "{}\n{}", self.command, self.stdout);
+        assert!(self.number("bytes") > 0, "{}", self.command);
+        assert_eq!(self.number("verified_bytes"), self.number("bytes"), "{}", self.command);
+        let paths = self.paths();
+        assert!(!paths.is_empty(), "{}", self.command);
+        let moved: u64 = paths.iter().filter_map(|path| path["bytes"].as_u64()).sum();
+        assert_eq!(moved, self.number("bytes"), "{}: bytes of paths", self.command);
+        for path in &paths {
+            for (key, wanted) in [("transport", case.transport), ("direction", case.direction)] {
+                assert!(wanted == "auto" || path[key] == wanted, "{}: {path}", self.command);
+            }
+            assert!(path["pieces"].as_u64() > Some(0), "{}: {path}", self.command);
+            assert!(path["evidence"].as_str().is_some_and(|evidence| !evidence.is_empty()), "{}: {path}", self.command);
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The `cluster` example when ranks die, options are wrong, and requests come from a trace.
+
+mod cluster;
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use cluster::{Case, Ran, run, run_bare};
+
+const TINY: [&str; 6] = ["--model", "tiny", "--isl", "200", "--requests", "12"];
+
+fn processes(options: &[&str]) -> Ran {
+    let case = Case { transport: "auto", direction: "auto", in_process: false };
+    run(&case, &[&TINY[..], options].concat())
+}
+
+#[test]
+fn a_killed_prefill_rank_fails_what_nobody_else_can_prefill() {
+    for direction in ["pull", "push"] {
+        for transport in ["shm", "tcp"] {
+            let case = Case { transport, direction, in_process: false };
+            let ran =
+                run(&case, &[&TINY[..], &["--prefill", "tp=2", "--decode", "tp=4", "--kill", "prefill:1@3"]].concat());
+            ran.check_sound();
+            assert!(ran.number("failed") > 0, "{}", ran.stdout);
+            for failure in ran.json()["failures"].as_array().unwrap() {
+                assert!(failure["reason"].as_str().unwrap().contains("prefill"), "{failure}");
+            }
+        }
+    }
+}
+
+#[test]
+fn another_prefill_group_takes_over() {
+    let ran = processes(&["--prefill", "tp=2,groups=2", "--decode", "tp=2", "--kill", "prefill:1@3"]);
+    ran.check_sound();
+    assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
+}
+
+#[test]
+fn a_killed_decode_rank_fails_what_nobody_else_can_decode() {
+    for direction in ["pull", "push"] {
+        let case = Case { transport: "auto", direction, in_process: false };
+        let ran = run(&case, &[&TINY[..], &["--prefill", "tp=2", "--decode", "tp=2", "--kill", "decode:0@2"]].concat());
+        ran.check_sound();
+        assert!(ran.number("failed") > 0, "{}", ran.stdout);
+    }
+}
+
+#[test]
+fn another_decode_group_takes_over() {
+    let ran = processes(&["--prefill", "tp=2", "--decode", "tp=2,groups=2", "--kill", "decode:0@2"]);
+    ran.check_sound();
+    assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
+    let ran = processes(&["--prefill", "tp=2", "--decode", "tp=2,groups=2", "--kill", "decode:3@2"]);
+    ran.check_sound();
+    assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
+}
+
+#[test]
+fn a_stopped_rank_is_lost_and_fenced() {
+    for direction in ["pull", "push"] {
+        let case = Case { transport: "auto", direction, in_process: false };
+        let ran =
+            run(&case, &[&TINY[..], &["--prefill", "tp=2", "--decode", "tp=2", "--stop", "prefill:0@2"]].concat());
+        ran.check_sound();
+        assert!(ran.number("failed") > 0, "{}", ran.stdout);
+    }
+    let ran = processes(&["--prefill", "tp=2", "--decode", "tp=2,groups=2", "--stop", "decode:1@2"]);
+    ran.check_sound();
+    assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
+}
+
+#[test]
+fn bad_options_are_named() {
+    let cases: &[(&[&str], &[&str])] = &[
+        (&["--model", "gpt-9"], &["--model gpt-9", "llama-3.1-8b"]),
+        (&["--geometry", "layers=2"], &["--geometry layers=2", "kv_heads"]),
+        (&["--geometry", "layers=2,kv_heads=4,head_dim=8,dtype=fp3"], &["dtype=fp3", "bf16"]),
+        (&["--model", "tiny", "--prefill", "tp=3"], &["--prefill tp=3", "4 heads"]),
+        (&["--model", "tiny", "--prefill", "tp"], &["--prefill tp", "key=value"]),
+        (&["--model", "tiny", "--decode", "to=2"], &["--decode to=2", "`to`"]),
+        (&["--model", "tiny", "--decode", "tp=2,tp=4"], &["`tp`", "twice"]),
+        (&["--model", "tiny", "--decode", "tp=0"], &["tp=0", "number from 1"]),
+        (&["--model", "tiny", "--decode", "order=XYZ"], &["order=XYZ", "NHD or HND"]),
+        (&["--model", "tiny", "--prefill", "pp=2,layers=3+2"], &["layers=3+2", "add up to 5", "has 4"]),
+        (&["--model", "tiny", "--prefill", "pp=3,layers=3+1"], &["layers=3+1", "pp=3"]),
+        (&["--model", "tiny", "--decode", "tp=4,adp=3"], &["--decode tp=4,adp=3", "adp=3"]),
+        (&["--model", "tiny", "--decode", "tp=2,nodes=3"], &["nodes=3", "2 ranks"]),
+        (&["--model", "tiny", "--decode", "tp=1,blocks=62"], &["blocks=62", "63 blocks", "--isl"]),
+        (&["--model", "tiny", "--prefill", "tp=1,groups=300"], &["304 ranks", "groups"]),
+        (&["--model", "llama-3.1-70b", "--isl", "9000000"], &["memory", "--isl"]),
+        (&["--model", "tiny", "--isl", "0"], &["--isl 0", "from 1"]),
+        (&["--model", "tiny", "--layers-per-step", "5"], &["--layers-per-step 5", "to 4"]),
+        (&["--model", "tiny", "--transport", "ucx"], &["--transport ucx", "shm, tcp"]),
+        (&["--model", "tiny", "--transport", "libfabric"], &["--transport libfabric"]),
+        (&["--model", "tiny", "--transport", "cuda"], &["--transport cuda"]),
+        (&["--model", "tiny", "--devices", "mlx5_0"], &["--devices mlx5_0", "shm:memory"]),
+        (&["--model", "tiny", "--kill", "prefill:2@1"], &["--kill prefill:2@1", "0 to 1"]),
+        (&["--model", "tiny", "--kill", "prefill:0"], &["--kill prefill:0", "ROLE:RANK@N"]),
+        (&["--model", "tiny", "--stop", "scheduler:0@1"], &["--stop scheduler:0@1", "ROLE:RANK@N"]),
+        (&["--model", "tiny", "--kill", "decode:0@1", "--in-process"], &["--kill decode:0@1", "--in-process"]),
+        (
+            &["--model", "tiny", "--trace", "/nonexistent/trace.jsonl"],
+            &["--trace /nonexistent/trace.jsonl", "cannot be read"],
+        ),
+        (&["--config", "cluster.yaml"], &["--config cluster.yaml", "yet"]),
+        (&["--role", "prefill"], &["--role prefill", "yet"]),
+        (&["--requests", "many"], &["--requests", "many"]),
+    ];
+    for (options, words) in cases {
+        let ran = run_bare(options);
+        assert_eq!(ran.code, Some(2), "{options:?}\n{}\n{}", ran.stderr, ran.stdout);
+        assert_eq!(ran.stdout, "", "{options:?}");
+        for word in *words {
+            assert!(ran.stderr.contains(word), "{options:?}: no {word:?} in {}", ran.stderr);
+        }
+    }
+}
+
+/// A file of its own for each test, removed at the end.
+struct TraceFile(PathBuf);
+
+impl TraceFile {
+    fn new(name: &str, text: &str) -> TraceFile {
+        let path = std::env::temp_dir().join(format!("kvferry-{}-{name}.jsonl", std::process::id()));
+        let mut file = std::fs::File::create(&path).expect("a temporary file");
+        file.write_all(text.as_bytes()).expect("a trace is written");
+        TraceFile(path)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().expect("the temporary directory is text")
+    }
+}
+
+impl Drop for TraceFile {
+    fn drop(&mut self) {
+        // What is left in the temporary directory is nobody's loss.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Conversations that share a system prompt and grow by turns, as Mooncake writes them.
+fn conversations(requests: u64) -> String {
+    let mut text = String::new();
+    for request in 0..requests {
+        let (conversation, turn) = (request % 20, request / 20);
+        let hashes: Vec<String> = std::iter::once(0)
+            .chain((0..=turn % 5).map(|block| 1000 * (conversation + 1) + block))
+            .map(|hash| hash.to_string())
+            .collect();
+        let tokens = 512 * hashes.len() as u64 - (37 * request) % 500;
+        text += &format!(
+            "{{\"timestamp\": {}, \"input_length\": {tokens}, \"output_length\": 20, \"hash_ids\": [{}]}}\n",
+            request * 10,
+            hashes.join(", ")
+        );
+    }
+    text
+}
+
+#[test]
+fn a_trace_with_and_without_reuse() {
+    let file = TraceFile::new("conversations", &conversations(250));
+    let model = "layers=2,kv_heads=2,head_dim=16,dtype=bf16";
+    let case = Case { transport: "auto", direction: "auto", in_process: true };
+    let options = [
+        "--geometry",
+        model,
+        "--prefill",
+        "tp=2",
+        "--decode",
+        "tp=1,groups=2,block=32,blocks=800",
+        "--trace",
+        file.path(),
+    ];
+    let options = [&options[..], &["--limit", "200"]].concat();
+    let whole = run(&case, &options);
+    whole.check_delivered(&case);
+    assert_eq!(whole.number("requests"), 200);
+    let reused = run(&case, &[&options[..], &["--reuse-prefix"]].concat());
+    reused.check_delivered(&case);
+    assert_eq!(reused.number("requests"), 200);
+    assert!(
+        reused.number("bytes") < whole.number("bytes") / 2,
+        "{} of {}",
+        reused.number("bytes"),
+        whole.number("bytes")
+    );
+    // Pools that hold little beside the largest request evict.
+    let tight = [
+        "--geometry",
+        model,
+        "--prefill",
+        "tp=1",
+        "--decode",
+        "tp=2,blocks=200",
+        "--trace",
+        file.path(),
+        "--reuse-prefix",
+    ];
+    run(&case, &tight).check_delivered(&case);
+}
+
+#[test]
+fn unreadable_lines_of_a_trace_are_named() {
+    let good = "{\"timestamp\": 0, \"input_length\": 600, \"output_length\": 5, \"hash_ids\": [1, 2]}\n";
+    for (name, bad, word) in [
+        ("syntax", "{\"timestamp\": 0, \"input_le", "line 3"),
+        ("missing", "{\"timestamp\": 0, \"input_length\": 5}", "hash_ids"),
+        (
+            "zero",
+            "{\"timestamp\": 0, \"input_length\": 0, \"output_length\": 5, \"hash_ids\": []}",
+            "input_length is 0",
+        ),
+        (
+            "hashes",
+            "{\"timestamp\": 0, \"input_length\": 600, \"output_length\": 5, \"hash_ids\": [1, 2, 3]}",
+            "3 hash_ids",
+        ),
+    ] {
+        let file = TraceFile::new(name, &format!("{good}{good}{bad}\n"));
+        let ran = run_bare(&["--model", "tiny", "--trace", file.path()]);
+        assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+        for word in [word, "line 3", file.path()] {
+            assert!(ran.stderr.contains(word), "no {word:?} in {}", ran.stderr);
+        }
+    }
+    let file = TraceFile::new("empty", "\n");
+    let ran = run_bare(&["--model", "tiny", "--trace", file.path()]);
+    assert_eq!(ran.code, Some(2));
+    assert!(ran.stderr.contains("no requests"), "{}", ran.stderr);
+}
