@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 use kvferry_core::protocol::{
-    self, DeadlineTerms, DecodeLeader, DecodeRank, Directory, EngineCall, Identity, LeaseTerms, Member, Place, Policy, PrefillLeader,
-    PrefillRank, Profile, Role, SchedulerTerms, SessionTerms, WorkerProfile,
+    self, DeadlineTerms, DecodeLeader, DecodeRank, Directory, EngineCall, Identity, LeaseTerms, Member, Place, Policy,
+    PrefillLeader, PrefillRank, Profile, Role, SchedulerTerms, SessionTerms, WorkerProfile,
 };
 use kvferry_core::{Direction, Epoch, GroupGeometry, GroupId, NodeId, Rank};
 use kvferry_transport::Pool;
@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::decode_worker::DecodeWorker;
 use crate::group_leader::{GroupLeader, LeaderCore};
-use crate::mesh::{Linked, Mesh, MeshConfig, PeerChange};
+use crate::mesh::{Linked, Mesh, MeshConfig, PeerDown};
 use crate::nic::{NicReport, NicStartError};
 use crate::prefill_worker::PrefillWorker;
 use crate::router::{Incoming, Router};
@@ -164,7 +164,9 @@ pub async fn assemble_worker(
         return Err(NodeError::Config(format!("{given} pool sizes for {groups} layer groups")));
     }
     if shard.layout(&config.blocks) != *pool.layout() {
-        return Err(NodeError::Config("the pool is not laid out as Shard::layout says for this rank and these blocks".to_owned()));
+        return Err(NodeError::Config(
+            "the pool is not laid out as Shard::layout says for this rank and these blocks".to_owned(),
+        ));
     }
     match config.role {
         Role::Prefill => {
@@ -174,7 +176,9 @@ pub async fn assemble_worker(
         }
         Role::Decode => {
             let (leases, deadlines) = (node.leases, node.deadlines);
-            let make = move |group, profile, shell| DecodeWorker::new(DecodeRank::new(profile, leases, deadlines), shell, group);
+            let make = move |group, profile, shell| {
+                DecodeWorker::new(DecodeRank::new(profile, leases, deadlines), shell, group)
+            };
             run_worker(around, node, config, pool, nics, make).await
         }
     }
@@ -189,7 +193,7 @@ async fn run_worker<A>(
     make: impl FnOnce(GroupId, WorkerProfile, Shell) -> A,
 ) -> Result<WorkerParts, NodeError>
 where
-    A: Actor<Context = Context<A>> + Handler<NicReport> + Handler<Answer> + Handler<Incoming> + Handler<PeerChange>,
+    A: Actor<Context = Context<A>> + Handler<NicReport> + Handler<Answer> + Handler<Incoming> + Handler<PeerDown>,
 {
     let router = Router::new(node.identity.node);
     // NICs report to the worker, which cannot start before it knows them; its address can.
@@ -217,7 +221,12 @@ where
     if config.rank == Rank(0) {
         let (group, geometry, scheduler) = (config.group, Arc::clone(&config.geometry), config.scheduler.0);
         let core = match config.role {
-            Role::Prefill => LeaderCore::Prefill(PrefillLeader::new(group, geometry, scheduler, SchedulerTerms::default().prefill_within)),
+            Role::Prefill => LeaderCore::Prefill(PrefillLeader::new(
+                group,
+                geometry,
+                scheduler,
+                SchedulerTerms::default().prefill_within,
+            )),
             Role::Decode => LeaderCore::Decode(DecodeLeader::new(group, geometry, scheduler, node.deadlines)),
         };
         let leader = GroupLeader::new(core, around.shell(&router), group);
@@ -273,7 +282,8 @@ async fn open_nics(
     }
     let (mut adverts, mut ports) = (Vec::with_capacity(waiting.len()), Vec::with_capacity(waiting.len()));
     for (nic, answer) in waiting.into_iter().enumerate() {
-        let opened = answer.await.unwrap_or(Err(NicStartError::ThreadEnded)).map_err(|source| NodeError::Nic { nic, source })?;
+        let opened =
+            answer.await.unwrap_or(Err(NicStartError::ThreadEnded)).map_err(|source| NodeError::Nic { nic, source })?;
         adverts.push(opened.advert);
         ports.push(opened.port);
     }
@@ -286,7 +296,7 @@ fn start_mesh(
     place: Option<Place>,
     profile: Profile,
     scheduler: Option<(NodeId, String)>,
-    listeners: Vec<Recipient<PeerChange>>,
+    listeners: Vec<Recipient<PeerDown>>,
     router: &Router,
 ) -> Result<String, NodeError> {
     let context = Context::<Mesh>::new();

@@ -2,9 +2,9 @@
 
 use actix::prelude::*;
 use kvferry_core::GroupId;
-use kvferry_core::protocol::{Message as Wire, DecodeRank};
+use kvferry_core::protocol::{DecodeRank, Message as Wire};
 
-use crate::mesh::PeerChange;
+use crate::mesh::PeerDown;
 use crate::nic::NicReport;
 use crate::router::Incoming;
 use crate::seams::Tick;
@@ -49,6 +49,11 @@ impl Handler<Incoming> for DecodeWorker {
                 let mine = self.roster.rank_in(self.group, lost.node);
                 self.core.handle_lost(now, &lost, mine);
             }
+            Wire::Profile(profile) => {
+                if let Some(profile) = profile.worker {
+                    self.core.handle_peer(now, from, profile);
+                }
+            }
             message => self.core.handle_message(now, from, message),
         }
         self.turn(ctx);
@@ -75,16 +80,12 @@ impl Handler<NicReport> for DecodeWorker {
     }
 }
 
-impl Handler<PeerChange> for DecodeWorker {
+impl Handler<PeerDown> for DecodeWorker {
     type Result = ();
 
-    fn handle(&mut self, change: PeerChange, ctx: &mut Context<Self>) {
+    fn handle(&mut self, PeerDown { node, cause, .. }: PeerDown, ctx: &mut Context<Self>) {
         let now = self.shell.now();
-        match change {
-            PeerChange::Up { node, profile: Some(profile), .. } => self.core.handle_peer(now, node, profile),
-            PeerChange::Up { .. } => {}
-            PeerChange::Down { node, cause, .. } => self.core.handle_peer_down(now, node, &cause),
-        }
+        self.core.handle_peer_down(now, node, &cause);
         self.turn(ctx);
     }
 }
@@ -98,4 +99,3 @@ impl Handler<Tick> for DecodeWorker {
         self.turn(ctx);
     }
 }
-

@@ -17,7 +17,9 @@ mod tcp_link;
 mod threads;
 mod worker;
 
-pub use assemble::{NodeConfig, NodeError, SchedulerParts, Surroundings, WorkerConfig, WorkerParts, assemble_scheduler, assemble_worker};
+pub use assemble::{
+    NodeConfig, NodeError, SchedulerParts, Surroundings, WorkerConfig, WorkerParts, assemble_scheduler, assemble_worker,
+};
 pub use nic::{Nic, NicActor, NicOpened, NicReport, NicRequest, NicStartError};
 pub use node::{EnginePort, Handover, HandoverError, SchedulerNode, WorkerNode};
 pub use scheduler::{CancelRequest, Scheduler, Submit};

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 use kvferry_core::protocol::{
-    Event, Identity, Lost, Member, Message as Wire, Profile, Session, SessionTerms, WorkerProfile, are_peers, dials,
+    Event, Identity, Lost, Member, Message as Wire, Profile, Session, SessionTerms, are_peers, dials,
 };
 use kvferry_core::{Epoch, Moment, NodeId};
 
-use crate::peer_session::{Hangup, PeerSession};
+use crate::peer_session::{Admit, Hangup, PeerSession};
 use crate::router::{Incoming, Router};
 use crate::seams::{Environment, LinkUp, Tick};
 use crate::shell::Observer;
@@ -64,28 +64,18 @@ impl Message for Linked {
     type Result = ();
 }
 
-/// A peer has introduced itself, or gone. For the worker and, at the scheduler's node, the directory.
-#[derive(Debug)]
-pub(crate) enum PeerChange {
-    /// Its session stands and its profile is known.
-    Up {
-        /// Who.
-        node: NodeId,
-        /// What it is; `None` for a scheduler.
-        profile: Option<WorkerProfile>,
-    },
-    /// Its session ended.
-    Down {
-        /// Who.
-        node: NodeId,
-        /// In which incarnation.
-        epoch: Epoch,
-        /// Why.
-        cause: String,
-    },
+/// A peer's session ended. For the worker and, at the scheduler's node, the directory.
+#[derive(Clone, Debug)]
+pub(crate) struct PeerDown {
+    /// Who.
+    pub(crate) node: NodeId,
+    /// In which incarnation.
+    pub(crate) epoch: Epoch,
+    /// Why.
+    pub(crate) cause: String,
 }
 
-impl Message for PeerChange {
+impl Message for PeerDown {
     type Result = ();
 }
 
@@ -115,7 +105,7 @@ pub(crate) struct Mesh {
     config: MeshConfig,
     environment: Environment,
     router: Router,
-    listeners: Vec<Recipient<PeerChange>>,
+    listeners: Vec<Recipient<PeerDown>>,
     observer: Observer,
     targets: BTreeMap<NodeId, Target>,
     /// Sessions that stand, with the incarnation that they stand with.
@@ -127,12 +117,28 @@ pub(crate) struct Mesh {
 
 impl Mesh {
     /// A mesh without sessions; it dials the scheduler as soon as it starts.
-    pub(crate) fn new(config: MeshConfig, environment: Environment, router: Router, listeners: Vec<Recipient<PeerChange>>, observer: Observer) -> Self {
+    pub(crate) fn new(
+        config: MeshConfig,
+        environment: Environment,
+        router: Router,
+        listeners: Vec<Recipient<PeerDown>>,
+        observer: Observer,
+    ) -> Self {
         let mut targets = BTreeMap::new();
         if let Some((node, address)) = &config.scheduler {
             targets.insert(*node, Target::new(address.clone()));
         }
-        Mesh { config, environment, router, listeners, observer, targets, up: BTreeMap::new(), fenced: BTreeMap::new(), armed: None }
+        Mesh {
+            config,
+            environment,
+            router,
+            listeners,
+            observer,
+            targets,
+            up: BTreeMap::new(),
+            fenced: BTreeMap::new(),
+            armed: None,
+        }
     }
 
     fn dial_all(&mut self, ctx: &mut Context<Self>) {
@@ -168,9 +174,9 @@ impl Mesh {
         self.dial_all(ctx);
     }
 
-    fn tell(&self, change: impl Fn() -> PeerChange) {
+    fn tell(&self, down: &PeerDown) {
         for listener in &self.listeners {
-            listener.do_send(change());
+            listener.do_send(down.clone());
         }
     }
 
@@ -236,7 +242,8 @@ impl Handler<Linked> for Mesh {
             Some(node) => Session::dial(now, identity, node, link.loopback, nonce, terms),
             None => Session::accept(now, identity, link.loopback, nonce, terms),
         };
-        PeerSession::new(session, link, self.environment.clock.clone(), self.router.clone(), ctx.address(), dialed).start();
+        PeerSession::new(session, link, self.environment.clock.clone(), self.router.clone(), ctx.address(), dialed)
+            .start();
     }
 }
 
@@ -255,11 +262,14 @@ impl Handler<SessionUp> for Mesh {
             self.dial_all(ctx);
             return;
         }
-        if let Some((_, replaced)) = self.up.insert(node, (epoch, session.clone()))
+        if let Some((earlier, replaced)) = self.up.insert(node, (epoch, session.clone()))
             && replaced != session
         {
+            // What was on its way in the old session is lost: whoever waits for it must not wait on.
+            self.tell(&PeerDown { node, epoch: earlier, cause: "another session replaced it".to_owned() });
             replaced.do_send(Hangup);
         }
+        session.do_send(Admit);
         self.router.attach(node, session);
         self.router.send(node, Wire::Profile(Box::new(self.config.profile.clone())));
         if self.config.scheduler.as_ref().is_some_and(|(scheduler, _)| *scheduler == node) {
@@ -277,7 +287,7 @@ impl Handler<SessionDown> for Mesh {
             self.router.detach(node, &session);
             if self.up.get(&node).is_some_and(|(_, current)| *current == session) {
                 self.up.remove(&node);
-                self.tell(|| PeerChange::Down { node, epoch, cause: cause.clone() });
+                self.tell(&PeerDown { node, epoch, cause });
             }
         }
         if let Some(node) = dialed {
@@ -289,13 +299,8 @@ impl Handler<SessionDown> for Mesh {
 impl Handler<Incoming> for Mesh {
     type Result = ();
 
-    fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
+    fn handle(&mut self, Incoming { message, .. }: Incoming, ctx: &mut Context<Self>) {
         match message {
-            Wire::Profile(profile) => {
-                if self.up.contains_key(&from) {
-                    self.tell(|| PeerChange::Up { node: from, profile: profile.worker.clone() });
-                }
-            }
             Wire::Members(members) => self.members(&members, ctx),
             Wire::Lost(lost) => self.lost(&lost),
             Wire::JoinRefused(error) => {

@@ -141,7 +141,9 @@ impl Nic {
         let node_of = |peer: PeerId| self.peers.iter().find(|(_, (known, _))| *known == peer).map(|(node, _)| *node);
         let noted = match event {
             Event::Connected { peer } => node_of(peer).map(|node| NicEvent::Connected { node }),
-            Event::Completed { id, bytes, pieces } | Event::Arrived { id, bytes, pieces } => Some(NicEvent::Done { id, bytes, pieces }),
+            Event::Completed { id, bytes, pieces } | Event::Arrived { id, bytes, pieces } => {
+                Some(NicEvent::Done { id, bytes, pieces })
+            }
             Event::Failed { id, error } => Some(NicEvent::Failed { id, reason: error.to_string() }),
             Event::Fenced { peer, proof } => node_of(peer).map(|node| NicEvent::Fenced { node, proof }),
             Event::PeerLost { peer, reason } => {
@@ -164,7 +166,8 @@ impl Nic {
                     self.transport.disconnect(peer);
                 }
                 let connected = self.transport.connect(&address).map_err(|error| error.to_string()).and_then(|peer| {
-                    let remote = self.transport.import(peer, &PoolKeys(keys), &layout).map_err(|error| error.to_string())?;
+                    let remote =
+                        self.transport.import(peer, &PoolKeys(keys), &layout).map_err(|error| error.to_string())?;
                     Ok((peer, remote))
                 });
                 match connected {
@@ -191,7 +194,16 @@ impl Nic {
                     return;
                 };
                 let range = program.whole();
-                let transfer = Transfer { id, peer, direction, local: self.pool, remote, program: program.clone(), range, notice: None };
+                let transfer = Transfer {
+                    id,
+                    peer,
+                    direction,
+                    local: self.pool,
+                    remote,
+                    program: program.clone(),
+                    range,
+                    notice: None,
+                };
                 let posted = self.transport.post(transfer);
                 self.accept(posted, id, NicCommand::Post { id, node, direction, program });
             }

@@ -34,13 +34,20 @@ pub struct SchedulerNode {
 impl SchedulerNode {
     /// Starts a scheduler on a thread of its own.
     pub async fn start(config: NodeConfig, terms: SchedulerTerms, policy: Box<dyn Policy>) -> Result<Self, NodeError> {
-        let (parts, events, thread) = NodeThread::start("kvferry-scheduler", ThreadOptions::default(), move |around| async move {
-            let parts = assemble_scheduler(&around, config, terms, policy)?;
-            Ok((parts.scheduler, parts.address))
-        })
-        .await?;
+        let (parts, events, thread) =
+            NodeThread::start("kvferry-scheduler", ThreadOptions::default(), move |around| async move {
+                let parts = assemble_scheduler(&around, config, terms, policy)?;
+                Ok((parts.scheduler, parts.address))
+            })
+            .await?;
         let (scheduler, address) = parts;
-        Ok(SchedulerNode { scheduler, address, events: Some(events), credits: Arc::new(Semaphore::new(REQUESTS_MAX)), thread })
+        Ok(SchedulerNode {
+            scheduler,
+            address,
+            events: Some(events),
+            credits: Arc::new(Semaphore::new(REQUESTS_MAX)),
+            thread,
+        })
     }
 
     /// The control address that workers are given.
@@ -226,7 +233,11 @@ struct NodeThread {
 
 impl NodeThread {
     /// Runs `assemble` on a new thread with a local runtime of its own, which then serves until it is told to stop or an actor panics.
-    async fn start<T, A, F>(name: &str, threads: ThreadOptions, assemble: A) -> Result<(T, mpsc::UnboundedReceiver<Event>, Self), NodeError>
+    async fn start<T, A, F>(
+        name: &str,
+        threads: ThreadOptions,
+        assemble: A,
+    ) -> Result<(T, mpsc::UnboundedReceiver<Event>, Self), NodeError>
     where
         T: Send + 'static,
         A: FnOnce(Surroundings) -> F + Send + 'static,
@@ -270,8 +281,12 @@ impl NodeThread {
             drop(runtime);
             let _ = end.send(());
         };
-        std::thread::Builder::new().name(name.to_owned()).spawn(body).map_err(|error| NodeError::Thread(format!("did not start: {error}")))?;
-        let parts = assembled.await.unwrap_or_else(|_| Err(NodeError::Thread("ended before the node stood".to_owned())))?;
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(body)
+            .map_err(|error| NodeError::Thread(format!("did not start: {error}")))?;
+        let parts =
+            assembled.await.unwrap_or_else(|_| Err(NodeError::Thread("ended before the node stood".to_owned())))?;
         Ok((parts, events, NodeThread { stop: Some(stop), ended }))
     }
 

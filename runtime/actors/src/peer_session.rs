@@ -10,11 +10,22 @@ use crate::mesh::{Mesh, SessionDown, SessionUp};
 use crate::router::Router;
 use crate::seams::{Clock, Link, LinkInput, LinkUp, Tick};
 
+/// Messages that a peer may send before its session is admitted, which takes one turn of the mesh.
+const EARLY_MAX: usize = 1024;
+
 /// Say this to the peer.
 #[derive(Debug)]
 pub(crate) struct Say(pub Wire);
 
 impl Message for Say {
+    type Result = ();
+}
+
+/// The mesh believes this incarnation of the peer: what it says may be heard.
+#[derive(Debug)]
+pub(crate) struct Admit;
+
+impl Message for Admit {
     type Result = ();
 }
 
@@ -35,6 +46,8 @@ pub(crate) struct PeerSession {
     router: Router,
     mesh: Addr<Mesh>,
     peer: Option<(NodeId, Epoch)>,
+    /// What the peer said before it was admitted; `None` from then on.
+    early: Option<Vec<Wire>>,
     /// Whom this side dialed; tells the mesh which attempt ended.
     dialed: Option<NodeId>,
     armed: Option<Moment>,
@@ -42,8 +55,26 @@ pub(crate) struct PeerSession {
 
 impl PeerSession {
     /// A session over a link that stands.
-    pub(crate) fn new(session: Session, link: LinkUp, clock: Rc<dyn Clock>, router: Router, mesh: Addr<Mesh>, dialed: Option<NodeId>) -> Self {
-        PeerSession { session, link: None, attach: Some(link), clock, router, mesh, peer: None, dialed, armed: None }
+    pub(crate) fn new(
+        session: Session,
+        link: LinkUp,
+        clock: Rc<dyn Clock>,
+        router: Router,
+        mesh: Addr<Mesh>,
+        dialed: Option<NodeId>,
+    ) -> Self {
+        PeerSession {
+            session,
+            link: None,
+            attach: Some(link),
+            clock,
+            router,
+            mesh,
+            peer: None,
+            early: Some(Vec::new()),
+            dialed,
+            armed: None,
+        }
     }
 
     fn turn(&mut self, ctx: &mut Context<Self>) {
@@ -61,11 +92,14 @@ impl PeerSession {
                     }
                     self.mesh.do_send(SessionUp { node, epoch, session: ctx.address(), dialed: self.dialed.is_some() });
                 }
-                SessionEvent::Message(message) => {
-                    if let Some((node, _)) = self.peer {
-                        self.router.deliver(node, message);
+                SessionEvent::Message(message) => match (&mut self.early, self.peer) {
+                    (Some(early), _) if early.len() < EARLY_MAX => early.push(message),
+                    (Some(_), _) => {
+                        self.session.handle_link_closed("too much was said before the session was admitted")
                     }
-                }
+                    (None, Some((node, _))) => self.router.deliver(node, message),
+                    (None, None) => {}
+                },
                 SessionEvent::Closed(error) => {
                     self.mesh.do_send(SessionDown {
                         peer: self.peer,
@@ -132,6 +166,18 @@ impl Handler<Say> for PeerSession {
     fn handle(&mut self, Say(message): Say, ctx: &mut Context<Self>) {
         self.session.send(self.clock.now(), message);
         self.turn(ctx);
+    }
+}
+
+impl Handler<Admit> for PeerSession {
+    type Result = ();
+
+    fn handle(&mut self, _: Admit, _: &mut Context<Self>) {
+        if let (Some(early), Some((node, _))) = (self.early.take(), self.peer) {
+            for message in early {
+                self.router.deliver(node, message);
+            }
+        }
     }
 }
 

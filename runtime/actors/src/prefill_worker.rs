@@ -4,7 +4,7 @@ use actix::prelude::*;
 use kvferry_core::GroupId;
 use kvferry_core::protocol::{Message as Wire, PrefillRank};
 
-use crate::mesh::PeerChange;
+use crate::mesh::PeerDown;
 use crate::nic::NicReport;
 use crate::router::Incoming;
 use crate::seams::Tick;
@@ -46,6 +46,11 @@ impl Handler<Incoming> for PrefillWorker {
                 let mine = self.roster.rank_in(self.group, lost.node).is_some();
                 self.core.handle_lost(now, &lost, mine);
             }
+            Wire::Profile(profile) => {
+                if let Some(profile) = profile.worker {
+                    self.core.handle_peer(now, from, profile);
+                }
+            }
             message => self.core.handle_message(now, from, message),
         }
         self.turn(ctx);
@@ -72,16 +77,12 @@ impl Handler<NicReport> for PrefillWorker {
     }
 }
 
-impl Handler<PeerChange> for PrefillWorker {
+impl Handler<PeerDown> for PrefillWorker {
     type Result = ();
 
-    fn handle(&mut self, change: PeerChange, ctx: &mut Context<Self>) {
+    fn handle(&mut self, PeerDown { node, .. }: PeerDown, ctx: &mut Context<Self>) {
         let now = self.shell.now();
-        match change {
-            PeerChange::Up { node, profile: Some(profile), .. } => self.core.handle_peer(now, node, profile),
-            PeerChange::Up { .. } => {}
-            PeerChange::Down { node, .. } => self.core.handle_peer_down(now, node),
-        }
+        self.core.handle_peer_down(now, node);
         self.turn(ctx);
     }
 }
@@ -95,4 +96,3 @@ impl Handler<Tick> for PrefillWorker {
         self.turn(ctx);
     }
 }
-

@@ -113,7 +113,7 @@ impl Router {
         let ports = self.ports.borrow();
         match &message {
             Wire::Join(_) => give(&ports.directory, from, message),
-            Wire::Profile(_) | Wire::JoinRefused(_) => give(&ports.mesh, from, message),
+            Wire::JoinRefused(_) => give(&ports.mesh, from, message),
             Wire::Members(_) | Wire::Lost(_) => {
                 // The leader before the worker, the mesh last: it dials, and what it dials asks the others.
                 for port in [&ports.leader, &ports.worker, &ports.mesh] {

@@ -7,7 +7,7 @@ use kvferry_core::RequestId;
 use kvferry_core::protocol::{self, Directory, Event, Finished, Lost, Member, Message as Wire, Refusal, RequestSpec};
 use tokio::sync::oneshot;
 
-use crate::mesh::PeerChange;
+use crate::mesh::PeerDown;
 use crate::router::Incoming;
 use crate::seams::Tick;
 use crate::shell::Shell;
@@ -181,13 +181,11 @@ impl Handler<Incoming> for DirectoryActor {
     }
 }
 
-impl Handler<PeerChange> for DirectoryActor {
+impl Handler<PeerDown> for DirectoryActor {
     type Result = ();
 
-    fn handle(&mut self, change: PeerChange, _: &mut Context<Self>) {
-        if let PeerChange::Down { node, epoch, cause } = change
-            && let Some(lost) = self.core.handle_lost(node, epoch, &cause)
-        {
+    fn handle(&mut self, PeerDown { node, epoch, cause }: PeerDown, _: &mut Context<Self>) {
+        if let Some(lost) = self.core.handle_lost(node, epoch, &cause) {
             self.turn();
             self.shell.router().deliver(self.shell.router().node(), Wire::Lost(lost.clone()));
             self.scheduler.do_send(Membership::Lost(lost));

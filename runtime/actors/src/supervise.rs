@@ -39,7 +39,12 @@ impl<A: Actor<Context = Context<A>>> Future for Supervised<A> {
 }
 
 /// Starts an actor under supervision, on the current thread's local set, in a context whose address may be known already.
-pub(crate) fn start<A: Actor<Context = Context<A>>>(name: &'static str, on_panic: &OnPanic, context: Context<A>, actor: A) -> Addr<A> {
+pub(crate) fn start<A: Actor<Context = Context<A>>>(
+    name: &'static str,
+    on_panic: &OnPanic,
+    context: Context<A>,
+    actor: A,
+) -> Addr<A> {
     let running = context.into_future(actor);
     let address = running.address();
     tokio::task::spawn_local(Supervised { name, running: Some(running), on_panic: Rc::clone(on_panic) });

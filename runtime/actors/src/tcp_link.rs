@@ -32,8 +32,9 @@ impl Network for TcpNetwork {
     }
 
     fn listen(&self, address: &str, accept: Box<dyn Fn(LinkUp)>) -> Result<String, ListenError> {
-        let parsed: SocketAddr =
-            address.parse().map_err(|error: std::net::AddrParseError| ListenError::BadAddress { address: address.to_owned(), reason: error.to_string() })?;
+        let parsed: SocketAddr = address.parse().map_err(|error: std::net::AddrParseError| {
+            ListenError::BadAddress { address: address.to_owned(), reason: error.to_string() }
+        })?;
         let io = |source| ListenError::Io { address: address.to_owned(), source };
         let listener = std::net::TcpListener::bind(parsed).map_err(io)?;
         listener.set_nonblocking(true).map_err(io)?;

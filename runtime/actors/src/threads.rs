@@ -112,7 +112,8 @@ impl Host for Threads {
                 }
             };
             runtime.block_on(async move {
-                let started = open().map_err(NicStartError::from).and_then(|transport| Nic::new(nic, transport, &pool, reports));
+                let started =
+                    open().map_err(NicStartError::from).and_then(|transport| Nic::new(nic, transport, &pool, reports));
                 // Whoever started this has gone if it does not take the answer; then there is nothing to drive.
                 match started {
                     Ok((nic, advert)) => {

@@ -43,6 +43,9 @@ impl Default for SchedulerTerms {
     }
 }
 
+/// After how long a handover is tried a second time; doubled for each further attempt.
+const REST: core::time::Duration = core::time::Duration::from_millis(50);
+
 /// The state machine of the scheduler.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -62,6 +65,8 @@ pub struct Scheduler {
     handovers: BTreeMap<HandoverId, RequestId>,
     /// Delivered handovers whose blocks are still used: their credits are out.
     held: BTreeMap<HandoverId, (GroupId, RequestSpec)>,
+    /// Offers that are paired again only after a while, by when.
+    resting: BTreeSet<(Moment, RequestId)>,
     next_handover: u64,
     /// Which roles have had a complete group: without one so far, requests wait; after the last is gone, they fail.
     seen: BTreeSet<Role>,
@@ -114,6 +119,7 @@ impl Scheduler {
             broken: BTreeMap::new(),
             handovers: BTreeMap::new(),
             held: BTreeMap::new(),
+            resting: BTreeSet::new(),
             next_handover: first_handover,
             seen: BTreeSet::new(),
             renew_at: None,
@@ -134,7 +140,8 @@ impl Scheduler {
     /// When [`Scheduler::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Moment> {
         let deadline = self.deadlines.first().map(|(at, _)| *at);
-        deadline.into_iter().chain(self.renew_at).min()
+        let resting = self.resting.first().map(|(at, _)| *at);
+        deadline.into_iter().chain(resting).chain(self.renew_at).min()
     }
 
     /// A new request. One that is known already is refused with [`Outcome::Failed`] for the newcomer only.
@@ -274,6 +281,10 @@ impl Scheduler {
         if self.renew_at.is_some_and(|at| now >= at) {
             self.renew(now);
         }
+        while let Some((at, request)) = self.resting.first().copied().filter(|(at, _)| *at <= now) {
+            self.resting.remove(&(at, request));
+            self.offers.push_front(request);
+        }
         let late: Vec<RequestId> =
             self.deadlines.iter().take_while(|(at, _)| *at <= now).map(|(_, request)| *request).collect();
         for request in late {
@@ -325,6 +336,7 @@ impl Scheduler {
             }
             // An offer that lapsed can be made again.
             _ if matches!(reason, FailReason::Refused(_)) => {
+                self.resting.retain(|(_, resting)| *resting != request);
                 self.offers.retain(|waiting| *waiting != request);
                 self.try_again(now, request, group, None, reason);
             }
@@ -391,7 +403,17 @@ impl Scheduler {
         {
             known.stage = Stage::Offered { group, offer };
             known.wait(&mut self.deadlines, Deadline::after(now, self.terms.pair_within));
-            self.offers.push_front(request);
+            let known_cause = match &reason {
+                FailReason::Engine(_) => true,
+                FailReason::RankLost { role: Role::Decode, group, .. } => !self.decode.contains_key(group),
+                _ => false,
+            };
+            if known_cause {
+                self.offers.push_front(request);
+            } else {
+                // Ranks notice a loss before the directory does: tried at once, every attempt would meet the same dead rank.
+                self.resting.insert((now + REST * (1 << known.attempts.min(5)), request));
+            }
         } else if again && !self.prefill.is_empty() && !self.decode.is_empty() {
             self.release(request, PrefillView::Ended);
             if let Some(known) = self.requests.get_mut(&request) {
@@ -411,6 +433,7 @@ impl Scheduler {
             let Some(known) = self.requests.get(&request) else { continue };
             match &known.stage {
                 Stage::Prefilling { group } | Stage::Offered { group, .. } if *group == lost => {
+                    self.resting.retain(|(_, resting)| *resting != request);
                     self.offers.retain(|waiting| *waiting != request);
                     self.try_again(now, request, lost, None, reason.clone());
                 }
@@ -457,6 +480,7 @@ impl Scheduler {
         self.release(request, view);
         let Some(known) = self.requests.remove(&request) else { return };
         self.deadlines.remove(&(known.deadline.at, request));
+        self.resting.retain(|(_, resting)| *resting != request);
         match &known.stage {
             Stage::Queued => self.arrivals.retain(|waiting| *waiting != request),
             Stage::Prefilling { .. } => {}

@@ -51,6 +51,36 @@ fn a_failed_handover_is_paired_again_while_its_offer_stands() {
 }
 
 #[test]
+fn a_handover_that_its_transport_failed_rests_before_the_next_attempt() {
+    let mut fixture = paired(1, 2);
+    let broken = FailReason::Transport { kind: crate::TransportKind::Sim, peer: NodeId(0), message: "reset".into() };
+    assert_eq!(fixture.outcome(10, 1, failed(broken.clone())), [], "the directory may be about to tell of a loss");
+    let due = fixture.scheduler.poll_timeout().expect("an attempt is due");
+    assert!(due < at(3));
+    fixture.scheduler.handle_timeout(due);
+    assert_eq!(pairs(&fixture.commands()), [(10, 2, 1)]);
+    // A loss that is told meanwhile ends the rest.
+    assert_eq!(fixture.outcome(10, 2, failed(broken)), []);
+    fixture.scheduler.handle_lost(at(4), &lost(0));
+    let finished = fixture.finished();
+    assert!(
+        matches!(finished.as_slice(), [(1, Outcome::Failed { reason: FailReason::RankLost { .. } })]),
+        "{finished:?}"
+    );
+    fixture.scheduler.handle_timeout(at(9));
+    assert_eq!(pairs(&fixture.commands()), []);
+}
+
+#[test]
+fn an_outcome_of_another_groups_handover_is_ignored() {
+    let mut fixture = paired(1, 2);
+    assert_eq!(fixture.outcome(11, 1, Outcome::Delivered), []);
+    assert_eq!(fixture.finished(), []);
+    fixture.outcome(10, 1, Outcome::Delivered);
+    assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+}
+
+#[test]
 fn a_refused_handover_is_prefilled_again() {
     let mut fixture = paired(2, 1);
     fixture.submit(2);
