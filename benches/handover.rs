@@ -35,7 +35,8 @@ fn handover(criterion: &mut Criterion) {
                 waits.sort();
                 waits
             });
-            if let (Some(p50), Some(p99)) = (finished.get(finished.len() / 2), finished.get(finished.len() * 99 / 100)) {
+            if let (Some(p50), Some(p99)) = (finished.get(finished.len() / 2), finished.get(finished.len() * 99 / 100))
+            {
                 println!("handover/{kind}/{direction:?}: last rank ready -> Delivered p50 {p50:?}, p99 {p99:?}");
             }
             runtime.block_on(nodes.shutdown());

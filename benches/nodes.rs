@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use kvferry::{
-    BlockTable, Direction, EngineCall, Epoch, Finished, Format, GroupGeometry, GroupId, LeastLoaded, Model, NodeConfig, NodeId, Parallel,
-    Pool, PoolId, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms, TableShape, Tables, ThreadOptions, TransportKind,
-    WorkerConfig, WorkerNode, transport,
+    BlockTable, Direction, EngineCall, Epoch, Finished, Format, GroupGeometry, GroupId, LeastLoaded, Model, NodeConfig,
+    NodeId, Parallel, Pool, PoolId, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms, TableShape,
+    Tables, ThreadOptions, TransportKind, WorkerConfig, WorkerNode, transport,
 };
 
 /// Anything that went wrong.
@@ -23,17 +23,30 @@ impl Nodes {
     pub async fn start(geometry: &str, kind: TransportKind, direction: Direction) -> Result<Nodes, Error> {
         let model = Model::from_spec(geometry)?.model;
         let geometry = Arc::new(GroupGeometry { model, format: Format::default(), parallel: Parallel::default() });
-        let scheduler = SchedulerNode::start(NodeConfig::new(NodeId(0), Epoch(1)), SchedulerTerms::default(), Box::new(LeastLoaded)).await?;
+        let scheduler = SchedulerNode::start(
+            NodeConfig::new(NodeId(0), Epoch(1)),
+            SchedulerTerms::default(),
+            Box::new(LeastLoaded),
+        )
+        .await?;
         let mut engines = Vec::new();
         for (node, role) in [(1, Role::Prefill), (2, Role::Decode)] {
             let blocks = vec![BLOCKS];
             let pool = Pool::allocate(PoolId(0), geometry.shard(Rank(0))?.layout(&blocks), "bench")?;
             let here = (NodeId(0), scheduler.address().to_owned());
-            let mut config = WorkerConfig::new(role, GroupId(node as u32), Rank(0), Arc::clone(&geometry), blocks, here);
+            let mut config =
+                WorkerConfig::new(role, GroupId(node as u32), Rank(0), Arc::clone(&geometry), blocks, here);
             config.direction = Some(direction);
             config.handovers_max = 64;
             let nics = vec![transport::select(kind, None, &transport::Options::default())?];
-            let worker = WorkerNode::start(NodeConfig::new(NodeId(node), Epoch(1)), config, pool, nics, ThreadOptions::default()).await?;
+            let worker = WorkerNode::start(
+                NodeConfig::new(NodeId(node), Epoch(1)),
+                config,
+                pool,
+                nics,
+                ThreadOptions::default(),
+            )
+            .await?;
             engines.push(tokio::spawn(answer(worker, Arc::clone(&geometry))));
         }
         Ok(Nodes { scheduler, engines, next: 0 })
@@ -51,7 +64,8 @@ impl Nodes {
         let mut running = Vec::new();
         for _ in 0..count {
             self.next += 1;
-            let spec = RequestSpec { request: RequestId(self.next), tokens, prefix: Arc::default(), prefix_tokens: 512 };
+            let spec =
+                RequestSpec { request: RequestId(self.next), tokens, prefix: Arc::default(), prefix_tokens: 512 };
             running.push(self.scheduler.submit(spec).await);
         }
         for handover in running {

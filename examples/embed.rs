@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use kvferry::{
-    BlockTable, EngineCall, Epoch, Format, GroupGeometry, GroupId, LeastLoaded, Model, NodeConfig, NodeId, Outcome, Parallel, Pool, PoolId,
-    Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms, Tables, ThreadOptions, TransportKind, WorkerConfig, WorkerNode,
-    transport,
+    BlockTable, EngineCall, Epoch, Format, GroupGeometry, GroupId, LeastLoaded, Model, NodeConfig, NodeId, Outcome,
+    Parallel, Pool, PoolId, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms, Tables, ThreadOptions,
+    TransportKind, WorkerConfig, WorkerNode, transport,
 };
 
 type Error = Box<dyn std::error::Error>;
@@ -29,7 +29,9 @@ async fn prefill(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
         match call {
             EngineCall::Prefill(job) => {
                 let blocks = vec![5, 2, 7];
-                for (plane, block) in (0..pool.layout().planes.len() as u32).flat_map(|plane| blocks.iter().map(move |block| (plane, *block))) {
+                for (plane, block) in (0..pool.layout().planes.len() as u32)
+                    .flat_map(|plane| blocks.iter().map(move |block| (plane, *block)))
+                {
                     pool.fill(plane, block, 42)?;
                 }
                 port.opened(job.spec.request, Tables { groups: vec![BlockTable::known(0, blocks)] }, vec![4]);
@@ -47,7 +49,9 @@ async fn decode(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
     let port = worker.port();
     while let Some(call) = worker.next_call().await {
         match call {
-            EngineCall::Place { handover, .. } => port.placed(handover, Tables { groups: vec![BlockTable::known(0, vec![1, 0, 3])] }, 0),
+            EngineCall::Place { handover, .. } => {
+                port.placed(handover, Tables { groups: vec![BlockTable::known(0, vec![1, 0, 3])] }, 0)
+            }
             EngineCall::Settled { handover, outcome: Outcome::Delivered, .. } => {
                 let mut first = [0];
                 pool.read(0, 1, 0, &mut first)?;
@@ -62,7 +66,9 @@ async fn decode(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
-    let scheduler = SchedulerNode::start(NodeConfig::new(NodeId(0), Epoch(1)), SchedulerTerms::default(), Box::new(LeastLoaded)).await?;
+    let scheduler =
+        SchedulerNode::start(NodeConfig::new(NodeId(0), Epoch(1)), SchedulerTerms::default(), Box::new(LeastLoaded))
+            .await?;
     let (prefiller, source) = rank(1, Role::Prefill, scheduler.address()).await?;
     let (decoder, destination) = rank(2, Role::Decode, scheduler.address()).await?;
     let request = RequestSpec { request: RequestId(7), tokens: 40, prefix: Arc::default(), prefix_tokens: 512 };

@@ -12,15 +12,18 @@
 pub mod transport;
 
 pub use kvferry_actors::{
-    EnginePort, Handover, HandoverError, NodeConfig, NodeError, OpenNic, SchedulerNode, ThreadOptions, WorkerConfig, WorkerNode,
+    EnginePort, Handover, HandoverError, NodeConfig, NodeError, OpenNic, SchedulerNode, ThreadOptions, WorkerConfig,
+    WorkerNode,
 };
 pub use kvferry_core::protocol::{
-    DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, Finished, GroupView, Identity, LeaseTerms, LeastLoaded, LongestHeldPrefix,
-    Outcome, PathReport, Policy, PrefillJob, PrefillView, Refusal, RequestSpec, Role, SchedulerTerms, SessionTerms,
+    DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, Finished, GroupView, Identity, LeaseTerms, LeastLoaded,
+    LongestHeldPrefix, Outcome, PathReport, Policy, PrefillJob, PrefillView, Refusal, RequestSpec, Role,
+    SchedulerTerms, SessionTerms,
 };
 pub use kvferry_core::{
-    BlockTable, Direction, Dtype, Epoch, Extent, FenceProof, Format, GeometryError, GeometrySpec, GroupGeometry, GroupId, HandoverId,
-    KvPlacement, LayerGroup, Model, Moment, NodeId, Order, PairPlan, Parallel, PlanRequest, PlanePlacement, Plane, PoolId, PoolLayout,
-    Program, Rank, RequestId, Shard, Sharding, SpecError, TableBlocks, TableShape, Tables, Tensor, TransportKind, destinations, sources,
+    BlockTable, Direction, Dtype, Epoch, Extent, FenceProof, Format, GeometryError, GeometrySpec, GroupGeometry,
+    GroupId, HandoverId, KvPlacement, LayerGroup, Model, Moment, NodeId, Order, PairPlan, Parallel, PlanRequest, Plane,
+    PlanePlacement, PoolId, PoolLayout, Program, Rank, RequestId, Shard, Sharding, SpecError, TableBlocks, TableShape,
+    Tables, Tensor, TransportKind, destinations, sources,
 };
 pub use kvferry_transport::{Pool, PoolError, PoolOptions};

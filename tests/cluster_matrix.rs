@@ -151,40 +151,18 @@ fn kinds_of_layers() {
         "--requests",
         "2",
     ]);
-    let once = Case { transport: "shm", direction: "pull", in_process: true };
-    run(
-        &once,
-        &[
-            "--model",
-            "qwen3-next",
-            "--prefill",
-            "tp=2,blocks=5",
-            "--decode",
-            "tp=4,blocks=5",
-            "--isl",
-            "70",
-            "--requests",
-            "2",
-        ],
-    )
-    .check_delivered(&once);
-    let once = Case { transport: "tcp", direction: "push", in_process: true };
-    run(
-        &once,
-        &[
-            "--model",
-            "qwen3-next",
-            "--prefill",
-            "tp=1,blocks=5",
-            "--decode",
-            "tp=2,blocks=5",
-            "--isl",
-            "70",
-            "--requests",
-            "2",
-        ],
-    )
-    .check_delivered(&once);
+    everywhere(&[
+        "--model",
+        "qwen3-next",
+        "--prefill",
+        "tp=2,blocks=5",
+        "--decode",
+        "tp=4,blocks=5",
+        "--isl",
+        "70",
+        "--requests",
+        "2",
+    ]);
 }
 
 #[test]
@@ -277,6 +255,22 @@ fn groups_over_several_hosts() {
             outcome.paths().iter().map(|path| path["transport"].as_str().unwrap().to_owned()).collect();
         assert_eq!(transports, ["shm", "shm", "tcp", "tcp"]);
     }
+}
+
+#[test]
+fn groups_over_two_nodes() {
+    everywhere(&[
+        "--geometry",
+        HEADS_4,
+        "--prefill",
+        "tp=4,nodes=2",
+        "--decode",
+        "tp=2,nodes=2,groups=2,block=32",
+        "--requests",
+        "8",
+        "--isl",
+        "50",
+    ]);
 }
 
 #[test]

@@ -1,4 +1,5 @@
 //! What strangers and mistakes can do to the control plane: each gets one typed error, and nothing else is disturbed.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod support;
 
@@ -8,8 +9,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kvferry::{
-    Epoch, FailReason, GroupGeometry, HandoverError, HandoverId, LeastLoaded, NodeConfig, NodeError, NodeId, Outcome, Rank, Refusal,
-    RequestId, Role, SchedulerNode, SchedulerTerms, Tables,
+    Epoch, FailReason, GroupGeometry, HandoverError, HandoverId, LeastLoaded, NodeConfig, NodeError, NodeId, Outcome,
+    Rank, Refusal, RequestId, Role, SchedulerNode, SchedulerTerms, Tables,
 };
 use kvferry_core::protocol::{Identity, Member, Message, OpenFetch, Place, Session, SessionEvent, SessionTerms};
 use kvferry_core::wire::{Frame, FrameReader};
@@ -125,7 +126,10 @@ async fn strangers_disturb_nobody() {
             stranger.send(bytes);
             stranger.rejection()
         };
-        assert!(attack(b"GET / HTTP/1.1\r\nHost: kvferry\r\n\r\n").unwrap().contains("at most 4096"), "oversized for a stranger");
+        assert!(
+            attack(b"GET / HTTP/1.1\r\nHost: kvferry\r\n\r\n").unwrap().contains("at most 4096"),
+            "oversized for a stranger"
+        );
         assert!(attack(&[5, 0, 0, 0, 99, 1, 2, 3, 4]).unwrap().contains("frame kind 99 is unknown"));
         assert!(attack(&[1, 0, 0, 0, 1]).unwrap().contains("does not decode"));
         assert!(attack(&[0, 0, 0, 0]).unwrap().contains("too short"));
@@ -169,7 +173,9 @@ async fn strangers_disturb_nobody() {
         };
         stranger.say(&mut session, Message::Open(open));
         match stranger.hear(&mut session) {
-            Some(Message::Refused { handover: HandoverId(77), refusal: Refusal::Mismatch(why) }) => assert!(why.contains("introduced")),
+            Some(Message::Refused { handover: HandoverId(77), refusal: Refusal::Mismatch(why) }) => {
+                assert!(why.contains("introduced"))
+            }
             other => panic!("{other:?}"),
         }
         // Nobody confirms what it never read.
@@ -250,7 +256,8 @@ async fn a_mismatch_names_the_fields_and_fails_that_request_only() {
     let secret = None;
     let scheduler = scheduler(&secret).await;
     let _prefill = rank(1, Role::Prefill, SPEC, scheduler.address(), &secret).await;
-    let _decode = rank(2, Role::Decode, "layers=2,kv_heads=2,head_dim=32,dtype=fp8", scheduler.address(), &secret).await;
+    let _decode =
+        rank(2, Role::Decode, "layers=2,kv_heads=2,head_dim=32,dtype=fp8", scheduler.address(), &secret).await;
     let finished = submit(&scheduler, 1).await.unwrap();
     let Outcome::Failed { reason: FailReason::Mismatch(text) } = finished.outcome else { panic!("{finished:?}") };
     assert!(text.contains("dtype") && text.contains("bf16") && text.contains("fp8"), "{text}");
@@ -276,7 +283,7 @@ async fn a_duplicate_request_is_refused_and_the_first_goes_on() {
 #[tokio::test]
 async fn dropping_a_handover_cancels_it() {
     let secret = None;
-    let mut scheduler = scheduler(&secret).await;
+    let scheduler = scheduler(&secret).await;
     let mut events = scheduler.events().unwrap();
     let spec = kvferry::RequestSpec { request: RequestId(1), tokens: 40, prefix: Arc::default(), prefix_tokens: 512 };
     drop(scheduler.submit(spec).await);
@@ -298,7 +305,9 @@ async fn a_port_in_use_is_named() {
     let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mut config = NodeConfig::new(NodeId(0), Epoch(1));
     config.listen = holder.local_addr().unwrap().to_string();
-    let Err(error) = SchedulerNode::start(config, SchedulerTerms::default(), Box::new(LeastLoaded)).await else { panic!("it started") };
+    let Err(error) = SchedulerNode::start(config, SchedulerTerms::default(), Box::new(LeastLoaded)).await else {
+        panic!("it started")
+    };
     assert!(matches!(error, NodeError::Listen(_)));
     let text = error.to_string();
     assert!(text.contains(&holder.local_addr().unwrap().to_string()) && text.contains("free the port"), "{text}");

@@ -12,7 +12,8 @@ fn the_snippet_is_the_example() {
 #[test]
 fn linked_files_exist() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    let links = README.split("](").skip(1).filter_map(|rest| rest.split(')').next()).filter(|link| !link.starts_with("http"));
+    let links =
+        README.split("](").skip(1).filter_map(|rest| rest.split(')').next()).filter(|link| !link.starts_with("http"));
     for link in links {
         assert!(root.join(link).exists(), "README.md links to {link}, which is not there");
     }

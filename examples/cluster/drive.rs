@@ -75,7 +75,7 @@ pub(crate) fn run(setup: &Setup) -> Result<Record, DriveError> {
 
 async fn drive(setup: &Setup) -> Result<Record, DriveError> {
     let began = Instant::now();
-    let mut scheduler =
+    let scheduler =
         SchedulerNode::start(NodeConfig::new(NodeId(0), Epoch(1)), SchedulerTerms::default(), setup.make_policy())
             .await?;
     let (_keep, nothing) = mpsc::unbounded_channel();
@@ -202,21 +202,7 @@ impl Cluster<'_> {
     async fn settle(&mut self) {
         let mut quiet = 0;
         while quiet < 2 {
-            let asked: Vec<(usize, u64)> = self
-                .survivors()
-                .map(|index| (index, self.record.ranks.get(index).map_or(0, |rank| rank.report.answered)))
-                .collect();
-            for (index, _) in &asked {
-                if let Some(rank) = self.ranks.get_mut(*index) {
-                    rank.tell(Order::Report);
-                }
-            }
-            let answered = |rank: Option<&RankRecord>, before: u64| {
-                rank.is_none_or(|rank| rank.gone || rank.report.answered > before)
-            };
-            while !asked.iter().all(|(index, before)| answered(self.record.ranks.get(*index), *before)) {
-                self.step().await;
-            }
+            self.ask(Order::Report).await;
             quiet = if self.survivors().all(|index| self.holds(index).is_none()) { quiet + 1 } else { 0 };
             let pause = tokio::time::sleep(ASK_EVERY);
             tokio::pin!(pause);
@@ -226,6 +212,26 @@ impl Cluster<'_> {
                     () = self.step() => {}
                 }
             }
+        }
+        // Everything has ended: whoever writes now, or wrote meanwhile where nothing was to come, is caught.
+        self.ask(Order::Audit).await;
+    }
+
+    /// Gives every survivor an order and waits for all their answers.
+    async fn ask(&mut self, order: Order) {
+        let asked: Vec<(usize, u64)> = self
+            .survivors()
+            .map(|index| (index, self.record.ranks.get(index).map_or(0, |rank| rank.report.answered)))
+            .collect();
+        for (index, _) in &asked {
+            if let Some(rank) = self.ranks.get_mut(*index) {
+                rank.tell(order);
+            }
+        }
+        let answered =
+            |rank: Option<&RankRecord>, before: u64| rank.is_none_or(|rank| rank.gone || rank.report.answered > before);
+        while !asked.iter().all(|(index, before)| answered(self.record.ranks.get(*index), *before)) {
+            self.step().await;
         }
     }
 

@@ -70,6 +70,8 @@ pub(crate) fn pool_name(role: Role, number: u64) -> String {
 pub(crate) enum Order {
     /// Say what you have checked and hold.
     Report,
+    /// The same, after a look at every block that holds nothing: has anybody written it?
+    Audit,
     /// End.
     Stop,
 }
@@ -225,6 +227,7 @@ impl Runner<'_> {
             while let Ok(order) = orders.try_recv() {
                 match order {
                     Order::Report => self.answer(say, false),
+                    Order::Audit => self.audit(say),
                     Order::Stop => return Ok(()),
                 }
             }
@@ -247,6 +250,7 @@ impl Runner<'_> {
                 },
                 order = orders.recv() => match order {
                     Some(Order::Report) => self.answer(say, true),
+                    Some(Order::Audit) => self.audit(say),
                     Some(Order::Stop) | None => return Ok(()),
                 },
             }
@@ -257,6 +261,11 @@ impl Runner<'_> {
         let Runner { port, engine, ledger } = self;
         ledger.note(&call);
         engine.handle(call, &mut |event| ledger.emit(port, event));
+    }
+
+    fn audit(&mut self, say: &mut dyn FnMut(Said)) {
+        self.engine.audit();
+        self.answer(say, true);
     }
 
     fn answer(&mut self, say: &mut dyn FnMut(Said), idle: bool) {

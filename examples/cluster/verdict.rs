@@ -113,7 +113,8 @@ impl Verdict {
                 complaints.push(format!("{}: {first}", config.name()));
             }
             if rank.gone {
-                anyone_gone = true;
+                // What a lost prefill rank had checked changes no sum of the decode side.
+                anyone_gone |= config.role == Role::Decode;
                 continue;
             }
             verdict.leaked_blocks += engine.leaked_blocks + engine.held_blocks;

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvferry::{
-    BlockTable, EngineCall, Epoch, Finished, Format, GroupGeometry, GroupId, HandoverError, LeastLoaded, Model, NodeConfig, NodeId,
-    Parallel, Pool, PoolId, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms, Tables, ThreadOptions, TransportKind,
-    WorkerConfig, WorkerNode, transport,
+    BlockTable, EngineCall, Epoch, Finished, Format, GroupGeometry, GroupId, HandoverError, LeastLoaded, Model,
+    NodeConfig, NodeId, Parallel, Pool, PoolId, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms,
+    Tables, ThreadOptions, TransportKind, WorkerConfig, WorkerNode, transport,
 };
 use tokio::task::JoinHandle;
 
@@ -43,10 +43,17 @@ pub(crate) async fn rank(node: u64, role: Role, spec: &str, scheduler: &str, sec
     let geometry = Arc::new(GroupGeometry { model, format: Format::default(), parallel: Parallel::default() });
     let blocks = vec![16];
     let pool = Pool::allocate(PoolId(0), geometry.shard(Rank(0)).unwrap().layout(&blocks), "test").unwrap();
-    let config =
-        WorkerConfig::new(role, GroupId(node as u32), Rank(0), Arc::clone(&geometry), blocks, (NodeId(0), scheduler.to_owned()));
+    let config = WorkerConfig::new(
+        role,
+        GroupId(node as u32),
+        Rank(0),
+        Arc::clone(&geometry),
+        blocks,
+        (NodeId(0), scheduler.to_owned()),
+    );
     let nics = vec![transport::select(TransportKind::Shm, None, &transport::Options::default()).unwrap()];
-    let worker = WorkerNode::start(node_config(node, secret), config, pool, nics, ThreadOptions::default()).await.unwrap();
+    let worker =
+        WorkerNode::start(node_config(node, secret), config, pool, nics, ThreadOptions::default()).await.unwrap();
     let address = worker.address().to_owned();
     Rig { address, engine: tokio::spawn(answer(worker, geometry)) }
 }

@@ -111,6 +111,17 @@ impl Blocks {
         }
     }
 
+    /// Checks that blocks which were poisoned and not taken since still are.
+    pub(crate) fn audit(&self, memory: &mut Memory) {
+        for group in &self.groups {
+            for (block, plane) in
+                group.free.iter().flat_map(|block| group.planes.iter().map(move |plane| (*block, *plane)))
+            {
+                memory.expect_poison(plane, block);
+            }
+        }
+    }
+
     /// Every block that nobody has, with its layer group.
     pub(crate) fn iter_unused(&self) -> impl Iterator<Item = (usize, u32)> + '_ {
         let lists = self.groups.iter().enumerate();

@@ -322,6 +322,10 @@ impl Engine for DecodeEngine {
         !self.preparing.is_empty() || !self.verifying.is_empty() || self.blocks.is_dirty()
     }
 
+    fn audit(&mut self) {
+        self.blocks.audit(&mut self.memory);
+    }
+
     fn report(&self) -> EngineReport {
         let mut report = EngineReport {
             completed_requests: self.completed,

@@ -15,6 +15,10 @@ pub trait Engine: Send {
     /// Does one bounded slice of the work that calls have caused, a few MiB of memory. Returns whether there is more to do now.
     fn work(&mut self, emit: &mut dyn FnMut(EngineEvent)) -> bool;
 
+    /// Checks that nobody has written a block that holds nothing; what is found counts in [`Engine::report`]. Reads every free block: call
+    /// it when there is nothing else to do, last of all at the end.
+    fn audit(&mut self);
+
     /// What was checked so far and who has the blocks now. Walks over all blocks.
     fn report(&self) -> EngineReport;
 }

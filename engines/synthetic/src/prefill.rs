@@ -172,6 +172,10 @@ impl Engine for PrefillEngine {
         !self.computing.is_empty() || self.blocks.is_dirty()
     }
 
+    fn audit(&mut self) {
+        self.blocks.audit(&mut self.memory);
+    }
+
     fn report(&self) -> EngineReport {
         let mut report = EngineReport {
             completed_requests: self.completed,

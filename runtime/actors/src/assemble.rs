@@ -1,5 +1,6 @@
 //! Puts one node together from its seams: the same code in production and in the simulator.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use actix::prelude::*;
@@ -31,6 +32,8 @@ pub struct NodeConfig {
     pub identity: Identity,
     /// Where its control listener is, such as `127.0.0.1:0`.
     pub listen: String,
+    /// The address that peers are told to dial, where it is not the one listened on.
+    pub advertise: Option<String>,
     /// How sessions wait.
     pub session: SessionTerms,
     /// How long KV is held for others.
@@ -45,6 +48,7 @@ impl NodeConfig {
         NodeConfig {
             identity: Identity { node, epoch, secret: None },
             listen: "127.0.0.1:0".to_owned(),
+            advertise: None,
             session: SessionTerms::default(),
             leases: LeaseTerms::default(),
             deadlines: DeadlineTerms::default(),
@@ -118,6 +122,8 @@ pub enum NodeError {
 pub struct WorkerParts {
     /// What the serving engine must do.
     pub calls: mpsc::UnboundedReceiver<EngineCall>,
+    /// Keeps `calls` from ending: to be dropped only when nothing of the node touches memory any more.
+    pub keep: mpsc::UnboundedSender<EngineCall>,
     /// Where the engine answers.
     pub answers: Recipient<Answer>,
     /// The control address that peers dial.
@@ -195,7 +201,7 @@ async fn run_worker<A>(
 where
     A: Actor<Context = Context<A>> + Handler<NicReport> + Handler<Answer> + Handler<Incoming> + Handler<PeerDown>,
 {
-    let router = Router::new(node.identity.node);
+    let router = Router::new(node.identity.node, config.scheduler.0);
     // NICs report to the worker, which cannot start before it knows them; its address can.
     let context = Context::<A>::new();
     let address = context.address();
@@ -215,18 +221,16 @@ where
         direction: config.direction,
     };
     let (calls, engine_calls) = mpsc::unbounded_channel();
+    let keep = calls.clone();
     let shell = around.shell(&router).with_worker(ports, calls);
     supervise::start("worker", &around.on_panic, context, make(config.group, profile.clone(), shell));
     router.connect(|ports| ports.worker = Some(address.clone().recipient()));
     if config.rank == Rank(0) {
         let (group, geometry, scheduler) = (config.group, Arc::clone(&config.geometry), config.scheduler.0);
         let core = match config.role {
-            Role::Prefill => LeaderCore::Prefill(PrefillLeader::new(
-                group,
-                geometry,
-                scheduler,
-                SchedulerTerms::default().prefill_within,
-            )),
+            Role::Prefill => {
+                LeaderCore::Prefill(PrefillLeader::new(group, geometry, scheduler, node.deadlines.prefill))
+            }
             Role::Decode => LeaderCore::Decode(DecodeLeader::new(group, geometry, scheduler, node.deadlines)),
         };
         let leader = GroupLeader::new(core, around.shell(&router), group);
@@ -244,7 +248,7 @@ where
     let listener = address.clone().recipient();
     let profile = Profile { worker: Some(profile) };
     let dialed = start_mesh(around, node, Some(place), profile, Some(config.scheduler), vec![listener], &router)?;
-    Ok(WorkerParts { calls: engine_calls, answers: address.recipient(), address: dialed })
+    Ok(WorkerParts { calls: engine_calls, keep, answers: address.recipient(), address: dialed })
 }
 
 /// Starts a scheduler's actors on the current thread.
@@ -254,7 +258,7 @@ pub fn assemble_scheduler(
     terms: SchedulerTerms,
     policy: Box<dyn Policy>,
 ) -> Result<SchedulerParts, NodeError> {
-    let router = Router::new(node.identity.node);
+    let router = Router::new(node.identity.node, node.identity.node);
     // Handover numbers must ascend over restarts: the epoch stands in their upper half.
     let core = protocol::Scheduler::new(terms, policy, node.identity.epoch.0 << 32);
     let scheduler = Scheduler::new(core, around.shell(&router));
@@ -305,10 +309,28 @@ fn start_mesh(
         let mesh = mesh.clone();
         Box::new(move |link| mesh.do_send(Linked { link: Ok(link), dialed: None }))
     };
-    let address = around.environment.network.listen(&node.listen, accept)?;
+    if node.identity.epoch.0 > u64::from(u32::MAX) {
+        return Err(NodeError::Config(format!("{} is too large; epochs end at 2^32", node.identity.epoch)));
+    }
+    let bound = around.environment.network.listen(&node.listen, accept)?;
+    let address = match node.advertise {
+        Some(advertise) => advertise,
+        None if bound.parse::<SocketAddr>().is_ok_and(|bound| bound.ip().is_unspecified()) => {
+            let why = format!("peers cannot dial {bound}; set NodeConfig::advertise to an address that they can");
+            return Err(NodeError::Config(why));
+        }
+        None => bound,
+    };
     let member = Member { node: node.identity.node, epoch: node.identity.epoch, address: address.clone(), place };
     let config = MeshConfig { identity: node.identity, terms: node.session, member, profile, scheduler };
-    let actor = Mesh::new(config, around.environment.clone(), router.clone(), listeners, around.observer.clone());
+    let actor = Mesh::new(
+        config,
+        around.environment.clone(),
+        router.clone(),
+        listeners,
+        around.observer.clone(),
+        around.on_panic.clone(),
+    );
     supervise::start("mesh", &around.on_panic, context, actor);
     router.connect(|ports| ports.mesh = Some(mesh.recipient()));
     Ok(address)

@@ -2,14 +2,14 @@
 
 use actix::prelude::*;
 use kvferry_core::GroupId;
-use kvferry_core::protocol::{DecodeRank, Message as Wire};
+use kvferry_core::protocol::{DecodeRank, Event, Message as Wire};
 
 use crate::mesh::PeerDown;
 use crate::nic::NicReport;
 use crate::router::Incoming;
 use crate::seams::Tick;
 use crate::shell::Shell;
-use crate::worker::{Answer, Roster};
+use crate::worker::{Answer, Leader, Roster};
 
 /// One decode rank.
 pub(crate) struct DecodeWorker {
@@ -17,12 +17,15 @@ pub(crate) struct DecodeWorker {
     shell: Shell,
     group: GroupId,
     roster: Roster,
+    /// The node of the group's rank 0: only it gives work and decides.
+    leader: Leader,
 }
 
 impl DecodeWorker {
     /// A worker over its core.
     pub(crate) fn new(core: DecodeRank, shell: Shell, group: GroupId) -> Self {
-        DecodeWorker { core, shell, group, roster: Roster::default() }
+        let leader = Leader::new(shell.router().node());
+        DecodeWorker { core, shell, group, roster: Roster::default(), leader }
     }
 
     fn turn(&mut self, ctx: &mut Context<Self>) {
@@ -47,12 +50,19 @@ impl Handler<Incoming> for DecodeWorker {
             }
             Wire::Lost(lost) => {
                 let mine = self.roster.rank_in(self.group, lost.node);
-                self.core.handle_lost(now, &lost, mine);
+                // The loss of an earlier incarnation is no news once a later one is here, except for its group.
+                if mine.is_some() || !self.shell.router().is_newer(lost.node, lost.epoch) {
+                    self.core.handle_lost(now, &lost, mine);
+                }
             }
             Wire::Profile(profile) => {
                 if let Some(profile) = profile.worker {
+                    self.leader.meet(self.group, from, &profile);
                     self.core.handle_peer(now, from, profile);
                 }
+            }
+            Wire::Fetch(_) | Wire::Settled { .. } if !self.leader.is(from) => {
+                self.shell.observe(Event::Ignored { from, what: "work from a node that does not lead this group" });
             }
             message => self.core.handle_message(now, from, message),
         }

@@ -26,5 +26,5 @@ pub use scheduler::{CancelRequest, Scheduler, Submit};
 pub use seams::{Clock, Environment, Host, Link, LinkInput, LinkUp, ListenError, Network, NicPort, OpenNic, Tick};
 pub use shell::Observer;
 pub use supervise::OnPanic;
-pub use threads::{MonotonicClock, ThreadOptions, environment, local_runtime};
+pub use threads::{MonotonicClock, NicThreads, ThreadOptions, environment, local_runtime};
 pub use worker::Answer;

@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 use kvferry_core::protocol::{
-    Event, Identity, Lost, Member, Message as Wire, Profile, Session, SessionTerms, are_peers, dials,
+    Event, Identity, JoinError, Lost, Member, Message as Wire, Profile, Session, SessionTerms, are_peers, dials,
 };
 use kvferry_core::{Epoch, Moment, NodeId};
 
-use crate::peer_session::{Admit, Hangup, PeerSession};
+use crate::peer_session::{Admit, Hangup, PeerSession, Say};
 use crate::router::{Incoming, Router};
 use crate::seams::{Environment, LinkUp, Tick};
 use crate::shell::Observer;
+use crate::supervise::{self, OnPanic};
 
 const REDIAL_FIRST: Duration = Duration::from_millis(20);
 const REDIAL_MAX: Duration = Duration::from_secs(2);
@@ -93,6 +94,13 @@ pub(crate) struct MeshConfig {
     pub scheduler: Option<(NodeId, String)>,
 }
 
+/// A session that stands.
+struct Standing {
+    epoch: Epoch,
+    session: Addr<PeerSession>,
+    since: Moment,
+}
+
 struct Target {
     address: String,
     dialing: bool,
@@ -107,9 +115,10 @@ pub(crate) struct Mesh {
     router: Router,
     listeners: Vec<Recipient<PeerDown>>,
     observer: Observer,
+    on_panic: OnPanic,
     targets: BTreeMap<NodeId, Target>,
     /// Sessions that stand, with the incarnation that they stand with.
-    up: BTreeMap<NodeId, (Epoch, Addr<PeerSession>)>,
+    up: BTreeMap<NodeId, Standing>,
     /// The newest incarnation that was declared lost: nothing of it, or older, is believed.
     fenced: BTreeMap<NodeId, Epoch>,
     armed: Option<Moment>,
@@ -123,6 +132,7 @@ impl Mesh {
         router: Router,
         listeners: Vec<Recipient<PeerDown>>,
         observer: Observer,
+        on_panic: OnPanic,
     ) -> Self {
         let mut targets = BTreeMap::new();
         if let Some((node, address)) = &config.scheduler {
@@ -134,6 +144,7 @@ impl Mesh {
             router,
             listeners,
             observer,
+            on_panic,
             targets,
             up: BTreeMap::new(),
             fenced: BTreeMap::new(),
@@ -199,11 +210,13 @@ impl Mesh {
         let fence = self.fenced.entry(lost.node).or_insert(lost.epoch);
         *fence = (*fence).max(lost.epoch);
         self.targets.remove(&lost.node);
-        self.router.forget(lost.node);
-        if let Some((epoch, session)) = self.up.get(&lost.node)
-            && *epoch <= lost.epoch
-        {
-            session.do_send(Hangup);
+        match self.up.get(&lost.node) {
+            Some(standing) if standing.epoch > lost.epoch => {}
+            Some(standing) => {
+                self.router.forget(lost.node);
+                standing.session.do_send(Hangup);
+            }
+            None => self.router.forget(lost.node),
         }
     }
 }
@@ -242,8 +255,9 @@ impl Handler<Linked> for Mesh {
             Some(node) => Session::dial(now, identity, node, link.loopback, nonce, terms),
             None => Session::accept(now, identity, link.loopback, nonce, terms),
         };
-        PeerSession::new(session, link, self.environment.clock.clone(), self.router.clone(), ctx.address(), dialed)
-            .start();
+        let (clock, router, mesh) = (self.environment.clock.clone(), self.router.clone(), ctx.address());
+        let session = PeerSession::new(session, link, clock, router, mesh, dialed);
+        supervise::start("peer session", &self.on_panic, Context::new(), session);
     }
 }
 
@@ -253,16 +267,20 @@ impl Handler<SessionUp> for Mesh {
     fn handle(&mut self, SessionUp { node, epoch, session, dialed }: SessionUp, ctx: &mut Context<Self>) {
         if let Some(target) = self.targets.get_mut(&node).filter(|_| dialed) {
             target.dialing = false;
-            target.backoff = REDIAL_FIRST;
         }
         let fenced = self.fenced.get(&node).is_some_and(|fence| epoch <= *fence);
-        let older = self.up.get(&node).is_some_and(|(current, _)| epoch < *current);
+        let older = self.up.get(&node).is_some_and(|standing| epoch < standing.epoch);
         if fenced || older {
+            // It is told, so that it ends instead of dialing for ever.
+            let newest = self.fenced.get(&node).copied().unwrap_or(epoch).max(epoch);
+            session.do_send(Say(Wire::JoinRefused(JoinError::StaleEpoch { node, epoch, newest })));
             session.do_send(Hangup);
-            self.dial_all(ctx);
+            self.retry_later(node, ctx);
             return;
         }
-        if let Some((earlier, replaced)) = self.up.insert(node, (epoch, session.clone()))
+        let now = self.environment.clock.now();
+        if let Some(Standing { epoch: earlier, session: replaced, .. }) =
+            self.up.insert(node, Standing { epoch, session: session.clone(), since: now })
             && replaced != session
         {
             // What was on its way in the old session is lost: whoever waits for it must not wait on.
@@ -270,7 +288,7 @@ impl Handler<SessionUp> for Mesh {
             replaced.do_send(Hangup);
         }
         session.do_send(Admit);
-        self.router.attach(node, session);
+        self.router.attach(node, epoch, session);
         self.router.send(node, Wire::Profile(Box::new(self.config.profile.clone())));
         if self.config.scheduler.as_ref().is_some_and(|(scheduler, _)| *scheduler == node) {
             self.router.send(node, Wire::Join(Box::new(self.config.member.clone())));
@@ -285,7 +303,13 @@ impl Handler<SessionDown> for Mesh {
     fn handle(&mut self, SessionDown { peer, dialed, session, cause }: SessionDown, ctx: &mut Context<Self>) {
         if let Some((node, epoch)) = peer {
             self.router.detach(node, &session);
-            if self.up.get(&node).is_some_and(|(_, current)| *current == session) {
+            if let Some(standing) = self.up.get(&node).filter(|standing| standing.session == session) {
+                // Only a session that lasted shows that dialing at once is worth it.
+                if self.environment.clock.now().since(standing.since) > REDIAL_MAX
+                    && let Some(target) = self.targets.get_mut(&node)
+                {
+                    target.backoff = REDIAL_FIRST;
+                }
                 self.up.remove(&node);
                 self.tell(&PeerDown { node, epoch, cause });
             }
@@ -306,6 +330,7 @@ impl Handler<Incoming> for Mesh {
             Wire::JoinRefused(error) => {
                 tracing::error!(%error, "this node may not join");
                 (self.observer)(Event::NodeLost { node: self.config.member.node, cause: error.to_string() });
+                (self.on_panic)("mesh: this incarnation is over");
             }
             _ => {}
         }

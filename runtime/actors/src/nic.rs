@@ -3,10 +3,12 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use actix::prelude::*;
+use bytes::Bytes;
 use kvferry_core::protocol::{NicAdvert, NicCommand, NicEvent};
-use kvferry_core::{NodeId, PoolId};
+use kvferry_core::{NodeId, PoolId, PoolLayout};
 use kvferry_transport::{
     BindError, Event, Expected, OpenError, PeerId, Pool, PoolKeys, PostError, RemotePool, Transfer, Transport, Wait,
 };
@@ -72,6 +74,8 @@ pub struct Nic {
     transport: Box<dyn Transport>,
     pool: PoolId,
     peers: BTreeMap<NodeId, (PeerId, RemotePool)>,
+    /// How to reach every peer again whose connection broke while its control session lives on.
+    known: BTreeMap<NodeId, Reach>,
     backlog: VecDeque<NicCommand>,
     events: Vec<Event>,
     reports: Recipient<NicReport>,
@@ -100,6 +104,7 @@ impl Nic {
             transport,
             pool: pool.id(),
             peers: BTreeMap::new(),
+            known: BTreeMap::new(),
             backlog: VecDeque::new(),
             events: Vec::new(),
             reports,
@@ -127,7 +132,8 @@ impl Nic {
 
     /// How to wait for the next event.
     pub fn arm(&mut self) -> Wait {
-        if self.backlog.is_empty() { self.transport.arm() } else { Wait::Busy }
+        // What is in the backlog waits for a transfer to end, which is an event; every pump tries again.
+        self.transport.arm()
     }
 
     fn report(&mut self) {
@@ -162,22 +168,13 @@ impl Nic {
     fn command(&mut self, command: NicCommand) {
         match command {
             NicCommand::Connect { node, address, keys, layout } => {
-                if let Some((peer, _)) = self.peers.remove(&node) {
-                    self.transport.disconnect(peer);
-                }
-                let connected = self.transport.connect(&address).map_err(|error| error.to_string()).and_then(|peer| {
-                    let remote =
-                        self.transport.import(peer, &PoolKeys(keys), &layout).map_err(|error| error.to_string())?;
-                    Ok((peer, remote))
-                });
-                match connected {
-                    Ok(pair) => {
-                        self.peers.insert(node, pair);
-                    }
-                    Err(reason) => self.outgoing.push(NicEvent::PeerLost { node, reason }),
+                self.known.insert(node, Reach { address, keys: PoolKeys(keys), layout });
+                if let Err(reason) = self.reach(node) {
+                    self.outgoing.push(NicEvent::PeerLost { node, reason });
                 }
             }
             NicCommand::Disconnect { node } => {
+                self.known.remove(&node);
                 if let Some((peer, _)) = self.peers.remove(&node) {
                     self.transport.disconnect(peer);
                 }
@@ -188,10 +185,16 @@ impl Nic {
                 }
             }
             NicCommand::Post { id, node, direction, program } => {
-                let Some((peer, remote)) = self.peers.get(&node).copied() else {
-                    let reason = format!("{node} is not connected");
-                    self.outgoing.push(NicEvent::Failed { id, reason });
-                    return;
+                let pair = match self.peers.get(&node).copied() {
+                    Some(pair) => Ok(pair),
+                    None => self.reach(node),
+                };
+                let (peer, remote) = match pair {
+                    Ok(pair) => pair,
+                    Err(reason) => {
+                        self.outgoing.push(NicEvent::Failed { id, reason });
+                        return;
+                    }
                 };
                 let range = program.whole();
                 let transfer = Transfer {
@@ -225,6 +228,25 @@ impl Nic {
         }
     }
 
+    /// Connects to a known peer, anew if it was connected; posts queue until the connection is up.
+    fn reach(&mut self, node: NodeId) -> Result<(PeerId, RemotePool), String> {
+        if let Some((peer, _)) = self.peers.remove(&node) {
+            self.transport.disconnect(peer);
+        }
+        let reach = self.known.get(&node).ok_or_else(|| format!("{node} is not connected"))?;
+        let peer = self.transport.connect(&reach.address).map_err(|error| error.to_string())?;
+        match self.transport.import(peer, &reach.keys, &reach.layout) {
+            Ok(remote) => {
+                self.peers.insert(node, (peer, remote));
+                Ok((peer, remote))
+            }
+            Err(error) => {
+                self.transport.disconnect(peer);
+                Err(error.to_string())
+            }
+        }
+    }
+
     fn accept(&mut self, result: Result<(), PostError>, id: kvferry_core::TransferId, command: NicCommand) {
         match result {
             Ok(()) => {}
@@ -232,6 +254,13 @@ impl Nic {
             Err(error) => self.outgoing.push(NicEvent::Failed { id, reason: error.to_string() }),
         }
     }
+}
+
+/// What a connection to a peer takes.
+struct Reach {
+    address: Bytes,
+    keys: PoolKeys,
+    layout: Arc<PoolLayout>,
 }
 
 fn names(command: &NicCommand, wanted: kvferry_core::TransferId) -> bool {

@@ -3,7 +3,8 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context as Poller, Poll};
 
 use actix::prelude::*;
@@ -26,8 +27,9 @@ const REQUESTS_MAX: usize = 65_536;
 pub struct SchedulerNode {
     scheduler: Addr<Scheduler>,
     address: String,
-    events: Option<mpsc::UnboundedReceiver<Event>>,
+    events: EventTap,
     credits: Arc<Semaphore>,
+    tickets: AtomicU64,
     thread: NodeThread,
 }
 
@@ -37,15 +39,16 @@ impl SchedulerNode {
         let (parts, events, thread) =
             NodeThread::start("kvferry-scheduler", ThreadOptions::default(), move |around| async move {
                 let parts = assemble_scheduler(&around, config, terms, policy)?;
-                Ok((parts.scheduler, parts.address))
+                Ok(((parts.scheduler, parts.address), None))
             })
             .await?;
         let (scheduler, address) = parts;
         Ok(SchedulerNode {
             scheduler,
             address,
-            events: Some(events),
+            events,
             credits: Arc::new(Semaphore::new(REQUESTS_MAX)),
+            tickets: AtomicU64::new(0),
             thread,
         })
     }
@@ -55,9 +58,10 @@ impl SchedulerNode {
         &self.address
     }
 
-    /// What happens at the scheduler, from now on; can be taken once.
-    pub fn events(&mut self) -> Option<mpsc::UnboundedReceiver<Event>> {
-        self.events.take()
+    /// What happens at the scheduler, from now on; `None` the second time. Nothing is kept for those who never ask, everything for those
+    /// who do: keep reading.
+    pub fn events(&self) -> Option<mpsc::UnboundedReceiver<Event>> {
+        self.events.open()
     }
 
     /// Submits a request: a prefill group computes it, a decode group gets its KV. Waits for a credit, not for the handover.
@@ -67,11 +71,12 @@ impl SchedulerNode {
         let permit = Arc::clone(&self.credits).acquire_owned().await.ok();
         let (answer, finished) = oneshot::channel();
         let request = spec.request;
-        self.scheduler.do_send(Submit { spec, answer });
-        Handover { request, finished, scheduler: Some(self.scheduler.clone()), _permit: permit }
+        let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
+        self.scheduler.do_send(Submit { spec, ticket, answer });
+        Handover { request, ticket, finished, scheduler: Some(self.scheduler.clone()), _permit: permit }
     }
 
-    /// Stops the node and waits for its thread.
+    /// Stops the node and waits for its threads: afterwards nothing of it touches any memory.
     pub async fn shutdown(self) {
         self.thread.shutdown().await;
     }
@@ -81,6 +86,7 @@ impl SchedulerNode {
 #[must_use = "dropping a handover cancels it"]
 pub struct Handover {
     request: RequestId,
+    ticket: u64,
     finished: oneshot::Receiver<Result<Finished, Refusal>>,
     scheduler: Option<Addr<Scheduler>>,
     _permit: Option<OwnedSemaphorePermit>,
@@ -122,7 +128,7 @@ impl Future for Handover {
 impl Drop for Handover {
     fn drop(&mut self) {
         if let Some(scheduler) = &self.scheduler {
-            scheduler.do_send(CancelRequest(self.request));
+            scheduler.do_send(CancelRequest { request: self.request, ticket: self.ticket });
         }
     }
 }
@@ -132,7 +138,7 @@ pub struct WorkerNode {
     calls: mpsc::UnboundedReceiver<EngineCall>,
     port: EnginePort,
     address: String,
-    events: Option<mpsc::UnboundedReceiver<Event>>,
+    events: EventTap,
     thread: NodeThread,
 }
 
@@ -149,11 +155,11 @@ impl WorkerNode {
         let name = format!("kvferry-{}-{}", worker.role, worker.rank.0);
         let (parts, events, thread) = NodeThread::start(&name, threads, move |around| async move {
             let parts = assemble_worker(&around, config, worker, pool, nics).await?;
-            Ok((parts.calls, parts.answers, parts.address))
+            Ok(((parts.calls, parts.answers, parts.address), Some(parts.keep)))
         })
         .await?;
         let (calls, answers, address) = parts;
-        Ok(WorkerNode { calls, port: EnginePort { answers }, address, events: Some(events), thread })
+        Ok(WorkerNode { calls, port: EnginePort { answers }, address, events, thread })
     }
 
     /// The control address that peers dial.
@@ -161,12 +167,13 @@ impl WorkerNode {
         &self.address
     }
 
-    /// What happens at this rank, from now on; can be taken once.
-    pub fn events(&mut self) -> Option<mpsc::UnboundedReceiver<Event>> {
-        self.events.take()
+    /// What happens at this rank, from now on; `None` the second time. Nothing is kept for those who never ask, everything for those who
+    /// do: keep reading.
+    pub fn events(&self) -> Option<mpsc::UnboundedReceiver<Event>> {
+        self.events.open()
     }
 
-    /// The next thing that the serving engine must do; `None` after the node has stopped.
+    /// The next thing that the serving engine must do; `None` after the node has stopped and nothing of it touches the pool any more.
     pub async fn next_call(&mut self) -> Option<EngineCall> {
         self.calls.recv().await
     }
@@ -181,7 +188,7 @@ impl WorkerNode {
         self.port.clone()
     }
 
-    /// Stops the node and waits for its thread.
+    /// Stops the node and waits for its threads: afterwards nothing of it touches any memory.
     pub async fn shutdown(self) {
         self.thread.shutdown().await;
     }
@@ -225,6 +232,24 @@ impl EnginePort {
     }
 }
 
+/// Where a node's events go, once somebody wants them.
+#[derive(Clone, Default)]
+struct EventTap(Arc<OnceLock<mpsc::UnboundedSender<Event>>>);
+
+impl EventTap {
+    fn open(&self) -> Option<mpsc::UnboundedReceiver<Event>> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        self.0.set(sender).is_ok().then_some(receiver)
+    }
+
+    fn pass(&self, event: Event) {
+        if let Some(sender) = self.0.get() {
+            // Whoever has stopped reading does not want it.
+            let _ = sender.send(event);
+        }
+    }
+}
+
 /// The control thread of a node.
 struct NodeThread {
     stop: Option<oneshot::Sender<()>>,
@@ -233,21 +258,20 @@ struct NodeThread {
 
 impl NodeThread {
     /// Runs `assemble` on a new thread with a local runtime of its own, which then serves until it is told to stop or an actor panics.
-    async fn start<T, A, F>(
-        name: &str,
-        threads: ThreadOptions,
-        assemble: A,
-    ) -> Result<(T, mpsc::UnboundedReceiver<Event>, Self), NodeError>
+    async fn start<T, A, F>(name: &str, threads: ThreadOptions, assemble: A) -> Result<(T, EventTap, Self), NodeError>
     where
         T: Send + 'static,
         A: FnOnce(Surroundings) -> F + Send + 'static,
-        F: Future<Output = Result<T, NodeError>>,
+        F: Future<Output = Result<(T, Option<mpsc::UnboundedSender<EngineCall>>), NodeError>>,
     {
-        let (observed, events) = mpsc::unbounded_channel();
+        let events = EventTap::default();
+        let tap = events.clone();
         let (started, assembled) = oneshot::channel();
         let (stop, stopped) = oneshot::channel::<()>();
         let (end, ended) = oneshot::channel();
         let body = move || {
+            let (nic_failed, mut nic_failures) = mpsc::unbounded_channel();
+            let (environment, nic_threads) = environment(threads, nic_failed);
             let runtime = match local_runtime() {
                 Ok(runtime) => runtime,
                 Err(error) => {
@@ -255,30 +279,39 @@ impl NodeThread {
                     return;
                 }
             };
-            runtime.block_on(async move {
+            let keep = runtime.block_on(async move {
                 let panicked = Rc::new(tokio::sync::Notify::new());
                 let around = Surroundings {
-                    environment: environment(threads),
-                    // Nobody has to watch.
-                    observer: Rc::new(move |event| drop(observed.send(event))),
+                    environment,
+                    observer: Rc::new(move |event| tap.pass(event)),
                     on_panic: {
                         let panicked = Rc::clone(&panicked);
                         Rc::new(move |_| panicked.notify_one())
                     },
                 };
-                let parts = assemble(around).await;
-                let failed = parts.is_err();
-                if started.send(parts).is_err() || failed {
-                    return;
-                }
+                let keep = match assemble(around).await {
+                    Ok((parts, keep)) => started.send(Ok(parts)).is_ok().then_some(keep)?,
+                    Err(error) => {
+                        let _ = started.send(Err(error));
+                        return None;
+                    }
+                };
                 tokio::select! {
                     biased;
                     _ = stopped => {}
                     () = panicked.notified() => {}
+                    Some(nic) = nic_failures.recv() => {
+                        tracing::error!(nic, "a NIC thread panicked; its node's incarnation ends");
+                    }
                 }
+                keep
             });
             // Dropping the runtime closes every session: peers see this incarnation end.
             drop(runtime);
+            // Until its NICs have stopped, a transfer may still touch the pool.
+            nic_threads.join();
+            // Only now does the engine see the end of its calls.
+            drop(keep);
             let _ = end.send(());
         };
         std::thread::Builder::new()

@@ -6,8 +6,8 @@ use std::rc::Rc;
 
 use actix::prelude::*;
 use dashmap::{DashMap, DashSet};
-use kvferry_core::NodeId;
 use kvferry_core::protocol::Message as Wire;
+use kvferry_core::{Epoch, NodeId};
 
 use crate::peer_session::{PeerSession, Say};
 
@@ -46,8 +46,10 @@ pub(crate) struct Ports {
 #[derive(Clone)]
 pub(crate) struct Router {
     node: NodeId,
+    /// Whose word on membership and pairing counts.
+    scheduler: NodeId,
     ports: Rc<RefCell<Ports>>,
-    sessions: Rc<DashMap<NodeId, Addr<PeerSession>>>,
+    sessions: Rc<DashMap<NodeId, (Epoch, Addr<PeerSession>)>>,
     /// For nodes whose first session is still to come: a group may get work before all its ranks have met.
     waiting: Rc<DashMap<NodeId, VecDeque<Wire>>>,
     /// Nodes that had a session: what was meant for one that ended is dropped.
@@ -56,8 +58,15 @@ pub(crate) struct Router {
 
 impl Router {
     /// A router without ports or sessions.
-    pub(crate) fn new(node: NodeId) -> Self {
-        Router { node, ports: Rc::default(), sessions: Rc::default(), waiting: Rc::default(), met: Rc::default() }
+    pub(crate) fn new(node: NodeId, scheduler: NodeId) -> Self {
+        Router {
+            node,
+            scheduler,
+            ports: Rc::default(),
+            sessions: Rc::default(),
+            waiting: Rc::default(),
+            met: Rc::default(),
+        }
     }
 
     /// This node.
@@ -71,9 +80,14 @@ impl Router {
     }
 
     /// The session to a node from now on.
-    pub(crate) fn attach(&self, node: NodeId, session: Addr<PeerSession>) -> Option<Addr<PeerSession>> {
+    pub(crate) fn attach(&self, node: NodeId, epoch: Epoch, session: Addr<PeerSession>) {
         self.met.insert(node);
-        self.sessions.insert(node, session)
+        self.sessions.insert(node, (epoch, session));
+    }
+
+    /// Whether a later incarnation of a node has a session already.
+    pub(crate) fn is_newer(&self, node: NodeId, epoch: Epoch) -> bool {
+        self.sessions.get(&node).is_some_and(|session| session.0 > epoch)
     }
 
     /// Sends what waited for a node's first session.
@@ -90,8 +104,8 @@ impl Router {
     }
 
     /// Forgets a session, if it is still that one.
-    pub(crate) fn detach(&self, node: NodeId, session: &Addr<PeerSession>) -> bool {
-        self.sessions.remove_if(&node, |_, current| current == session).is_some()
+    pub(crate) fn detach(&self, node: NodeId, session: &Addr<PeerSession>) {
+        self.sessions.remove_if(&node, |_, (_, current)| current == session);
     }
 
     /// Sends to a node; to this one, without a session. A message for a node that had a session and has none is dropped: whoever waits for
@@ -100,7 +114,7 @@ impl Router {
         if to == self.node {
             self.deliver(to, message);
         } else if let Some(session) = self.sessions.get(&to) {
-            session.do_send(Say(message));
+            session.1.do_send(Say(message));
         } else if !self.met.contains(&to) && self.waiting.get(&to).is_none_or(|waiting| waiting.len() < WAITING_MAX) {
             self.waiting.entry(to).or_default().push_back(message);
         } else {
@@ -111,7 +125,13 @@ impl Router {
     /// Gives a message to the local actors that it concerns.
     pub(crate) fn deliver(&self, from: NodeId, message: Wire) {
         let ports = self.ports.borrow();
+        let from_scheduler = from == self.scheduler || from == self.node;
         match &message {
+            Wire::Members(_) | Wire::Lost(_) | Wire::JoinRefused(_) | Wire::Pair(_) | Wire::Abort { .. }
+                if !from_scheduler =>
+            {
+                tracing::warn!(%from, "only the scheduler says that; ignored");
+            }
             Wire::Join(_) => give(&ports.directory, from, message),
             Wire::JoinRefused(_) => give(&ports.mesh, from, message),
             Wire::Members(_) | Wire::Lost(_) => {
@@ -122,8 +142,8 @@ impl Router {
             }
             // The scheduler talks to leaders, leaders to ranks; a leader hands on what it decided under the same names.
             Wire::Prefill(_) | Wire::Renew { .. } | Wire::Release { .. } => {
-                let from_scheduler = ports.leader.is_some() && from != self.node;
-                give(if from_scheduler { &ports.leader } else { &ports.worker }, from, message);
+                let for_leader = ports.leader.is_some() && from == self.scheduler;
+                give(if for_leader { &ports.leader } else { &ports.worker }, from, message);
             }
             Wire::RankOpened { .. } | Wire::RankReady { .. } | Wire::RankFailed { .. } | Wire::RankDone { .. } => {
                 give(&ports.leader, from, message);

@@ -17,6 +17,8 @@ use crate::shell::Shell;
 pub struct Submit {
     /// What to move.
     pub spec: RequestSpec,
+    /// Tells submissions of one request id apart.
+    pub ticket: u64,
     /// Answered once: refused at once, or finished later.
     pub answer: oneshot::Sender<Result<Finished, Refusal>>,
 }
@@ -27,7 +29,12 @@ impl Message for Submit {
 
 /// Nobody waits for a request any more.
 #[derive(Clone, Copy, Debug)]
-pub struct CancelRequest(pub RequestId);
+pub struct CancelRequest {
+    /// Which request.
+    pub request: RequestId,
+    /// Which submission of it; another one's is left alone.
+    pub ticket: u64,
+}
 
 impl Message for CancelRequest {
     type Result = ();
@@ -37,7 +44,7 @@ impl Message for CancelRequest {
 pub struct Scheduler {
     core: protocol::Scheduler,
     shell: Shell,
-    waiting: BTreeMap<RequestId, oneshot::Sender<Result<Finished, Refusal>>>,
+    waiting: BTreeMap<RequestId, (u64, oneshot::Sender<Result<Finished, Refusal>>)>,
 }
 
 impl Scheduler {
@@ -50,7 +57,7 @@ impl Scheduler {
         let waiting = &mut self.waiting;
         self.shell.run(self.core.outbox(), |event| {
             if let Event::Finished(finished) = event
-                && let Some(answer) = waiting.remove(&finished.request)
+                && let Some((_, answer)) = waiting.remove(&finished.request)
             {
                 // Whoever asked may have gone; the event is still observed.
                 let _ = answer.send(Ok(finished.clone()));
@@ -67,11 +74,11 @@ impl Actor for Scheduler {
 impl Handler<Submit> for Scheduler {
     type Result = ();
 
-    fn handle(&mut self, Submit { spec, answer }: Submit, ctx: &mut Context<Self>) {
+    fn handle(&mut self, Submit { spec, ticket, answer }: Submit, ctx: &mut Context<Self>) {
         let request = spec.request;
         match self.core.handle_submit(self.shell.now(), spec) {
             Ok(()) => {
-                self.waiting.insert(request, answer);
+                self.waiting.insert(request, (ticket, answer));
             }
             Err(refusal) => {
                 let _ = answer.send(Err(refusal));
@@ -84,8 +91,10 @@ impl Handler<Submit> for Scheduler {
 impl Handler<CancelRequest> for Scheduler {
     type Result = ();
 
-    fn handle(&mut self, CancelRequest(request): CancelRequest, ctx: &mut Context<Self>) {
-        self.core.handle_cancel(self.shell.now(), request);
+    fn handle(&mut self, CancelRequest { request, ticket }: CancelRequest, ctx: &mut Context<Self>) {
+        if self.waiting.get(&request).is_some_and(|(theirs, _)| *theirs == ticket) {
+            self.core.handle_cancel(self.shell.now(), request);
+        }
         self.turn(ctx);
     }
 }

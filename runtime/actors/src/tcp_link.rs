@@ -10,13 +10,18 @@ use bytes::Bytes;
 use kvferry_core::wire::FrameReader;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::spawn_local;
 
 use crate::seams::{Link, LinkInput, LinkUp, ListenError, Network};
 
 /// Bytes that one read asks for.
 const READ_BYTES: usize = 64 << 10;
+
+/// How long one frame may take to leave.
+const WRITE_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
+/// How long a closed link is kept for the peer to read why.
+const LINGER: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// The network of real hosts.
 #[derive(Clone, Copy, Debug, Default)]
@@ -66,6 +71,7 @@ fn link_up(stream: TcpStream) -> std::io::Result<LinkUp> {
 struct TcpLink {
     outgoing: Option<mpsc::UnboundedSender<Bytes>>,
     trusted: Rc<Cell<bool>>,
+    closed: Rc<Notify>,
 }
 
 impl TcpLink {
@@ -76,16 +82,21 @@ impl TcpLink {
         let failed = inputs.clone();
         spawn_local(async move {
             while let Some(frame) = frames.recv().await {
-                if let Err(error) = write.write_all(&frame).await {
-                    failed.do_send(LinkInput::Closed(error.to_string()));
-                    return;
-                }
+                let written = tokio::time::timeout(WRITE_WITHIN, write.write_all(&frame)).await;
+                let error = match written {
+                    Ok(Ok(())) => continue,
+                    Ok(Err(error)) => error.to_string(),
+                    Err(_) => format!("the peer took nothing for {WRITE_WITHIN:?}"),
+                };
+                failed.do_send(LinkInput::Closed(error));
+                return;
             }
             // A peer that reads slowly still gets the last frame, the reason of a rejection; a broken link cannot.
             let _ = write.shutdown().await;
         });
-        spawn_local(read_frames(read, inputs, Rc::clone(&trusted)));
-        TcpLink { outgoing: Some(outgoing), trusted }
+        let closed = Rc::new(Notify::new());
+        spawn_local(read_frames(read, inputs, Rc::clone(&trusted), Rc::clone(&closed)));
+        TcpLink { outgoing: Some(outgoing), trusted, closed }
     }
 }
 
@@ -103,10 +114,22 @@ impl Link for TcpLink {
 
     fn close(&mut self) {
         self.outgoing = None;
+        self.closed.notify_one();
     }
 }
 
-async fn read_frames(mut read: tokio::net::tcp::OwnedReadHalf, inputs: Recipient<LinkInput>, trusted: Rc<Cell<bool>>) {
+impl Drop for TcpLink {
+    fn drop(&mut self) {
+        self.closed.notify_one();
+    }
+}
+
+async fn read_frames(
+    mut read: tokio::net::tcp::OwnedReadHalf,
+    inputs: Recipient<LinkInput>,
+    trusted: Rc<Cell<bool>>,
+    closed: Rc<Notify>,
+) {
     let mut reader = FrameReader::default();
     let reason = loop {
         let mut frames = Vec::new();
@@ -130,14 +153,32 @@ async fn read_frames(mut read: tokio::net::tcp::OwnedReadHalf, inputs: Recipient
         }
         if let Some(error) = garbage {
             inputs.do_send(LinkInput::Garbage(error));
-            return;
+            return linger(read, &closed).await;
         }
         reader.buffer().reserve(READ_BYTES);
-        match read.read_buf(reader.buffer()).await {
+        let count = tokio::select! {
+            biased;
+            () = closed.notified() => {
+                closed.notify_one();
+                return linger(read, &closed).await;
+            }
+            count = read.read_buf(reader.buffer()) => count,
+        };
+        match count {
             Ok(0) => break "the peer closed it".to_owned(),
             Ok(_) => {}
             Err(error) => break error.to_string(),
         }
     };
     inputs.do_send(LinkInput::Closed(reason));
+}
+
+/// Reads on for a moment after this side has closed: bytes that nobody has read would turn the end of the link into a reset, which
+/// can overtake the reason that was sent.
+async fn linger(mut read: tokio::net::tcp::OwnedReadHalf, closed: &Notify) {
+    closed.notified().await;
+    let mut scratch = [0; 4096];
+    let drained = async { while read.read(&mut scratch).await.is_ok_and(|count| count > 0) {} };
+    // Whoever has not closed by then gets the reset.
+    let _ = tokio::time::timeout(LINGER, drained).await;
 }

@@ -1,10 +1,11 @@
 //! The production host: threads with tokio's `LocalRuntime`, one per node and one per NIC.
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "the production side of the seams")]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
@@ -14,10 +15,11 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::nic::{Nic, NicActor, NicOpened, NicReport, NicStartError};
 use crate::seams::{Clock, Environment, Host, OpenNic, Tick};
+use crate::supervise::{self, OnPanic};
 use crate::tcp_link::TcpNetwork;
 
 /// How NIC threads use their processor.
@@ -41,12 +43,31 @@ impl ThreadOptions {
     }
 }
 
-/// The seams of a production node, for the thread that calls.
-pub fn environment(options: ThreadOptions) -> Environment {
-    Environment {
+/// The NIC threads of one node.
+#[derive(Clone, Default)]
+pub struct NicThreads(Rc<RefCell<Vec<JoinHandle<()>>>>);
+
+impl NicThreads {
+    /// Waits until all have ended, as they do soon after the last port to them is dropped.
+    pub fn join(self) {
+        for thread in self.0.take() {
+            if thread.join().is_err() {
+                tracing::error!("a NIC thread panicked");
+            }
+        }
+    }
+}
+
+/// The seams of a production node, for the thread that calls, and the NIC threads that will be started through them.
+///
+/// `failed` is told the number of a NIC whose thread panicked.
+pub fn environment(options: ThreadOptions, failed: mpsc::UnboundedSender<usize>) -> (Environment, NicThreads) {
+    let threads = NicThreads::default();
+    let host = Rc::new(Threads { options, threads: threads.clone(), failed });
+    let environment = Environment {
         clock: Rc::new(MonotonicClock),
         network: Rc::new(TcpNetwork),
-        host: Rc::new(Threads { options }),
+        host,
         nonce: Rc::new(|| {
             let mut nonce = [0; 16];
             // Without the system's randomness there is no safe session; a zero nonce only weakens replay protection between restarts.
@@ -55,7 +76,8 @@ pub fn environment(options: ThreadOptions) -> Environment {
             }
             nonce
         }),
-    }
+    };
+    (environment, threads)
 }
 
 /// A runtime for one thread of a node.
@@ -91,6 +113,23 @@ impl Clock for MonotonicClock {
 
 struct Threads {
     options: ThreadOptions,
+    threads: NicThreads,
+    failed: mpsc::UnboundedSender<usize>,
+}
+
+/// Tells of a panic while its thread unwinds.
+struct Sentinel {
+    nic: usize,
+    failed: mpsc::UnboundedSender<usize>,
+}
+
+impl Drop for Sentinel {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // A node that has ended needs no word.
+            let _ = self.failed.send(self.nic);
+        }
+    }
 }
 
 impl Host for Threads {
@@ -103,7 +142,10 @@ impl Host for Threads {
         reports: Recipient<NicReport>,
     ) {
         let spin = self.options.spin;
+        let (index, failed) = (nic, self.failed.clone());
+        let sentinel = Sentinel { nic, failed: failed.clone() };
         let body = move || {
+            let _sentinel = sentinel;
             let runtime = match local_runtime() {
                 Ok(runtime) => runtime,
                 Err(error) => {
@@ -118,10 +160,20 @@ impl Host for Threads {
                 match started {
                     Ok((nic, advert)) => {
                         let (nic, wake) = (Rc::new(RefCell::new(nic)), Rc::new(Notify::new()));
-                        let port = NicActor::new(Rc::clone(&nic), Rc::clone(&wake)).start();
+                        // A panic in the actor must end the thread, not only its task.
+                        let panicked = Rc::new(Cell::new(false));
+                        let on_panic: OnPanic = {
+                            let panicked = Rc::clone(&panicked);
+                            Rc::new(move |_| panicked.set(true))
+                        };
+                        let actor = NicActor::new(Rc::clone(&nic), Rc::clone(&wake));
+                        let port = supervise::start("nic", &on_panic, actix::Context::new(), actor);
                         let alive = port.downgrade();
                         if opened.send(Ok(NicOpened { advert, port: port.recipient() })).is_ok() {
-                            drive(&nic, &wake, spin, || alive.upgrade().is_some()).await;
+                            drive(&nic, &wake, spin, || alive.upgrade().is_some() && !panicked.get()).await;
+                            if panicked.get() {
+                                let _ = failed.send(index);
+                            }
                         }
                     }
                     Err(error) => {
@@ -131,8 +183,9 @@ impl Host for Threads {
             });
         };
         let thread = std::thread::Builder::new().name(format!("kvferry-nic-{nic}"));
-        if let Err(error) = thread.spawn(body) {
-            tracing::error!(%error, nic, "a NIC thread did not start");
+        match thread.spawn(body) {
+            Ok(thread) => self.threads.0.borrow_mut().push(thread),
+            Err(error) => tracing::error!(%error, nic, "a NIC thread did not start"),
         }
     }
 }

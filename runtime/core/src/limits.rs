@@ -18,6 +18,8 @@ pub const BLOCKS_MAX: u32 = 1 << 28;
 pub const TABLE_BLOCKS_MAX: usize = 1 << 22;
 /// Tokens of one request.
 pub const TOKENS_MAX: u64 = 1 << 28;
+/// Prefix hashes of one request.
+pub const PREFIX_HASHES_MAX: usize = 1 << 20;
 /// Steps in which one offer becomes ready.
 pub const STEPS_MAX: u32 = LAYERS_MAX;
 /// Segments of one program.

@@ -237,7 +237,7 @@ impl Cluster {
                 let (answer, finished) = oneshot::channel();
                 answers.borrow_mut().push((spec.request, finished));
                 tally.borrow_mut().tokens.insert(spec.request, spec.tokens);
-                scheduler.do_send(Submit { spec, answer });
+                scheduler.do_send(Submit { spec, ticket: 0, answer });
             });
         }
     }

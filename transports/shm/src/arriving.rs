@@ -21,6 +21,9 @@ pub(crate) struct Expecting {
     arriving: Option<Arriving>,
 }
 
+/// Pushes that may be expected per transfer that may be posted: every step of a handover is expected from its beginning.
+const EXPECTED_PER_POST: usize = 4;
+
 /// A push that met its expectation.
 struct Arriving {
     peer: PeerId,
@@ -40,7 +43,7 @@ pub(crate) struct Held {
 impl ShmTransport {
     pub(crate) fn expect_push(&mut self, expected: Expected) -> Result<(), PostError> {
         let id = expected.id;
-        if self.expecting.len() >= self.options.transfers_max {
+        if self.expecting.len() >= self.options.transfers_max.saturating_mul(EXPECTED_PER_POST) {
             return Err(PostError::Full);
         }
         if self.expecting.contains_key(&id) {

@@ -18,7 +18,7 @@ use crate::wire::{Address, Frame, VERSION, same_key};
 /// How long a greeting may take.
 const GREETING: Duration = Duration::from_secs(5);
 /// Connections that have not shown the key yet.
-const STRANGERS_MAX: usize = 64;
+const STRANGERS_MAX: usize = 1024;
 
 /// One connection and who is at its other end.
 pub(crate) struct Peer {
@@ -96,8 +96,10 @@ impl ShmTransport {
                         continue;
                     }
                     let until = Instant::now() + GREETING;
-                    if let Err(error) = self.add_peer(socket, Stage::Stranger { until }, [0; 16]) {
-                        tracing::warn!(%error, "a connection was not accepted");
+                    match self.add_peer(socket, Stage::Stranger { until }, [0; 16]) {
+                        // Whoever has greeted already is no stranger to the next one in the queue.
+                        Ok(peer) => self.read_from(peer),
+                        Err(error) => tracing::warn!(%error, "a connection was not accepted"),
                     }
                 }
                 Err(Errno::INTR | Errno::CONNABORTED) => {}

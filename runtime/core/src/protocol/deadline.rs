@@ -36,7 +36,7 @@ impl Default for DeadlineTerms {
 impl DeadlineTerms {
     /// After which a decode leader decides by itself: every rank's own deadlines have run out long before.
     pub fn backstop(&self) -> Duration {
-        (self.cap + self.floor) * 2 + self.prefill
+        self.cap.saturating_add(self.floor).saturating_mul(2).saturating_add(self.prefill)
     }
 }
 

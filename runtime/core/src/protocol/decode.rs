@@ -538,6 +538,14 @@ impl DecodeRank {
     /// The leader's word.
     fn settle(&mut self, _now: Moment, handover: HandoverId, outcome: Outcome) {
         let Some(fetch) = self.fetches.get_mut(&handover).filter(|fetch| fetch.settled.is_none()) else { return };
+        if outcome.is_delivered() && !fetch.is_complete() {
+            // Whoever says so, bytes are missing here.
+            self.outbox.event(Event::Ignored {
+                from: self.leader.unwrap_or_default(),
+                what: "a delivery without this rank's part",
+            });
+            return;
+        }
         let request = fetch.pairing.spec.request;
         fetch.settled = Some(outcome.clone());
         if !fetch.reported {

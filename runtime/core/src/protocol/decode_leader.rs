@@ -101,7 +101,8 @@ impl DecodeLeader {
                 self.decide(now, handover, outcome);
             }
             Message::Started { handover } => {
-                if let Some(known) = self.handovers.get_mut(&handover)
+                let ours = self.rank_of(from).is_some();
+                if let Some(known) = self.handovers.get_mut(&handover).filter(|_| ours)
                     && !known.started
                 {
                     known.started = true;

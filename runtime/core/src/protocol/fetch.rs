@@ -82,6 +82,11 @@ impl Fetch {
         self.legs.values().any(|leg| !leg.in_flight.is_empty())
     }
 
+    /// Whether every leg is done and said so.
+    pub(super) fn is_complete(&self) -> bool {
+        self.reported && self.resolved && self.legs.values().all(|leg| leg.state == LegState::Done)
+    }
+
     /// Its part has ended; from now on the leader owes an outcome.
     pub(super) fn report(&mut self, now: Moment, within: Duration) {
         self.reported = true;

@@ -161,6 +161,20 @@ pub enum Refusal {
         /// Who has it.
         newer: HandoverId,
     },
+    /// More than anything here is made for.
+    #[error(
+        "{request} has {tokens} tokens and {hashes} prefix hashes; at most {} and {} are accepted",
+        crate::limits::TOKENS_MAX,
+        crate::limits::PREFIX_HASHES_MAX
+    )]
+    TooLarge {
+        /// Which request.
+        request: RequestId,
+        /// Its tokens.
+        tokens: u64,
+        /// Its prefix hashes.
+        hashes: usize,
+    },
     /// A request of that id is offered already.
     #[error("{0} is offered already; finish or release it first")]
     Duplicate(RequestId),

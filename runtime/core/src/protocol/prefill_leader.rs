@@ -85,7 +85,7 @@ impl PrefillLeader {
             Message::Prefill(job) => self.prefill(now, job),
             Message::RankOpened { request, steps } => self.rank_opened(from, request, steps),
             Message::RankReady { request, at } => self.rank_ready(from, request, at),
-            Message::RankFailed { request, reason } => self.fail(request, reason),
+            Message::RankFailed { request, reason } if self.rank_of(from).is_some() => self.fail(request, reason),
             Message::Renew { requests } => {
                 let mut renewals: BTreeMap<NodeId, Vec<RequestId>> = BTreeMap::new();
                 for request in requests {

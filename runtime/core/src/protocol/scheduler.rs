@@ -7,7 +7,7 @@ use super::{
     Awaited, Deadline, Event, FailReason, Finished, GroupView, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox,
     Outcome, OutcomeReport, Pairing, PathReport, Policy, PrefillJob, PrefillView, RequestSpec, Role,
 };
-use crate::{GroupId, HandoverId, Moment, NodeId, RequestId};
+use crate::{GroupId, HandoverId, Moment, NodeId, RequestId, limits};
 
 /// What a scheduler may wait for, and how often it tries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +147,10 @@ impl Scheduler {
     /// A new request. One that is known already is refused with [`Outcome::Failed`] for the newcomer only.
     pub fn handle_submit(&mut self, now: Moment, spec: RequestSpec) -> Result<(), super::Refusal> {
         let request = spec.request;
+        if spec.tokens > limits::TOKENS_MAX || spec.prefix.len() > limits::PREFIX_HASHES_MAX {
+            let (tokens, hashes) = (spec.tokens, spec.prefix.len());
+            return Err(super::Refusal::TooLarge { request, tokens, hashes });
+        }
         if self.requests.contains_key(&request) {
             return Err(super::Refusal::Duplicate(request));
         }
@@ -219,7 +223,7 @@ impl Scheduler {
         }
     }
 
-    /// A member is gone: its group is no more.
+    /// A member is gone. What its group had in work is lost; the survivors are a group again once that rank's next incarnation joins.
     pub fn handle_lost(&mut self, now: Moment, lost: &Lost) {
         self.outbox.event(Event::NodeLost { node: lost.node, cause: lost.cause.clone() });
         let prefill = self.prefill.iter().find_map(|(id, group)| Some((*id, group.rank_of(lost.node)?)));
@@ -227,12 +231,19 @@ impl Scheduler {
         let reason =
             |role, group, rank| FailReason::RankLost { role, group, rank, node: lost.node, cause: lost.cause.clone() };
         if let Some((group, rank)) = prefill {
-            self.prefill.remove(&group);
+            if let Some(left) =
+                self.prefill.remove(&group).map(|group| group.without(rank)).filter(|left| !left.is_empty())
+            {
+                self.prefill.insert(group, left);
+            }
             self.lose_prefill(now, group, &reason(Role::Prefill, group, rank));
         }
         if let Some((group, rank)) = decode {
-            let leader =
-                self.decode.remove(&group).and_then(|group| group.leader()).filter(|leader| *leader != lost.node);
+            let whole = self.decode.remove(&group);
+            let leader = whole.as_ref().and_then(DecodeGroup::leader).filter(|leader| *leader != lost.node);
+            if let Some(left) = whole.map(|group| group.without(rank)).filter(|left| !left.is_empty()) {
+                self.decode.insert(group, left);
+            }
             self.held.retain(|_, (held_by, _)| *held_by != group);
             match leader {
                 // It will decide by itself.
@@ -266,7 +277,7 @@ impl Scheduler {
                 }
             }
             Message::Outcome(report) => self.outcome(now, from, report),
-            Message::Freed { handover } => self.freed(now, handover),
+            Message::Freed { handover } => self.freed(now, from, handover),
             Message::Holds { added, removed } => {
                 if let Some(group) = self.decode.values_mut().find(|group| group.leader() == Some(from)) {
                     group.hold(&added, &removed);
@@ -385,6 +396,7 @@ impl Scheduler {
         offer: Option<OfferSummary>,
         reason: FailReason,
     ) {
+        let (has_prefill, has_decode) = (self.has_prefill(), self.has_decode());
         let Some(known) = self.requests.get_mut(&request) else { return };
         known.attempts += 1;
         if known.cancelled {
@@ -398,14 +410,16 @@ impl Scheduler {
         let stands = held && !known.withdrawn && !gone;
         if again
             && stands
-            && !self.decode.is_empty()
+            && has_decode
             && let Some(offer) = offer
         {
             known.stage = Stage::Offered { group, offer };
             known.wait(&mut self.deadlines, Deadline::after(now, self.terms.pair_within));
             let known_cause = match &reason {
                 FailReason::Engine(_) => true,
-                FailReason::RankLost { role: Role::Decode, group, .. } => !self.decode.contains_key(group),
+                FailReason::RankLost { role: Role::Decode, group, .. } => {
+                    self.decode.get(group).and_then(DecodeGroup::leader).is_none()
+                }
                 _ => false,
             };
             if known_cause {
@@ -414,7 +428,7 @@ impl Scheduler {
                 // Ranks notice a loss before the directory does: tried at once, every attempt would meet the same dead rank.
                 self.resting.insert((now + REST * (1 << known.attempts.min(5)), request));
             }
-        } else if again && !self.prefill.is_empty() && !self.decode.is_empty() {
+        } else if again && has_prefill && has_decode {
             self.release(request, PrefillView::Ended);
             if let Some(known) = self.requests.get_mut(&request) {
                 known.stage = Stage::Queued;
@@ -426,6 +440,14 @@ impl Scheduler {
         } else {
             self.finish(request, Outcome::Failed { reason }, None, Vec::new());
         }
+    }
+
+    fn has_prefill(&self) -> bool {
+        self.prefill.values().any(|group| group.leader().is_some())
+    }
+
+    fn has_decode(&self) -> bool {
+        self.decode.values().any(|group| group.leader().is_some())
     }
 
     fn lose_prefill(&mut self, now: Moment, lost: GroupId, reason: &FailReason) {
@@ -461,7 +483,12 @@ impl Scheduler {
         }
     }
 
-    fn freed(&mut self, now: Moment, handover: HandoverId) {
+    fn freed(&mut self, now: Moment, from: NodeId, handover: HandoverId) {
+        let holder = self.held.get(&handover).and_then(|(group, _)| self.decode.get(group)?.leader());
+        if holder.is_some_and(|leader| leader != from) {
+            self.outbox.event(Event::Ignored { from, what: "the end of another group's handover" });
+            return;
+        }
         if let Some((group, spec)) = self.held.remove(&handover) {
             self.outbox.event(Event::Freed { request: spec.request });
             self.give_back(group, handover, &spec);
@@ -536,8 +563,9 @@ impl Scheduler {
 
     /// Says whether the request left the queue.
     fn start_prefill(&mut self, now: Moment, request: RequestId) -> bool {
+        let has_prefill = self.has_prefill();
         let Some(known) = self.requests.get_mut(&request) else { return true };
-        if self.prefill.is_empty() && self.seen.contains(&Role::Prefill) {
+        if !has_prefill && self.seen.contains(&Role::Prefill) {
             self.finish(request, Outcome::Failed { reason: FailReason::NoGroup(Role::Prefill) }, None, Vec::new());
             return true;
         }
@@ -563,7 +591,7 @@ impl Scheduler {
     fn start_pairing(&mut self, now: Moment, request: RequestId) -> bool {
         let Some(known) = self.requests.get_mut(&request) else { return true };
         let Stage::Offered { group, offer } = known.stage.clone() else { return true };
-        let fits = self.decode.values().any(|decode| decode.could_ever_take(&known.spec));
+        let fits = self.decode.values().any(|decode| decode.leader().is_some() && decode.could_ever_take(&known.spec));
         if !fits && self.seen.contains(&Role::Decode) {
             self.finish(request, Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) }, None, Vec::new());
             return true;

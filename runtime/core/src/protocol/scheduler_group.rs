@@ -21,6 +21,12 @@ impl Ranks {
         Ranks { expected: geometry.ranks(), nodes: BTreeMap::new() }
     }
 
+    fn without(&self, rank: Rank) -> Ranks {
+        let mut nodes = self.nodes.clone();
+        nodes.remove(&rank);
+        Ranks { expected: self.expected, nodes }
+    }
+
     /// Says whether this made the group complete.
     fn join(&mut self, rank: Rank, node: NodeId) -> bool {
         let before = self.is_complete();
@@ -62,12 +68,22 @@ impl PrefillGroup {
         }
     }
 
+    /// What is left of it when a rank is gone: the surviving ranks, working on nothing, until the rank's next incarnation joins.
+    pub(super) fn without(&self, rank: Rank) -> PrefillGroup {
+        let (ranks, jobs) = (self.ranks.without(rank), Credit::new(self.jobs.limit()));
+        PrefillGroup { ranks, jobs, working: BTreeSet::new(), load_tokens: 0 }
+    }
+
     pub(super) fn join(&mut self, place: &Place, node: NodeId) -> bool {
         self.ranks.join(place.rank, node)
     }
 
     pub(super) fn leader(&self) -> Option<NodeId> {
         self.ranks.leader()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.ranks.nodes.is_empty()
     }
 
     pub(super) fn rank_of(&self, node: NodeId) -> Option<Rank> {
@@ -137,12 +153,30 @@ impl DecodeGroup {
         }
     }
 
+    /// What is left of it when a rank is gone: the surviving ranks, working on nothing, until the rank's next incarnation joins.
+    pub(super) fn without(&self, rank: Rank) -> DecodeGroup {
+        DecodeGroup {
+            ranks: self.ranks.without(rank),
+            geometry: Arc::clone(&self.geometry),
+            handovers: Credit::new(self.handovers.limit()),
+            blocks: self.blocks.iter().map(|credit| Credit::new(credit.limit())).collect(),
+            working: BTreeSet::new(),
+            load_tokens: 0,
+            // Another incarnation holds no prefixes; the survivors' alone are of no use.
+            held: BTreeSet::new(),
+        }
+    }
+
     pub(super) fn join(&mut self, place: &Place, node: NodeId) -> bool {
         self.ranks.join(place.rank, node)
     }
 
     pub(super) fn leader(&self) -> Option<NodeId> {
         self.ranks.leader()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.ranks.nodes.is_empty()
     }
 
     pub(super) fn rank_of(&self, node: NodeId) -> Option<Rank> {

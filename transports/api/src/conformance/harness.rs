@@ -1,6 +1,5 @@
 //! Transports in one thread, and waiting for what they report.
 
-use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use kvferry_core::{PoolLayout, TransferId};
