@@ -17,6 +17,7 @@ fn handover(criterion: &mut Criterion) {
         for direction in [Direction::Pull, Direction::Push] {
             let mut nodes = runtime.block_on(Nodes::start(GEOMETRY, kind, direction)).expect("three nodes");
             runtime.block_on(nodes.handovers(BURST, 16)).expect("a warm-up");
+            group.throughput(criterion::Throughput::Elements(1));
             group.bench_function(format!("{kind}/{direction:?}/alone").to_lowercase(), |bencher| {
                 bencher.iter(|| runtime.block_on(nodes.handover(16)).expect("a handover"));
             });

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvferry::{
     BlockTable, EngineCall, Epoch, Format, GroupGeometry, GroupId, LeastLoaded, Model, NodeConfig, NodeId, Outcome,
-    Parallel, Pool, PoolId, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms, Tables, ThreadOptions,
+    Parallel, Pool, PoolId, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms, ThreadOptions,
     TransportKind, WorkerConfig, WorkerNode, transport,
 };
 
@@ -29,12 +29,10 @@ async fn prefill(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
         match call {
             EngineCall::Prefill(job) => {
                 let blocks = vec![5, 2, 7];
-                for (plane, block) in (0..pool.layout().planes.len() as u32)
-                    .flat_map(|plane| blocks.iter().map(move |block| (plane, *block)))
-                {
-                    pool.fill(plane, block, 42)?;
+                for plane in 0..pool.layout().planes.len() as u32 {
+                    blocks.iter().try_for_each(|block| pool.fill(plane, *block, 42))?;
                 }
-                port.opened(job.spec.request, Tables { groups: vec![BlockTable::known(0, blocks)] }, vec![4]);
+                port.opened(job.spec.request, BlockTable::known(0, blocks).into(), vec![4]);
                 port.ready(job.spec.request, 1);
             }
             EngineCall::Release { request, .. } => port.released(request),
@@ -49,9 +47,7 @@ async fn decode(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
     let port = worker.port();
     while let Some(call) = worker.next_call().await {
         match call {
-            EngineCall::Place { handover, .. } => {
-                port.placed(handover, Tables { groups: vec![BlockTable::known(0, vec![1, 0, 3])] }, 0)
-            }
+            EngineCall::Place { handover, .. } => port.placed(handover, BlockTable::known(0, vec![1, 0, 3]).into(), 0),
             EngineCall::Settled { handover, outcome: Outcome::Delivered, .. } => {
                 let mut first = [0];
                 pool.read(0, 1, 0, &mut first)?;

@@ -10,6 +10,31 @@ fn the_snippet_is_the_example() {
 }
 
 #[test]
+fn the_commands_run() {
+    let commands = README.lines().filter_map(|line| line.strip_prefix("cargo run --release --example cluster -- "));
+    let mut tried = 0;
+    for options in commands.filter(|options| !options.contains("--help")) {
+        tried += 1;
+        let options: Vec<&str> = options.split_whitespace().collect();
+        let quick = ["--in-process", "--requests", "3", "--isl", "40"];
+        // Ranks to kill must be processes.
+        let extra = if options.contains(&"--kill") { &quick[1..] } else { &quick[..] };
+        let run = std::process::Command::new(cluster()).args(&options).args(extra).output();
+        let run = run.expect("the cluster example is built beside the tests");
+        assert!(run.status.success(), "{options:?}: {}", String::from_utf8_lossy(&run.stderr));
+    }
+    assert!(tried >= 2, "the README has lost its examples");
+    assert!(!README.contains("@@"));
+}
+
+/// `target/<profile>/examples/cluster`, beside this test's own directory.
+fn cluster() -> std::path::PathBuf {
+    let test = std::env::current_exe().expect("a test knows where it is");
+    let profile = test.parent().and_then(|deps| deps.parent()).expect("tests lie in target/<profile>/deps");
+    profile.join("examples/cluster")
+}
+
+#[test]
 fn linked_files_exist() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let links =

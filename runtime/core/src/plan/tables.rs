@@ -52,6 +52,13 @@ impl BlockTable {
     }
 }
 
+/// The tables of a model with one layer group.
+impl From<BlockTable> for Tables {
+    fn from(table: BlockTable) -> Self {
+        Tables { groups: vec![table] }
+    }
+}
+
 impl From<TableShape> for BlockTable {
     fn from(shape: TableShape) -> Self {
         let TableShape { first_token, blocks, ring } = shape;
