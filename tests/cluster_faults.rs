@@ -48,6 +48,30 @@ fn a_killed_decode_rank_fails_what_nobody_else_can_decode() {
 }
 
 #[test]
+fn a_wrong_byte_fails_the_run() {
+    for in_process in [false, true] {
+        let case = Case { transport: "auto", direction: "auto", in_process };
+        let ran = run(&case, &[&TINY[..], &["--prefill", "tp=2", "--decode", "tp=2", "--corrupt", "1"]].concat());
+        assert_eq!(ran.code, Some(1), "{}\n{}", ran.stderr, ran.stdout);
+        assert!(ran.number("mismatched_bytes") > 0, "{}", ran.stdout);
+        assert_eq!(ran.number("delivered"), 12, "the transfers themselves were sound: {}", ran.stdout);
+    }
+}
+
+#[test]
+fn a_decode_rank_dies_amid_steps() {
+    for transport in ["shm", "tcp"] {
+        for direction in ["pull", "push"] {
+            let case = Case { transport, direction, in_process: false };
+            let sides = ["--prefill", "tp=2", "--decode", "tp=2,groups=2", "--layers-per-step", "1"];
+            let ran = run(&case, &[&TINY[..], &sides, &["--kill", "decode:1@2"]].concat());
+            ran.check_sound();
+            assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
+        }
+    }
+}
+
+#[test]
 fn another_decode_group_takes_over() {
     let ran = processes(&["--prefill", "tp=2", "--decode", "tp=2,groups=2", "--kill", "decode:0@2"]);
     ran.check_sound();

@@ -72,6 +72,9 @@ pub(crate) struct Options {
     /// SIGSTOP a rank when the Nth transfer starts, and SIGKILL it once it is declared lost; may repeat
     #[arg(long, value_name = "ROLE:RANK@N")]
     pub(crate) stop: Vec<String>,
+    /// Overwrites a byte in every block of a decode rank after each delivery, before it is checked: a check of the checks, the run must fail
+    #[arg(long, value_name = "RANK")]
+    pub(crate) corrupt: Option<u64>,
     /// Every rank is a node of its own inside this process
     #[arg(long)]
     pub(crate) in_process: bool,

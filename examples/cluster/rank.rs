@@ -36,6 +36,8 @@ pub(crate) struct RankConfig {
     pub(crate) handovers_max: u32,
     pub(crate) layers_per_step: Option<u32>,
     pub(crate) reuse_prefix: bool,
+    /// Overwrites what was delivered, to see that it is noticed.
+    pub(crate) corrupt: bool,
     pub(crate) seed: u64,
     /// NIC threads of the whole cluster, all on this machine.
     pub(crate) nic_threads: usize,
@@ -192,11 +194,10 @@ pub(crate) fn run(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(RankError::Runtime)?;
     runtime.block_on(async {
         let node = NodeConfig::new(config.node, Epoch(1));
-        let mut worker = WorkerNode::start(node, worker, pool, nics, threads).await?;
-        // Nobody watches this rank's events: the scheduler's tell enough.
-        drop(worker.events());
+        let mut worker = WorkerNode::start(node, worker, pool.clone(), nics, threads).await?;
         let ledger = Ledger { shard, config: &config, placed: BTreeMap::new(), report: RankReport::default() };
-        let ended = Runner { port: worker.port(), engine, ledger }.serve(&mut worker, orders, say).await;
+        let ended =
+            Runner { port: worker.port(), engine, ledger, pool: pool.clone() }.serve(&mut worker, orders, say).await;
         // Peers see this incarnation end; a thread that hangs does not keep the process.
         let _ = tokio::time::timeout(Duration::from_secs(10), worker.shutdown()).await;
         ended
@@ -208,6 +209,7 @@ struct Runner<'a> {
     port: EnginePort,
     engine: Box<dyn Engine>,
     ledger: Ledger<'a>,
+    pool: Pool,
 }
 
 impl Runner<'_> {
@@ -231,7 +233,7 @@ impl Runner<'_> {
                     Order::Stop => return Ok(()),
                 }
             }
-            let Runner { port, engine, ledger } = &mut self;
+            let Runner { port, engine, ledger, .. } = &mut self;
             if engine.work(&mut |event| ledger.emit(port, event)) {
                 news = true;
                 continue;
@@ -258,7 +260,13 @@ impl Runner<'_> {
     }
 
     fn handle(&mut self, call: EngineCall) {
-        let Runner { port, engine, ledger } = self;
+        let Runner { port, engine, ledger, pool } = self;
+        if ledger.config.corrupt && matches!(&call, EngineCall::Settled { outcome: Outcome::Delivered, .. }) {
+            for block in 0..pool.layout().planes.first().map_or(0, |plane| plane.blocks) {
+                // A block that is not there cannot be spoilt; the run then ends well, and its caller notices.
+                let _ = pool.write(0, block, 0, &[0x5a]);
+            }
+        }
         ledger.note(&call);
         engine.handle(call, &mut |event| ledger.emit(port, event));
     }

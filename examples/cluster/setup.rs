@@ -71,6 +71,11 @@ impl Setup {
         let stops = options.stop.iter().map(|value| Fault::parse(Action::Stop, value, counts, options.in_process));
         let faults = kills.chain(stops).collect::<Result<Vec<_>, _>>()?;
 
+        if let Some(rank) = options.corrupt.filter(|rank| *rank >= counts.1) {
+            let (value, last) = (rank.to_string(), counts.1.saturating_sub(1));
+            return Err(UsageError::FaultRank { option: "corrupt", value, role: Role::Decode, last });
+        }
+
         let mut configs = Vec::with_capacity(ranks as usize);
         let mut group = GroupId(0);
         for (side, blocks) in [(&prefill, prefill_blocks), (&decode, decode_blocks)] {
@@ -92,6 +97,7 @@ impl Setup {
                         handovers_max: u32::try_from(concurrency).unwrap_or(u32::MAX),
                         layers_per_step: steps.map(|steps| steps as u32),
                         reuse_prefix: options.reuse_prefix && side.role == Role::Decode,
+                        corrupt: side.role == Role::Decode && options.corrupt == Some(number),
                         seed: options.seed,
                         nic_threads: nics.len() * ranks as usize,
                         scheduler: String::new(),

@@ -36,7 +36,7 @@ pub struct NodeConfig {
     pub advertise: Option<String>,
     /// How sessions wait.
     pub session: SessionTerms,
-    /// How long KV is held for others.
+    /// How long KV is held for others; the same on every node of a deployment, the scheduler's terms included.
     pub leases: LeaseTerms,
     /// How long transfers may take.
     pub deadlines: DeadlineTerms,
