@@ -55,7 +55,7 @@ impl Message for LinkInput {
 
 /// Control links. One per node.
 pub trait Network {
-    /// Dials an address; ends in one [`LinkUp`] or [`LinkFailed`] to `answer`.
+    /// Dials an address; `answer` gets the link, or why there is none.
     fn dial(&self, address: &str, answer: Box<dyn FnOnce(Result<LinkUp, String>)>);
 
     /// Starts to accept links; each is given to `accept`. Returns the address to advertise.
