@@ -43,7 +43,7 @@ async fn prefill(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
 }
 
 /// The serving engine's side of a decode rank: find blocks; once it is settled they hold the KV.
-async fn decode(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
+async fn decode(mut worker: WorkerNode, pool: Pool) -> Result<u8, Error> {
     let port = worker.port();
     while let Some(call) = worker.next_call().await {
         match call {
@@ -51,13 +51,13 @@ async fn decode(mut worker: WorkerNode, pool: Pool) -> Result<(), Error> {
             EngineCall::Settled { handover, outcome: Outcome::Delivered, .. } => {
                 let mut first = [0];
                 pool.read(0, 1, 0, &mut first)?;
-                println!("decode: the first byte of block 1 is {}", first[0]);
                 port.freed(handover);
+                return Ok(first[0]);
             }
             _ => {}
         }
     }
-    Ok(())
+    Err("the node has stopped".into())
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -70,9 +70,10 @@ async fn main() -> Result<(), Error> {
     let request = RequestSpec { request: RequestId(7), tokens: 40, prefix: Arc::default(), prefix_tokens: 512 };
     let handover = scheduler.submit(request).await;
     tokio::select! {
-        finished = handover => println!("{:?}", finished?),
         ended = prefill(prefiller, source) => ended?,
-        ended = decode(decoder, destination) => ended?,
+        (finished, byte) = async { tokio::join!(handover, decode(decoder, destination)) } => {
+            println!("the first byte of block 1 is {}: {:?}", byte?, finished?);
+        }
     }
     scheduler.shutdown().await;
     Ok(())

@@ -9,11 +9,28 @@
 //! Everything else describes: what a model's KV looks like ([`GroupGeometry`]), which transport to open ([`transport`]), how long to wait.
 //! See `ARCHITECTURE.md` for the life of one handover and the invariants that hold in it.
 
+//! # A group of several ranks
+//!
+//! Every rank runs a [`WorkerNode`] with a [`NodeId`] of its own, the group's [`GroupId`] and the same [`GroupGeometry`]; the order in
+//! which nodes start does not matter. Group numbers are unique over both sides. A request belongs to the ranks of one attention-dp part
+//! ([`GroupGeometry::owners`]); each of them gets its own [`EngineCall::Prefill`] or [`EngineCall::Place`] and answers with its own
+//! tables. Steps are given as ends of model layers and are the same on every rank, also where a pipeline stage holds none of a
+//! step's layers. A node that restarts comes back with a larger [`Epoch`]; its group is whole again once it has joined.
+//!
+//! # What an engine owes
+//!
+//! - `Prefill` → [`EnginePort::opened`] with blocks, then [`EnginePort::ready`] as steps are computed; layers that are ready do not change.
+//!   If it cannot be done, [`EngineEvent::Unable`].
+//! - `Release` → the blocks are the engine's again; [`EnginePort::released`].
+//! - `Place` → [`EnginePort::placed`] with blocks, or [`EngineEvent::NoRoom`].
+//! - `Settled` → delivered: the blocks hold the KV, [`EnginePort::freed`] once they are let go. Otherwise they are free, unless
+//!   `quarantined`: then only after `Returned`.
+
 pub mod transport;
 
 pub use kvferry_actors::{
-    EnginePort, Handover, HandoverError, NodeConfig, NodeError, OpenNic, SchedulerNode, ThreadOptions, WorkerConfig,
-    WorkerNode,
+    EnginePort, Handover, HandoverError, ListenError, NicStartError, NodeConfig, NodeError, OpenNic, SchedulerNode,
+    ThreadOptions, WorkerConfig, WorkerNode,
 };
 pub use kvferry_core::protocol::{
     DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, Finished, GroupView, Identity, LeaseTerms, LeastLoaded,

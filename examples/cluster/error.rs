@@ -58,8 +58,8 @@ pub(crate) enum UsageError {
     Number { option: &'static str, value: u64, reason: &'static str, least: u64, most: u64 },
     #[error("--trace {}: it cannot be read: {source}; name a readable file", file.display())]
     TraceFile { file: PathBuf, source: std::io::Error },
-    #[error("--trace {}: line {line}: {reason}; correct the line or use --limit {}", file.display(), line.saturating_sub(1))]
-    TraceLine { file: PathBuf, line: u64, reason: String },
+    #[error("--trace {}: line {line}: {reason}; correct the line{}", file.display(), if *before > 0 { format!(" or use --limit {before}") } else { String::new() })]
+    TraceLine { file: PathBuf, line: u64, reason: String, before: usize },
     #[error("--trace {}: it has no requests; name a Mooncake trace", file.display())]
     TraceEmpty { file: PathBuf },
     #[error("--transport {name}: this build has no such transport; use {known}")]

@@ -18,6 +18,7 @@ mod side;
 mod verdict;
 mod workload;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -44,18 +45,19 @@ fn main() -> ExitCode {
     match drive::run(&setup) {
         Ok(record) => {
             let verdict = verdict::Verdict::of(&setup, &record);
-            if options.json {
-                println!("{}", verdict.json());
-            } else {
-                print!("{}", report::table(&verdict));
-            }
-            for note in &record.notes {
+            let text = if options.json { format!("{}\n", verdict.json()) } else { report::table(&verdict) };
+            let mut out = std::io::stdout().lock();
+            let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+            for note in record.notes.iter().chain(&verdict.notes) {
                 eprintln!("note: {note}");
             }
             for complaint in &verdict.complaints {
                 eprintln!("error: {complaint}");
             }
-            if verdict.complaints.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            if let Err(error) = &written {
+                eprintln!("error: the result cannot be written: {error}");
+            }
+            if verdict.complaints.is_empty() && written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(error) => {
             eprintln!("error: {error}");

@@ -19,8 +19,8 @@ pub(crate) struct Options {
     /// [default: llama-3.1-8b]
     #[arg(long, value_name = "NAME", conflicts_with = "geometry")]
     pub(crate) model: Option<String>,
-    /// A model by its KV: layers=..,kv_heads=..,head_dim=..,dtype=bf16|f16|fp8|..,kv=separate|interleaved,planes=one|per-layer,
-    /// window=..,latent=..
+    /// A model by its KV: layers=..,kv_heads=..,head_dim=..,dtype=bf16|f16|f32|fp8|fp8_e5m2|int8|uint8,kv=separate|interleaved,
+    /// planes=one|per-layer,window=..,latent=.. (instead of --model)
     #[arg(long, value_name = "LIST")]
     pub(crate) geometry: Option<String>,
     /// The prefill side: tp=2,pp=1,layers=3+2,cp=1,adp=1,groups=1,nodes=1,block=16,order=NHD|HND,kv=separate|interleaved,
@@ -54,10 +54,10 @@ pub(crate) struct Options {
     /// Requests in flight at once [default: 4 per decode group]
     #[arg(long, value_name = "N")]
     pub(crate) concurrency: Option<u64>,
-    /// auto (shared memory where ranks share a host, otherwise TCP), or one transport: shm, tcp, ucx, libfabric, cuda
+    /// auto (shared memory where ranks share a host, otherwise TCP), shm or tcp; ucx, libfabric and cuda are not in this build yet
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) transport: String,
-    /// Devices by name, best first: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]
+    /// Devices by name, best first within each transport: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]
     #[arg(long, value_name = "LIST")]
     pub(crate) devices: Option<String>,
     /// Who initiates transfers: pull = decode, push = prefill

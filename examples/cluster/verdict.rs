@@ -31,6 +31,9 @@ pub(crate) struct Verdict {
     pub(crate) paths: Vec<Path>,
     pub(crate) failures: Vec<Failure>,
     /// Why this is no success.
+    /// What is worth knowing besides, and no reason to fail.
+    #[serde(skip)]
+    pub(crate) notes: Vec<String>,
     #[serde(skip)]
     pub(crate) complaints: Vec<String>,
 }
@@ -103,7 +106,7 @@ impl Verdict {
             }
         }
         let moved: u64 = paths.values().map(|(bytes, _)| *bytes).fold(0, u64::saturating_add);
-        let (mut expected, mut anyone_gone) = (0u64, false);
+        let (mut expected, mut gone) = (0u64, Vec::new());
         for (config, rank) in setup.ranks.iter().zip(&record.ranks) {
             let engine = &rank.report.engine;
             verdict.verified_bytes += engine.verified_bytes;
@@ -114,7 +117,9 @@ impl Verdict {
             }
             if rank.gone {
                 // What a lost prefill rank had checked changes no sum of the decode side.
-                anyone_gone |= config.role == Role::Decode;
+                if config.role == Role::Decode {
+                    gone.push(config.name());
+                }
                 continue;
             }
             verdict.leaked_blocks += engine.leaked_blocks + engine.held_blocks;
@@ -128,18 +133,29 @@ impl Verdict {
         verdict.handover_ms =
             Quantiles { p50: quantile(&waits, 50), p99: quantile(&waits, 99), max: quantile(&waits, 100) };
         verdict.paths = paths.into_iter().map(|(key, sums)| key.path(sums, setup, record)).collect();
-        // A rank that was killed has perhaps not told all that it had checked.
-        if !anyone_gone {
-            for (what, bytes) in
-                [("were verified", verdict.verified_bytes), ("were moved", moved), ("were asked for", expected)]
-            {
-                if bytes != verdict.bytes {
-                    complaints.push(format!("{bytes} bytes {what}, delivered requests need {}", verdict.bytes));
-                }
+        let mut sums = Vec::new();
+        if gone.is_empty() {
+            sums.extend([("were verified", verdict.verified_bytes), ("were asked for", expected)]);
+        } else if verdict.verified_bytes < verdict.bytes {
+            // A rank that was killed has perhaps not checked, or not told, all that it got.
+            verdict.notes.push(format!(
+                "{} of {} delivered bytes were on {}, which did not live to tell that they were checked",
+                verdict.bytes - verdict.verified_bytes,
+                verdict.bytes,
+                gone.join(", ")
+            ));
+        }
+        // What moved is known from the decode leaders' reports, whoever died afterwards.
+        if gone.is_empty() || !setup.reuse_prefix {
+            sums.push(("were moved", moved));
+        }
+        for (what, bytes) in sums {
+            if bytes != verdict.bytes {
+                complaints.push(format!("{bytes} bytes {what}, delivered requests need {}", verdict.bytes));
             }
-            if verdict.failed > 0 && setup.faults.is_empty() {
-                complaints.push(format!("{} requests failed, and no --kill or --stop explains it", verdict.failed));
-            }
+        }
+        if gone.is_empty() && verdict.failed > 0 && setup.faults.is_empty() {
+            complaints.push(format!("{} requests failed, and no --kill or --stop explains it", verdict.failed));
         }
         if verdict.mismatched_bytes > 0 {
             complaints.push(format!("{} bytes are not what they have to be", verdict.mismatched_bytes));

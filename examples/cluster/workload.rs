@@ -69,7 +69,8 @@ fn trace(file: &Path, limit: u64) -> Result<Vec<RequestSpec>, UsageError> {
         if text.trim().is_empty() {
             continue;
         }
-        let wrong = |reason: String| UsageError::TraceLine { file: file.to_owned(), line, reason };
+        let before = requests.len();
+        let wrong = |reason: String| UsageError::TraceLine { file: file.to_owned(), line, reason, before };
         let Line { input_length: tokens, hash_ids } =
             serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
         if !(1..=TOKENS_MAX).contains(&tokens) {
