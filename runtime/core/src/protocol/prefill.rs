@@ -1,14 +1,16 @@
 //! One prefill rank: offers, their leases, and the readers that they have.
 
+mod readers;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::peer::Peer;
 use super::{
     EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent, OpenFetch,
-    OpenedFetch, Outbox, PrefillJob, PrefillView, Refusal, Role, WorkerProfile,
+    Outbox, PrefillJob, PrefillView, Refusal, Role, WorkerProfile,
 };
-use crate::{Direction, HandoverId, Moment, NodeId, PlanRequest, RequestId, Tables, TransferId, limits};
+use crate::{Direction, HandoverId, Moment, NodeId, RequestId, Tables, TransferId, limits};
 
 /// Releases that an engine may leave unacknowledged.
 const RELEASING_MAX: usize = 65_536;
@@ -335,168 +337,6 @@ impl PrefillRank {
         }
         if steps == total {
             self.tell_leader(Message::RankReady { request, at: now });
-        }
-    }
-
-    fn open(&mut self, now: Moment, from: NodeId, open: OpenFetch) -> Result<(), Refusal> {
-        let (request, handover) = (open.request, open.handover);
-        let peer = match self.peers.get(&from) {
-            Some(Ok(peer)) => peer,
-            Some(Err(reason)) => return Err(Refusal::Mismatch(reason.to_string())),
-            None => return Err(Refusal::Mismatch("the peer has not introduced itself".to_owned())),
-        };
-        if peer.direction != open.direction {
-            return Err(Refusal::Mismatch(format!(
-                "direction: {:?} was agreed, {:?} was asked for",
-                peer.direction, open.direction
-            )));
-        }
-        let offer = self.offers.get_mut(&request).ok_or(Refusal::UnknownRequest(request))?;
-        if offer.closing.is_some() {
-            return Err(Refusal::UnknownRequest(request));
-        }
-        let tokens = offer.job.spec.tokens;
-        let held = offer.held.as_mut().ok_or(Refusal::UnknownRequest(request))?;
-        if !held.lease.renew(now) {
-            return Err(Refusal::LeaseExpired(request));
-        }
-        // Planning the whole offer once proves that both sides' tables fit, before any byte moves.
-        let layers = 0..self.local.geometry.model.layers;
-        peer.plan
-            .program(&PlanRequest {
-                tokens,
-                have: open.have,
-                layers,
-                source: &held.tables,
-                destination: &open.destination,
-            })
-            .map_err(|error| Refusal::BadTables(error.to_string()))?;
-        match held.handover {
-            Some(newer) if newer > handover => return Err(Refusal::Superseded { request, newer }),
-            Some(current) if current == handover => {}
-            _ => {
-                held.handover = Some(handover);
-                let old: Vec<NodeId> = held.readers.keys().copied().collect();
-                for node in old {
-                    self.stop_reader(request, node);
-                }
-            }
-        }
-        let Some(held) = self.held(request) else { return Err(Refusal::UnknownRequest(request)) };
-        if held.readers.get(&from).is_some_and(|reader| reader.open.handover == handover) {
-            return Ok(());
-        }
-        let direction = open.direction;
-        let carried = held.readers.remove(&from).map(|old| old.in_flight).unwrap_or_default();
-        held.readers.insert(from, Reader { open, expecting: false, posted: 0, in_flight: carried, stopped: false });
-        let source = match direction {
-            Direction::Pull => held.tables.clone(),
-            Direction::Push => held.tables.shapes(),
-        };
-        let ready = held.ready;
-        self.outbox.send(from, Message::Opened(OpenedFetch { handover, source, ready }));
-        Ok(())
-    }
-
-    /// Posts every ready step that was not posted yet.
-    fn push_ready(&mut self, now: Moment, request: RequestId, to: NodeId) {
-        let (Some(offer), Some(Ok(peer))) = (self.offers.get_mut(&request), self.peers.get(&to)) else { return };
-        let tokens = offer.job.spec.tokens;
-        let (Some(held), None) = (&mut offer.held, offer.closing) else { return };
-        let Some(reader) = held.readers.get_mut(&to) else { return };
-        let mut refusal = None;
-        while reader.expecting && reader.posted < held.ready && !reader.stopped {
-            let step = reader.posted;
-            reader.posted += 1;
-            let layers = step_layers(&held.steps, step);
-            let plan = PlanRequest {
-                tokens,
-                have: reader.open.have,
-                layers,
-                source: &held.tables,
-                destination: &reader.open.destination,
-            };
-            match peer.plan.program(&plan) {
-                Ok(program) if program.units() == 0 => {}
-                Ok(program) => {
-                    let id = TransferId::of(reader.open.handover, self.local.rank, peer.profile.rank, step);
-                    reader.in_flight.insert(id);
-                    let program = Arc::new(program);
-                    self.outbox.nic(peer.nic, NicCommand::Post { id, node: to, direction: Direction::Push, program });
-                }
-                Err(error) => {
-                    reader.stopped = true;
-                    refusal = Some((reader.open.handover, Refusal::BadTables(error.to_string())));
-                }
-            }
-        }
-        if let Some((handover, refusal)) = refusal {
-            self.outbox.send(to, Message::Refused { handover, refusal });
-        }
-        self.finish_closing(now, request);
-    }
-
-    fn push_ended(&mut self, now: Moment, id: TransferId, end: Result<(), String>) {
-        let Some((request, offer)) = self.offers.iter_mut().find(|(_, offer)| {
-            offer.held.as_ref().is_some_and(|held| held.readers.values().any(|reader| reader.in_flight.contains(&id)))
-        }) else {
-            return;
-        };
-        let request = *request;
-        let mut failed = None;
-        for (node, reader) in offer.held.iter_mut().flat_map(|held| &mut held.readers) {
-            // What is left of an earlier handover says nothing about this one.
-            if reader.in_flight.remove(&id) && id.handover() == reader.open.handover {
-                failed = end.as_ref().err().map(|reason| (*node, reason));
-            }
-        }
-        if let Some((node, reason)) = failed {
-            self.fail_reader(request, node, reason);
-        }
-        self.finish_closing(now, request);
-    }
-
-    /// Our transport gave up on a reader: it is told, instead of waiting for what will not come.
-    fn fail_reader(&mut self, request: RequestId, node: NodeId, reason: &str) {
-        let reader = self.offers.get(&request).and_then(|offer| offer.held.as_ref()?.readers.get(&node));
-        let Some(handover) = reader.filter(|reader| !reader.stopped).map(|reader| reader.open.handover) else { return };
-        self.stop_reader(request, node);
-        let refusal = Refusal::Transport(reason.to_owned());
-        self.outbox.send(node, Message::Refused { handover, refusal });
-    }
-
-    fn fetched(&mut self, now: Moment, from: NodeId, handover: HandoverId) {
-        let answer = match self.request_of(handover) {
-            None => Err(Refusal::UnknownHandover(handover)),
-            Some(request) => match self.held(request) {
-                Some(held) if !held.readers.contains_key(&from) => Err(Refusal::UnknownHandover(handover)),
-                Some(held) if held.lease.is_alive(now) => Ok(()),
-                _ => Err(Refusal::LeaseExpired(request)),
-            },
-        };
-        self.outbox.send(
-            from,
-            match answer {
-                Ok(()) => Message::Confirmed { handover },
-                Err(refusal) => Message::Refused { handover, refusal },
-            },
-        );
-    }
-
-    /// No new transfers for this reader; ours that run are cancelled.
-    fn stop_reader(&mut self, request: RequestId, node: NodeId) {
-        let Some(held) = self.offers.get_mut(&request).and_then(|offer| offer.held.as_mut()) else { return };
-        let Some(reader) = held.readers.get_mut(&node) else { return };
-        if reader.stopped {
-            return;
-        }
-        reader.stopped = true;
-        let nic = match self.peers.get(&node) {
-            Some(Ok(peer)) => peer.nic,
-            _ => 0,
-        };
-        for id in &reader.in_flight {
-            self.outbox.nic(nic, NicCommand::Cancel { id: *id });
         }
     }
 

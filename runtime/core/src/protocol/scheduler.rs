@@ -1,11 +1,13 @@
 //! Pairs offers with decode consumers: who prefills, who decodes, what is tried again.
 
+mod ends;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::scheduler_group::{DecodeGroup, PrefillGroup};
 use super::{
-    Awaited, Deadline, Event, FailReason, Finished, GroupView, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox,
-    Outcome, OutcomeReport, Pairing, PathReport, Policy, PrefillJob, PrefillView, RequestSpec, Role,
+    Awaited, Deadline, Event, FailReason, GroupView, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox, Outcome,
+    OutcomeReport, Pairing, Policy, PrefillJob, RequestSpec, Role,
 };
 use crate::{GroupId, HandoverId, Moment, NodeId, RequestId, limits};
 
@@ -387,161 +389,12 @@ impl Scheduler {
         self.pump(now);
     }
 
-    /// A handover failed: the offer is paired again if it still stands, prefilled again if there is another group, or the request fails.
-    fn try_again(
-        &mut self,
-        now: Moment,
-        request: RequestId,
-        group: GroupId,
-        offer: Option<OfferSummary>,
-        reason: FailReason,
-    ) {
-        let (has_prefill, has_decode) = (self.has_prefill(), self.has_decode());
-        let Some(known) = self.requests.get_mut(&request) else { return };
-        known.attempts += 1;
-        if known.cancelled {
-            self.finish(request, Outcome::Cancelled, None, Vec::new());
-            return;
-        }
-        let again = known.attempts < self.terms.attempts_max && !matches!(reason, FailReason::Mismatch(_));
-        let held = self.prefill.get(&group).is_some_and(|group| group.has(request));
-        // The decode side may notice a lost prefill rank before the directory does: its offer is gone all the same.
-        let gone = matches!(reason, FailReason::Refused(_) | FailReason::RankLost { role: Role::Prefill, .. });
-        let stands = held && !known.withdrawn && !gone;
-        if again
-            && stands
-            && has_decode
-            && let Some(offer) = offer
-        {
-            known.stage = Stage::Offered { group, offer };
-            known.wait(&mut self.deadlines, Deadline::after(now, self.terms.pair_within));
-            let known_cause = match &reason {
-                FailReason::Engine(_) => true,
-                FailReason::RankLost { role: Role::Decode, group, .. } => {
-                    self.decode.get(group).and_then(DecodeGroup::leader).is_none()
-                }
-                _ => false,
-            };
-            if known_cause {
-                self.offers.push_front(request);
-            } else {
-                // Ranks notice a loss before the directory does: tried at once, every attempt would meet the same dead rank.
-                self.resting.insert((now + REST * (1 << known.attempts.min(5)), request));
-            }
-        } else if again && has_prefill && has_decode {
-            self.release(request, PrefillView::Ended);
-            if let Some(known) = self.requests.get_mut(&request) {
-                known.stage = Stage::Queued;
-                known.ready_at = None;
-                known.withdrawn = false;
-                known.wait(&mut self.deadlines, Deadline::after(now, self.terms.queue_within));
-            }
-            self.arrivals.push_front(request);
-        } else {
-            self.finish(request, Outcome::Failed { reason }, None, Vec::new());
-        }
-    }
-
     fn has_prefill(&self) -> bool {
         self.prefill.values().any(|group| group.leader().is_some())
     }
 
     fn has_decode(&self) -> bool {
         self.decode.values().any(|group| group.leader().is_some())
-    }
-
-    fn lose_prefill(&mut self, now: Moment, lost: GroupId, reason: &FailReason) {
-        for request in self.requests.keys().copied().collect::<Vec<_>>() {
-            let Some(known) = self.requests.get(&request) else { continue };
-            match &known.stage {
-                Stage::Prefilling { group } | Stage::Offered { group, .. } if *group == lost => {
-                    self.resting.retain(|(_, resting)| *resting != request);
-                    self.offers.retain(|waiting| *waiting != request);
-                    self.try_again(now, request, lost, None, reason.clone());
-                }
-                Stage::Paired { group, decode, handover, .. } if *group == lost => {
-                    if let Some(leader) = self.decode.get(decode).and_then(DecodeGroup::leader) {
-                        self.outbox.send(leader, Message::Abort { handover: *handover, reason: Some(reason.clone()) });
-                    }
-                }
-                _ => {}
-            }
-        }
-    }
-
-    /// Nobody is left who could decide this group's handovers.
-    fn fail_decode(&mut self, now: Moment, lost: GroupId, reason: &FailReason) {
-        for request in self.requests.keys().copied().collect::<Vec<_>>() {
-            let Some(known) = self.requests.get(&request) else { continue };
-            if let Stage::Paired { group, offer, decode, handover } = &known.stage
-                && *decode == lost
-            {
-                let (group, offer) = (*group, offer.clone());
-                self.handovers.remove(handover);
-                self.try_again(now, request, group, Some(offer), reason.clone());
-            }
-        }
-    }
-
-    fn freed(&mut self, now: Moment, from: NodeId, handover: HandoverId) {
-        let holder = self.held.get(&handover).and_then(|(group, _)| self.decode.get(group)?.leader());
-        if holder.is_some_and(|leader| leader != from) {
-            self.outbox.event(Event::Ignored { from, what: "the end of another group's handover" });
-            return;
-        }
-        if let Some((group, spec)) = self.held.remove(&handover) {
-            self.outbox.event(Event::Freed { request: spec.request });
-            self.give_back(group, handover, &spec);
-            self.pump(now);
-        }
-    }
-
-    fn give_back(&mut self, group: GroupId, handover: HandoverId, spec: &RequestSpec) {
-        if let Some(group) = self.decode.get_mut(&group) {
-            group.give_back(handover, spec);
-        }
-    }
-
-    fn finish(&mut self, request: RequestId, outcome: Outcome, settled_at: Option<Moment>, paths: Vec<PathReport>) {
-        let view = if outcome.is_delivered() { PrefillView::Confirmed } else { PrefillView::Ended };
-        self.release(request, view);
-        let Some(known) = self.requests.remove(&request) else { return };
-        self.deadlines.remove(&(known.deadline.at, request));
-        self.resting.retain(|(_, resting)| *resting != request);
-        match &known.stage {
-            Stage::Queued => self.arrivals.retain(|waiting| *waiting != request),
-            Stage::Prefilling { .. } => {}
-            Stage::Offered { .. } => self.offers.retain(|waiting| *waiting != request),
-            Stage::Paired { decode, handover, .. } => {
-                if self.handovers.remove(handover).is_some() {
-                    self.give_back(*decode, *handover, &known.spec);
-                }
-            }
-        }
-        let attempts = known.attempts + 1;
-        self.outbox.event(Event::Finished(Finished {
-            request,
-            outcome,
-            attempts,
-            ready_at: known.ready_at,
-            settled_at,
-            paths,
-        }));
-    }
-
-    /// The prefill side may let go, and its credit comes back.
-    fn release(&mut self, request: RequestId, view: PrefillView) {
-        let Some(known) = self.requests.get(&request) else { return };
-        let group = match &known.stage {
-            Stage::Queued => return,
-            Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. } => *group,
-        };
-        if let Some(group) = self.prefill.get_mut(&group)
-            && group.release(request, known.spec.tokens)
-            && let Some(leader) = group.leader()
-        {
-            self.outbox.send(leader, Message::Release { request, view });
-        }
     }
 
     /// Hands out work while there is room, oldest first; nothing overtakes.
