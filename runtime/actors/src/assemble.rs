@@ -13,17 +13,15 @@ use kvferry_transport::Pool;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::decode_worker::DecodeWorker;
 use crate::group_leader::{GroupLeader, LeaderCore};
 use crate::mesh::{Linked, Mesh, MeshConfig, PeerDown};
 use crate::nic::{NicReport, NicStartError};
-use crate::prefill_worker::PrefillWorker;
 use crate::router::{Incoming, Router};
 use crate::scheduler::{DirectoryActor, Scheduler};
 use crate::seams::{Environment, ListenError, NicPort, OpenNic};
 use crate::shell::{Observer, Shell};
 use crate::supervise::{self, OnPanic};
-use crate::worker::Answer;
+use crate::worker::{Answer, DecodeWorker, PrefillWorker};
 
 /// What every node needs to know of itself.
 #[derive(Clone, Debug)]

@@ -1,13 +1,11 @@
 //! kvferry's actors: thin actix shells around [`kvferry_core::protocol`], on four seams.
 
 mod assemble;
-mod decode_worker;
 mod group_leader;
 mod mesh;
 mod nic;
 mod node;
 mod peer_session;
-mod prefill_worker;
 mod router;
 mod scheduler;
 mod seams;

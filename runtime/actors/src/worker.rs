@@ -1,11 +1,205 @@
-//! What prefill and decode workers share.
+//! The actor of a rank: a thin shell around its core.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use actix::prelude::*;
-use kvferry_core::protocol::{EngineEvent, Member, WorkerProfile};
-use kvferry_core::{GroupId, NodeId, Rank};
+use kvferry_core::protocol::{
+    DecodeRank, EngineEvent, Event, Lost, Member, Message as Wire, NicEvent, Outbox, PrefillRank, WorkerProfile,
+};
+use kvferry_core::{GroupId, Moment, NodeId, Rank};
+
+use crate::mesh::PeerDown;
+use crate::nic::NicReport;
+use crate::router::Incoming;
+use crate::seams::Tick;
+use crate::shell::Shell;
+
+/// One prefill rank.
+pub(crate) type PrefillWorker = Worker<PrefillRank>;
+/// One decode rank.
+pub(crate) type DecodeWorker = Worker<DecodeRank>;
+
+/// What the cores of both kinds of rank have in common.
+pub(crate) trait RankCore: Unpin + 'static {
+    /// Whether only the group's leader may say that.
+    fn is_leaders_word(message: &Wire) -> bool;
+    fn outbox(&mut self) -> &mut Outbox;
+    fn poll_timeout(&self) -> Option<Moment>;
+    fn handle_members(&mut self, now: Moment, members: &[Arc<Member>]);
+    /// `mine`: which rank of this rank's own group it was.
+    fn handle_lost(&mut self, now: Moment, lost: &Lost, mine: Option<Rank>);
+    fn handle_peer(&mut self, now: Moment, node: NodeId, profile: WorkerProfile);
+    fn handle_peer_down(&mut self, now: Moment, node: NodeId, cause: &str);
+    fn handle_message(&mut self, now: Moment, from: NodeId, message: Wire);
+    fn handle_engine(&mut self, now: Moment, event: EngineEvent);
+    fn handle_nic(&mut self, now: Moment, nic: usize, event: NicEvent);
+    fn handle_timeout(&mut self, now: Moment);
+}
+
+/// One rank.
+pub(crate) struct Worker<C> {
+    core: C,
+    shell: Shell,
+    group: GroupId,
+    roster: Roster,
+    /// The node of the group's rank 0: only it gives work and decides.
+    leader: Leader,
+}
+
+impl<C: RankCore> Worker<C> {
+    /// A worker over its core.
+    pub(crate) fn new(core: C, shell: Shell, group: GroupId) -> Self {
+        let leader = Leader::new(shell.router().node());
+        Worker { core, shell, group, roster: Roster::default(), leader }
+    }
+
+    fn turn(&mut self, ctx: &mut Context<Self>) {
+        self.shell.run(self.core.outbox(), |_| {});
+        self.shell.arm(self.core.poll_timeout(), || ctx.address().recipient());
+    }
+}
+
+impl<C: RankCore> Actor for Worker<C> {
+    type Context = Context<Self>;
+}
+
+impl<C: RankCore> Handler<Incoming> for Worker<C> {
+    type Result = ();
+
+    fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
+        let now = self.shell.now();
+        match message {
+            Wire::Members(members) => {
+                self.roster.update(&members);
+                self.core.handle_members(now, &members);
+            }
+            Wire::Lost(lost) => {
+                let mine = self.roster.rank_in(self.group, lost.node);
+                // The loss of an earlier incarnation is no news once a later one is here, except for its group.
+                if mine.is_some() || !self.shell.router().is_newer(lost.node, lost.epoch) {
+                    self.core.handle_lost(now, &lost, mine);
+                }
+            }
+            Wire::Profile(profile) => {
+                if let Some(profile) = profile.worker {
+                    self.leader.meet(self.group, from, &profile);
+                    self.core.handle_peer(now, from, profile);
+                }
+            }
+            message if C::is_leaders_word(&message) && !self.leader.is(from) => {
+                self.shell.observe(Event::Ignored { from, what: "work from a node that does not lead this group" });
+            }
+            message => self.core.handle_message(now, from, message),
+        }
+        self.turn(ctx);
+    }
+}
+
+impl<C: RankCore> Handler<Answer> for Worker<C> {
+    type Result = ();
+
+    fn handle(&mut self, Answer(event): Answer, ctx: &mut Context<Self>) {
+        self.core.handle_engine(self.shell.now(), event);
+        self.turn(ctx);
+    }
+}
+
+impl<C: RankCore> Handler<NicReport> for Worker<C> {
+    type Result = ();
+
+    fn handle(&mut self, NicReport { nic, events }: NicReport, ctx: &mut Context<Self>) {
+        for event in events {
+            self.core.handle_nic(self.shell.now(), nic, event);
+        }
+        self.turn(ctx);
+    }
+}
+
+impl<C: RankCore> Handler<PeerDown> for Worker<C> {
+    type Result = ();
+
+    fn handle(&mut self, PeerDown { node, cause, .. }: PeerDown, ctx: &mut Context<Self>) {
+        self.core.handle_peer_down(self.shell.now(), node, &cause);
+        self.turn(ctx);
+    }
+}
+
+impl<C: RankCore> Handler<Tick> for Worker<C> {
+    type Result = ();
+
+    fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
+        let now = self.shell.ticked();
+        self.core.handle_timeout(now);
+        self.turn(ctx);
+    }
+}
+
+macro_rules! rank_core {
+    ($core:ty, leader: $leaders:pat, members: $members:expr, lost: $lost:expr, peer_down: $down:expr) => {
+        impl RankCore for $core {
+            fn is_leaders_word(message: &Wire) -> bool {
+                matches!(message, $leaders)
+            }
+
+            fn outbox(&mut self) -> &mut Outbox {
+                self.outbox()
+            }
+
+            fn poll_timeout(&self) -> Option<Moment> {
+                self.poll_timeout()
+            }
+
+            fn handle_members(&mut self, now: Moment, members: &[Arc<Member>]) {
+                $members(self, now, members);
+            }
+
+            fn handle_lost(&mut self, now: Moment, lost: &Lost, mine: Option<Rank>) {
+                $lost(self, now, lost, mine);
+            }
+
+            fn handle_peer(&mut self, now: Moment, node: NodeId, profile: WorkerProfile) {
+                self.handle_peer(now, node, profile);
+            }
+
+            fn handle_peer_down(&mut self, now: Moment, node: NodeId, cause: &str) {
+                $down(self, now, node, cause);
+            }
+
+            fn handle_message(&mut self, now: Moment, from: NodeId, message: Wire) {
+                self.handle_message(now, from, message);
+            }
+
+            fn handle_engine(&mut self, now: Moment, event: EngineEvent) {
+                self.handle_engine(now, event);
+            }
+
+            fn handle_nic(&mut self, now: Moment, nic: usize, event: NicEvent) {
+                self.handle_nic(now, nic, event);
+            }
+
+            fn handle_timeout(&mut self, now: Moment) {
+                self.handle_timeout(now);
+            }
+        }
+    };
+}
+
+rank_core! {
+    PrefillRank,
+    leader: Wire::Prefill(_) | Wire::Renew { .. } | Wire::Release { .. },
+    members: |_: &mut PrefillRank, _, _| {},
+    lost: |core: &mut PrefillRank, now, lost, mine: Option<Rank>| core.handle_lost(now, lost, mine.is_some()),
+    peer_down: |core: &mut PrefillRank, now, node, _| core.handle_peer_down(now, node)
+}
+
+rank_core! {
+    DecodeRank,
+    leader: Wire::Fetch(_) | Wire::Settled { .. },
+    members: |core: &mut DecodeRank, now, members: &[_]| core.handle_members(now, members),
+    lost: |core: &mut DecodeRank, now, lost, mine| core.handle_lost(now, lost, mine),
+    peer_down: |core: &mut DecodeRank, now, node, cause| core.handle_peer_down(now, node, cause)
+}
 
 /// An answer of the serving engine.
 #[derive(Debug)]
