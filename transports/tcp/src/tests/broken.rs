@@ -130,11 +130,12 @@ fn a_cancelled_push_leaves_its_id_free_for_another() {
             source.poll();
             destination.poll();
         }
-        if !destination.failed(pushed) {
+        // The last byte may have been on its way when the source gave up: then the push has arrived all the same.
+        if !destination.failed(pushed) && !destination.arrived(pushed) {
             destination.transport.cancel(pushed);
         }
         destination.poll();
-        assert!(destination.failed(pushed));
+        assert!(destination.failed(pushed) != destination.arrived(pushed), "{:?}", destination.events);
     }
     destination.expect(9);
     let pushed = source.post(9, Direction::Push, to);

@@ -73,6 +73,10 @@ impl Party {
         self.events.iter().any(|event| matches!(event, Event::Completed { id: ended, .. } if *ended == id))
     }
 
+    fn arrived(&self, id: TransferId) -> bool {
+        self.events.iter().any(|event| matches!(event, Event::Arrived { id: ended, .. } if *ended == id))
+    }
+
     /// The peers that were reported lost, with the reasons.
     fn lost(&self) -> Vec<&str> {
         let mut reasons = Vec::new();
