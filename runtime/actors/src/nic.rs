@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 
 use crate::seams::NicPort;
 
-/// Posts that wait behind a full transport. Credits bound them long before this does.
+/// Posts and expectations that wait behind a full transport; what comes beyond fails at once.
 const BACKLOG_MAX: usize = 65_536;
 
 /// A command for a NIC.

@@ -132,7 +132,7 @@ impl DecodeRank {
             };
             for handover in self.handovers() {
                 self.fail(now, handover, reason.clone());
-                self.settle(now, handover, Outcome::Failed { reason: reason.clone() });
+                self.settle(handover, Outcome::Failed { reason: reason.clone() });
             }
         }
         self.handle_peer_down(now, lost.node, &lost.cause);
@@ -145,7 +145,7 @@ impl DecodeRank {
                 self.leader = Some(from);
                 self.fetch(now, job);
             }
-            Message::Settled { handover, outcome } => self.settle(now, handover, outcome),
+            Message::Settled { handover, outcome } => self.settle(handover, outcome),
             Message::Opened(opened) => {
                 if let Some(leg) = self.leg(opened.handover, from)
                     && leg.source_tables.is_none()
@@ -271,7 +271,7 @@ impl DecodeRank {
         for (handover, reason) in late {
             if self.fetches.get(&handover).is_some_and(|fetch| fetch.reported) {
                 // The leader has fallen silent and nobody has said that it is lost: what this rank holds is not going to be used.
-                self.settle(now, handover, Outcome::Failed { reason });
+                self.settle(handover, Outcome::Failed { reason });
             } else {
                 self.fail(now, handover, reason);
             }
@@ -372,7 +372,7 @@ impl DecodeRank {
     }
 
     /// The leader's word.
-    fn settle(&mut self, _now: Moment, handover: HandoverId, outcome: Outcome) {
+    fn settle(&mut self, handover: HandoverId, outcome: Outcome) {
         let Some(fetch) = self.fetches.get_mut(&handover).filter(|fetch| fetch.settled.is_none()) else { return };
         if outcome.is_delivered() && !fetch.is_complete() {
             // Whoever says so, bytes are missing here.

@@ -129,11 +129,11 @@ impl PrefillRank {
     }
 
     /// A session ended. What the peer was reading is no longer its business.
-    pub fn handle_peer_down(&mut self, now: Moment, node: NodeId) {
+    pub fn handle_peer_down(&mut self, _now: Moment, node: NodeId) {
         // Transfers are cancelled while it is still known through which NIC they run.
         for request in self.offers.keys().copied().collect::<Vec<_>>() {
             self.stop_reader(request, node);
-            self.finish_closing(now, request);
+            self.finish_closing(request);
         }
         if let Some(Ok(peer)) = self.peers.remove(&node)
             && peer.initiates(Role::Prefill)
@@ -146,7 +146,7 @@ impl PrefillRank {
     pub fn handle_lost(&mut self, now: Moment, lost: &Lost, of_my_group: bool) {
         if of_my_group {
             for request in self.offers.keys().copied().collect::<Vec<_>>() {
-                self.close(now, request, PrefillView::Ended);
+                self.close(request, PrefillView::Ended);
             }
         }
         self.handle_peer_down(now, lost.node);
@@ -166,7 +166,7 @@ impl PrefillRank {
                     }
                 }
             }
-            Message::Release { request, view } => self.close(now, request, view),
+            Message::Release { request, view } => self.close(request, view),
             Message::Open(open) => {
                 let handover = open.handover;
                 if let Err(refusal) = self.open(now, from, open) {
@@ -187,14 +187,14 @@ impl PrefillRank {
                     && let Some(reader) = self.held(request).and_then(|held| held.readers.get_mut(&from))
                 {
                     reader.expecting = true;
-                    self.push_ready(now, request, from);
+                    self.push_ready(request, from);
                 }
             }
             Message::Fetched { handover } => self.fetched(now, from, handover),
             Message::Abandon { handover } => {
                 if let Some(request) = self.request_of(handover) {
                     self.stop_reader(request, from);
-                    self.finish_closing(now, request);
+                    self.finish_closing(request);
                 }
             }
             _ => self.outbox.event(Event::Ignored { from, what: "a message that a prefill rank does not take" }),
@@ -211,7 +211,7 @@ impl PrefillRank {
                 if stale(&request) => {}
             EngineEvent::Opened { request, tables, steps } => self.opened(now, request, tables, steps),
             EngineEvent::Ready { request, steps } => self.ready(now, request, steps),
-            EngineEvent::Unable { request, reason } => self.unable(now, request, reason),
+            EngineEvent::Unable { request, reason } => self.unable(request, reason),
             EngineEvent::Released { request } => {
                 if let Some(Some(job)) = self.releasing.remove(&request) {
                     self.prefill(job);
@@ -222,16 +222,16 @@ impl PrefillRank {
     }
 
     /// Something happened at a NIC of this node.
-    pub fn handle_nic(&mut self, now: Moment, _nic: usize, event: NicEvent) {
+    pub fn handle_nic(&mut self, _now: Moment, _nic: usize, event: NicEvent) {
         match event {
-            NicEvent::Done { id, .. } => self.push_ended(now, id, Ok(())),
-            NicEvent::Failed { id, reason } => self.push_ended(now, id, Err(reason)),
+            NicEvent::Done { id, .. } => self.push_ended(id, Ok(())),
+            NicEvent::Failed { id, reason } => self.push_ended(id, Err(reason)),
             NicEvent::PeerLost { node, reason } => {
                 for request in self.offers.keys().copied().collect::<Vec<_>>() {
                     if self.initiates_with(node) {
                         self.fail_reader(request, node, &reason);
                     }
-                    self.finish_closing(now, request);
+                    self.finish_closing(request);
                 }
             }
             NicEvent::Connected { .. } | NicEvent::Fenced { .. } => {}
@@ -251,7 +251,7 @@ impl PrefillRank {
         for request in expired {
             self.outbox.event(Event::LeaseExpired { request });
             self.fail_to_leader(request, FailReason::Refused(Refusal::LeaseExpired(request)));
-            self.close(now, request, PrefillView::InDoubt);
+            self.close(request, PrefillView::InDoubt);
         }
     }
 
@@ -272,12 +272,12 @@ impl PrefillRank {
     }
 
     /// Before it opened, the engine holds nothing; afterwards its blocks go back as with every other end.
-    fn unable(&mut self, now: Moment, request: RequestId, reason: String) {
+    fn unable(&mut self, request: RequestId, reason: String) {
         let Some(offer) = self.offers.get(&request).filter(|offer| offer.closing.is_none()) else { return };
         let opened = offer.held.is_some();
         self.fail_to_leader(request, FailReason::Engine(reason));
         if opened {
-            self.close(now, request, PrefillView::Ended);
+            self.close(request, PrefillView::Ended);
         } else {
             self.offers.remove(&request);
         }
@@ -333,7 +333,7 @@ impl PrefillRank {
             self.outbox.send(node, Message::StepsReady { handover, ready: steps });
         }
         for node in pushes {
-            self.push_ready(now, request, node);
+            self.push_ready(request, node);
         }
         if steps == total {
             self.tell_leader(Message::RankReady { request, at: now });
@@ -343,7 +343,7 @@ impl PrefillRank {
     /// The offer is over: its blocks go back once our own NICs have let go of them.
     ///
     /// A foreign *read* does not hold them: that reader's confirmation will be refused.
-    fn close(&mut self, now: Moment, request: RequestId, view: PrefillView) {
+    fn close(&mut self, request: RequestId, view: PrefillView) {
         let Some(offer) = self.offers.get_mut(&request) else {
             // What was to follow a release that the engine still owes is not wanted any more.
             if let Some(next) = self.releasing.get_mut(&request) {
@@ -359,10 +359,10 @@ impl PrefillRank {
         for node in readers {
             self.stop_reader(request, node);
         }
-        self.finish_closing(now, request);
+        self.finish_closing(request);
     }
 
-    fn finish_closing(&mut self, _now: Moment, request: RequestId) {
+    fn finish_closing(&mut self, request: RequestId) {
         let Some(offer) = self.offers.get(&request) else { return };
         let Some(view) = offer.closing else { return };
         let busy = offer.held.iter().flat_map(|held| held.readers.values()).any(|reader| !reader.in_flight.is_empty());

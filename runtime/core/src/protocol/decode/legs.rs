@@ -39,7 +39,7 @@ impl DecodeRank {
         self.finish(now, handover);
     }
 
-    /// Opens the source's part, if its session stands; a push is expected before the source hears of it.
+    /// Opens the source's part, if its session stands. Its answer brings the tables that both ends plan from.
     pub(super) fn open_leg(&mut self, now: Moment, handover: HandoverId, node: NodeId) {
         let Some(fetch) = self.fetches.get_mut(&handover) else { return };
         let Some(placed) = &fetch.placed else { return };
