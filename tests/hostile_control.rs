@@ -12,11 +12,15 @@ use kvferry::{
     Epoch, FailReason, GroupGeometry, HandoverError, HandoverId, LeastLoaded, NodeConfig, NodeError, NodeId, Outcome,
     Rank, Refusal, RequestId, Role, SchedulerNode, SchedulerTerms, Tables,
 };
-use kvferry_core::protocol::{Identity, Member, Message, OpenFetch, Place, Session, SessionEvent, SessionTerms};
+use kvferry_core::protocol::{
+    Identity, Member, Message, OpenFetch, Place, Protocols, Session, SessionEvent, SessionTerms,
+};
 use kvferry_core::wire::{Frame, FrameReader};
 use kvferry_core::{Direction, GroupId, Moment};
 use support::{PATIENCE, Secret, rank, scheduler, submit};
 
+/// Strangers speak the first protocol, without resumption: what they say stands alone.
+const PLAIN: Protocols = Protocols { min: 1, max: 1 };
 const SPEC: &str = "layers=2,kv_heads=2,head_dim=16";
 
 /// A raw control link to a node.
@@ -67,7 +71,7 @@ impl Stranger {
 
     /// A real handshake as `node`, meant for `expects`.
     fn shake_hands(&mut self, node: u64, expects: u64, secret: &Secret) -> Result<Session, String> {
-        let identity = Identity { node: NodeId(node), epoch: Epoch(1), secret: secret.clone() };
+        let identity = Identity { node: NodeId(node), epoch: Epoch(1), secret: secret.clone(), protocols: PLAIN };
         let mut session = Session::dial(Moment(0), identity, NodeId(expects), true, [7; 16], SessionTerms::default());
         loop {
             while let Some(frame) = session.poll_transmit() {
@@ -86,7 +90,7 @@ impl Stranger {
     }
 
     fn say(&mut self, session: &mut Session, message: Message) {
-        session.send(Moment(0), message);
+        session.send(Moment(0), &message);
         while let Some(frame) = session.poll_transmit() {
             self.send(&frame);
         }
@@ -117,7 +121,7 @@ async fn strangers_disturb_nobody() {
 
     let address = prefill.address.clone();
     let hello = {
-        let identity = Identity { node: NodeId(9), epoch: Epoch(1), secret: None };
+        let identity = Identity { node: NodeId(9), epoch: Epoch(1), secret: None, protocols: PLAIN };
         Session::dial(Moment(0), identity, NodeId(1), true, [1; 16], SessionTerms::default()).poll_transmit().unwrap()
     };
     tokio::task::spawn_blocking(move || {
@@ -150,9 +154,9 @@ async fn strangers_disturb_nobody() {
         for repeat in [true, false] {
             let mut stranger = Stranger::dial(&address);
             let mut session = stranger.shake_hands(9, 1, &None).unwrap();
-            session.send(Moment(0), Message::Abandon { handover: HandoverId(1) });
+            session.send(Moment(0), &Message::Abandon { handover: HandoverId(1) });
             let first = session.poll_transmit().unwrap();
-            session.send(Moment(0), Message::Abandon { handover: HandoverId(1) });
+            session.send(Moment(0), &Message::Abandon { handover: HandoverId(1) });
             let second = session.poll_transmit().unwrap();
             let frames = if repeat { [first.clone(), first] } else { [second.clone(), second] };
             for frame in frames {

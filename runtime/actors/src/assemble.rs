@@ -6,7 +6,7 @@ use std::sync::Arc;
 use actix::prelude::*;
 use kvferry_core::protocol::{
     self, DeadlineTerms, DecodeLeader, DecodeRank, Directory, EngineCall, Identity, LeaseTerms, Member, Place, Policy,
-    PrefillLeader, PrefillRank, Profile, Role, SchedulerTerms, SessionTerms, WorkerProfile,
+    PrefillLeader, PrefillRank, Profile, Protocols, Role, SchedulerTerms, SessionTerms, WorkerProfile,
 };
 use kvferry_core::{Direction, Epoch, GroupGeometry, GroupId, NodeId, Rank};
 use kvferry_transport::Pool;
@@ -44,7 +44,7 @@ impl NodeConfig {
     /// A node that listens on any port of the loopback, without a secret, with default terms.
     pub fn new(node: NodeId, epoch: Epoch) -> Self {
         NodeConfig {
-            identity: Identity { node, epoch, secret: None },
+            identity: Identity { node, epoch, secret: None, protocols: Protocols::default() },
             listen: "127.0.0.1:0".to_owned(),
             advertise: None,
             session: SessionTerms::default(),

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 use kvferry_core::protocol::{
-    Event, Identity, JoinError, Lost, Member, Message as Wire, Profile, Session, SessionTerms, are_peers, dials,
+    Event, Identity, JoinError, Lost, Member, Message as Wire, Profile, RESUMING_PROTOCOL, Session, SessionTerms,
+    are_peers, dials,
 };
 use kvferry_core::{Epoch, Moment, NodeId};
 
-use crate::peer_session::{Admit, Hangup, PeerSession, Say};
+use crate::peer_session::{Admit, Hangup, PeerSession, Refuse};
 use crate::router::{Incoming, Router};
 use crate::seams::{Environment, LinkUp, Tick};
 use crate::shell::Observer;
@@ -26,6 +27,8 @@ pub(crate) struct SessionUp {
     pub node: NodeId,
     /// In which incarnation.
     pub epoch: Epoch,
+    /// What both speak.
+    pub protocol: u16,
     /// The actor.
     pub session: Addr<PeerSession>,
     /// Whether this side dialed.
@@ -50,6 +53,23 @@ pub(crate) struct SessionDown {
 }
 
 impl Message for SessionDown {
+    type Result = ();
+}
+
+/// The peer does not go on with the conversation: it is over.
+#[derive(Debug)]
+pub(crate) struct StartedOver {
+    /// With whom.
+    pub node: NodeId,
+    /// In which incarnation.
+    pub epoch: Epoch,
+    /// Over which session that was noticed.
+    pub session: Addr<PeerSession>,
+    /// How.
+    pub why: &'static str,
+}
+
+impl Message for StartedOver {
     type Result = ();
 }
 
@@ -94,11 +114,14 @@ pub(crate) struct MeshConfig {
     pub scheduler: Option<(NodeId, String)>,
 }
 
-/// A session that stands.
+/// A peer with whom there is a conversation.
 struct Standing {
     epoch: Epoch,
-    session: Addr<PeerSession>,
+    /// Over which link; without one, since when and why.
+    session: Result<Addr<PeerSession>, (Moment, String)>,
     since: Moment,
+    /// Whether it goes on when its link breaks.
+    resumes: bool,
 }
 
 struct Target {
@@ -117,7 +140,9 @@ pub(crate) struct Mesh {
     observer: Observer,
     on_panic: OnPanic,
     targets: BTreeMap<NodeId, Target>,
-    /// Sessions that stand, with the incarnation that they stand with.
+    /// Conversations that were begun, to name the next.
+    conversations: u64,
+    /// Those that stand.
     up: BTreeMap<NodeId, Standing>,
     /// The newest incarnation that was declared lost: nothing of it, or older, is believed.
     fenced: BTreeMap<NodeId, Epoch>,
@@ -146,6 +171,7 @@ impl Mesh {
             observer,
             on_panic,
             targets,
+            conversations: 0,
             up: BTreeMap::new(),
             fenced: BTreeMap::new(),
             armed: None,
@@ -156,7 +182,7 @@ impl Mesh {
         let now = self.environment.clock.now();
         let mut due: Option<Moment> = None;
         for (node, target) in &mut self.targets {
-            if target.dialing || self.up.contains_key(node) {
+            if target.dialing || self.up.get(node).is_some_and(|standing| standing.session.is_ok()) {
                 continue;
             }
             if let Some(at) = target.redial_at.filter(|at| now < *at) {
@@ -167,6 +193,9 @@ impl Mesh {
             let (mesh, dialed) = (ctx.address(), Some(*node));
             self.environment.network.dial(&target.address, Box::new(move |link| mesh.do_send(Linked { link, dialed })));
         }
+        let resume_within = self.config.terms.resume_within;
+        let broken = self.up.values().filter_map(|standing| standing.session.as_ref().err());
+        due = due.into_iter().chain(broken.map(|(since, _)| *since + resume_within)).min();
         if let Some(due) = due
             && self.armed.is_none_or(|armed| due < armed)
         {
@@ -175,17 +204,49 @@ impl Mesh {
         }
     }
 
+    /// Ends conversations whose link was not made again in time.
+    fn give_up_broken(&mut self) {
+        let (now, within) = (self.environment.clock.now(), self.config.terms.resume_within);
+        let late: Vec<(NodeId, String)> = self
+            .up
+            .iter()
+            .filter_map(|(node, standing)| Some((*node, standing.session.as_ref().err()?)))
+            .filter(|(_, (since, _))| now.since(*since) >= within)
+            .map(|(node, (_, cause))| (node, cause.clone()))
+            .collect();
+        for (node, cause) in late {
+            self.give_up(node, cause);
+        }
+    }
+
+    fn give_up(&mut self, node: NodeId, cause: String) {
+        if let Some(Standing { epoch, session, .. }) = self.up.remove(&node) {
+            self.router.end(node);
+            if let Ok(session) = session {
+                session.do_send(Hangup);
+            }
+            self.tell(&PeerDown { node, epoch, cause });
+        }
+    }
+
     fn retry_later(&mut self, node: NodeId, ctx: &mut Context<Self>) {
         let now = self.environment.clock.now();
+        // While there is something to resume, several attempts have to fit in.
+        let longest = match self.up.get(&node) {
+            Some(standing) if standing.session.is_err() => self.config.terms.resume_within / 8,
+            _ => REDIAL_MAX,
+        };
         if let Some(target) = self.targets.get_mut(&node) {
             target.dialing = false;
-            target.redial_at = Some(now + target.backoff);
-            target.backoff = (target.backoff * 2).min(REDIAL_MAX);
+            let backoff = target.backoff.min(longest);
+            target.redial_at = Some(now + backoff);
+            target.backoff = (backoff * 2).min(REDIAL_MAX);
         }
         self.dial_all(ctx);
     }
 
     fn tell(&self, down: &PeerDown) {
+        (self.observer)(Event::Parted { node: down.node, epoch: down.epoch, cause: down.cause.clone() });
         for listener in &self.listeners {
             listener.do_send(down.clone());
         }
@@ -210,13 +271,9 @@ impl Mesh {
         let fence = self.fenced.entry(lost.node).or_insert(lost.epoch);
         *fence = (*fence).max(lost.epoch);
         self.targets.remove(&lost.node);
-        match self.up.get(&lost.node) {
-            Some(standing) if standing.epoch > lost.epoch => {}
-            Some(standing) => {
-                self.router.forget(lost.node);
-                standing.session.do_send(Hangup);
-            }
-            None => self.router.forget(lost.node),
+        if self.up.get(&lost.node).is_none_or(|standing| standing.epoch <= lost.epoch) {
+            self.give_up(lost.node, lost.cause.clone());
+            self.router.forget(lost.node);
         }
     }
 }
@@ -264,36 +321,41 @@ impl Handler<Linked> for Mesh {
 impl Handler<SessionUp> for Mesh {
     type Result = ();
 
-    fn handle(&mut self, SessionUp { node, epoch, session, dialed }: SessionUp, ctx: &mut Context<Self>) {
+    fn handle(&mut self, up: SessionUp, ctx: &mut Context<Self>) {
+        let SessionUp { node, epoch, protocol, session, dialed } = up;
         if let Some(target) = self.targets.get_mut(&node).filter(|_| dialed) {
             target.dialing = false;
         }
         let fenced = self.fenced.get(&node).is_some_and(|fence| epoch <= *fence);
         let older = self.up.get(&node).is_some_and(|standing| epoch < standing.epoch);
         if fenced || older {
-            // It is told, so that it ends instead of dialing for ever.
             let newest = self.fenced.get(&node).copied().unwrap_or(epoch).max(epoch);
-            session.do_send(Say(Wire::JoinRefused(JoinError::StaleEpoch { node, epoch, newest })));
-            session.do_send(Hangup);
+            session.do_send(Refuse(JoinError::StaleEpoch { node, epoch, newest }));
             self.retry_later(node, ctx);
             return;
         }
-        let now = self.environment.clock.now();
-        if let Some(Standing { epoch: earlier, session: replaced, .. }) =
-            self.up.insert(node, Standing { epoch, session: session.clone(), since: now })
-            && replaced != session
-        {
-            // What was on its way in the old session is lost: whoever waits for it must not wait on.
-            self.tell(&PeerDown { node, epoch: earlier, cause: "another session replaced it".to_owned() });
+        let (now, resumes) = (self.environment.clock.now(), protocol >= RESUMING_PROTOCOL);
+        let goes_on = self.up.get(&node).is_some_and(|standing| standing.epoch == epoch && standing.resumes && resumes);
+        if !goes_on {
+            // What was on its way to an earlier incarnation, or over a link that is not resumed, is lost: whoever waits must not wait on.
+            self.give_up(node, "another session replaced it".to_owned());
+            self.conversations += 1;
+            self.router.begin(node, epoch, self.conversations);
+        }
+        let standing = Standing { epoch, session: Ok(session.clone()), since: now, resumes };
+        if let Some(Standing { session: Ok(replaced), .. }) = self.up.insert(node, standing) {
             replaced.do_send(Hangup);
         }
-        session.do_send(Admit);
-        self.router.attach(node, epoch, session);
-        self.router.send(node, Wire::Profile(Box::new(self.config.profile.clone())));
-        if self.config.scheduler.as_ref().is_some_and(|(scheduler, _)| *scheduler == node) {
-            self.router.send(node, Wire::Join(Box::new(self.config.member.clone())));
+        self.router.link(node, Some(session.clone()));
+        if !goes_on {
+            self.router.send(node, Wire::Profile(Box::new(self.config.profile.clone())));
+            if self.config.scheduler.as_ref().is_some_and(|(scheduler, _)| *scheduler == node) {
+                self.router.send(node, Wire::Join(Box::new(self.config.member.clone())));
+            }
+            self.router.flush(node);
+            (self.observer)(Event::Met { node, epoch });
         }
-        self.router.flush(node);
+        session.do_send(Admit);
     }
 }
 
@@ -301,21 +363,38 @@ impl Handler<SessionDown> for Mesh {
     type Result = ();
 
     fn handle(&mut self, SessionDown { peer, dialed, session, cause }: SessionDown, ctx: &mut Context<Self>) {
-        if let Some((node, epoch)) = peer {
-            self.router.detach(node, &session);
-            if let Some(standing) = self.up.get(&node).filter(|standing| standing.session == session) {
-                // Only a session that lasted shows that dialing at once is worth it.
-                if self.environment.clock.now().since(standing.since) > REDIAL_MAX
-                    && let Some(target) = self.targets.get_mut(&node)
-                {
-                    target.backoff = REDIAL_FIRST;
-                }
-                self.up.remove(&node);
-                self.tell(&PeerDown { node, epoch, cause });
+        let now = self.environment.clock.now();
+        if let Some((node, _)) = peer
+            && let Some(standing) = self.up.get_mut(&node).filter(|standing| standing.session.as_ref() == Ok(&session))
+        {
+            // Only a session that lasted shows that dialing at once is worth it.
+            if now.since(standing.since) > REDIAL_MAX
+                && let Some(target) = self.targets.get_mut(&node)
+            {
+                target.backoff = REDIAL_FIRST;
+            }
+            if standing.resumes {
+                standing.session = Err((now, cause));
+                self.router.link(node, None);
+            } else {
+                self.give_up(node, cause);
             }
         }
         if let Some(node) = dialed {
             self.retry_later(node, ctx);
+        }
+        self.dial_all(ctx);
+    }
+}
+
+impl Handler<StartedOver> for Mesh {
+    type Result = ();
+
+    fn handle(&mut self, StartedOver { node, epoch, session, why }: StartedOver, _: &mut Context<Self>) {
+        let current = self.up.get(&node).is_some_and(|standing| standing.session.as_ref() == Ok(&session));
+        if current {
+            tracing::warn!(%node, %epoch, why, "a conversation is over");
+            self.give_up(node, why.to_owned());
         }
     }
 }
@@ -343,6 +422,7 @@ impl Handler<Tick> for Mesh {
     fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
         let now = self.environment.clock.now();
         self.armed = self.armed.filter(|armed| now < *armed);
+        self.give_up_broken();
         self.dial_all(ctx);
     }
 }

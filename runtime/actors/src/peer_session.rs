@@ -3,21 +3,21 @@
 use std::rc::Rc;
 
 use actix::prelude::*;
-use kvferry_core::protocol::{Message as Wire, Session, SessionEvent};
+use kvferry_core::protocol::{Heard, JoinError, Message as Wire, Session, SessionEvent};
 use kvferry_core::{Epoch, Moment, NodeId};
 
-use crate::mesh::{Mesh, SessionDown, SessionUp};
+use crate::mesh::{Mesh, SessionDown, SessionUp, StartedOver};
 use crate::router::Router;
 use crate::seams::{Clock, Link, LinkInput, LinkUp, Tick};
 
 /// Messages that a peer may send before its session is admitted, which takes one turn of the mesh.
 const EARLY_MAX: usize = 1024;
 
-/// Say this to the peer.
+/// The conversation with the peer has more to say.
 #[derive(Debug)]
-pub(crate) struct Say(pub Wire);
+pub(crate) struct Speak;
 
-impl Message for Say {
+impl Message for Speak {
     type Result = ();
 }
 
@@ -29,6 +29,14 @@ impl Message for Admit {
     type Result = ();
 }
 
+/// The mesh does not believe it: the peer is told why, so that it ends instead of dialing for ever.
+#[derive(Debug)]
+pub(crate) struct Refuse(pub JoinError);
+
+impl Message for Refuse {
+    type Result = ();
+}
+
 /// End the session: another one replaces it, or the peer's epoch is over.
 #[derive(Debug)]
 pub(crate) struct Hangup;
@@ -37,7 +45,7 @@ impl Message for Hangup {
     type Result = ();
 }
 
-/// One session per remote node and epoch: the link, its handshake, its deadlines.
+/// One link of the conversation with a remote node and epoch: its handshake, its deadlines.
 pub(crate) struct PeerSession {
     session: Session,
     link: Option<Box<dyn Link>>,
@@ -46,6 +54,7 @@ pub(crate) struct PeerSession {
     router: Router,
     mesh: Addr<Mesh>,
     peer: Option<(NodeId, Epoch)>,
+    protocol: u16,
     /// What the peer said before it was admitted; `None` from then on.
     early: Option<Vec<Wire>>,
     /// Whom this side dialed; tells the mesh which attempt ended.
@@ -71,6 +80,7 @@ impl PeerSession {
             router,
             mesh,
             peer: None,
+            protocol: 0,
             early: Some(Vec::new()),
             dialed,
             armed: None,
@@ -78,27 +88,21 @@ impl PeerSession {
     }
 
     fn turn(&mut self, ctx: &mut Context<Self>) {
-        if let Some(link) = &mut self.link {
-            while let Some(frame) = self.session.poll_transmit() {
-                link.send(frame);
-            }
-        }
+        self.transmit();
         while let Some(event) = self.session.poll_event() {
             match event {
-                SessionEvent::Established { node, epoch } => {
-                    self.peer = Some((node, epoch));
+                SessionEvent::Established { node, epoch, protocol } => {
+                    (self.peer, self.protocol) = (Some((node, epoch)), protocol);
                     if let Some(link) = &mut self.link {
                         link.trust();
                     }
-                    self.mesh.do_send(SessionUp { node, epoch, session: ctx.address(), dialed: self.dialed.is_some() });
+                    let dialed = self.dialed.is_some();
+                    self.mesh.do_send(SessionUp { node, epoch, protocol, session: ctx.address(), dialed });
                 }
-                SessionEvent::Message(message) => match (&mut self.early, self.peer) {
-                    (Some(early), _) if early.len() < EARLY_MAX => early.push(message),
-                    (Some(_), _) => {
-                        self.session.handle_link_closed("too much was said before the session was admitted")
-                    }
-                    (None, Some((node, _))) => self.router.deliver(node, message),
-                    (None, None) => {}
+                SessionEvent::Message(message) => match &mut self.early {
+                    Some(early) if early.len() < EARLY_MAX => early.push(message),
+                    Some(_) => self.session.handle_link_closed("too much was said before the session was admitted"),
+                    None => self.hear(message, ctx),
                 },
                 SessionEvent::Closed(error) => {
                     self.mesh.do_send(SessionDown {
@@ -107,27 +111,62 @@ impl PeerSession {
                         session: ctx.address(),
                         cause: error.to_string(),
                     });
+                    self.transmit();
                     if let Some(mut link) = self.link.take() {
-                        while let Some(frame) = self.session.poll_transmit() {
-                            link.send(frame);
-                        }
                         link.close();
                     }
                     ctx.stop();
                 }
             }
         }
-        if let Some(link) = &mut self.link {
-            while let Some(frame) = self.session.poll_transmit() {
-                link.send(frame);
-            }
-        }
+        self.speak(false, ctx);
+        self.transmit();
         if let Some(due) = self.session.poll_timeout()
             && self.armed.is_none_or(|armed| due < armed)
         {
             self.armed = Some(due);
             self.clock.wake(due, ctx.address().recipient());
         }
+    }
+
+    fn transmit(&mut self) {
+        if let Some(link) = &mut self.link {
+            while let Some(frame) = self.session.poll_transmit() {
+                link.send(frame);
+            }
+        }
+    }
+
+    /// Takes what the admitted peer said.
+    fn hear(&mut self, message: Wire, ctx: &mut Context<Self>) {
+        let Some((node, epoch)) = self.peer else { return };
+        if matches!(message, Wire::JoinRefused(_)) {
+            // Whoever says so does not believe this incarnation: it is no part of any conversation.
+            self.router.deliver(node, message);
+            return;
+        }
+        match self.router.converse(node, &ctx.address(), |conversation| conversation.handle_message(message)) {
+            Some(Heard::Message(message)) => self.router.deliver(node, message),
+            Some(Heard::StartedOver(why)) => {
+                self.mesh.do_send(StartedOver { node, epoch, session: ctx.address(), why });
+                self.session.handle_link_closed(why);
+            }
+            Some(Heard::Nothing) | None => {}
+        }
+    }
+
+    /// Says what there is to say; an acknowledgement, too, if one is `due`.
+    fn speak(&mut self, due: bool, ctx: &mut Context<Self>) {
+        let (Some((node, _)), None) = (self.peer, &self.early) else { return };
+        let (now, session) = (self.clock.now(), &mut self.session);
+        self.router.converse(node, &ctx.address(), |conversation| {
+            while let Some(message) = conversation.next_message() {
+                session.send(now, message);
+            }
+            if let Some(heard) = conversation.acknowledgement(due) {
+                session.send(now, &heard);
+            }
+        });
     }
 }
 
@@ -160,11 +199,10 @@ impl Handler<LinkInput> for PeerSession {
     }
 }
 
-impl Handler<Say> for PeerSession {
+impl Handler<Speak> for PeerSession {
     type Result = ();
 
-    fn handle(&mut self, Say(message): Say, ctx: &mut Context<Self>) {
-        self.session.send(self.clock.now(), message);
+    fn handle(&mut self, _: Speak, ctx: &mut Context<Self>) {
         self.turn(ctx);
     }
 }
@@ -172,12 +210,29 @@ impl Handler<Say> for PeerSession {
 impl Handler<Admit> for PeerSession {
     type Result = ();
 
-    fn handle(&mut self, _: Admit, _: &mut Context<Self>) {
+    fn handle(&mut self, _: Admit, ctx: &mut Context<Self>) {
         if let (Some(early), Some((node, _))) = (self.early.take(), self.peer) {
+            let protocol = self.protocol;
+            let first = self.router.converse(node, &ctx.address(), |conversation| conversation.handle_link(protocol));
+            if let Some(resume) = first.flatten() {
+                self.session.send(self.clock.now(), &resume);
+            }
             for message in early {
-                self.router.deliver(node, message);
+                self.hear(message, ctx);
             }
         }
+        self.turn(ctx);
+    }
+}
+
+impl Handler<Refuse> for PeerSession {
+    type Result = ();
+
+    fn handle(&mut self, Refuse(error): Refuse, ctx: &mut Context<Self>) {
+        self.session.send(self.clock.now(), &Wire::JoinRefused(error));
+        self.transmit();
+        self.session.handle_link_closed("this side does not believe the peer's incarnation");
+        self.turn(ctx);
     }
 }
 
@@ -196,6 +251,8 @@ impl Handler<Tick> for PeerSession {
     fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
         let now = self.clock.now();
         self.armed = self.armed.filter(|armed| now < *armed);
+        // Instead of an empty beat.
+        self.speak(true, ctx);
         self.session.handle_timeout(now);
         self.turn(ctx);
     }

@@ -6,10 +6,10 @@ use std::rc::Rc;
 
 use actix::prelude::*;
 use dashmap::{DashMap, DashSet};
-use kvferry_core::protocol::Message as Wire;
+use kvferry_core::protocol::{Conversation, Message as Wire};
 use kvferry_core::{Epoch, NodeId};
 
-use crate::peer_session::{PeerSession, Say};
+use crate::peer_session::{PeerSession, Speak};
 
 /// Messages that may wait for a first session with one node.
 const WAITING_MAX: usize = 4096;
@@ -49,11 +49,21 @@ pub(crate) struct Router {
     /// Whose word on membership and pairing counts.
     scheduler: NodeId,
     ports: Rc<RefCell<Ports>>,
-    sessions: Rc<DashMap<NodeId, (Epoch, Addr<PeerSession>)>>,
+    talks: Rc<DashMap<NodeId, Talk>>,
     /// For nodes whose first session is still to come: a group may get work before all its ranks have met.
     waiting: Rc<DashMap<NodeId, VecDeque<Wire>>>,
     /// Nodes that had a session: what was meant for one that ended is dropped.
     met: Rc<DashSet<NodeId>>,
+}
+
+/// What this node and one incarnation of another have to say to each other.
+struct Talk {
+    epoch: Epoch,
+    conversation: Conversation,
+    /// The session over the present link.
+    session: Option<Addr<PeerSession>>,
+    /// It knows that there is something to say.
+    told: bool,
 }
 
 impl Router {
@@ -63,7 +73,7 @@ impl Router {
             node,
             scheduler,
             ports: Rc::default(),
-            sessions: Rc::default(),
+            talks: Rc::default(),
             waiting: Rc::default(),
             met: Rc::default(),
         }
@@ -79,15 +89,40 @@ impl Router {
         change(&mut self.ports.borrow_mut());
     }
 
-    /// The session to a node from now on.
-    pub(crate) fn attach(&self, node: NodeId, epoch: Epoch, session: Addr<PeerSession>) {
+    /// Begins a conversation with an incarnation of a node.
+    pub(crate) fn begin(&self, node: NodeId, epoch: Epoch, name: u64) {
         self.met.insert(node);
-        self.sessions.insert(node, (epoch, session));
+        self.talks.insert(node, Talk { epoch, conversation: Conversation::new(name), session: None, told: false });
     }
 
-    /// Whether a later incarnation of a node has a session already.
+    /// The session over which a node is reached from now on; `None` until there is another.
+    pub(crate) fn link(&self, node: NodeId, session: Option<Addr<PeerSession>>) {
+        if let Some(mut talk) = self.talks.get_mut(&node) {
+            talk.conversation.handle_link_down();
+            (talk.session, talk.told) = (session, false);
+        }
+    }
+
+    /// Ends the conversation with a node.
+    pub(crate) fn end(&self, node: NodeId) {
+        self.talks.remove(&node);
+    }
+
+    /// Lets a session go on with the conversation; `None` when it is no longer the one over which the node is reached.
+    pub(crate) fn converse<R>(
+        &self,
+        node: NodeId,
+        session: &Addr<PeerSession>,
+        go_on: impl FnOnce(&mut Conversation) -> R,
+    ) -> Option<R> {
+        let mut talk = self.talks.get_mut(&node).filter(|talk| talk.session.as_ref() == Some(session))?;
+        talk.told = false;
+        Some(go_on(&mut talk.conversation))
+    }
+
+    /// Whether a later incarnation of a node is talked to already.
     pub(crate) fn is_newer(&self, node: NodeId, epoch: Epoch) -> bool {
-        self.sessions.get(&node).is_some_and(|session| session.0 > epoch)
+        self.talks.get(&node).is_some_and(|talk| talk.epoch > epoch)
     }
 
     /// Sends what waited for a node's first session.
@@ -103,18 +138,21 @@ impl Router {
         self.met.remove(&node);
     }
 
-    /// Forgets a session, if it is still that one.
-    pub(crate) fn detach(&self, node: NodeId, session: &Addr<PeerSession>) {
-        self.sessions.remove_if(&node, |_, (_, current)| current == session);
-    }
-
-    /// Sends to a node; to this one, without a session. A message for a node that had a session and has none is dropped: whoever waits for
-    /// its answer has a deadline.
+    /// Sends to a node; to this one, without a session. A message for a node that had a conversation and has none is dropped: whoever waits
+    /// for its answer hears that the peer is down.
     pub(crate) fn send(&self, to: NodeId, message: Wire) {
         if to == self.node {
             self.deliver(to, message);
-        } else if let Some(session) = self.sessions.get(&to) {
-            session.1.do_send(Say(message));
+        } else if let Some(mut talk) = self.talks.get_mut(&to) {
+            if let Err(error) = talk.conversation.say(message) {
+                tracing::warn!(%to, %error, "the conversation ends");
+            }
+            if !talk.told
+                && let Some(session) = talk.session.clone()
+            {
+                talk.told = true;
+                session.do_send(Speak);
+            }
         } else if !self.met.contains(&to) && self.waiting.get(&to).is_none_or(|waiting| waiting.len() < WAITING_MAX) {
             self.waiting.entry(to).or_default().push_back(message);
         } else {
@@ -154,6 +192,12 @@ impl Router {
             }
             Wire::Offered(_) | Wire::OfferReady { .. } | Wire::OfferFailed { .. } | Wire::Outcome(_) => {
                 give(&ports.scheduler, from, message);
+            }
+            // A leader knows by it that a rank can be reached.
+            Wire::Profile(_) => {
+                for port in [&ports.leader, &ports.worker] {
+                    give(port, from, message.clone());
+                }
             }
             _ => give(&ports.worker, from, message),
         }

@@ -13,7 +13,7 @@ use crate::{Epoch, NodeId, limits};
 /// Oldest protocol that this build speaks.
 pub const PROTOCOL_MIN: u16 = 1;
 /// Newest protocol that this build speaks.
-pub const PROTOCOL_MAX: u16 = 1;
+pub const PROTOCOL_MAX: u16 = 2;
 
 const HEADER_BYTES: usize = 4;
 const HANDSHAKE_BYTES_MAX: usize = 4096;

@@ -4,7 +4,7 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kvferry_core::protocol::{Identity, Message, Session, SessionError, SessionEvent, SessionTerms};
+use kvferry_core::protocol::{Identity, Message, Protocols, Session, SessionError, SessionEvent, SessionTerms};
 use kvferry_core::wire::{Frame, WireError};
 use kvferry_core::{Epoch, HandoverId, Moment, NodeId};
 use proptest::prelude::*;
@@ -17,7 +17,12 @@ fn at(milliseconds: u64) -> Moment {
 }
 
 fn identity(node: NodeId, secret: Option<&str>) -> Identity {
-    Identity { node, epoch: Epoch(5), secret: secret.map(|secret| Arc::from(secret.as_bytes())) }
+    Identity {
+        node,
+        epoch: Epoch(5),
+        secret: secret.map(|secret| Arc::from(secret.as_bytes())),
+        protocols: Protocols::default(),
+    }
 }
 
 fn dial(secret: Option<&str>, loopback: bool) -> Session {
@@ -56,14 +61,14 @@ fn exchange(one: &mut Session, other: &mut Session) {
 fn established(secret: Option<&str>) -> (Session, Session) {
     let (mut dialer, mut acceptor) = (dial(secret, secret.is_none()), accept(secret, secret.is_none()));
     exchange(&mut dialer, &mut acceptor);
-    assert_eq!(events(&mut dialer), [SessionEvent::Established { node: ACCEPTOR, epoch: Epoch(5) }]);
-    assert_eq!(events(&mut acceptor), [SessionEvent::Established { node: DIALER, epoch: Epoch(5) }]);
+    assert_eq!(events(&mut dialer), [SessionEvent::Established { node: ACCEPTOR, epoch: Epoch(5), protocol: 2 }]);
+    assert_eq!(events(&mut acceptor), [SessionEvent::Established { node: DIALER, epoch: Epoch(5), protocol: 2 }]);
     (dialer, acceptor)
 }
 
 /// The frame of one message from the dialer.
 fn sent(dialer: &mut Session, number: u64) -> Bytes {
-    dialer.send(at(2), message(number));
+    dialer.send(at(2), &message(number));
     written(dialer).pop().expect("a frame")
 }
 
@@ -85,8 +90,8 @@ fn messages_pass_both_ways_in_order() {
     for secret in [None, Some("a shared secret")] {
         let (mut dialer, mut acceptor) = established(secret);
         for number in 0..3 {
-            dialer.send(at(2), message(number));
-            acceptor.send(at(2), message(10 + number));
+            dialer.send(at(2), &message(number));
+            acceptor.send(at(2), &message(10 + number));
         }
         exchange(&mut dialer, &mut acceptor);
         assert_eq!(events(&mut acceptor), [0, 1, 2].map(|number| SessionEvent::Message(message(number))));
@@ -97,17 +102,17 @@ fn messages_pass_both_ways_in_order() {
 #[test]
 fn a_message_before_the_handshake_waits_for_it() {
     let (mut dialer, mut acceptor) = (dial(None, true), accept(None, true));
-    dialer.send(at(0), message(1));
-    acceptor.send(at(0), message(2));
+    dialer.send(at(0), &message(1));
+    acceptor.send(at(0), &message(2));
     exchange(&mut dialer, &mut acceptor);
     assert_eq!(events(&mut acceptor)[1..], [SessionEvent::Message(message(1))]);
     assert_eq!(events(&mut dialer)[1..], [SessionEvent::Message(message(2))]);
     let mut alone = accept(None, true);
     for number in 0..65_536 {
-        alone.send(at(0), message(number));
+        alone.send(at(0), &message(number));
     }
     assert_eq!(events(&mut alone), []);
-    alone.send(at(0), message(0));
+    alone.send(at(0), &message(0));
     assert_eq!(closed(&mut alone), SessionError::Backlog);
 }
 
@@ -151,7 +156,7 @@ fn a_recorded_handshake_opens_no_second_session() {
     let mut recorded = written(&mut dialer);
     recorded.iter().cloned().for_each(|frame| acceptor.handle_frame(at(1), frame));
     written(&mut acceptor).into_iter().for_each(|frame| dialer.handle_frame(at(1), frame));
-    dialer.send(at(1), message(1));
+    dialer.send(at(1), &message(1));
     recorded.extend(written(&mut dialer));
     let secret = identity(ACCEPTOR, Some("this"));
     let mut second = Session::accept(at(0), secret, false, [3; 16], SessionTerms::default());
@@ -241,7 +246,7 @@ fn hello_of(dialer: &mut Session) -> kvferry_core::wire::Hello {
 
 #[test]
 fn protocols_must_overlap() {
-    for (least, most, fits) in [(1, 1, true), (0, 9, true), (2, 9, false), (0, 0, false)] {
+    for (least, most, fits) in [(1, 1, true), (0, 9, true), (2, 2, true), (3, 9, false), (0, 0, false)] {
         let mut hello = hello_of(&mut dial(None, true));
         (hello.protocol_min, hello.protocol_max) = (least, most);
         let mut acceptor = accept(None, true);
@@ -250,7 +255,7 @@ fn protocols_must_overlap() {
         if fits {
             assert_eq!(heard, []);
         } else {
-            let error = SessionError::Protocol { peer_min: least, peer_max: most, own_min: 1, own_max: 1 };
+            let error = SessionError::Protocol { peer_min: least, peer_max: most, own_min: 1, own_max: 2 };
             assert_eq!(heard, [SessionEvent::Closed(error)]);
         }
     }
@@ -259,9 +264,9 @@ fn protocols_must_overlap() {
     let Some(Ok(Frame::Welcome(mut welcome))) = written(&mut acceptor).pop().map(Frame::decode) else {
         panic!("a welcome was due")
     };
-    welcome.protocol = 2;
+    welcome.protocol = 3;
     dialer.handle_frame(at(1), Frame::Welcome(welcome).encode().expect("encodes").slice(4..));
-    assert!(matches!(closed(&mut dialer), SessionError::Protocol { peer_max: 2, .. }));
+    assert!(matches!(closed(&mut dialer), SessionError::Protocol { peer_max: 3, .. }));
 }
 
 #[test]
@@ -284,7 +289,7 @@ fn silence_ends_a_session_and_beats_prevent_it() {
     dialer.handle_timeout(now + terms.silence_max);
     assert_eq!(closed(&mut dialer), SessionError::Silent(terms.silence_max));
     assert_eq!(dialer.poll_timeout(), None);
-    dialer.send(now, message(1));
+    dialer.send(now, &message(1));
     dialer.handle_timeout(now + terms.silence_max * 2);
     assert_eq!((written(&mut dialer), events(&mut dialer)), (vec![], vec![]), "nothing follows");
 }

@@ -7,7 +7,8 @@ use bytes::Bytes;
 
 use super::{FailReason, Message, Outcome, OutcomeReport, PathReport, PrefillJob, PrefillView, Refusal, RequestSpec};
 use crate::{
-    Direction, FenceProof, GroupId, HandoverId, Moment, NodeId, PoolLayout, Program, RequestId, Tables, TransferId,
+    Direction, Epoch, FenceProof, GroupId, HandoverId, Moment, NodeId, PoolLayout, Program, RequestId, Tables,
+    TransferId,
 };
 
 /// Something that the shell must do, in the order given.
@@ -240,6 +241,22 @@ pub enum Event {
     GroupReady {
         /// Which.
         group: GroupId,
+    },
+    /// This node talks with an incarnation of another one from now on.
+    Met {
+        /// Who.
+        node: NodeId,
+        /// In which incarnation.
+        epoch: Epoch,
+    },
+    /// It no longer does; what was said last may not have been heard.
+    Parted {
+        /// Who.
+        node: NodeId,
+        /// In which incarnation.
+        epoch: Epoch,
+        /// Why.
+        cause: String,
     },
     /// A node is gone.
     NodeLost {

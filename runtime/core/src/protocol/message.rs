@@ -166,6 +166,21 @@ pub enum Message {
         /// Which handover.
         handover: HandoverId,
     },
+
+    /// First on every link: where the conversation goes on (protocol 2).
+    Resume {
+        /// What the sender calls what it says, never 0.
+        name: u64,
+        /// What the receiver calls what it says, as far as the sender knows; otherwise 0.
+        peer: u64,
+        /// Messages that the sender has heard of it.
+        heard: u64,
+    },
+    /// How many messages of the conversation were heard so far (protocol 2).
+    Heard {
+        /// That many.
+        messages: u64,
+    },
 }
 
 /// What a node tells a peer about itself, after both are authenticated: the keys to its memory are in it.

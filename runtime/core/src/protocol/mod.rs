@@ -6,6 +6,7 @@
 //! [`Session`] under every link.
 
 mod command;
+mod conversation;
 mod credit;
 mod deadline;
 mod decode;
@@ -26,6 +27,7 @@ mod session;
 mod tests;
 
 pub use command::{Command, EngineCall, EngineEvent, Event, Finished, NicCommand, NicEvent, Outbox};
+pub use conversation::{Conversation, Heard, RESUMING_PROTOCOL, Unheard};
 pub use credit::{Credit, CreditError};
 pub use deadline::{Deadline, DeadlineTerms, Pace};
 pub use decode::DecodeRank;
@@ -41,4 +43,4 @@ pub use policy::{GroupView, LeastLoaded, LongestHeldPrefix, Policy};
 pub use prefill::PrefillRank;
 pub use prefill_leader::PrefillLeader;
 pub use scheduler::{Scheduler, SchedulerTerms};
-pub use session::{Identity, Session, SessionError, SessionEvent, SessionTerms};
+pub use session::{Identity, Protocols, Session, SessionError, SessionEvent, SessionTerms};

@@ -24,6 +24,23 @@ pub struct Identity {
     pub epoch: Epoch,
     /// Shared by all nodes of a deployment; required off loopback.
     pub secret: Option<std::sync::Arc<[u8]>>,
+    /// Which protocols it speaks.
+    pub protocols: Protocols,
+}
+
+/// Versions of the control protocol that a node speaks, both ends included. The default is what this build speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Protocols {
+    /// The oldest.
+    pub min: u16,
+    /// The newest.
+    pub max: u16,
+}
+
+impl Default for Protocols {
+    fn default() -> Self {
+        Protocols { min: wire::PROTOCOL_MIN, max: wire::PROTOCOL_MAX }
+    }
 }
 
 impl core::fmt::Debug for Identity {
@@ -44,8 +61,10 @@ pub struct SessionTerms {
     pub handshake_within: Duration,
     /// A beat is sent after so much silence of our own.
     pub beat_every: Duration,
-    /// The peer counts as gone after so much silence of its own.
+    /// The link counts as broken after so much silence of the peer.
     pub silence_max: Duration,
+    /// The peer counts as gone when no other link stands within so long after one broke; what was said meanwhile is kept.
+    pub resume_within: Duration,
 }
 
 impl Default for SessionTerms {
@@ -54,6 +73,7 @@ impl Default for SessionTerms {
             handshake_within: Duration::from_secs(5),
             beat_every: Duration::from_secs(1),
             silence_max: Duration::from_secs(6),
+            resume_within: Duration::from_secs(1),
         }
     }
 }
@@ -132,6 +152,8 @@ pub enum SessionEvent {
         node: NodeId,
         /// Its incarnation.
         epoch: Epoch,
+        /// What both speak.
+        protocol: u16,
     },
     /// The peer said something.
     Message(Message),
@@ -183,8 +205,8 @@ impl Session {
         terms: SessionTerms,
     ) -> Self {
         let hello = Hello {
-            protocol_min: wire::PROTOCOL_MIN,
-            protocol_max: wire::PROTOCOL_MAX,
+            protocol_min: identity.protocols.min,
+            protocol_max: identity.protocols.max,
             capabilities: 0,
             node: identity.node,
             epoch: identity.epoch,
@@ -287,12 +309,12 @@ impl Session {
     }
 
     /// Sends a message; it waits until the session stands.
-    pub fn send(&mut self, now: Moment, message: Message) {
+    pub fn send(&mut self, now: Moment, message: &Message) {
         match self.state {
             State::Closed => {}
-            State::Established { .. } => self.encode(now, &message),
+            State::Established { .. } => self.encode(now, message),
             _ if self.waiting.len() >= WAITING_MAX => self.close(SessionError::Backlog),
-            _ => self.waiting.push_back(message),
+            _ => self.waiting.push_back(message.clone()),
         }
     }
 
@@ -327,13 +349,14 @@ impl Session {
     }
 
     fn hello(&mut self, now: Moment, hello: Hello) -> Result<(), SessionError> {
-        let protocol = hello.protocol_max.min(wire::PROTOCOL_MAX);
-        if protocol < hello.protocol_min || protocol < wire::PROTOCOL_MIN {
+        let own = self.identity.protocols;
+        let protocol = hello.protocol_max.min(own.max);
+        if protocol < hello.protocol_min || protocol < own.min {
             return Err(SessionError::Protocol {
                 peer_min: hello.protocol_min,
                 peer_max: hello.protocol_max,
-                own_min: wire::PROTOCOL_MIN,
-                own_max: wire::PROTOCOL_MAX,
+                own_min: own.min,
+                own_max: own.max,
             });
         }
         if hello.expects != self.identity.node {
@@ -371,12 +394,13 @@ impl Session {
         if welcome.node != expects {
             return Err(SessionError::WrongNode { wanted: expects, here: welcome.node });
         }
-        if !(wire::PROTOCOL_MIN..=wire::PROTOCOL_MAX).contains(&welcome.protocol) {
+        let own = self.identity.protocols;
+        if !(own.min..=own.max).contains(&welcome.protocol) {
             return Err(SessionError::Protocol {
                 peer_min: welcome.protocol,
                 peer_max: welcome.protocol,
-                own_min: wire::PROTOCOL_MIN,
-                own_max: wire::PROTOCOL_MAX,
+                own_min: own.min,
+                own_max: own.max,
             });
         }
         self.check(&proof_text("welcome", hello, welcome), &welcome.mac)?;
@@ -389,7 +413,7 @@ impl Session {
     fn establish(&mut self, now: Moment, node: NodeId, epoch: Epoch, hello: &Hello, welcome: &Welcome) {
         self.key = self.identity.secret.as_ref().map(|secret| hmac(secret, &proof_text("session", hello, welcome)));
         self.state = State::Established { node, epoch };
-        self.events.push_back(SessionEvent::Established { node, epoch });
+        self.events.push_back(SessionEvent::Established { node, epoch, protocol: welcome.protocol });
         while let Some(message) = self.waiting.pop_front() {
             self.encode(now, &message);
         }

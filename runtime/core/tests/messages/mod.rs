@@ -27,7 +27,7 @@ struct Parts {
 }
 
 /// How many variants [`build`] knows.
-const VARIANTS: usize = 30;
+const VARIANTS: usize = 31;
 
 /// One message of every variant, and of every kind of reason inside them.
 pub(crate) fn every_variant() -> Vec<Message> {
@@ -109,7 +109,11 @@ fn build(parts: &Parts) -> Message {
         28 => Message::Reading { handovers: list.into_iter().map(HandoverId).collect() },
         _ if parts.choice.is_multiple_of(3) => Message::Fetched { handover },
         _ if parts.choice % 3 == 1 => Message::Confirmed { handover },
-        _ => Message::Abandon { handover },
+        29 => Message::Abandon { handover },
+        _ if parts.choice.is_multiple_of(2) => {
+            Message::Resume { name: parts.numbers[0], peer: parts.numbers[1], heard: parts.numbers[2] }
+        }
+        _ => Message::Heard { messages: parts.numbers[3] },
     }
 }
 
