@@ -34,8 +34,8 @@ pub use kvferry_actors::{
 };
 pub use kvferry_core::protocol::{
     DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, Finished, GroupView, Identity, LeaseTerms, LeastLoaded,
-    LongestHeldPrefix, Outcome, PathReport, Policy, PrefillJob, PrefillView, Refusal, RequestSpec, Role,
-    SchedulerTerms, SessionTerms,
+    LongestHeldPrefix, Outcome, PathReport, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms, Refusal,
+    RequestSpec, Role, SchedulerTerms, SessionTerms,
 };
 pub use kvferry_core::{
     BlockTable, Direction, Dtype, Epoch, Extent, FenceProof, Format, GeometryError, GeometrySpec, GroupGeometry,

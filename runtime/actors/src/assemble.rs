@@ -6,7 +6,7 @@ use std::sync::Arc;
 use actix::prelude::*;
 use kvferry_core::protocol::{
     self, DeadlineTerms, DecodeLeader, DecodeRank, Directory, EngineCall, Identity, LeaseTerms, Member, Place, Policy,
-    PrefillLeader, PrefillRank, Profile, Protocols, Role, SchedulerTerms, SessionTerms, WorkerProfile,
+    PrefillLeader, PrefillRank, Profile, Protocols, QuarantineTerms, Role, SchedulerTerms, SessionTerms, WorkerProfile,
 };
 use kvferry_core::{Direction, Epoch, GroupGeometry, GroupId, NodeId, Rank};
 use kvferry_transport::Pool;
@@ -19,7 +19,7 @@ use crate::nic::{NicReport, NicStartError};
 use crate::router::{Incoming, Router};
 use crate::scheduler::{DirectoryActor, Scheduler};
 use crate::seams::{Environment, ListenError, NicPort, OpenNic};
-use crate::shell::{Observer, Shell};
+use crate::shell::{Inspect, Observer, Shell};
 use crate::supervise::{self, OnPanic};
 use crate::worker::{Answer, DecodeWorker, PrefillWorker};
 
@@ -38,6 +38,8 @@ pub struct NodeConfig {
     pub leases: LeaseTerms,
     /// How long transfers may take.
     pub deadlines: DeadlineTerms,
+    /// How long blocks that somebody may still touch are waited for.
+    pub quarantine: QuarantineTerms,
 }
 
 impl NodeConfig {
@@ -50,6 +52,7 @@ impl NodeConfig {
             session: SessionTerms::default(),
             leases: LeaseTerms::default(),
             deadlines: DeadlineTerms::default(),
+            quarantine: QuarantineTerms::default(),
         }
     }
 }
@@ -126,6 +129,8 @@ pub struct WorkerParts {
     pub answers: Recipient<Answer>,
     /// The control address that peers dial.
     pub address: String,
+    /// Its protocol actors, to be asked what they have in hand.
+    pub inspect: Vec<Recipient<Inspect>>,
 }
 
 /// A scheduler node that runs.
@@ -174,14 +179,16 @@ pub async fn assemble_worker(
     }
     match config.role {
         Role::Prefill => {
-            let leases = node.leases;
-            let make = move |group, profile, shell| PrefillWorker::new(PrefillRank::new(profile, leases), shell, group);
+            let (leases, quarantine) = (node.leases, node.quarantine);
+            let make = move |group, profile, shell| {
+                PrefillWorker::new(PrefillRank::new(profile, leases, quarantine), shell, group)
+            };
             run_worker(around, node, config, pool, nics, make).await
         }
         Role::Decode => {
-            let (leases, deadlines) = (node.leases, node.deadlines);
+            let (leases, deadlines, quarantine) = (node.leases, node.deadlines, node.quarantine);
             let make = move |group, profile, shell| {
-                DecodeWorker::new(DecodeRank::new(profile, leases, deadlines), shell, group)
+                DecodeWorker::new(DecodeRank::new(profile, leases, deadlines, quarantine), shell, group)
             };
             run_worker(around, node, config, pool, nics, make).await
         }
@@ -197,7 +204,12 @@ async fn run_worker<A>(
     make: impl FnOnce(GroupId, WorkerProfile, Shell) -> A,
 ) -> Result<WorkerParts, NodeError>
 where
-    A: Actor<Context = Context<A>> + Handler<NicReport> + Handler<Answer> + Handler<Incoming> + Handler<PeerDown>,
+    A: Actor<Context = Context<A>>
+        + Handler<NicReport>
+        + Handler<Answer>
+        + Handler<Incoming>
+        + Handler<PeerDown>
+        + Handler<Inspect>,
 {
     let router = Router::new(node.identity.node, config.scheduler.0);
     // NICs report to the worker, which cannot start before it knows them; its address can.
@@ -223,6 +235,8 @@ where
     let shell = around.shell(&router).with_worker(ports, calls);
     supervise::start("worker", &around.on_panic, context, make(config.group, profile.clone(), shell));
     router.connect(|ports| ports.worker = Some(address.clone().recipient()));
+    let mut listeners = vec![address.clone().recipient()];
+    let mut inspect = vec![address.clone().recipient()];
     if config.rank == Rank(0) {
         let (group, geometry, scheduler) = (config.group, Arc::clone(&config.geometry), config.scheduler.0);
         let core = match config.role {
@@ -233,6 +247,8 @@ where
         };
         let leader = GroupLeader::new(core, around.shell(&router), group);
         let leader = supervise::start("group leader", &around.on_panic, Context::new(), leader);
+        listeners.push(leader.clone().recipient());
+        inspect.push(leader.clone().recipient());
         router.connect(|ports| ports.leader = Some(leader.recipient()));
     }
     let place = Place {
@@ -243,10 +259,9 @@ where
         blocks: config.blocks,
         handovers_max: config.handovers_max,
     };
-    let listener = address.clone().recipient();
     let profile = Profile { worker: Some(profile) };
-    let dialed = start_mesh(around, node, Some(place), profile, Some(config.scheduler), vec![listener], &router)?;
-    Ok(WorkerParts { calls: engine_calls, keep, answers: address.recipient(), address: dialed })
+    let dialed = start_mesh(around, node, Some(place), profile, Some(config.scheduler), listeners, &router)?;
+    Ok(WorkerParts { calls: engine_calls, keep, answers: address.recipient(), address: dialed, inspect })
 }
 
 /// Starts a scheduler's actors on the current thread.

@@ -4,9 +4,10 @@ use actix::prelude::*;
 use kvferry_core::protocol::{DecodeLeader, Message as Wire, Outbox, PrefillLeader};
 use kvferry_core::{GroupId, Moment};
 
+use crate::mesh::PeerDown;
 use crate::router::Incoming;
 use crate::seams::Tick;
-use crate::shell::Shell;
+use crate::shell::{Inspect, Shell};
 
 /// The core of either kind of group.
 pub(crate) enum LeaderCore {
@@ -71,12 +72,43 @@ impl Handler<Incoming> for GroupLeader {
                     }
                 }
             }
+            // A scheduler introduces itself once to every node: then it knows nothing of its work.
+            (Wire::Profile(profile), core) if profile.worker.is_none() => match core {
+                LeaderCore::Prefill(core) => core.handle_scheduler(),
+                LeaderCore::Decode(core) => core.handle_scheduler(),
+            },
+            (Wire::Profile(_), LeaderCore::Prefill(core)) => core.handle_peer_up(from),
+            (Wire::Profile(_), LeaderCore::Decode(core)) => core.handle_peer_up(from),
             (Wire::Lost(lost), LeaderCore::Prefill(core)) => core.handle_lost(now, &lost),
             (Wire::Lost(lost), LeaderCore::Decode(core)) => core.handle_lost(now, &lost),
             (message, LeaderCore::Prefill(core)) => core.handle_message(now, from, message),
             (message, LeaderCore::Decode(core)) => core.handle_message(now, from, message),
         }
         self.turn(ctx);
+    }
+}
+
+impl Handler<PeerDown> for GroupLeader {
+    type Result = ();
+
+    fn handle(&mut self, PeerDown { node, cause, .. }: PeerDown, ctx: &mut Context<Self>) {
+        let now = self.shell.now();
+        match &mut self.core {
+            LeaderCore::Prefill(core) => core.handle_peer_down(now, node, &cause),
+            LeaderCore::Decode(core) => core.handle_peer_down(now, node, &cause),
+        }
+        self.turn(ctx);
+    }
+}
+
+impl Handler<Inspect> for GroupLeader {
+    type Result = ();
+
+    fn handle(&mut self, inspect: Inspect, _: &mut Context<Self>) {
+        inspect.answer(match &self.core {
+            LeaderCore::Prefill(core) => core.vitals(),
+            LeaderCore::Decode(core) => core.vitals(),
+        });
     }
 }
 

@@ -22,7 +22,7 @@ pub use nic::{Nic, NicActor, NicOpened, NicReport, NicRequest, NicStartError};
 pub use node::{EnginePort, Handover, HandoverError, SchedulerNode, WorkerNode};
 pub use scheduler::{CancelRequest, Scheduler, Submit};
 pub use seams::{Clock, Environment, Host, Link, LinkInput, LinkUp, ListenError, Network, NicPort, OpenNic, Tick};
-pub use shell::Observer;
+pub use shell::{Inspect, Observer};
 pub use supervise::OnPanic;
 pub use threads::{MonotonicClock, NicThreads, ThreadOptions, environment, local_runtime};
 pub use worker::Answer;

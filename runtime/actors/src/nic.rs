@@ -76,6 +76,8 @@ pub struct Nic {
     peers: BTreeMap<NodeId, (PeerId, RemotePool)>,
     /// How to reach every peer again whose connection broke while its control session lives on.
     known: BTreeMap<NodeId, Reach>,
+    /// Peers that were only connected to be fenced.
+    fencing: BTreeMap<PeerId, NodeId>,
     backlog: VecDeque<NicCommand>,
     events: Vec<Event>,
     reports: Recipient<NicReport>,
@@ -105,6 +107,7 @@ impl Nic {
             pool: pool.id(),
             peers: BTreeMap::new(),
             known: BTreeMap::new(),
+            fencing: BTreeMap::new(),
             backlog: VecDeque::new(),
             events: Vec::new(),
             reports,
@@ -151,7 +154,10 @@ impl Nic {
                 Some(NicEvent::Done { id, bytes, pieces })
             }
             Event::Failed { id, error } => Some(NicEvent::Failed { id, reason: error.to_string() }),
-            Event::Fenced { peer, proof } => node_of(peer).map(|node| NicEvent::Fenced { node, proof }),
+            Event::Fenced { peer, proof } => {
+                let node = self.fencing.remove(&peer).or_else(|| node_of(peer));
+                node.map(|node| NicEvent::Fenced { node, proof })
+            }
             Event::PeerLost { peer, reason } => {
                 let node = node_of(peer);
                 if let Some(node) = node {
@@ -179,9 +185,22 @@ impl Nic {
                     self.transport.disconnect(peer);
                 }
             }
-            NicCommand::Fence { node } => {
-                if let Some((peer, _)) = self.peers.get(&node) {
-                    self.transport.fence(*peer);
+            NicCommand::Fence { node, address } => {
+                if self.fencing.values().any(|fenced| *fenced == node) {
+                    // Its proof is still to come.
+                    return;
+                }
+                let peer = match self.peers.remove(&node) {
+                    Some((peer, _)) => Ok(peer),
+                    None => self.transport.connect(&address),
+                };
+                match peer {
+                    Ok(peer) => {
+                        self.fencing.insert(peer, node);
+                        self.transport.fence(peer);
+                    }
+                    // It is asked for again.
+                    Err(error) => tracing::warn!(%node, %error, "a peer cannot be fenced yet"),
                 }
             }
             NicCommand::Post { id, node, direction, program } => {

@@ -165,7 +165,12 @@ impl Router {
         let ports = self.ports.borrow();
         let from_scheduler = from == self.scheduler || from == self.node;
         match &message {
-            Wire::Members(_) | Wire::Lost(_) | Wire::JoinRefused(_) | Wire::Pair(_) | Wire::Abort { .. }
+            Wire::Members(_)
+            | Wire::Lost(_)
+            | Wire::JoinRefused(_)
+            | Wire::Pair(_)
+            | Wire::Abort { .. }
+            | Wire::OutcomesKnown { .. }
                 if !from_scheduler =>
             {
                 tracing::warn!(%from, "only the scheduler says that; ignored");
@@ -183,16 +188,21 @@ impl Router {
                 let for_leader = ports.leader.is_some() && from == self.scheduler;
                 give(if for_leader { &ports.leader } else { &ports.worker }, from, message);
             }
-            Wire::RankOpened { .. } | Wire::RankReady { .. } | Wire::RankFailed { .. } | Wire::RankDone { .. } => {
-                give(&ports.leader, from, message);
-            }
-            Wire::Pair(_) | Wire::Abort { .. } => give(&ports.leader, from, message),
-            Wire::Started { .. } | Wire::Freed { .. } | Wire::Holds { .. } => {
+            Wire::RankOpened { .. }
+            | Wire::RankReady { .. }
+            | Wire::RankFailed { .. }
+            | Wire::RankDone { .. }
+            | Wire::Holding { .. } => give(&ports.leader, from, message),
+            Wire::Pair(_) | Wire::Abort { .. } | Wire::OutcomesKnown { .. } => give(&ports.leader, from, message),
+            Wire::Started { .. } | Wire::Freed { .. } | Wire::Holds { .. } | Wire::Health { .. } => {
                 give(if ports.leader.is_some() { &ports.leader } else { &ports.scheduler }, from, message);
             }
-            Wire::Offered(_) | Wire::OfferReady { .. } | Wire::OfferFailed { .. } | Wire::Outcome(_) => {
-                give(&ports.scheduler, from, message);
-            }
+            Wire::Offered(_)
+            | Wire::OfferReady { .. }
+            | Wire::OfferFailed { .. }
+            | Wire::Outcome(_)
+            | Wire::StandingOffers(_)
+            | Wire::StandingHandovers(_) => give(&ports.scheduler, from, message),
             // A leader knows by it that a rank can be reached.
             Wire::Profile(_) => {
                 for port in [&ports.leader, &ports.worker] {

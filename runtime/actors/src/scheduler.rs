@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 
 use actix::prelude::*;
 use kvferry_core::RequestId;
-use kvferry_core::protocol::{self, Directory, Event, Finished, Lost, Member, Message as Wire, Refusal, RequestSpec};
+use kvferry_core::protocol::{
+    self, Directory, Event, Finished, Lost, Member, Message as Wire, Refusal, RequestSpec, Submitted,
+};
 use tokio::sync::oneshot;
 
 use crate::mesh::PeerDown;
 use crate::router::Incoming;
 use crate::seams::Tick;
-use crate::shell::Shell;
+use crate::shell::{Inspect, Shell};
 
 /// A request, and who waits for its end.
 #[derive(Debug)]
@@ -77,8 +79,12 @@ impl Handler<Submit> for Scheduler {
     fn handle(&mut self, Submit { spec, ticket, answer }: Submit, ctx: &mut Context<Self>) {
         let request = spec.request;
         match self.core.handle_submit(self.shell.now(), spec) {
-            Ok(()) => {
+            Ok(Submitted::Taken) => {
                 self.waiting.insert(request, (ticket, answer));
+            }
+            Ok(Submitted::Ended(finished)) => {
+                // Whoever asked may have gone again.
+                let _ = answer.send(Ok(finished));
             }
             Err(refusal) => {
                 let _ = answer.send(Err(refusal));
@@ -105,6 +111,14 @@ impl Handler<Incoming> for Scheduler {
     fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
         self.core.handle_message(self.shell.now(), from, message);
         self.turn(ctx);
+    }
+}
+
+impl Handler<Inspect> for Scheduler {
+    type Result = ();
+
+    fn handle(&mut self, inspect: Inspect, _: &mut Context<Self>) {
+        inspect.answer(self.core.vitals());
     }
 }
 

@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use actix::prelude::*;
 use kvferry_core::Moment;
-use kvferry_core::protocol::{Command, EngineCall, Event, Outbox};
+use kvferry_core::protocol::{Command, EngineCall, Event, Outbox, Vitals};
 use tokio::sync::mpsc;
 
 use crate::nic::NicRequest;
@@ -13,6 +13,24 @@ use crate::seams::{Clock, NicPort, Tick};
 
 /// Where events of a node go.
 pub type Observer = Rc<dyn Fn(Event)>;
+
+/// Asks an actor what it has in hand.
+#[derive(Debug)]
+pub struct Inspect {
+    /// Where the answer goes.
+    pub to: mpsc::UnboundedSender<Vitals>,
+}
+
+impl Message for Inspect {
+    type Result = ();
+}
+
+impl Inspect {
+    pub(crate) fn answer(self, vitals: Vitals) {
+        // Whoever asked may have gone.
+        let _ = self.to.send(vitals);
+    }
+}
 
 /// The effects side of an actor.
 pub(crate) struct Shell {

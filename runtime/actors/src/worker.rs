@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 use kvferry_core::protocol::{
-    DecodeRank, EngineEvent, Event, Lost, Member, Message as Wire, NicEvent, Outbox, PrefillRank, WorkerProfile,
+    DecodeRank, EngineEvent, Event, Lost, Member, Message as Wire, NicEvent, Outbox, PrefillRank, Vitals, WorkerProfile,
 };
 use kvferry_core::{GroupId, Moment, NodeId, Rank};
 
@@ -13,7 +13,7 @@ use crate::mesh::PeerDown;
 use crate::nic::NicReport;
 use crate::router::Incoming;
 use crate::seams::Tick;
-use crate::shell::Shell;
+use crate::shell::{Inspect, Shell};
 
 /// One prefill rank.
 pub(crate) type PrefillWorker = Worker<PrefillRank>;
@@ -35,6 +35,9 @@ pub(crate) trait RankCore: Unpin + 'static {
     fn handle_engine(&mut self, now: Moment, event: EngineEvent);
     fn handle_nic(&mut self, now: Moment, nic: usize, event: NicEvent);
     fn handle_timeout(&mut self, now: Moment);
+    fn handle_leader_up(&mut self, now: Moment, leader: NodeId);
+    fn handle_leader_down(&mut self, now: Moment, leader: NodeId, cause: &str);
+    fn vitals(&self) -> Vitals;
 }
 
 /// One rank.
@@ -83,7 +86,9 @@ impl<C: RankCore> Handler<Incoming> for Worker<C> {
             }
             Wire::Profile(profile) => {
                 if let Some(profile) = profile.worker {
-                    self.leader.meet(self.group, from, &profile);
+                    if self.leader.meet(self.group, from, &profile) {
+                        self.core.handle_leader_up(now, from);
+                    }
                     self.core.handle_peer(now, from, profile);
                 }
             }
@@ -120,8 +125,20 @@ impl<C: RankCore> Handler<PeerDown> for Worker<C> {
     type Result = ();
 
     fn handle(&mut self, PeerDown { node, cause, .. }: PeerDown, ctx: &mut Context<Self>) {
-        self.core.handle_peer_down(self.shell.now(), node, &cause);
+        let now = self.shell.now();
+        self.core.handle_peer_down(now, node, &cause);
+        if self.leader.part(node) {
+            self.core.handle_leader_down(now, node, &cause);
+        }
         self.turn(ctx);
+    }
+}
+
+impl<C: RankCore> Handler<Inspect> for Worker<C> {
+    type Result = ();
+
+    fn handle(&mut self, inspect: Inspect, _: &mut Context<Self>) {
+        inspect.answer(self.core.vitals());
     }
 }
 
@@ -136,7 +153,8 @@ impl<C: RankCore> Handler<Tick> for Worker<C> {
 }
 
 macro_rules! rank_core {
-    ($core:ty, leader: $leaders:pat, members: $members:expr, lost: $lost:expr, peer_down: $down:expr) => {
+    ($core:ty, leader: $leaders:pat, members: $members:expr, lost: $lost:expr, peer_down: $down:expr,
+        leader_up: $leader_up:expr, leader_down: $leader_down:expr) => {
         impl RankCore for $core {
             fn is_leaders_word(message: &Wire) -> bool {
                 matches!(message, $leaders)
@@ -181,6 +199,18 @@ macro_rules! rank_core {
             fn handle_timeout(&mut self, now: Moment) {
                 self.handle_timeout(now);
             }
+
+            fn handle_leader_up(&mut self, now: Moment, leader: NodeId) {
+                $leader_up(self, now, leader);
+            }
+
+            fn handle_leader_down(&mut self, now: Moment, leader: NodeId, cause: &str) {
+                $leader_down(self, now, leader, cause);
+            }
+
+            fn vitals(&self) -> Vitals {
+                self.vitals()
+            }
         }
     };
 }
@@ -190,7 +220,9 @@ rank_core! {
     leader: Wire::Prefill(_) | Wire::Renew { .. } | Wire::Release { .. },
     members: |_: &mut PrefillRank, _, _| {},
     lost: |core: &mut PrefillRank, now, lost, mine: Option<Rank>| core.handle_lost(now, lost, mine.is_some()),
-    peer_down: |core: &mut PrefillRank, now, node, _| core.handle_peer_down(now, node)
+    peer_down: |core: &mut PrefillRank, now, node, _| core.handle_peer_down(now, node),
+    leader_up: |_: &mut PrefillRank, _, _| {},
+    leader_down: |core: &mut PrefillRank, now, _, _| core.handle_leader_down(now)
 }
 
 rank_core! {
@@ -198,7 +230,9 @@ rank_core! {
     leader: Wire::Fetch(_) | Wire::Settled { .. },
     members: |core: &mut DecodeRank, now, members: &[_]| core.handle_members(now, members),
     lost: |core: &mut DecodeRank, now, lost, mine| core.handle_lost(now, lost, mine),
-    peer_down: |core: &mut DecodeRank, now, node, cause| core.handle_peer_down(now, node, cause)
+    peer_down: |core: &mut DecodeRank, now, node, cause| core.handle_peer_down(now, node, cause),
+    leader_up: |core: &mut DecodeRank, now, leader| core.handle_leader_up(now, leader),
+    leader_down: |core: &mut DecodeRank, now, leader, cause| core.handle_leader_down(now, leader, cause)
 }
 
 /// An answer of the serving engine.
@@ -241,11 +275,18 @@ impl Leader {
         Leader { here, elsewhere: None }
     }
 
-    /// A peer introduced itself.
-    pub(crate) fn meet(&mut self, group: GroupId, from: NodeId, profile: &WorkerProfile) {
-        if profile.group == group && profile.rank == Rank(0) {
+    /// A peer introduced itself. Says whether it leads this rank's group.
+    pub(crate) fn meet(&mut self, group: GroupId, from: NodeId, profile: &WorkerProfile) -> bool {
+        let leads = profile.group == group && profile.rank == Rank(0);
+        if leads {
             self.elsewhere = Some(from);
         }
+        leads
+    }
+
+    /// A node cannot be reached any more. Says whether it led this rank's group.
+    pub(crate) fn part(&mut self, node: NodeId) -> bool {
+        self.elsewhere.take_if(|leader| *leader == node).is_some()
     }
 
     /// Whether a message of `node` is the leader's; a leader on this node has no session.

@@ -162,10 +162,12 @@ pub enum NicCommand {
         /// Which node.
         node: NodeId,
     },
-    /// Prove that nothing of a peer can write here any more.
+    /// Prove that nothing of a peer can touch memory here any more: [`NicEvent::Fenced`], once that is so.
     Fence {
         /// Which node.
         node: NodeId,
+        /// Its NIC's address: a peer that writes here need not have been connected to from here.
+        address: Bytes,
     },
     /// Start a transfer with a connected peer.
     Post {
@@ -276,6 +278,30 @@ pub enum Event {
         request: RequestId,
         /// What is known of its handover.
         view: PrefillView,
+    },
+    /// An offer's lease was granted or renewed.
+    LeaseHeld {
+        /// Which request.
+        request: RequestId,
+        /// Until when, on the rank's clock.
+        until: Moment,
+    },
+    /// Something may still write the blocks of a handover that is over.
+    Quarantined {
+        /// Which handover.
+        handover: HandoverId,
+    },
+    /// Nothing does any more.
+    Drained {
+        /// Which handover.
+        handover: HandoverId,
+        /// How that is known.
+        proof: FenceProof,
+    },
+    /// Whether this rank, or the group that it leads, takes new work.
+    Health {
+        /// Why not; `None` when it does.
+        trouble: Option<String>,
     },
     /// A lease ran out before anybody released it.
     LeaseExpired {

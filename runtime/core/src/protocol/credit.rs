@@ -36,6 +36,11 @@ impl Credit {
         Ok(())
     }
 
+    /// Takes permits that somebody has in use already, beyond the limit if need be: then none are left until enough came back.
+    pub fn force(&mut self, used: u64) {
+        self.used = self.used.saturating_add(used);
+    }
+
     /// Gives permits back. Giving back more than are out gives back all of them.
     pub fn give(&mut self, returned: u64) {
         debug_assert!(returned <= self.used, "{returned} permits returned, {} out", self.used);
@@ -49,7 +54,7 @@ impl Credit {
 
     /// Permits that can be taken.
     pub fn left(&self) -> u64 {
-        self.limit - self.used
+        self.limit.saturating_sub(self.used)
     }
 
     /// Permits in all.
@@ -69,5 +74,9 @@ mod tests {
         assert_eq!(credit.take(2), Err(CreditError { wanted: 2, left: 1, limit: 3 }));
         credit.give(2);
         assert_eq!((credit.used(), credit.left(), credit.limit()), (0, 3, 3));
+        credit.force(5);
+        assert_eq!((credit.used(), credit.left()), (5, 0));
+        credit.give(3);
+        assert_eq!((credit.used(), credit.left()), (2, 1));
     }
 }

@@ -2,17 +2,20 @@
 
 mod legs;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::fetch::{Fetch, Leg, LegState, Placed, SourceGroup};
+use bytes::Bytes;
+
+use super::fetch::{Fetch, Leg, LegState, Path, Placed, SourceGroup};
 use super::peer::Peer;
 use super::prefill::check_steps;
 use super::{
     Awaited, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms, Lost,
-    Member, Message, NicCommand, NicEvent, Outbox, Outcome, Pace, PathReport, Role, WorkerProfile,
+    Member, Message, NicCommand, NicEvent, Outbox, Outcome, Pace, PathReport, QuarantineTerms, Role, Vitals,
+    WorkerProfile,
 };
-use crate::{FenceProof, GroupId, HandoverId, Moment, NodeId, Rank, Tables, TransferId};
+use crate::{FenceProof, GroupId, HandoverId, Moment, NodeId, Plane, Rank, Tables, TransferId};
 
 /// The state machine of a decode rank.
 ///
@@ -29,13 +32,30 @@ pub struct DecodeRank {
     peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
     groups: BTreeMap<GroupId, SourceGroup>,
     renew_at: Option<Moment>,
+    quarantine: QuarantineTerms,
+    /// Bytes of the pool.
+    pool_bytes: u64,
+    /// Delivered handovers whose blocks the engine still uses.
+    held: BTreeSet<HandoverId>,
+    /// What the leader was told last.
+    trouble: Option<String>,
     outbox: Outbox,
 }
 
 impl DecodeRank {
     /// A rank with no fetches.
-    pub fn new(local: WorkerProfile, leases: LeaseTerms, deadlines: DeadlineTerms) -> Self {
+    pub fn new(
+        local: WorkerProfile,
+        leases: LeaseTerms,
+        deadlines: DeadlineTerms,
+        quarantine: QuarantineTerms,
+    ) -> Self {
+        let plane_bytes = |plane: &Plane| u64::from(plane.blocks).saturating_mul(plane.block_bytes);
         DecodeRank {
+            pool_bytes: local.layout.planes.iter().map(plane_bytes).fold(0, u64::saturating_add),
+            quarantine,
+            held: BTreeSet::new(),
+            trouble: None,
             local,
             leader: None,
             leases,
@@ -62,7 +82,48 @@ impl DecodeRank {
     /// When [`DecodeRank::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Moment> {
         let deadlines = self.fetches.values().filter(|fetch| fetch.settled.is_none()).map(|fetch| fetch.deadline.at);
-        deadlines.chain(self.renew_at.filter(|_| !self.fetches.is_empty())).min()
+        let fences = self.fetches.values().filter_map(|fetch| fetch.fence_at);
+        deadlines.chain(fences).chain(self.renew_at.filter(|_| !self.fetches.is_empty())).min()
+    }
+
+    /// What is in hand.
+    pub fn vitals(&self) -> Vitals {
+        let quarantined = self.fetches.values().filter(|fetch| fetch.settled.is_some()).count() as u64;
+        Vitals {
+            name: "decode rank",
+            waiting: vec![("fetches", self.fetches.len() as u64 - quarantined), ("quarantined", quarantined)],
+            engine: vec![("held", self.held.len() as u64)],
+            credits: Vec::new(),
+            due: self.poll_timeout(),
+        }
+    }
+
+    /// The group's leader is there (again): what it said since is what counts, and it learns what is held here.
+    pub fn handle_leader_up(&mut self, _now: Moment, leader: NodeId) {
+        self.leader = Some(leader);
+        let handovers = self.fetches.keys().chain(&self.held).copied().collect();
+        self.outbox.send(leader, Message::Holding { handovers });
+        if self.trouble.is_some() {
+            self.outbox.send(leader, Message::Health { trouble: self.trouble.clone() });
+        }
+    }
+
+    /// The leader cannot be reached any more, while both live. What it has not got this rank's word on cannot be delivered; of the rest it will
+    /// say what it decided once it is back.
+    pub fn handle_leader_down(&mut self, now: Moment, leader: NodeId, cause: &str) {
+        let reason = FailReason::RankLost {
+            role: Role::Decode,
+            group: self.local.group,
+            rank: Rank(0),
+            node: leader,
+            cause: cause.to_owned(),
+        };
+        for handover in self.handovers() {
+            if self.fetches.get(&handover).is_some_and(|fetch| !fetch.reported) {
+                self.fail(now, handover, reason.clone());
+                self.settle(now, handover, Outcome::Failed { reason: reason.clone() });
+            }
+        }
     }
 
     /// The directory's list of members.
@@ -132,7 +193,7 @@ impl DecodeRank {
             };
             for handover in self.handovers() {
                 self.fail(now, handover, reason.clone());
-                self.settle(handover, Outcome::Failed { reason: reason.clone() });
+                self.settle(now, handover, Outcome::Failed { reason: reason.clone() });
             }
         }
         self.handle_peer_down(now, lost.node, &lost.cause);
@@ -145,7 +206,7 @@ impl DecodeRank {
                 self.leader = Some(from);
                 self.fetch(now, job);
             }
-            Message::Settled { handover, outcome } => self.settle(handover, outcome),
+            Message::Settled { handover, outcome } => self.settle(now, handover, outcome),
             Message::Opened(opened) => {
                 if let Some(leg) = self.leg(opened.handover, from)
                     && leg.source_tables.is_none()
@@ -190,7 +251,11 @@ impl DecodeRank {
             {
                 self.fail(now, handover, FailReason::Engine(reason));
             }
-            EngineEvent::Freed { handover } => self.tell_leader(Message::Freed { handover }),
+            EngineEvent::Freed { handover } => {
+                if self.held.remove(&handover) {
+                    self.tell_leader(Message::Freed { handover });
+                }
+            }
             // The ranks of a group hold the same prefixes; one of them speaks.
             EngineEvent::Holds { added, removed } if self.local.rank == Rank(0) => {
                 self.tell_leader(Message::Holds { added, removed });
@@ -268,10 +333,11 @@ impl DecodeRank {
                 (*handover, FailReason::Deadline { awaited: fetch.awaited, waited_ms: fetch.deadline.waited_ms(now) })
             })
             .collect();
+        self.fence(now);
         for (handover, reason) in late {
             if self.fetches.get(&handover).is_some_and(|fetch| fetch.reported) {
                 // The leader has fallen silent and nobody has said that it is lost: what this rank holds is not going to be used.
-                self.settle(handover, Outcome::Failed { reason });
+                self.settle(now, handover, Outcome::Failed { reason });
             } else {
                 self.fail(now, handover, reason);
             }
@@ -292,6 +358,8 @@ impl DecodeRank {
         self.outbox.engine(EngineCall::Place { handover, spec });
         if let Some(refusal) = malformed {
             self.fail(now, handover, FailReason::Refused(refusal));
+        } else if let Some(trouble) = self.trouble.clone() {
+            self.fail(now, handover, FailReason::Unhealthy(trouble));
         }
     }
 
@@ -319,7 +387,7 @@ impl DecodeRank {
         fetch.report(now, self.deadlines.backstop());
         let mut paths = Vec::with_capacity(fetch.legs.len());
         for leg in fetch.legs.values() {
-            if let Some((nic, direction)) = leg.path
+            if let Some(Path { nic, direction, .. }) = leg.path
                 && let Some(nic) = self.local.nics.get(nic)
             {
                 paths.push(PathReport {
@@ -353,27 +421,30 @@ impl DecodeRank {
     fn stop(&mut self, handover: HandoverId) {
         let Some(fetch) = self.fetches.get(&handover) else { return };
         for (node, leg) in &fetch.legs {
-            if let Some(Ok(peer)) = self.peers.get(node) {
-                if leg.state != LegState::Unopened && leg.state != LegState::Done {
-                    self.outbox.send(*node, Message::Abandon { handover });
-                }
-                for id in &leg.in_flight {
-                    self.outbox.nic(peer.nic, NicCommand::Cancel { id: *id });
-                }
-            } else {
-                // The peer is gone, its NIC was told to disconnect; every transfer still ends in an event of its own.
-                for id in &leg.in_flight {
-                    for nic in 0..self.local.nics.len() {
-                        self.outbox.nic(nic, NicCommand::Cancel { id: *id });
-                    }
-                }
+            let met = matches!(self.peers.get(node), Some(Ok(_)));
+            if met && leg.state != LegState::Unopened && leg.state != LegState::Done {
+                self.outbox.send(*node, Message::Abandon { handover });
+            }
+            // Every transfer still ends in an event of its own, or is fenced, whether the peer is there or not.
+            let Some(path) = &leg.path else { continue };
+            for id in &leg.in_flight {
+                self.outbox.nic(path.nic, NicCommand::Cancel { id: *id });
             }
         }
     }
 
     /// The leader's word.
-    fn settle(&mut self, handover: HandoverId, outcome: Outcome) {
-        let Some(fetch) = self.fetches.get_mut(&handover).filter(|fetch| fetch.settled.is_none()) else { return };
+    fn settle(&mut self, now: Moment, handover: HandoverId, outcome: Outcome) {
+        let Some(fetch) = self.fetches.get_mut(&handover) else {
+            // Whatever was said of it did not arrive: there is nothing of it here.
+            if !self.held.contains(&handover) {
+                self.tell_leader(Message::Freed { handover });
+            }
+            return;
+        };
+        if fetch.settled.is_some() {
+            return;
+        }
         if outcome.is_delivered() && !fetch.is_complete() {
             // Whoever says so, bytes are missing here.
             self.outbox.event(Event::Ignored {
@@ -383,6 +454,7 @@ impl DecodeRank {
             return;
         }
         let request = fetch.pairing.spec.request;
+        let delivered = outcome.is_delivered();
         fetch.settled = Some(outcome.clone());
         if !fetch.reported {
             fetch.reported = true;
@@ -390,8 +462,19 @@ impl DecodeRank {
         }
         let quarantined = self.fetches.get(&handover).is_some_and(Fetch::in_flight);
         self.outbox.engine(EngineCall::Settled { handover, request, outcome, quarantined });
-        if !quarantined {
-            self.fetches.remove(&handover);
+        if quarantined {
+            if let Some(fetch) = self.fetches.get_mut(&handover) {
+                fetch.fence_at = Some(now + self.quarantine.fence_after);
+            }
+            self.outbox.event(Event::Quarantined { handover });
+            self.check_health();
+            return;
+        }
+        self.fetches.remove(&handover);
+        if delivered {
+            self.held.insert(handover);
+        } else {
+            self.tell_leader(Message::Freed { handover });
         }
     }
 
@@ -400,7 +483,44 @@ impl DecodeRank {
         if self.fetches.get(&handover).is_some_and(|fetch| fetch.settled.is_some() && !fetch.in_flight()) {
             self.fetches.remove(&handover);
             self.outbox.engine(EngineCall::Returned { handover, proof });
+            self.outbox.event(Event::Drained { handover, proof });
+            self.tell_leader(Message::Freed { handover });
+            self.check_health();
         }
+    }
+
+    /// Fences whoever did not stop writing when it was told to; again and again, for a fence may be lost with its NIC.
+    fn fence(&mut self, now: Moment) {
+        let mut due: BTreeMap<NodeId, (usize, Bytes)> = BTreeMap::new();
+        for fetch in self.fetches.values_mut().filter(|fetch| fetch.fence_at.is_some_and(|at| now >= at)) {
+            fetch.fence_at = Some(now + self.quarantine.fence_after);
+            for (node, leg) in fetch.legs.iter().filter(|(_, leg)| !leg.in_flight.is_empty()) {
+                if let Some(path) = &leg.path {
+                    due.insert(*node, (path.nic, path.address.clone()));
+                }
+            }
+        }
+        for (node, (nic, address)) in due {
+            self.outbox.nic(nic, NicCommand::Fence { node, address });
+        }
+    }
+
+    /// Tells the leader when the quarantine leaves too little of the pool, and when it no longer does.
+    fn check_health(&mut self) {
+        let quarantined = self.fetches.values().filter(|fetch| fetch.settled.is_some());
+        let bytes: u64 = quarantined.filter_map(|fetch| fetch.placed.as_ref()).map(|placed| placed.bytes).sum();
+        let exhausted = u128::from(bytes) * 1000 > u128::from(self.pool_bytes) * u128::from(self.quarantine.share_max);
+        if exhausted == self.trouble.is_some() {
+            return;
+        }
+        self.trouble = exhausted.then(|| {
+            format!(
+                "peers may still write {bytes} of its {} bytes of blocks; it waits until they are fenced",
+                self.pool_bytes
+            )
+        });
+        self.outbox.event(Event::Health { trouble: self.trouble.clone() });
+        self.tell_leader(Message::Health { trouble: self.trouble.clone() });
     }
 
     fn renew(&mut self, now: Moment) {

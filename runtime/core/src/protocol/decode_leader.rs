@@ -1,11 +1,12 @@
 //! A decode group's leader: it decides every handover's outcome, once.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::roll::Roll;
 use super::{
     Awaited, Deadline, DeadlineTerms, Event, FailReason, FetchJob, Lost, Message, Outbox, Outcome, OutcomeReport,
-    Pairing, PathReport, Role,
+    Pairing, PathReport, RequestSpec, Role, StandingHandovers, Vitals,
 };
 use crate::{GroupGeometry, GroupId, HandoverId, Moment, NodeId, Rank};
 
@@ -18,11 +19,14 @@ pub struct DecodeLeader {
     group: GroupId,
     geometry: Arc<GroupGeometry>,
     scheduler: NodeId,
-    nodes: BTreeMap<Rank, NodeId>,
+    ranks: Roll,
     handovers: BTreeMap<HandoverId, Handover>,
-    /// Delivered handovers whose blocks some rank's engine still uses.
-    holding: BTreeMap<HandoverId, (u32, u64, BTreeSet<Rank>)>,
-    decided: VecDeque<HandoverId>,
+    /// Decided handovers whose blocks are not yet those of some rank's engine again.
+    holding: BTreeMap<HandoverId, Holding>,
+    /// What no scheduler has said that it knows.
+    untold: BTreeMap<HandoverId, (Pairing, OutcomeReport)>,
+    /// The last decisions; numbers of handovers ascend.
+    decided: BTreeMap<HandoverId, Outcome>,
     /// Tokens in work per attention-dp group.
     load: Vec<u64>,
     terms: DeadlineTerms,
@@ -40,6 +44,14 @@ struct Handover {
     deadline: Deadline,
 }
 
+#[derive(Debug)]
+struct Holding {
+    dp: u32,
+    spec: RequestSpec,
+    delivered: bool,
+    by: BTreeSet<Rank>,
+}
+
 impl DecodeLeader {
     /// A leader that does not know its ranks' nodes yet; [`DecodeLeader::handle_rank`] names them.
     pub fn new(group: GroupId, geometry: Arc<GroupGeometry>, scheduler: NodeId, terms: DeadlineTerms) -> Self {
@@ -48,10 +60,11 @@ impl DecodeLeader {
             group,
             geometry,
             scheduler,
-            nodes: BTreeMap::new(),
+            ranks: Roll::default(),
             handovers: BTreeMap::new(),
             holding: BTreeMap::new(),
-            decided: VecDeque::new(),
+            untold: BTreeMap::new(),
+            decided: BTreeMap::new(),
             load,
             terms,
             outbox: Outbox::default(),
@@ -68,27 +81,86 @@ impl DecodeLeader {
         self.handovers.values().map(|handover| handover.deadline.at).min()
     }
 
+    /// What is in hand.
+    pub fn vitals(&self) -> Vitals {
+        Vitals {
+            name: "decode leader",
+            waiting: vec![("handovers", self.handovers.len() as u64)],
+            engine: Vec::new(),
+            credits: vec![("holding", self.holding.len() as u64), ("load_tokens", self.load.iter().sum())],
+            due: self.poll_timeout(),
+        }
+    }
+
     /// A rank of the group is on this node.
     pub fn handle_rank(&mut self, rank: Rank, node: NodeId) {
-        self.nodes.insert(rank, node);
+        self.ranks.insert(rank, node);
     }
 
     /// A rank of this group is gone, and with it every handover that is not decided.
     pub fn handle_lost(&mut self, now: Moment, lost: &Lost) {
-        let Some(rank) = self.rank_of(lost.node) else { return };
-        self.nodes.remove(&rank);
-        let reason = FailReason::RankLost {
-            role: Role::Decode,
-            group: self.group,
-            rank,
-            node: lost.node,
-            cause: lost.cause.clone(),
-        };
-        for handover in self.handovers.keys().copied().collect::<Vec<_>>() {
-            self.decide(now, handover, Outcome::Failed { reason: reason.clone() });
-        }
+        let Some(rank) = self.ranks.remove(lost.node) else { return };
+        self.fail_where(now, rank, lost.node, &lost.cause, |_| true);
         for handover in self.holding.keys().copied().collect::<Vec<_>>() {
             self.freed(handover, rank);
+        }
+    }
+
+    /// A rank cannot be reached any more, while both live: what it was told or said last may not have arrived.
+    pub fn handle_peer_down(&mut self, now: Moment, node: NodeId, cause: &str) {
+        if let Some(rank) = self.ranks.part(node, cause) {
+            // What this rank has done and said may still be delivered.
+            self.fail_where(now, rank, node, cause, |handover| handover.pending.contains(&rank));
+            self.ranks.report(self.scheduler, &mut self.outbox);
+        }
+    }
+
+    /// A rank can be reached (again).
+    pub fn handle_peer_up(&mut self, node: NodeId) {
+        if self.ranks.meet(node) {
+            self.ranks.report(self.scheduler, &mut self.outbox);
+        }
+    }
+
+    /// A scheduler is met that may know nothing of this group's work.
+    pub fn handle_scheduler(&mut self) {
+        let standing = StandingHandovers {
+            under_way: self.handovers.values().map(|handover| handover.pairing.clone()).collect(),
+            decided: self.untold.values().cloned().collect(),
+            held: self.holding.iter().map(|(id, holding)| (*id, holding.spec.clone(), holding.delivered)).collect(),
+        };
+        if standing != StandingHandovers::default() {
+            self.outbox.send(self.scheduler, Message::StandingHandovers(Box::new(standing)));
+        }
+        self.ranks.report_anew(self.scheduler, &mut self.outbox);
+    }
+
+    fn fail_where(&mut self, now: Moment, rank: Rank, node: NodeId, cause: &str, which: impl Fn(&Handover) -> bool) {
+        let (role, group) = (Role::Decode, self.group);
+        let reason = FailReason::RankLost { role, group, rank, node, cause: cause.to_owned() };
+        let failed = self.handovers.iter().filter(|(_, handover)| which(handover)).map(|(id, _)| *id);
+        for handover in failed.collect::<Vec<_>>() {
+            self.decide(now, handover, Outcome::Failed { reason: reason.clone() });
+        }
+    }
+
+    /// What a rank has, now that it is met: what it heard and said before may be lost.
+    fn resume_with(&mut self, from: NodeId, held: &[HandoverId]) {
+        let Some(rank) = self.ranks.rank_of(from) else { return };
+        let held: BTreeSet<HandoverId> = held.iter().copied().collect();
+        for handover in self.holding.keys().copied().filter(|id| !held.contains(id)).collect::<Vec<_>>() {
+            self.freed(handover, rank);
+        }
+        let mut unknown: BTreeSet<HandoverId> = held;
+        unknown.retain(|id| !self.handovers.contains_key(id));
+        for (handover, outcome) in self.decided.iter().filter(|(id, _)| unknown.contains(id)) {
+            self.outbox.send(from, Message::Settled { handover: *handover, outcome: outcome.clone() });
+        }
+        unknown.retain(|id| !self.decided.contains_key(id));
+        for handover in unknown {
+            // Of an earlier incarnation of this leader, or long ago.
+            let outcome = Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) };
+            self.outbox.send(from, Message::Settled { handover, outcome });
         }
     }
 
@@ -101,7 +173,7 @@ impl DecodeLeader {
                 self.decide(now, handover, outcome);
             }
             Message::Started { handover } => {
-                let ours = self.rank_of(from).is_some();
+                let ours = self.ranks.rank_of(from).is_some();
                 if let Some(known) = self.handovers.get_mut(&handover).filter(|_| ours)
                     && !known.started
                 {
@@ -112,8 +184,19 @@ impl DecodeLeader {
             }
             Message::RankDone { handover, result } => self.rank_done(now, from, handover, result),
             Message::Freed { handover } => {
-                if let Some(rank) = self.rank_of(from) {
+                if let Some(rank) = self.ranks.rank_of(from) {
                     self.freed(handover, rank);
+                }
+            }
+            Message::Holding { handovers } => self.resume_with(from, &handovers),
+            Message::Health { trouble } => {
+                if self.ranks.hear(from, trouble) {
+                    self.ranks.report(self.scheduler, &mut self.outbox);
+                }
+            }
+            Message::OutcomesKnown { handovers } => {
+                for handover in handovers {
+                    self.untold.remove(&handover);
                 }
             }
             Message::Holds { added, removed } => self.outbox.send(self.scheduler, Message::Holds { added, removed }),
@@ -140,12 +223,12 @@ impl DecodeLeader {
 
     fn pair(&mut self, now: Moment, pairing: Pairing) {
         let handover = pairing.handover;
-        if self.handovers.contains_key(&handover) || self.decided.contains(&handover) {
+        if self.handovers.contains_key(&handover) || self.decided.contains_key(&handover) {
             return;
         }
         let dp = (0..self.load.len()).min_by_key(|dp| self.load.get(*dp).copied().unwrap_or(u64::MAX)).unwrap_or(0);
         let owners = self.geometry.owners(dp as u32);
-        let nodes: Option<Vec<NodeId>> = owners.iter().map(|rank| self.nodes.get(rank).copied()).collect();
+        let nodes = self.ranks.reach(Role::Decode, self.group, &owners);
         if let Some(load) = self.load.get_mut(dp) {
             *load += pairing.spec.tokens;
         }
@@ -157,17 +240,17 @@ impl DecodeLeader {
             Handover { pairing, dp: dp as u32, owners, pending, paths: Vec::new(), started: false, deadline },
         );
         match nodes {
-            Some(nodes) => {
+            Ok(nodes) => {
                 for node in nodes {
                     self.outbox.send(node, Message::Fetch(job.clone()));
                 }
             }
-            None => self.decide(now, handover, Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) }),
+            Err(reason) => self.decide_untold(now, handover, Outcome::Failed { reason }),
         }
     }
 
     fn rank_done(&mut self, now: Moment, from: NodeId, id: HandoverId, result: Result<Vec<PathReport>, FailReason>) {
-        let Some(rank) = self.rank_of(from) else { return };
+        let Some(rank) = self.ranks.rank_of(from) else { return };
         let Some(handover) = self.handovers.get_mut(&id) else { return };
         match result {
             Ok(paths) => {
@@ -183,33 +266,50 @@ impl DecodeLeader {
     }
 
     fn decide(&mut self, now: Moment, id: HandoverId, outcome: Outcome) {
+        let holders = self.handovers.get(&id).map(|handover| handover.owners.clone()).unwrap_or_default();
+        self.end(now, id, outcome, holders);
+    }
+
+    /// Decides a handover that no rank has heard of.
+    fn decide_untold(&mut self, now: Moment, id: HandoverId, outcome: Outcome) {
+        self.end(now, id, outcome, Vec::new());
+    }
+
+    fn end(&mut self, now: Moment, id: HandoverId, outcome: Outcome, holders: Vec<Rank>) {
         let Some(handover) = self.handovers.remove(&id) else { return };
-        self.decided.push_back(id);
-        if self.decided.len() > DECIDED_MAX {
-            self.decided.pop_front();
+        self.decided.insert(id, outcome.clone());
+        while self.decided.len() > DECIDED_MAX {
+            self.decided.pop_first();
         }
         let report = OutcomeReport { handover: id, outcome: outcome.clone(), at: now, paths: handover.paths };
         self.outbox.event(Event::Settled { report: report.clone() });
-        for node in handover.owners.iter().filter_map(|rank| self.nodes.get(rank)) {
-            self.outbox.send(*node, Message::Settled { handover: id, outcome: outcome.clone() });
+        let mut by = BTreeSet::new();
+        for rank in holders {
+            if let Some(node) = self.ranks.node_of(rank) {
+                self.outbox.send(node, Message::Settled { handover: id, outcome: outcome.clone() });
+                by.insert(rank);
+            }
+        }
+        self.untold.insert(id, (handover.pairing.clone(), report.clone()));
+        while self.untold.len() > DECIDED_MAX {
+            self.untold.pop_first();
         }
         self.outbox.send(self.scheduler, Message::Outcome(report));
-        let holders: BTreeSet<Rank> =
-            handover.owners.iter().copied().filter(|rank| self.nodes.contains_key(rank)).collect();
-        if outcome.is_delivered() && !holders.is_empty() {
-            self.holding.insert(id, (handover.dp, handover.pairing.spec.tokens, holders));
+        let held = Holding { dp: handover.dp, spec: handover.pairing.spec, delivered: outcome.is_delivered(), by };
+        if held.by.is_empty() {
+            self.let_go(id, held.dp, held.spec.tokens);
         } else {
-            self.let_go(id, handover.dp, handover.pairing.spec.tokens);
+            self.holding.insert(id, held);
         }
     }
 
     fn freed(&mut self, id: HandoverId, rank: Rank) {
-        let Some((dp, tokens, holders)) = self.holding.get_mut(&id) else { return };
-        holders.remove(&rank);
-        let (dp, tokens) = (*dp, *tokens);
-        if holders.is_empty() {
-            self.holding.remove(&id);
-            self.let_go(id, dp, tokens);
+        let Some(holding) = self.holding.get_mut(&id) else { return };
+        holding.by.remove(&rank);
+        if holding.by.is_empty()
+            && let Some(holding) = self.holding.remove(&id)
+        {
+            self.let_go(id, holding.dp, holding.spec.tokens);
         }
     }
 
@@ -218,9 +318,5 @@ impl DecodeLeader {
             *load = load.saturating_sub(tokens);
         }
         self.outbox.send(self.scheduler, Message::Freed { handover: id });
-    }
-
-    fn rank_of(&self, node: NodeId) -> Option<Rank> {
-        self.nodes.iter().find(|(_, member)| **member == node).map(|(rank, _)| *rank)
     }
 }

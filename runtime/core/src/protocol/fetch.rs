@@ -4,6 +4,8 @@ use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::{Awaited, Deadline, Outcome, Pairing};
 use crate::{Direction, GroupGeometry, Moment, NodeId, PlanError, Rank, Tables, TransferId, sources};
 
@@ -21,6 +23,8 @@ pub(super) struct Fetch {
     /// This rank told its leader how its part ended.
     pub(super) reported: bool,
     pub(super) settled: Option<Outcome>,
+    /// It is settled and something may still write its blocks: when whoever that is will be fenced.
+    pub(super) fence_at: Option<Moment>,
     pub(super) began: Moment,
 }
 
@@ -39,8 +43,8 @@ pub(super) struct Leg {
     pub(super) source: Rank,
     pub(super) state: LegState,
     pub(super) opened_at: Option<Moment>,
-    /// Our NIC and the direction, for the report: the peer may be gone by then.
-    pub(super) path: Option<(usize, Direction)>,
+    /// Our NIC, the direction and the peer's NIC, for the report and the fence: the peer may be gone by then.
+    pub(super) path: Option<Path>,
     pub(super) source_tables: Option<Tables>,
     /// Steps that the source called ready.
     pub(super) ready: u32,
@@ -49,6 +53,15 @@ pub(super) struct Leg {
     pub(super) in_flight: BTreeSet<TransferId>,
     pub(super) bytes: u64,
     pub(super) pieces: u64,
+}
+
+/// How a leg's bytes travel.
+#[derive(Clone, Debug)]
+pub(super) struct Path {
+    pub(super) nic: usize,
+    pub(super) direction: Direction,
+    /// Of the peer's NIC.
+    pub(super) address: Bytes,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +87,7 @@ impl Fetch {
             started: false,
             reported: false,
             settled: None,
+            fence_at: None,
             began: now,
         }
     }

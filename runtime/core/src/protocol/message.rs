@@ -110,7 +110,26 @@ pub enum Message {
     },
     /// Decode leader → scheduler: it is decided.
     Outcome(OutcomeReport),
-    /// Rank → decode leader → scheduler: the engine has let the blocks of a handover go.
+    /// Scheduler → decode leader: these outcomes are known, they need not be told again.
+    OutcomesKnown {
+        /// Of which handovers.
+        handovers: Vec<HandoverId>,
+    },
+    /// Rank → decode leader, whenever they meet: handovers whose outcome it awaits or whose blocks are not the engine's again.
+    Holding {
+        /// Which; of all others this rank has nothing.
+        handovers: Vec<HandoverId>,
+    },
+    /// Rank → leader → scheduler: whether new work is welcome.
+    Health {
+        /// Why not; `None` when it is.
+        trouble: Option<String>,
+    },
+    /// Prefill leader → a scheduler that it meets: what its group offers already.
+    StandingOffers(Vec<StandingOffer>),
+    /// Decode leader → a scheduler that it meets: what its group works on already, and what became of the rest.
+    StandingHandovers(Box<StandingHandovers>),
+    /// Rank → decode leader → scheduler: its blocks are the engine's again, whatever the outcome was.
     Freed {
         /// Which handover.
         handover: HandoverId,
@@ -346,6 +365,30 @@ pub struct OpenedFetch {
     pub source: Tables,
     /// Steps that are ready.
     pub ready: u32,
+}
+
+/// An offer that a scheduler which has just started does not know of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandingOffer {
+    /// What was prefilled, or is being.
+    pub spec: RequestSpec,
+    /// Which attention-dp group owns it.
+    pub dp: u32,
+    /// Model-layer ends of its steps, once every owning rank has opened its part.
+    pub steps: Option<Vec<u32>>,
+    /// When the last rank was ready, on that rank's clock; `None` before.
+    pub ready_at: Option<Moment>,
+}
+
+/// The handovers of a decode group that a scheduler which has just started does not know of.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandingHandovers {
+    /// Not decided.
+    pub under_way: Vec<Pairing>,
+    /// Decided, and no scheduler has said that it knows.
+    pub decided: Vec<(Pairing, OutcomeReport)>,
+    /// Decided, and some rank's engine does not have its blocks back; whether they were delivered.
+    pub held: Vec<(HandoverId, RequestSpec, bool)>,
 }
 
 /// What the decode leader reports of a decided handover.

@@ -20,11 +20,14 @@ mod peer;
 mod policy;
 mod prefill;
 mod prefill_leader;
+mod quarantine;
+mod roll;
 mod scheduler;
 mod scheduler_group;
 mod session;
 #[cfg(test)]
 mod tests;
+mod vitals;
 
 pub use command::{Command, EngineCall, EngineEvent, Event, Finished, NicCommand, NicEvent, Outbox};
 pub use conversation::{Conversation, Heard, RESUMING_PROTOCOL, Unheard};
@@ -36,11 +39,13 @@ pub use directory::{Directory, JoinError, are_peers, dials};
 pub use lease::{Lease, LeaseTerms};
 pub use message::{
     FetchJob, Lost, Member, Message, NicAdvert, OfferSummary, OpenFetch, OpenedFetch, OutcomeReport, Pairing,
-    PathReport, Place, PrefillJob, Profile, RequestSpec, WorkerProfile,
+    PathReport, Place, PrefillJob, Profile, RequestSpec, StandingHandovers, StandingOffer, WorkerProfile,
 };
 pub use outcome::{Awaited, FailReason, Outcome, PrefillView, Refusal, Role};
 pub use policy::{GroupView, LeastLoaded, LongestHeldPrefix, Policy};
 pub use prefill::PrefillRank;
 pub use prefill_leader::PrefillLeader;
-pub use scheduler::{Scheduler, SchedulerTerms};
+pub use quarantine::QuarantineTerms;
+pub use scheduler::{Scheduler, SchedulerTerms, Submitted};
 pub use session::{Identity, Protocols, Session, SessionError, SessionEvent, SessionTerms};
+pub use vitals::Vitals;

@@ -104,6 +104,9 @@ pub enum FailReason {
     /// The serving engine refused, for the reason it gave.
     #[error("the engine refused: {0}")]
     Engine(String),
+    /// The rank takes no more work.
+    #[error("the rank takes no work: {0}")]
+    Unhealthy(String),
     /// There is no live group that could take it.
     #[error("no live {0} group is left that could take it")]
     NoGroup(Role),

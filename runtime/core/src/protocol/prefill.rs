@@ -5,10 +5,12 @@ mod readers;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::peer::Peer;
 use super::{
     EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent, OpenFetch,
-    Outbox, PrefillJob, PrefillView, Refusal, Role, WorkerProfile,
+    Outbox, PrefillJob, PrefillView, QuarantineTerms, Refusal, Role, Vitals, WorkerProfile,
 };
 use crate::{Direction, HandoverId, Moment, NodeId, RequestId, Tables, TransferId, limits};
 
@@ -25,6 +27,7 @@ pub struct PrefillRank {
     /// Whoever gave the latest job: the node of the group's rank 0.
     leader: Option<NodeId>,
     terms: LeaseTerms,
+    quarantine: QuarantineTerms,
     offers: BTreeMap<RequestId, Offer>,
     peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
     /// Requests whose release the engine has not acknowledged, with the same request's next prefill if that came already: until then
@@ -41,6 +44,8 @@ struct Offer {
     held: Option<Held>,
     /// Set when it is over but our own NICs still read its blocks.
     closing: Option<PrefillView>,
+    /// When readers for whom they still do are fenced.
+    fence_at: Option<Moment>,
     /// The same request prefilled anew: it starts when this offer has closed and the engine has let go of it.
     next: Option<PrefillJob>,
 }
@@ -70,15 +75,20 @@ struct Reader {
     in_flight: BTreeSet<TransferId>,
     /// No new transfers: the reader gave up or was lost.
     stopped: bool,
+    /// It has every byte, and was told that the lease was good: only its leader's word is missing.
+    confirmed: bool,
+    /// Our NIC, and the reader's NIC's address: the peer may be gone when it has to be fenced.
+    path: (usize, Bytes),
 }
 
 impl PrefillRank {
     /// A rank with no offers.
-    pub fn new(local: WorkerProfile, terms: LeaseTerms) -> Self {
+    pub fn new(local: WorkerProfile, terms: LeaseTerms, quarantine: QuarantineTerms) -> Self {
         PrefillRank {
             local,
             leader: None,
             terms,
+            quarantine,
             offers: BTreeMap::new(),
             peers: BTreeMap::new(),
             releasing: BTreeMap::new(),
@@ -98,11 +108,44 @@ impl PrefillRank {
 
     /// When [`PrefillRank::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Moment> {
-        self.offers
-            .values()
-            .filter(|offer| offer.closing.is_none())
-            .filter_map(|offer| Some(offer.held.as_ref()?.lease.expires()))
-            .min()
+        let leases = self.offers.values().filter(|offer| offer.closing.is_none());
+        let leases = leases.filter_map(|offer| Some(offer.held.as_ref()?.lease.expires()));
+        leases.chain(self.offers.values().filter_map(|offer| offer.fence_at)).min()
+    }
+
+    /// What is in hand.
+    pub fn vitals(&self) -> Vitals {
+        let closing = self.offers.values().filter(|offer| offer.closing.is_some()).count() as u64;
+        let unopened =
+            self.offers.values().filter(|offer| offer.closing.is_none() && offer.held.is_none()).count() as u64;
+        Vitals {
+            name: "prefill rank",
+            waiting: vec![("offers", self.offers.len() as u64 - closing - unopened), ("closing", closing)],
+            engine: vec![("unopened", unopened), ("releasing", self.releasing.len() as u64)],
+            credits: Vec::new(),
+            due: self.poll_timeout(),
+        }
+    }
+
+    /// The leader cannot be reached any more, while both live: it has given up every offer of this group, and nobody else can release them.
+    pub fn handle_leader_down(&mut self, now: Moment) {
+        self.close_all(now);
+    }
+
+    fn close_all(&mut self, now: Moment) {
+        for request in self.offers.keys().copied().collect::<Vec<_>>() {
+            let view = self.unreleased_view(request);
+            self.close(now, request, view);
+        }
+    }
+
+    /// What is known of an offer that nobody released: a reader that was confirmed may or may not count as delivered.
+    fn unreleased_view(&self, request: RequestId) -> PrefillView {
+        let held = self.offers.get(&request).and_then(|offer| offer.held.as_ref());
+        match held.is_some_and(|held| held.readers.values().any(|reader| reader.confirmed)) {
+            true => PrefillView::InDoubt,
+            false => PrefillView::Ended,
+        }
     }
 
     /// A session with a peer stands and it has introduced itself.
@@ -145,9 +188,7 @@ impl PrefillRank {
     /// The directory says that a member is gone. A group is only as alive as all its ranks.
     pub fn handle_lost(&mut self, now: Moment, lost: &Lost, of_my_group: bool) {
         if of_my_group {
-            for request in self.offers.keys().copied().collect::<Vec<_>>() {
-                self.close(request, PrefillView::Ended);
-            }
+            self.close_all(now);
         }
         self.handle_peer_down(now, lost.node);
     }
@@ -161,12 +202,10 @@ impl PrefillRank {
             }
             Message::Renew { requests } => {
                 for request in requests {
-                    if let Some(held) = self.held(request) {
-                        held.lease.renew(now);
-                    }
+                    self.renew(now, request);
                 }
             }
-            Message::Release { request, view } => self.close(request, view),
+            Message::Release { request, view } => self.close(now, request, view),
             Message::Open(open) => {
                 let handover = open.handover;
                 if let Err(refusal) = self.open(now, from, open) {
@@ -174,12 +213,10 @@ impl PrefillRank {
                 }
             }
             Message::Reading { handovers } => {
-                for offer in self.offers.values_mut() {
-                    if let Some(held) = &mut offer.held
-                        && held.handover.is_some_and(|handover| handovers.contains(&handover))
-                    {
-                        held.lease.renew(now);
-                    }
+                for request in
+                    handovers.into_iter().filter_map(|handover| self.request_of(handover)).collect::<Vec<_>>()
+                {
+                    self.renew(now, request);
                 }
             }
             Message::Expecting { handover } => {
@@ -211,7 +248,7 @@ impl PrefillRank {
                 if stale(&request) => {}
             EngineEvent::Opened { request, tables, steps } => self.opened(now, request, tables, steps),
             EngineEvent::Ready { request, steps } => self.ready(now, request, steps),
-            EngineEvent::Unable { request, reason } => self.unable(request, reason),
+            EngineEvent::Unable { request, reason } => self.unable(now, request, reason),
             EngineEvent::Released { request } => {
                 if let Some(Some(job)) = self.releasing.remove(&request) {
                     self.prefill(job);
@@ -234,12 +271,26 @@ impl PrefillRank {
                     self.finish_closing(request);
                 }
             }
-            NicEvent::Connected { .. } | NicEvent::Fenced { .. } => {}
+            NicEvent::Fenced { node, .. } => {
+                for request in self.offers.keys().copied().collect::<Vec<_>>() {
+                    // A fence ends transfers; none of them completed.
+                    self.fail_reader(request, node, "this reader was fenced");
+                    let held = self.offers.get_mut(&request).and_then(|offer| offer.held.as_mut());
+                    if let Some(reader) =
+                        held.and_then(|held| held.readers.get_mut(&node)).filter(|reader| reader.stopped)
+                    {
+                        reader.in_flight.clear();
+                    }
+                    self.finish_closing(request);
+                }
+            }
+            NicEvent::Connected { .. } => {}
         }
     }
 
     /// Time has passed: leases expire.
     pub fn handle_timeout(&mut self, now: Moment) {
+        self.fence(now);
         let expired: Vec<RequestId> = self
             .offers
             .iter()
@@ -250,8 +301,35 @@ impl PrefillRank {
             .collect();
         for request in expired {
             self.outbox.event(Event::LeaseExpired { request });
-            self.fail_to_leader(request, FailReason::Refused(Refusal::LeaseExpired(request)));
-            self.close(request, PrefillView::InDoubt);
+            let refusal = Refusal::LeaseExpired(request);
+            self.refuse_readers(request, &refusal);
+            self.fail_to_leader(request, FailReason::Refused(refusal));
+            let view = self.unreleased_view(request);
+            self.close(now, request, view);
+        }
+    }
+
+    fn renew(&mut self, now: Moment, request: RequestId) {
+        if let Some(held) = self.held(request)
+            && held.lease.renew(now)
+        {
+            let until = held.lease.expires();
+            self.outbox.event(Event::LeaseHeld { request, until });
+        }
+    }
+
+    /// Fences readers for whom our own NIC did not stop reading when it was told to.
+    fn fence(&mut self, now: Moment) {
+        let mut due: BTreeMap<NodeId, (usize, Bytes)> = BTreeMap::new();
+        for offer in self.offers.values_mut().filter(|offer| offer.fence_at.is_some_and(|at| now >= at)) {
+            offer.fence_at = Some(now + self.quarantine.fence_after);
+            let readers = offer.held.iter().flat_map(|held| &held.readers);
+            for (node, reader) in readers.filter(|(_, reader)| !reader.in_flight.is_empty()) {
+                due.insert(*node, reader.path.clone());
+            }
+        }
+        for (node, (nic, address)) in due {
+            self.outbox.nic(nic, NicCommand::Fence { node, address });
         }
     }
 
@@ -265,19 +343,20 @@ impl PrefillRank {
             Some(offer) if offer.closing.is_some() && offer.next.is_none() => offer.next = Some(job),
             Some(_) => self.fail_to_leader(request, FailReason::Refused(Refusal::Duplicate(request))),
             None => {
-                self.offers.insert(request, Offer { job: job.clone(), held: None, closing: None, next: None });
+                self.offers
+                    .insert(request, Offer { job: job.clone(), held: None, closing: None, fence_at: None, next: None });
                 self.outbox.engine(EngineCall::Prefill(job));
             }
         }
     }
 
     /// Before it opened, the engine holds nothing; afterwards its blocks go back as with every other end.
-    fn unable(&mut self, request: RequestId, reason: String) {
+    fn unable(&mut self, now: Moment, request: RequestId, reason: String) {
         let Some(offer) = self.offers.get(&request).filter(|offer| offer.closing.is_none()) else { return };
         let opened = offer.held.is_some();
         self.fail_to_leader(request, FailReason::Engine(reason));
         if opened {
-            self.close(request, PrefillView::Ended);
+            self.close(now, request, PrefillView::Ended);
         } else {
             self.offers.remove(&request);
         }
@@ -295,9 +374,11 @@ impl PrefillRank {
         }
         if let Some(offer) = self.offers.get_mut(&request) {
             let lease = Lease::granted(now, &self.terms);
+            let until = lease.expires();
             offer.held =
                 Some(Held { tables, steps: steps.clone(), ready: 0, lease, handover: None, readers: BTreeMap::new() });
             self.outbox.event(Event::OfferOpened { request });
+            self.outbox.event(Event::LeaseHeld { request, until });
             self.tell_leader(Message::RankOpened { request, steps });
         }
     }
@@ -343,7 +424,7 @@ impl PrefillRank {
     /// The offer is over: its blocks go back once our own NICs have let go of them.
     ///
     /// A foreign *read* does not hold them: that reader's confirmation will be refused.
-    fn close(&mut self, request: RequestId, view: PrefillView) {
+    fn close(&mut self, now: Moment, request: RequestId, view: PrefillView) {
         let Some(offer) = self.offers.get_mut(&request) else {
             // What was to follow a release that the engine still owes is not wanted any more.
             if let Some(next) = self.releasing.get_mut(&request) {
@@ -355,6 +436,7 @@ impl PrefillRank {
             return;
         }
         offer.closing.get_or_insert(view);
+        offer.fence_at.get_or_insert(now + self.quarantine.fence_after);
         let readers: Vec<NodeId> = offer.held.iter().flat_map(|held| held.readers.keys().copied()).collect();
         for node in readers {
             self.stop_reader(request, node);

@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::roll::Roll;
 use super::{
-    Awaited, Deadline, Event, FailReason, Lost, Message, OfferSummary, Outbox, PrefillJob, PrefillView, Refusal, Role,
+    Awaited, Deadline, Event, FailReason, Lost, Message, OfferSummary, Outbox, PrefillJob, PrefillView, Refusal,
+    RequestSpec, Role, StandingOffer, Vitals,
 };
 use crate::{GroupGeometry, GroupId, Moment, NodeId, Rank, RequestId};
 
@@ -14,7 +16,7 @@ pub struct PrefillLeader {
     group: GroupId,
     geometry: Arc<GroupGeometry>,
     scheduler: NodeId,
-    nodes: BTreeMap<Rank, NodeId>,
+    ranks: Roll,
     offers: BTreeMap<RequestId, GroupOffer>,
     /// Tokens in work per attention-dp group: the leader gives a request to the least loaded.
     load: Vec<u64>,
@@ -26,7 +28,7 @@ pub struct PrefillLeader {
 #[derive(Debug)]
 struct GroupOffer {
     dp: u32,
-    tokens: u64,
+    spec: RequestSpec,
     owners: Vec<Rank>,
     unopened: BTreeSet<Rank>,
     unready: BTreeSet<Rank>,
@@ -44,8 +46,8 @@ impl PrefillLeader {
         open_within: core::time::Duration,
     ) -> Self {
         let load = vec![0; geometry.parallel.adp.max(1) as usize];
-        let (nodes, offers, outbox) = (BTreeMap::new(), BTreeMap::new(), Outbox::default());
-        PrefillLeader { group, geometry, scheduler, nodes, offers, load, open_within, outbox }
+        let (offers, outbox) = (BTreeMap::new(), Outbox::default());
+        PrefillLeader { group, geometry, scheduler, ranks: Roll::default(), offers, load, open_within, outbox }
     }
 
     /// Commands and events to drain.
@@ -58,25 +60,61 @@ impl PrefillLeader {
         self.offers.values().filter(|offer| !offer.unopened.is_empty()).map(|offer| offer.deadline.at).min()
     }
 
+    /// What is in hand.
+    pub fn vitals(&self) -> Vitals {
+        let unopened = self.offers.values().filter(|offer| !offer.unopened.is_empty()).count() as u64;
+        Vitals {
+            name: "prefill leader",
+            waiting: vec![("unopened", unopened)],
+            engine: Vec::new(),
+            credits: vec![("offers", self.offers.len() as u64), ("load_tokens", self.load.iter().sum())],
+            due: self.poll_timeout(),
+        }
+    }
+
     /// A rank of the group is on this node.
     pub fn handle_rank(&mut self, rank: Rank, node: NodeId) {
-        self.nodes.insert(rank, node);
+        self.ranks.insert(rank, node);
     }
 
     /// A rank of this group is gone, and with it every offer.
     pub fn handle_lost(&mut self, _now: Moment, lost: &Lost) {
-        let Some(rank) = self.nodes.iter().find(|(_, node)| **node == lost.node).map(|(rank, _)| *rank) else { return };
-        self.nodes.remove(&rank);
-        let reason = FailReason::RankLost {
-            role: Role::Prefill,
-            group: self.group,
-            rank,
-            node: lost.node,
-            cause: lost.cause.clone(),
-        };
-        for request in self.offers.keys().copied().collect::<Vec<_>>() {
-            self.fail(request, reason.clone());
+        if let Some(rank) = self.ranks.remove(lost.node) {
+            self.fail_all(rank, lost.node, &lost.cause);
         }
+    }
+
+    /// A rank cannot be reached any more, while both live: what it was told last may not have arrived.
+    pub fn handle_peer_down(&mut self, _now: Moment, node: NodeId, cause: &str) {
+        if let Some(rank) = self.ranks.part(node, cause) {
+            self.fail_all(rank, node, cause);
+            self.ranks.report(self.scheduler, &mut self.outbox);
+        }
+    }
+
+    /// A rank can be reached (again).
+    pub fn handle_peer_up(&mut self, node: NodeId) {
+        if self.ranks.meet(node) {
+            self.ranks.report(self.scheduler, &mut self.outbox);
+        }
+    }
+
+    /// A scheduler is met that may know nothing of this group's work.
+    pub fn handle_scheduler(&mut self) {
+        let offers: Vec<StandingOffer> = self
+            .offers
+            .values()
+            .map(|offer| StandingOffer {
+                spec: offer.spec.clone(),
+                dp: offer.dp,
+                steps: offer.steps.clone().filter(|_| offer.unopened.is_empty()),
+                ready_at: offer.unready.is_empty().then_some(offer.ready_at),
+            })
+            .collect();
+        if !offers.is_empty() {
+            self.outbox.send(self.scheduler, Message::StandingOffers(offers));
+        }
+        self.ranks.report_anew(self.scheduler, &mut self.outbox);
     }
 
     /// A message of the scheduler or of a rank.
@@ -85,7 +123,12 @@ impl PrefillLeader {
             Message::Prefill(job) => self.prefill(now, job),
             Message::RankOpened { request, steps } => self.rank_opened(from, request, steps),
             Message::RankReady { request, at } => self.rank_ready(from, request, at),
-            Message::RankFailed { request, reason } if self.rank_of(from).is_some() => self.fail(request, reason),
+            Message::RankFailed { request, reason } if self.ranks.rank_of(from).is_some() => self.fail(request, reason),
+            Message::Health { trouble } => {
+                if self.ranks.hear(from, trouble) {
+                    self.ranks.report(self.scheduler, &mut self.outbox);
+                }
+            }
             Message::Renew { requests } => {
                 let mut renewals: BTreeMap<NodeId, Vec<RequestId>> = BTreeMap::new();
                 for request in requests {
@@ -125,11 +168,12 @@ impl PrefillLeader {
         let dp = (0..self.load.len()).min_by_key(|dp| self.load.get(*dp).copied().unwrap_or(u64::MAX)).unwrap_or(0);
         job.dp = dp as u32;
         let owners = self.geometry.owners(job.dp);
-        let nodes: Option<Vec<NodeId>> = owners.iter().map(|rank| self.nodes.get(rank).copied()).collect();
-        let Some(nodes) = nodes else {
-            self.outbox
-                .send(self.scheduler, Message::OfferFailed { request, reason: FailReason::NoGroup(Role::Prefill) });
-            return;
+        let nodes = match self.ranks.reach(Role::Prefill, self.group, &owners) {
+            Ok(nodes) => nodes,
+            Err(reason) => {
+                self.outbox.send(self.scheduler, Message::OfferFailed { request, reason });
+                return;
+            }
         };
         if let Some(load) = self.load.get_mut(dp) {
             *load += job.spec.tokens;
@@ -137,7 +181,7 @@ impl PrefillLeader {
         let pending: BTreeSet<Rank> = owners.iter().copied().collect();
         let offer = GroupOffer {
             dp: job.dp,
-            tokens: job.spec.tokens,
+            spec: job.spec.clone(),
             owners,
             unopened: pending.clone(),
             unready: pending,
@@ -152,7 +196,7 @@ impl PrefillLeader {
     }
 
     fn rank_opened(&mut self, from: NodeId, request: RequestId, steps: Vec<u32>) {
-        let Some(rank) = self.rank_of(from) else { return };
+        let Some(rank) = self.ranks.rank_of(from) else { return };
         let Some(offer) = self.offers.get_mut(&request) else { return };
         if offer.steps.get_or_insert_with(|| steps.clone()) != &steps {
             let text = format!(
@@ -169,11 +213,19 @@ impl PrefillLeader {
     }
 
     fn rank_ready(&mut self, from: NodeId, request: RequestId, at: Moment) {
-        let Some(rank) = self.rank_of(from) else { return };
+        let Some(rank) = self.ranks.rank_of(from) else { return };
         let Some(offer) = self.offers.get_mut(&request) else { return };
         offer.ready_at = offer.ready_at.max(at);
         if offer.unready.remove(&rank) && offer.unready.is_empty() {
             self.outbox.send(self.scheduler, Message::OfferReady { request, at: offer.ready_at });
+        }
+    }
+
+    fn fail_all(&mut self, rank: Rank, node: NodeId, cause: &str) {
+        let (role, group) = (Role::Prefill, self.group);
+        let reason = FailReason::RankLost { role, group, rank, node, cause: cause.to_owned() };
+        for request in self.offers.keys().copied().collect::<Vec<_>>() {
+            self.fail(request, reason.clone());
         }
     }
 
@@ -191,16 +243,12 @@ impl PrefillLeader {
         if let Some(offer) = self.offers.remove(&request)
             && let Some(load) = self.load.get_mut(offer.dp as usize)
         {
-            *load = load.saturating_sub(offer.tokens);
+            *load = load.saturating_sub(offer.spec.tokens);
         }
     }
 
     fn owners(&self, request: RequestId) -> Vec<NodeId> {
         let owners = self.offers.get(&request).map(|offer| offer.owners.as_slice()).unwrap_or_default();
-        owners.iter().filter_map(|rank| self.nodes.get(rank).copied()).collect()
-    }
-
-    fn rank_of(&self, node: NodeId) -> Option<Rank> {
-        self.nodes.iter().find(|(_, member)| **member == node).map(|(rank, _)| *rank)
+        owners.iter().filter_map(|rank| self.ranks.node_of(*rank)).collect()
     }
 }

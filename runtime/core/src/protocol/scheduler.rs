@@ -1,13 +1,14 @@
 //! Pairs offers with decode consumers: who prefills, who decodes, what is tried again.
 
+mod adopt;
 mod ends;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::scheduler_group::{DecodeGroup, PrefillGroup};
 use super::{
-    Awaited, Deadline, Event, FailReason, GroupView, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox, Outcome,
-    OutcomeReport, Pairing, Policy, PrefillJob, RequestSpec, Role,
+    Awaited, Deadline, Event, FailReason, Finished, GroupView, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox,
+    Outcome, OutcomeReport, Pairing, Policy, PrefillJob, RequestSpec, Role, Vitals,
 };
 use crate::{GroupId, HandoverId, Moment, NodeId, RequestId, limits};
 
@@ -28,6 +29,9 @@ pub struct SchedulerTerms {
     pub prefill_jobs_max: u64,
     /// Leases of offers; the scheduler renews what it still wants.
     pub leases: LeaseTerms,
+    /// How long an offer that a leader announced, and nobody here asked for, rests before it is paired: a decode leader may be about to announce
+    /// that it has it. Longer than nodes take to find a scheduler that has started again.
+    pub adopt_after: core::time::Duration,
 }
 
 impl Default for SchedulerTerms {
@@ -41,6 +45,7 @@ impl Default for SchedulerTerms {
             attempts_max: 3,
             prefill_jobs_max: 16,
             leases: LeaseTerms::default(),
+            adopt_after: core::time::Duration::from_secs(3),
         }
     }
 }
@@ -65,8 +70,11 @@ pub struct Scheduler {
     /// Leaders of decode groups that lost a rank: they still owe outcomes.
     broken: BTreeMap<GroupId, NodeId>,
     handovers: BTreeMap<HandoverId, RequestId>,
-    /// Delivered handovers whose blocks are still used: their credits are out.
-    held: BTreeMap<HandoverId, (GroupId, RequestSpec)>,
+    /// Decided handovers whose blocks are not the engines' again: their credits are out.
+    held: BTreeMap<HandoverId, Held>,
+    /// Requests that ended lately, by when that may be forgotten: what a leader announces of them late is no offer any more, and whoever asks for
+    /// one that was adopted gets its end.
+    ended: BTreeMap<RequestId, (Moment, Option<Finished>)>,
     /// Offers that are paired again only after a while, by when.
     resting: BTreeSet<(Moment, RequestId)>,
     next_handover: u64,
@@ -74,6 +82,23 @@ pub struct Scheduler {
     seen: BTreeSet<Role>,
     renew_at: Option<Moment>,
     outbox: Outbox,
+}
+
+/// A handover whose blocks are still out.
+#[derive(Debug)]
+struct Held {
+    group: GroupId,
+    spec: RequestSpec,
+    delivered: bool,
+}
+
+/// What became of a submission.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Submitted {
+    /// It will end in one [`Event::Finished`].
+    Taken,
+    /// It has, while the scheduler that it was first given to was gone.
+    Ended(Finished),
 }
 
 #[derive(Debug)]
@@ -86,6 +111,10 @@ struct Request {
     cancelled: bool,
     /// The prefill side said that its offer is gone while a handover was under way.
     withdrawn: bool,
+    /// Nobody here asked for it: it was announced by a leader.
+    adopted: bool,
+    /// Decode groups that failed it: others are tried first.
+    avoid: BTreeSet<GroupId>,
 }
 
 impl Request {
@@ -121,6 +150,7 @@ impl Scheduler {
             broken: BTreeMap::new(),
             handovers: BTreeMap::new(),
             held: BTreeMap::new(),
+            ended: BTreeMap::new(),
             resting: BTreeSet::new(),
             next_handover: first_handover,
             seen: BTreeSet::new(),
@@ -146,15 +176,36 @@ impl Scheduler {
         deadline.into_iter().chain(resting).chain(self.renew_at).min()
     }
 
-    /// A new request. One that is known already is refused with [`Outcome::Failed`] for the newcomer only.
-    pub fn handle_submit(&mut self, now: Moment, spec: RequestSpec) -> Result<(), super::Refusal> {
+    /// What is in hand.
+    pub fn vitals(&self) -> Vitals {
+        let prefill: u64 = self.prefill.values().map(PrefillGroup::used).sum();
+        let decode: u64 = self.decode.values().map(DecodeGroup::used).sum();
+        Vitals {
+            name: "scheduler",
+            waiting: vec![("requests", self.requests.len() as u64)],
+            engine: vec![("held", self.held.len() as u64)],
+            credits: vec![("prefill", prefill), ("decode", decode)],
+            due: self.poll_timeout(),
+        }
+    }
+
+    /// A new request. One that is known already is refused with [`Outcome::Failed`] for the newcomer only, unless it was adopted from a
+    /// leader's announcement after a restart: then this is whoever asked for it in the first place.
+    pub fn handle_submit(&mut self, now: Moment, spec: RequestSpec) -> Result<Submitted, super::Refusal> {
         let request = spec.request;
         if spec.tokens > limits::TOKENS_MAX || spec.prefix.len() > limits::PREFIX_HASHES_MAX {
             let (tokens, hashes) = (spec.tokens, spec.prefix.len());
             return Err(super::Refusal::TooLarge { request, tokens, hashes });
         }
-        if self.requests.contains_key(&request) {
+        if let Some(known) = self.requests.get_mut(&request) {
+            if known.adopted && known.spec == spec {
+                known.adopted = false;
+                return Ok(Submitted::Taken);
+            }
             return Err(super::Refusal::Duplicate(request));
+        }
+        if let Some((_, Some(finished))) = self.ended.get_mut(&request).map(|(until, ended)| (until, ended.take())) {
+            return Ok(Submitted::Ended(finished));
         }
         let deadline = Deadline::after(now, self.terms.queue_within);
         self.deadlines.insert((deadline.at, request));
@@ -168,11 +219,13 @@ impl Scheduler {
                 ready_at: None,
                 cancelled: false,
                 withdrawn: false,
+                adopted: false,
+                avoid: BTreeSet::new(),
             },
         );
         self.arrivals.push_back(request);
         self.pump(now);
-        Ok(())
+        Ok(Submitted::Taken)
     }
 
     /// Nobody wants the request any more. It still ends in one [`Event::Finished`].
@@ -187,7 +240,7 @@ impl Scheduler {
                 }
             }
             _ => {
-                self.finish(request, Outcome::Cancelled, None, Vec::new());
+                self.finish(now, request, Outcome::Cancelled, None, Vec::new());
                 self.pump(now);
             }
         }
@@ -246,7 +299,7 @@ impl Scheduler {
             if let Some(left) = whole.map(|group| group.without(rank)).filter(|left| !left.is_empty()) {
                 self.decode.insert(group, left);
             }
-            self.held.retain(|_, (held_by, _)| *held_by != group);
+            self.held.retain(|_, held| held.group != group);
             match leader {
                 // It will decide by itself.
                 Some(leader) => {
@@ -280,6 +333,9 @@ impl Scheduler {
             }
             Message::Outcome(report) => self.outcome(now, from, report),
             Message::Freed { handover } => self.freed(now, from, handover),
+            Message::StandingOffers(offers) => self.adopt_offers(now, from, offers),
+            Message::StandingHandovers(standing) => self.adopt_handovers(now, from, *standing),
+            Message::Health { trouble } => self.health(now, from, trouble),
             Message::Holds { added, removed } => {
                 if let Some(group) = self.decode.values_mut().find(|group| group.leader() == Some(from)) {
                     group.hold(&added, &removed);
@@ -294,6 +350,7 @@ impl Scheduler {
         if self.renew_at.is_some_and(|at| now >= at) {
             self.renew(now);
         }
+        self.ended.retain(|_, (until, _)| now < *until);
         while let Some((at, request)) = self.resting.first().copied().filter(|(at, _)| *at <= now) {
             self.resting.remove(&(at, request));
             self.offers.push_front(request);
@@ -314,7 +371,7 @@ impl Scheduler {
             {
                 self.outbox.send(leader, Message::Abort { handover: *handover, reason: Some(reason.clone()) });
             }
-            self.finish(request, Outcome::Failed { reason }, None, Vec::new());
+            self.finish(now, request, Outcome::Failed { reason }, None, Vec::new());
         }
         self.pump(now);
     }
@@ -348,13 +405,13 @@ impl Scheduler {
                 known.withdrawn = true;
             }
             // An offer that lapsed can be made again.
-            _ if matches!(reason, FailReason::Refused(_)) => {
+            _ if matches!(reason, FailReason::Refused(_) | FailReason::RankLost { .. } | FailReason::Unhealthy(_)) => {
                 self.resting.retain(|(_, resting)| *resting != request);
                 self.offers.retain(|waiting| *waiting != request);
                 self.try_again(now, request, group, None, reason);
             }
             // What one engine refuses for good, another of the same kind would too.
-            _ => self.finish(request, Outcome::Failed { reason }, None, Vec::new()),
+            _ => self.finish(now, request, Outcome::Failed { reason }, None, Vec::new()),
         }
         self.pump(now);
     }
@@ -362,7 +419,7 @@ impl Scheduler {
     fn outcome(&mut self, now: Moment, from: NodeId, report: OutcomeReport) {
         // Only the group that has it may decide it.
         let decides = |group: &GroupId| {
-            self.decode.get(group).and_then(DecodeGroup::leader).or(self.broken.get(group).copied()) == Some(from)
+            self.decode.get(group).is_some_and(|group| group.is_led_by(from)) || self.broken.get(group) == Some(&from)
         };
         let stage = self.handovers.get(&report.handover).and_then(|request| Some(&self.requests.get(request)?.stage));
         if let Some(Stage::Paired { decode, .. }) = stage
@@ -371,20 +428,22 @@ impl Scheduler {
             self.outbox.event(Event::Ignored { from, what: "an outcome of another group's handover" });
             return;
         }
+        self.outbox.send(from, Message::OutcomesKnown { handovers: vec![report.handover] });
         let Some(request) = self.handovers.remove(&report.handover) else { return };
-        let Some(known) = self.requests.get(&request) else { return };
+        let Some(known) = self.requests.get_mut(&request) else { return };
         let Stage::Paired { group, offer, decode, handover } = known.stage.clone() else { return };
         if handover != report.handover {
             return;
         }
-        if report.outcome.is_delivered() {
-            self.held.insert(handover, (decode, known.spec.clone()));
-        } else {
-            self.give_back(decode, handover, &known.spec.clone());
+        // Its credits come back with its blocks.
+        let (spec, delivered) = (known.spec.clone(), report.outcome.is_delivered());
+        if !delivered {
+            known.avoid.insert(decode);
         }
+        self.held.insert(handover, Held { group: decode, spec, delivered });
         match report.outcome {
             Outcome::Failed { reason } => self.try_again(now, request, group, Some(offer), reason),
-            outcome => self.finish(request, outcome, Some(report.at), report.paths),
+            outcome => self.finish(now, request, outcome, Some(report.at), report.paths),
         }
         self.pump(now);
     }
@@ -419,7 +478,7 @@ impl Scheduler {
         let has_prefill = self.has_prefill();
         let Some(known) = self.requests.get_mut(&request) else { return true };
         if !has_prefill && self.seen.contains(&Role::Prefill) {
-            self.finish(request, Outcome::Failed { reason: FailReason::NoGroup(Role::Prefill) }, None, Vec::new());
+            self.finish(now, request, Outcome::Failed { reason: FailReason::NoGroup(Role::Prefill) }, None, Vec::new());
             return true;
         }
         let candidates: Vec<GroupView> = self.prefill.iter().filter_map(|(id, group)| group.view(*id)).collect();
@@ -446,11 +505,14 @@ impl Scheduler {
         let Stage::Offered { group, offer } = known.stage.clone() else { return true };
         let fits = self.decode.values().any(|decode| decode.leader().is_some() && decode.could_ever_take(&known.spec));
         if !fits && self.seen.contains(&Role::Decode) {
-            self.finish(request, Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) }, None, Vec::new());
+            self.finish(now, request, Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) }, None, Vec::new());
             return true;
         }
-        let candidates: Vec<GroupView> =
+        let mut candidates: Vec<GroupView> =
             self.decode.iter().filter_map(|(id, decode)| decode.view(*id, &known.spec)).collect();
+        if candidates.iter().any(|view| !known.avoid.contains(&view.group)) {
+            candidates.retain(|view| !known.avoid.contains(&view.group));
+        }
         if candidates.is_empty() {
             return false;
         }
@@ -475,6 +537,15 @@ impl Scheduler {
         self.outbox.event(Event::Paired { request, handover, group: choice });
         self.outbox.send(leader, Message::Pair(pairing));
         true
+    }
+
+    fn health(&mut self, now: Moment, from: NodeId, trouble: Option<String>) {
+        if let Some(group) = self.prefill.values_mut().find(|group| group.is_led_by(from)) {
+            group.trouble = trouble;
+        } else if let Some(group) = self.decode.values_mut().find(|group| group.is_led_by(from)) {
+            group.trouble = trouble;
+        }
+        self.pump(now);
     }
 
     fn renew(&mut self, now: Moment) {

@@ -53,6 +53,8 @@ impl Ranks {
 pub(super) struct PrefillGroup {
     ranks: Ranks,
     jobs: Credit,
+    /// Why it takes no work.
+    pub(super) trouble: Option<String>,
     /// Requests whose credit is out. A group that formed anew under an old number owes nothing of its predecessor's.
     working: BTreeSet<RequestId>,
     load_tokens: u64,
@@ -63,6 +65,7 @@ impl PrefillGroup {
         PrefillGroup {
             ranks: Ranks::new(geometry),
             jobs: Credit::new(jobs_max),
+            trouble: None,
             working: BTreeSet::new(),
             load_tokens: 0,
         }
@@ -71,7 +74,7 @@ impl PrefillGroup {
     /// What is left of it when a rank is gone: the surviving ranks, working on nothing, until the rank's next incarnation joins.
     pub(super) fn without(&self, rank: Rank) -> PrefillGroup {
         let (ranks, jobs) = (self.ranks.without(rank), Credit::new(self.jobs.limit()));
-        PrefillGroup { ranks, jobs, working: BTreeSet::new(), load_tokens: 0 }
+        PrefillGroup { ranks, jobs, trouble: None, working: BTreeSet::new(), load_tokens: 0 }
     }
 
     pub(super) fn join(&mut self, place: &Place, node: NodeId) -> bool {
@@ -92,7 +95,7 @@ impl PrefillGroup {
 
     /// `None` when it has no room or not all its ranks.
     pub(super) fn view(&self, group: GroupId) -> Option<GroupView> {
-        (self.leader().is_some() && self.jobs.left() > 0).then_some(GroupView {
+        (self.leader().is_some() && self.trouble.is_none() && self.jobs.left() > 0).then_some(GroupView {
             group,
             load_tokens: self.load_tokens,
             handovers: self.jobs.used(),
@@ -114,6 +117,24 @@ impl PrefillGroup {
         taken
     }
 
+    /// It works on the request already, whether there is a credit for it or not.
+    pub(super) fn adopt(&mut self, request: RequestId, tokens: u64) {
+        if self.working.insert(request) {
+            self.jobs.force(1);
+            self.load_tokens += tokens;
+        }
+    }
+
+    /// Whether a node is the one that leads it, be it complete or not.
+    pub(super) fn is_led_by(&self, node: NodeId) -> bool {
+        self.ranks.rank_of(node) == Some(Rank(0))
+    }
+
+    /// Credits that are out.
+    pub(super) fn used(&self) -> u64 {
+        self.jobs.used()
+    }
+
     /// Says whether there was anything to release.
     pub(super) fn release(&mut self, request: RequestId, tokens: u64) -> bool {
         let released = self.working.remove(&request);
@@ -133,6 +154,8 @@ pub(super) struct DecodeGroup {
     handovers: Credit,
     /// Blocks of one rank's pool, per layer group.
     blocks: Vec<Credit>,
+    /// Why it takes no work.
+    pub(super) trouble: Option<String>,
     /// Handovers whose credits are out. A group that formed anew under an old number owes nothing of its predecessor's.
     working: BTreeSet<HandoverId>,
     load_tokens: u64,
@@ -147,6 +170,7 @@ impl DecodeGroup {
             handovers: Credit::new(u64::from(place.handovers_max.max(1))),
             // The ranks of a group have equal pools in practice; the first to join speaks for all.
             blocks: place.blocks.iter().map(|blocks| Credit::new(u64::from(*blocks))).collect(),
+            trouble: None,
             working: BTreeSet::new(),
             load_tokens: 0,
             held: BTreeSet::new(),
@@ -160,6 +184,7 @@ impl DecodeGroup {
             geometry: Arc::clone(&self.geometry),
             handovers: Credit::new(self.handovers.limit()),
             blocks: self.blocks.iter().map(|credit| Credit::new(credit.limit())).collect(),
+            trouble: None,
             working: BTreeSet::new(),
             load_tokens: 0,
             // Another incarnation holds no prefixes; the survivors' alone are of no use.
@@ -187,7 +212,7 @@ impl DecodeGroup {
     pub(super) fn view(&self, group: GroupId, spec: &RequestSpec) -> Option<GroupView> {
         let room =
             self.handovers.left() > 0 && self.costs(spec).zip(&self.blocks).all(|(cost, credit)| cost <= credit.left());
-        (self.leader().is_some() && room).then(|| GroupView {
+        (self.leader().is_some() && self.trouble.is_none() && room).then(|| GroupView {
             group,
             load_tokens: self.load_tokens,
             handovers: self.handovers.used(),
@@ -213,6 +238,28 @@ impl DecodeGroup {
         self.load_tokens += spec.tokens;
         self.working.insert(handover);
         self.handovers.take(1).is_ok()
+    }
+
+    /// It works on the handover already, whether there are credits for it or not.
+    pub(super) fn adopt(&mut self, handover: HandoverId, spec: &RequestSpec) {
+        if self.working.insert(handover) {
+            let costs: Vec<u64> = self.costs(spec).collect();
+            for (cost, credit) in costs.iter().zip(&mut self.blocks) {
+                credit.force(*cost);
+            }
+            self.handovers.force(1);
+            self.load_tokens += spec.tokens;
+        }
+    }
+
+    /// Whether a node is the one that leads it, be it complete or not.
+    pub(super) fn is_led_by(&self, node: NodeId) -> bool {
+        self.ranks.rank_of(node) == Some(Rank(0))
+    }
+
+    /// Credits that are out: handovers and blocks.
+    pub(super) fn used(&self) -> u64 {
+        self.handovers.used() + self.blocks.iter().map(Credit::used).sum::<u64>()
     }
 
     pub(super) fn give_back(&mut self, handover: HandoverId, spec: &RequestSpec) {

@@ -67,10 +67,17 @@ impl Node {
             direction: Some(direction),
         };
         let core = match role {
-            Role::Prefill => RankCore::Prefill(Box::new(PrefillRank::new(profile.clone(), leases()))),
-            Role::Decode => {
-                RankCore::Decode(Box::new(DecodeRank::new(profile.clone(), leases(), DeadlineTerms::default())))
-            }
+            Role::Prefill => RankCore::Prefill(Box::new(PrefillRank::new(
+                profile.clone(),
+                leases(),
+                kvferry_core::protocol::QuarantineTerms::default(),
+            ))),
+            Role::Decode => RankCore::Decode(Box::new(DecodeRank::new(
+                profile.clone(),
+                leases(),
+                DeadlineTerms::default(),
+                kvferry_core::protocol::QuarantineTerms::default(),
+            ))),
         };
         let shared = Arc::clone(geometry);
         let leader = (rank == Rank(0)).then(|| match role {
@@ -204,6 +211,8 @@ impl Node {
                 | Message::RankDone { .. }
                 | Message::Freed { .. }
                 | Message::Holds { .. }
+                | Message::Holding { .. }
+                | Message::Health { .. }
         );
         self.leader.is_some() && (from == SCHEDULER || report)
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::protocol::fetch::{Leg, LegState};
+use crate::protocol::fetch::{Leg, LegState, Path};
 use crate::protocol::prefill::step_layers;
 use crate::protocol::{Awaited, Deadline, FailReason, Lease, Message, NicCommand, OpenFetch, Refusal};
 use crate::{Direction, HandoverId, Moment, NodeId, PlanRequest, TransferId};
@@ -59,7 +59,8 @@ impl DecodeRank {
         let shapes = placed.tables.shapes();
         leg.state = LegState::Moving;
         leg.opened_at = Some(now);
-        leg.path = Some((peer.nic, peer.direction));
+        let address = peer.remote().map(|remote| remote.address.clone()).unwrap_or_default();
+        leg.path = Some(Path { nic: peer.nic, direction: peer.direction, address });
         let open = OpenFetch {
             handover,
             request: fetch.pairing.spec.request,

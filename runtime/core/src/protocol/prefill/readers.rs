@@ -59,8 +59,15 @@ impl PrefillRank {
             return Ok(());
         }
         let direction = open.direction;
+        let path = match self.peers.get(&from) {
+            Some(Ok(peer)) => (peer.nic, peer.remote().map(|remote| remote.address.clone()).unwrap_or_default()),
+            _ => Default::default(),
+        };
+        let Some(held) = self.held(request) else { return Err(Refusal::UnknownRequest(request)) };
         let carried = held.readers.remove(&from).map(|old| old.in_flight).unwrap_or_default();
-        held.readers.insert(from, Reader { open, expecting: false, posted: 0, in_flight: carried, stopped: false });
+        let reader =
+            Reader { open, expecting: false, posted: 0, in_flight: carried, stopped: false, confirmed: false, path };
+        held.readers.insert(from, reader);
         let source = match direction {
             Direction::Pull => held.tables.clone(),
             Direction::Push => held.tables.shapes(),
@@ -115,11 +122,14 @@ impl PrefillRank {
             return;
         };
         let request = *request;
+        let steps = offer.held.as_ref().map_or(0, |held| held.steps.len() as u32);
         let mut failed = None;
         for (node, reader) in offer.held.iter_mut().flat_map(|held| &mut held.readers) {
             // What is left of an earlier handover says nothing about this one.
             if reader.in_flight.remove(&id) && id.handover() == reader.open.handover {
                 failed = end.as_ref().err().map(|reason| (*node, reason));
+                reader.confirmed =
+                    failed.is_none() && !reader.stopped && reader.posted == steps && reader.in_flight.is_empty();
             }
         }
         if let Some((node, reason)) = failed {
@@ -142,7 +152,12 @@ impl PrefillRank {
             None => Err(Refusal::UnknownHandover(handover)),
             Some(request) => match self.held(request) {
                 Some(held) if !held.readers.contains_key(&from) => Err(Refusal::UnknownHandover(handover)),
-                Some(held) if held.lease.is_alive(now) => Ok(()),
+                Some(held) if held.lease.is_alive(now) => {
+                    if let Some(reader) = held.readers.get_mut(&from) {
+                        reader.confirmed = true;
+                    }
+                    Ok(())
+                }
                 _ => Err(Refusal::LeaseExpired(request)),
             },
         };
@@ -163,12 +178,22 @@ impl PrefillRank {
             return;
         }
         reader.stopped = true;
-        let nic = match self.peers.get(&node) {
-            Some(Ok(peer)) => peer.nic,
-            _ => 0,
-        };
         for id in &reader.in_flight {
-            self.outbox.nic(nic, NicCommand::Cancel { id: *id });
+            self.outbox.nic(reader.path.0, NicCommand::Cancel { id: *id });
+        }
+    }
+
+    /// Readers that have not got everything hear that they will not.
+    pub(super) fn refuse_readers(&mut self, request: RequestId, refusal: &Refusal) {
+        let held = self.offers.get(&request).and_then(|offer| offer.held.as_ref());
+        let waiting: Vec<(NodeId, HandoverId)> = held
+            .iter()
+            .flat_map(|held| &held.readers)
+            .filter(|(_, reader)| !reader.stopped && !reader.confirmed)
+            .map(|(node, reader)| (*node, reader.open.handover))
+            .collect();
+        for (node, handover) in waiting {
+            self.outbox.send(node, Message::Refused { handover, refusal: refusal.clone() });
         }
     }
 }

@@ -1,11 +1,15 @@
 //! How requests end, or begin again.
 
-use super::{REST, Stage};
+use super::{Held, REST, Stage};
 use crate::protocol::scheduler_group::DecodeGroup;
 use crate::protocol::{
-    Deadline, Event, FailReason, Finished, Message, OfferSummary, Outcome, PathReport, PrefillView, RequestSpec, Role,
+    Awaited, Deadline, Event, FailReason, Finished, Message, OfferSummary, Outcome, PathReport, PrefillView,
+    RequestSpec, Role,
 };
-use crate::{GroupId, HandoverId, Moment, NodeId, RequestId};
+use crate::{GroupId, HandoverId, Moment, NodeId, Rank, RequestId};
+
+/// Ended requests that are remembered.
+const ENDED_MAX: usize = 65_536;
 
 use super::Scheduler;
 
@@ -23,7 +27,7 @@ impl Scheduler {
         let Some(known) = self.requests.get_mut(&request) else { return };
         known.attempts += 1;
         if known.cancelled {
-            self.finish(request, Outcome::Cancelled, None, Vec::new());
+            self.finish(now, request, Outcome::Cancelled, None, Vec::new());
             return;
         }
         let again = known.attempts < self.terms.attempts_max && !matches!(reason, FailReason::Mismatch(_));
@@ -52,7 +56,7 @@ impl Scheduler {
                 self.resting.insert((now + REST * (1 << known.attempts.min(5)), request));
             }
         } else if again && has_prefill && has_decode {
-            self.release(request, PrefillView::Ended);
+            self.release(request, view_of(&reason));
             if let Some(known) = self.requests.get_mut(&request) {
                 known.stage = Stage::Queued;
                 known.ready_at = None;
@@ -61,7 +65,7 @@ impl Scheduler {
             }
             self.arrivals.push_front(request);
         } else {
-            self.finish(request, Outcome::Failed { reason }, None, Vec::new());
+            self.finish(now, request, Outcome::Failed { reason }, None, Vec::new());
         }
     }
 
@@ -99,13 +103,15 @@ impl Scheduler {
     }
 
     pub(super) fn freed(&mut self, now: Moment, from: NodeId, handover: HandoverId) {
-        let holder = self.held.get(&handover).and_then(|(group, _)| self.decode.get(group)?.leader());
-        if holder.is_some_and(|leader| leader != from) {
+        let holder = self.held.get(&handover).and_then(|held| self.decode.get(&held.group));
+        if holder.is_some_and(|group| !group.is_led_by(from)) {
             self.outbox.event(Event::Ignored { from, what: "the end of another group's handover" });
             return;
         }
-        if let Some((group, spec)) = self.held.remove(&handover) {
-            self.outbox.event(Event::Freed { request: spec.request });
+        if let Some(Held { group, spec, delivered }) = self.held.remove(&handover) {
+            if delivered {
+                self.outbox.event(Event::Freed { request: spec.request });
+            }
             self.give_back(group, handover, &spec);
             self.pump(now);
         }
@@ -119,12 +125,17 @@ impl Scheduler {
 
     pub(super) fn finish(
         &mut self,
+        now: Moment,
         request: RequestId,
         outcome: Outcome,
         settled_at: Option<Moment>,
         paths: Vec<PathReport>,
     ) {
-        let view = if outcome.is_delivered() { PrefillView::Confirmed } else { PrefillView::Ended };
+        let view = match &outcome {
+            Outcome::Delivered => PrefillView::Confirmed,
+            Outcome::Failed { reason } => view_of(reason),
+            Outcome::Cancelled => PrefillView::Ended,
+        };
         self.release(request, view);
         let Some(known) = self.requests.remove(&request) else { return };
         self.deadlines.remove(&(known.deadline.at, request));
@@ -134,20 +145,22 @@ impl Scheduler {
             Stage::Prefilling { .. } => {}
             Stage::Offered { .. } => self.offers.retain(|waiting| *waiting != request),
             Stage::Paired { decode, handover, .. } => {
-                if self.handovers.remove(handover).is_some() {
-                    self.give_back(*decode, *handover, &known.spec);
+                // The group may still work on it: its credits come back with its blocks.
+                if self.handovers.remove(handover).is_some() && self.decode.contains_key(decode) {
+                    let (group, spec) = (*decode, known.spec.clone());
+                    self.held.insert(*handover, Held { group, spec, delivered: false });
                 }
             }
         }
         let attempts = known.attempts + 1;
-        self.outbox.event(Event::Finished(Finished {
-            request,
-            outcome,
-            attempts,
-            ready_at: known.ready_at,
-            settled_at,
-            paths,
-        }));
+        let finished = Finished { request, outcome, attempts, ready_at: known.ready_at, settled_at, paths };
+        // Longer than anybody may hold an offer of it.
+        let until = now + self.terms.leases.duration * 2;
+        self.ended.insert(request, (until, known.adopted.then(|| finished.clone())));
+        while self.ended.len() > ENDED_MAX {
+            self.ended.pop_first();
+        }
+        self.outbox.event(Event::Finished(finished));
     }
 
     /// The prefill side may let go, and its credit comes back.
@@ -163,5 +176,14 @@ impl Scheduler {
         {
             self.outbox.send(leader, Message::Release { request, view });
         }
+    }
+}
+
+/// What a prefill group may believe of a handover that failed so: where its decode leader is gone, nobody knows what that decided last.
+fn view_of(reason: &FailReason) -> PrefillView {
+    match reason {
+        FailReason::RankLost { role: Role::Decode, rank: Rank(0), .. }
+        | FailReason::Deadline { awaited: Awaited::Outcome, .. } => PrefillView::InDoubt,
+        _ => PrefillView::Ended,
     }
 }

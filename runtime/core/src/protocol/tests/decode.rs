@@ -25,7 +25,8 @@ impl Fixture {
     pub(super) fn new(direction: Direction) -> Self {
         let (source, destination) = (geometry(2), geometry(1));
         let local = worker(Role::Decode, 0, &destination, Some(direction));
-        let rank = DecodeRank::new(local, leases(), DeadlineTerms::default());
+        let rank =
+            DecodeRank::new(local, leases(), DeadlineTerms::default(), crate::protocol::QuarantineTerms::default());
         Fixture { rank, source, destination, direction }
     }
 
@@ -253,7 +254,8 @@ fn one_rank_speaks_for_the_prefixes_that_all_hold() {
     let mut fixture = Fixture::moving(Direction::Pull, 0);
     assert_eq!(fixture.engine(holds.clone()), [send(LEADER, Message::Holds { added: vec![1], removed: vec![2] })]);
     let other = worker(Role::Decode, 1, &geometry(2), None);
-    let mut rank = DecodeRank::new(other, leases(), DeadlineTerms::default());
+    let mut rank =
+        DecodeRank::new(other, leases(), DeadlineTerms::default(), crate::protocol::QuarantineTerms::default());
     let job = Message::Fetch(FetchJob { pairing: pairing(H1, &[4]), dp: 0 });
     rank.handle_message(at(0), NodeId(LEADER), job);
     commands(rank.outbox());

@@ -202,7 +202,8 @@ fn an_expired_holder_does_not_revive_itself() {
     let deadlines =
         crate::protocol::DeadlineTerms { floor: core::time::Duration::from_secs(600), ..Default::default() };
     let local = worker(Role::Decode, 0, &fixture.destination, Some(Direction::Pull));
-    fixture.rank = crate::protocol::DecodeRank::new(local, leases(), deadlines);
+    fixture.rank =
+        crate::protocol::DecodeRank::new(local, leases(), deadlines, crate::protocol::QuarantineTerms::default());
     fixture.members();
     fixture.peer(0);
     fixture.peer(1);

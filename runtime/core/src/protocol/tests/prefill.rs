@@ -24,7 +24,11 @@ pub(super) struct Fixture {
 impl Fixture {
     pub(super) fn new() -> Self {
         let (source, destination) = (geometry(1), geometry(2));
-        let rank = PrefillRank::new(worker(Role::Prefill, 0, &source, None), leases());
+        let rank = PrefillRank::new(
+            worker(Role::Prefill, 0, &source, None),
+            leases(),
+            crate::protocol::QuarantineTerms::default(),
+        );
         Fixture { rank, source, destination }
     }
 

@@ -154,7 +154,11 @@ fn a_session_that_ends_cancels_on_the_nic_that_was_used() {
     let (source, destination) = (geometry(1), geometry(2));
     let mut local = worker(Role::Prefill, 0, &source, Some(Direction::Push));
     local.nics = vec![nic(TransportKind::Tcp), nic(TransportKind::Sim)];
-    let mut fixture = Fixture { rank: PrefillRank::new(local, leases()), source, destination };
+    let mut fixture = Fixture {
+        rank: PrefillRank::new(local, leases(), crate::protocol::QuarantineTerms::default()),
+        source,
+        destination,
+    };
     fixture.rank.handle_peer(at(0), NodeId(READERS[0]), worker(Role::Decode, 0, &fixture.destination, None));
     fixture.message(0, LEADER, job(1));
     let opened = fixture.opened();

@@ -1,0 +1,170 @@
+//! What a scheduler that has started again learns from the leaders of what it, or its predecessor, had given them.
+
+use std::collections::BTreeSet;
+
+use super::{Held, Request, Scheduler, Stage};
+use crate::protocol::{
+    Deadline, Event, FailReason, Message, OfferSummary, Pairing, PrefillView, Refusal, RequestSpec, StandingHandovers,
+    StandingOffer,
+};
+use crate::{GroupId, HandoverId, Moment, NodeId, RequestId};
+
+impl Scheduler {
+    /// A prefill leader announces its offers.
+    pub(super) fn adopt_offers(&mut self, now: Moment, from: NodeId, offers: Vec<StandingOffer>) {
+        let Some(group) = self.prefill.iter().find(|(_, group)| group.is_led_by(from)).map(|(id, _)| *id) else {
+            self.outbox.event(Event::Ignored { from, what: "offers of a node that leads no prefill group" });
+            return;
+        };
+        for offer in offers {
+            self.adopt_offer(now, from, group, offer);
+        }
+        self.pump(now);
+    }
+
+    fn adopt_offer(&mut self, now: Moment, from: NodeId, group: GroupId, offer: StandingOffer) {
+        let (request, tokens) = (offer.spec.request, offer.spec.tokens);
+        let ended = self.ended.contains_key(&request) && !self.requests.contains_key(&request);
+        let known = self.requests.get(&request);
+        let wanted = match known.map(|known| &known.stage) {
+            None => !ended,
+            Some(Stage::Queued) => known.is_some_and(|known| known.spec == offer.spec),
+            // Announced by its decode leader, or given to this group already.
+            Some(
+                Stage::Prefilling { group: theirs }
+                | Stage::Offered { group: theirs, .. }
+                | Stage::Paired { group: theirs, .. },
+            ) => *theirs == group,
+        };
+        if !wanted {
+            self.outbox.send(from, Message::Release { request, view: PrefillView::Ended });
+            return;
+        }
+        if let Some(group) = self.prefill.get_mut(&group) {
+            group.adopt(request, tokens);
+        }
+        let known = self.known(now, &offer.spec);
+        known.ready_at = known.ready_at.max(offer.ready_at);
+        if matches!(known.stage, Stage::Queued) {
+            let (stage, within) = match offer.steps {
+                Some(steps) => {
+                    let offer = OfferSummary { request, dp: offer.dp, steps };
+                    (Stage::Offered { group, offer }, self.terms.pair_within)
+                }
+                None => (Stage::Prefilling { group }, self.terms.prefill_within),
+            };
+            let rests = matches!(stage, Stage::Offered { .. });
+            self.enter(now, request, stage, within);
+            if rests {
+                self.resting.insert((now + self.terms.adopt_after, request));
+            }
+        }
+        // Its lease has run since the last scheduler's time.
+        self.renew_at = Some(now);
+    }
+
+    /// A decode leader announces its handovers.
+    pub(super) fn adopt_handovers(&mut self, now: Moment, from: NodeId, standing: StandingHandovers) {
+        let Some(group) = self.decode.iter().find(|(_, group)| group.is_led_by(from)).map(|(id, _)| *id) else {
+            self.outbox.event(Event::Ignored { from, what: "handovers of a node that leads no decode group" });
+            return;
+        };
+        for (handover, spec, delivered) in standing.held {
+            self.adopt_held(group, handover, spec, delivered);
+        }
+        for (pairing, report) in standing.decided {
+            if report.outcome.is_delivered() && self.adopt_pairing(now, group, &pairing) {
+                self.outcome(now, from, report);
+            } else {
+                self.outbox.send(from, Message::OutcomesKnown { handovers: vec![report.handover] });
+            }
+        }
+        for pairing in standing.under_way {
+            let (handover, request) = (pairing.handover, pairing.spec.request);
+            if !self.adopt_pairing(now, group, &pairing) {
+                let newer = match self.requests.get(&request).map(|known| &known.stage) {
+                    Some(Stage::Paired { handover, .. }) => *handover,
+                    _ => HandoverId(self.next_handover),
+                };
+                // Its outcome is no longer waited for; its credits are.
+                self.adopt_held(group, handover, pairing.spec, false);
+                let reason = Some(FailReason::Refused(Refusal::Superseded { request, newer }));
+                self.outbox.send(from, Message::Abort { handover, reason });
+            }
+        }
+        self.pump(now);
+    }
+
+    fn adopt_held(&mut self, group: GroupId, handover: HandoverId, spec: RequestSpec, delivered: bool) {
+        if let Some(decode) = self.decode.get_mut(&group)
+            && !self.handovers.contains_key(&handover)
+        {
+            decode.adopt(handover, &spec);
+            self.held.entry(handover).or_insert(Held { group, spec, delivered });
+        }
+    }
+
+    /// Whether the handover is what this scheduler wants of its request.
+    fn adopt_pairing(&mut self, now: Moment, decode: GroupId, pairing: &Pairing) -> bool {
+        let (request, handover) = (pairing.spec.request, pairing.handover);
+        if self.handovers.get(&handover) == Some(&request) {
+            return true;
+        }
+        let wanted = match self.requests.get(&request) {
+            None => !self.ended.contains_key(&request),
+            Some(known) => {
+                known.spec == pairing.spec
+                    && match &known.stage {
+                        Stage::Queued => true,
+                        Stage::Offered { group, .. } => *group == pairing.source,
+                        Stage::Prefilling { .. } | Stage::Paired { .. } => false,
+                    }
+            }
+        };
+        if !wanted {
+            return false;
+        }
+        if let Some(group) = self.decode.get_mut(&decode) {
+            group.adopt(handover, &pairing.spec);
+        }
+        self.held.remove(&handover);
+        self.known(now, &pairing.spec);
+        let (group, steps) = (pairing.source, pairing.steps.clone());
+        let offer = OfferSummary { request, dp: pairing.source_dp, steps };
+        self.enter(now, request, Stage::Paired { group, offer, decode, handover }, self.terms.outcome_within);
+        self.handovers.insert(handover, request);
+        self.outbox.event(Event::Paired { request, handover, group: decode });
+        self.renew_at = Some(now);
+        true
+    }
+
+    /// A request that somebody announces, as it is known or as an adopted one.
+    fn known(&mut self, now: Moment, spec: &RequestSpec) -> &mut Request {
+        let deadline = Deadline::after(now, self.terms.queue_within);
+        let deadlines = &mut self.deadlines;
+        self.requests.entry(spec.request).or_insert_with(|| {
+            deadlines.insert((deadline.at, spec.request));
+            Request {
+                spec: spec.clone(),
+                stage: Stage::Queued,
+                deadline,
+                attempts: 0,
+                ready_at: None,
+                cancelled: false,
+                withdrawn: false,
+                adopted: true,
+                avoid: BTreeSet::new(),
+            }
+        })
+    }
+
+    fn enter(&mut self, now: Moment, request: RequestId, stage: Stage, within: core::time::Duration) {
+        self.arrivals.retain(|waiting| *waiting != request);
+        self.offers.retain(|waiting| *waiting != request);
+        self.resting.retain(|(_, resting)| *resting != request);
+        if let Some(known) = self.requests.get_mut(&request) {
+            known.stage = stage;
+            known.wait(&mut self.deadlines, Deadline::after(now, within));
+        }
+    }
+}
