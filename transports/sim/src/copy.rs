@@ -1,34 +1,52 @@
-//! The copies themselves.
+//! The copies themselves: out of the source's memory when a slice leaves, into the destination's when it lands.
 
-use kvferry_core::{Program, UnitRange};
+use kvferry_core::{End, Program, UnitRange};
 use kvferry_transport::{Pool, TransferError};
 
-/// Copies a part of a program from one pool into another, as hardware does it: without asking anybody. Returns the pieces.
-pub(crate) fn land(
+/// Reads a part of a program out of its source, as hardware does it: without asking anybody.
+pub(crate) fn take(
     program: &Program,
     part: UnitRange,
     source: &Pool,
-    destination: &Pool,
-) -> Result<u64, TransferError> {
-    let (mut pieces, mut bytes) = (0, 0);
-    for copy in program.copies(part, source.layout(), destination.layout()) {
-        let (Some(from), Some(to)) =
-            (source.address(copy.source, copy.bytes), destination.address(copy.destination, copy.bytes))
-        else {
-            return Err(TransferError::Refused("a piece lies outside its pool".to_owned()));
-        };
-        // SAFETY: `address` checked both ranges against mapped regions that live as long as the pools; pool memory is never borrowed, and
-        // `copy` allows the ranges to overlap.
-        unsafe { std::ptr::copy(from, to, copy.bytes as usize) };
-        pieces += 1;
-        bytes += copy.bytes;
+    bytes: &mut Vec<u8>,
+) -> Result<(), TransferError> {
+    bytes.clear();
+    for span in program.spans(End::Source, part, source.layout()) {
+        let from = source.address(span.at, span.bytes).ok_or_else(outside)?;
+        let (at, length) = (bytes.len(), span.bytes as usize);
+        bytes.reserve(length);
+        // SAFETY: `address` checked the range against a mapped region that lives as long as the pool; `reserve` made as much room behind
+        // the buffer's end, which is no pool memory; pool memory is never borrowed.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr().add(at), length);
+            bytes.set_len(at + length);
+        }
     }
-    let planned = program.bytes_in(part);
+    complete(bytes.len() as u64, program.bytes_in(part))
+}
+
+/// Writes what [`take`] read into the destination. Returns the pieces.
+pub(crate) fn put(program: &Program, part: UnitRange, destination: &Pool, bytes: &[u8]) -> Result<u64, TransferError> {
+    let (mut pieces, mut rest) = (0, bytes);
+    for span in program.spans(End::Destination, part, destination.layout()) {
+        let to = destination.address(span.at, span.bytes).ok_or_else(outside)?;
+        let Some((piece, behind)) = rest.split_at_checked(span.bytes as usize) else { break };
+        // SAFETY: as in `take`, the other way round.
+        unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), to, piece.len()) };
+        (pieces, rest) = (pieces + 1, behind);
+    }
+    complete((bytes.len() - rest.len()) as u64, bytes.len() as u64).map(|()| pieces)
+}
+
+fn outside() -> TransferError {
+    TransferError::Refused("a piece lies outside its pool".to_owned())
+}
+
+fn complete(bytes: u64, planned: u64) -> Result<(), TransferError> {
     if bytes == planned {
-        Ok(pieces)
-    } else {
-        let message =
-            format!("{bytes} bytes were laid out where {planned} were planned; the program and the layouts disagree");
-        Err(TransferError::Io { context: "walking the program", message })
+        return Ok(());
     }
+    let message =
+        format!("{bytes} bytes were laid out where {planned} were planned; the program and the layouts disagree");
+    Err(TransferError::Io { context: "walking the program", message })
 }

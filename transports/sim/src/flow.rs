@@ -1,4 +1,4 @@
-//! One posted transfer.
+//! One posted transfer, and the slices of it that are on their way.
 
 use std::sync::Arc;
 
@@ -7,23 +7,47 @@ use kvferry_transport::{Pool, Transfer, TransferError};
 
 use crate::fabric::NicId;
 use crate::link::LinkId;
+use crate::shadow::{Content, Watched};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct FlowId(pub(crate) u64);
 
-/// It owns what it reads and writes until it ends.
+/// The end that posted it: also the side that dialed.
+pub(crate) const INITIATOR: usize = 0;
+/// The end whose pool it names: also the side that accepted.
+pub(crate) const OWNER: usize = 1;
+
+/// It lives until it is over at both ends and nothing of it is on its way.
 pub(crate) struct Flow {
     pub(crate) transfer: Transfer,
-    pub(crate) initiator: NicId,
-    pub(crate) owner: NicId,
+    /// Initiator and owner.
+    pub(crate) nics: [NicId; 2],
     pub(crate) link: LinkId,
     /// The owner's pool, and the key by which the initiator names it.
     pub(crate) remote: (PoolId, u128),
     pub(crate) local: Pool,
     pub(crate) stage: Stage,
-    /// Why it ends once the slice that is on its way has landed.
+    /// Which ends have nothing to do with it any more: what lands there is dropped.
+    pub(crate) over: [bool; 2],
+    /// Why it ends once nothing is on its way.
     pub(crate) stop: Option<Stop>,
+    /// Slices on their way.
+    pub(crate) in_flight: u32,
+    /// Waits for the source's wire.
+    pub(crate) queued: bool,
+    /// Slices that have landed.
+    pub(crate) landed: u64,
+    /// Bytes that were written where they belong.
+    pub(crate) landed_bytes: u64,
     pub(crate) pieces: u64,
+    /// When the last of its slices lands, where they land in order.
+    pub(crate) last_at: u64,
+    /// The receiver has asked the writer to stop.
+    pub(crate) asked: bool,
+    /// The initiator was told that nobody takes its slices.
+    pub(crate) told: bool,
+    /// What is on its way died with its source.
+    pub(crate) lost: bool,
 }
 
 pub(crate) enum Stage {
@@ -36,47 +60,87 @@ pub(crate) enum Stage {
 }
 
 pub(crate) struct Running {
-    /// With both ends' tables.
-    pub(crate) program: Arc<Program>,
+    /// With the source's tables.
+    pub(crate) source: Arc<Program>,
+    /// With the destination's.
+    pub(crate) destination: Arc<Program>,
     /// The owner's.
     pub(crate) pool: Pool,
+    pub(crate) range: UnitRange,
     pub(crate) left: UnitRange,
     pub(crate) left_bytes: u64,
-    /// On its way.
-    pub(crate) slice: UnitRange,
+    /// Hardware gives up after so many slices have landed.
+    pub(crate) fails_after: Option<u64>,
+    /// Both pools' shadows, where somebody watches.
+    pub(crate) watched: Option<Watched>,
 }
 
 /// Why a flow ends early.
 pub(crate) struct Stop {
-    /// The NIC that wants it: it hears of the end first.
-    pub(crate) by: NicId,
     pub(crate) at_initiator: TransferError,
     pub(crate) at_owner: TransferError,
 }
 
+/// A slice that has left its source.
+pub(crate) struct Slice {
+    pub(crate) flow: FlowId,
+    pub(crate) part: UnitRange,
+    pub(crate) size: u64,
+    /// Empty where no bytes are moved.
+    pub(crate) bytes: Vec<u8>,
+    /// What it carries.
+    pub(crate) content: Content,
+}
+
 impl Flow {
-    /// Who is read, who is written.
-    pub(crate) fn ends(&self) -> (NicId, NicId) {
+    /// The end that is read.
+    pub(crate) fn source(&self) -> usize {
         match self.transfer.direction {
-            Direction::Pull => (self.owner, self.initiator),
-            Direction::Push => (self.initiator, self.owner),
+            Direction::Pull => OWNER,
+            Direction::Push => INITIATOR,
         }
     }
 
-    pub(crate) fn joins(&self, one: NicId, other: NicId) -> bool {
-        (self.initiator, self.owner) == (one, other) || (self.initiator, self.owner) == (other, one)
+    /// The end that is written.
+    pub(crate) fn destination(&self) -> usize {
+        1 - self.source()
     }
 
-    /// Whether it reads or writes that pool, or may begin to.
-    pub(crate) fn uses(&self, nic: NicId, pool: PoolId) -> bool {
-        (self.initiator == nic && self.transfer.local == pool)
-            || (self.owner == nic && self.remote.0 == pool && matches!(self.stage, Stage::Running(_)))
+    pub(crate) fn is_push(&self) -> bool {
+        self.transfer.direction == Direction::Push
+    }
+
+    /// Whether its next slice may leave: there is one, nobody has stopped it, and its window is open.
+    pub(crate) fn wants_out(&self, window: u32) -> bool {
+        let open = !self.over[INITIATOR] && !self.over[self.source()] && self.stop.is_none();
+        let Stage::Running(running) = &self.stage else { return false };
+        open && self.in_flight < window.max(1) && !running.left.is_empty()
+    }
+
+    /// Whether every byte is where it belongs.
+    pub(crate) fn is_whole(&self) -> bool {
+        let Stage::Running(running) = &self.stage else { return false };
+        let waits = !self.over[self.destination()] && self.stop.is_none() && self.in_flight == 0;
+        waits && running.left.is_empty() && self.landed_bytes == running.source.bytes_in(running.range)
+    }
+
+    /// Whether the pool of that end is this one, or may become so.
+    pub(crate) fn uses(&self, end: usize, pool: PoolId) -> bool {
+        pool == if end == INITIATOR { self.transfer.local } else { self.remote.0 }
     }
 }
 
 impl Running {
-    /// Takes the next slice of about `budget` bytes, at least one unit, off what is left; returns its bytes.
-    pub(crate) fn next_slice(&mut self, budget: u64) -> u64 {
+    /// Source's and destination's pool, given the initiator's.
+    pub(crate) fn pools<'a>(&'a self, direction: Direction, local: &'a Pool) -> (&'a Pool, &'a Pool) {
+        match direction {
+            Direction::Pull => (&self.pool, local),
+            Direction::Push => (local, &self.pool),
+        }
+    }
+
+    /// Takes the next slice of about `budget` bytes, at least one unit, off what is left; returns it and its bytes.
+    pub(crate) fn next_slice(&mut self, budget: u64) -> (UnitRange, u64) {
         let units = self.left.units().max(1);
         let each = (self.left_bytes / units).max(1);
         let mut take = (budget / each).clamp(1, units);
@@ -84,12 +148,11 @@ impl Running {
         loop {
             let end = self.left.start.saturating_add(take).min(self.left.end);
             let part = UnitRange { start: self.left.start, end };
-            let bytes = self.program.bytes_in(part);
+            let bytes = self.source.bytes_in(part);
             if take == 1 || bytes <= budget.saturating_mul(2) {
-                self.slice = part;
                 self.left.start = end;
                 self.left_bytes = self.left_bytes.saturating_sub(bytes);
-                return bytes;
+                return (part, bytes);
             }
             take /= 2;
         }

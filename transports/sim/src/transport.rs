@@ -11,12 +11,14 @@ use kvferry_transport::{
 
 use crate::address::{decode_address, decode_keys, encode_address, encode_keys};
 use crate::fabric::{Fabric, NicId, Pacing};
-use crate::nic::{Bound, Expectation, Imported};
+use crate::flow::{INITIATOR, OWNER};
+use crate::nic::{Bound, Expectation, Health, Imported, NicState};
+use crate::state::nanos;
 
 /// Dropping it is the end of the NIC: peers lose it, nothing of it reaches anybody's memory any more.
 ///
-/// [`Transport::fence`] proves by [`FenceProof::EndpointDestroyed`](kvferry_core::FenceProof): as with real one-sided hardware, a peer's
-/// writes land without the owner's doing, so only tearing the endpoint down and waiting for what is on its way keeps them out.
+/// As with real one-sided hardware, a peer's writes land without the owner's doing: [`Transport::cancel`] of an expected push asks the
+/// writer's NIC, and only [`Transport::fence`] keeps out a writer that does not answer.
 pub(crate) struct SimTransport {
     fabric: Fabric,
     nic: NicId,
@@ -50,13 +52,17 @@ impl Transport for SimTransport {
         let mut state = self.fabric.state();
         let key = state.fresh_key();
         let id = pool.id();
-        let Some(nic) = state.nics.get_mut(&self.nic) else {
+        let up = |nic: &&mut NicState| !matches!(nic.health, Health::Gone | Health::Dead);
+        let Some(nic) = state.nic_mut(self.nic).filter(up) else {
             return Err(BindError::Unsupported { pool: id, reason: "the NIC is down".to_owned() });
         };
         if nic.pools.contains_key(&id) {
             return Err(BindError::Duplicate(id));
         }
-        nic.pools.insert(id, Bound { pool: pool.clone(), key, going: false });
+        nic.pools.insert(id, Bound { pool: pool.clone(), key });
+        if let Some(shadow) = &mut state.shadow {
+            shadow.bind(pool, self.nic);
+        }
         Ok(PoolKeys(encode_keys(self.nic, id, key)))
     }
 
@@ -73,7 +79,7 @@ impl Transport for SimTransport {
     fn import(&mut self, peer: PeerId, keys: &PoolKeys, layout: &PoolLayout) -> Result<RemotePool, ImportError> {
         let bad = |reason: String| ImportError::BadKeys { kind: TransportKind::Sim, reason };
         let mut state = self.fabric.state();
-        let nic = state.nics.get_mut(&self.nic).ok_or(ImportError::UnknownPeer(peer))?;
+        let nic = state.nic_mut(self.nic).ok_or(ImportError::UnknownPeer(peer))?;
         let remote = nic.open_peer(peer).ok_or(ImportError::UnknownPeer(peer))?.nic;
         let (owner, pool, key) = decode_keys(&keys.0).map_err(bad)?;
         if owner != remote {
@@ -85,19 +91,27 @@ impl Transport for SimTransport {
 
     fn expect(&mut self, expected: Expected) -> Result<(), PostError> {
         let mut state = self.fabric.state();
-        let nic = state.nics.get_mut(&self.nic).ok_or(PostError::UnknownPool(expected.pool))?;
+        let depth = state.options.depth;
+        let nic = state.nic_mut(self.nic).ok_or(PostError::UnknownPool(expected.pool))?;
         let id = expected.id;
         if nic.expected.contains_key(&id) {
             return Err(PostError::Duplicate(id));
         }
-        if nic.expected.len() >= nic.options.transfers_max {
+        if nic.expected.len() >= nic.options.transfers_max.min(depth) {
+            nic.stats.turned_away += 1;
             return Err(PostError::Full);
         }
-        let pool = nic.pool(expected.pool).ok_or(PostError::UnknownPool(expected.pool))?.pool.clone();
+        let pool = nic.pools.get(&expected.pool).ok_or(PostError::UnknownPool(expected.pool))?.pool.clone();
         expected
             .program
             .validate(End::Destination, pool.layout())
             .map_err(|source| PostError::Program { id, source })?;
+        if nic.health == Health::Dead {
+            let error = TransferError::Io { context: "the NIC", message: "the NIC is dead".to_owned() };
+            nic.events.push(Event::Failed { id, error });
+            state.wake(self.nic);
+            return Ok(());
+        }
         nic.expected.insert(id, Expectation { expected, pool, flow: None });
         if let Some(flow) = nic.waiting.remove(&id) {
             state.meet(flow);
@@ -107,16 +121,18 @@ impl Transport for SimTransport {
 
     fn post(&mut self, transfer: Transfer) -> Result<(), PostError> {
         let mut state = self.fabric.state();
-        let nic = state.nics.get(&self.nic).ok_or(PostError::UnknownPeer(transfer.peer))?;
+        let depth = state.options.depth;
+        let nic = state.nic_mut(self.nic).ok_or(PostError::UnknownPeer(transfer.peer))?;
         let id = transfer.id;
         if nic.posted.contains_key(&id) {
             return Err(PostError::Duplicate(id));
         }
-        if nic.posted.len() >= nic.options.transfers_max {
+        if nic.posted.len() >= nic.options.transfers_max.min(depth) {
+            nic.stats.turned_away += 1;
             return Err(PostError::Full);
         }
         let peer = nic.open_peer(transfer.peer).ok_or(PostError::UnknownPeer(transfer.peer))?;
-        let local = nic.pool(transfer.local).ok_or(PostError::UnknownPool(transfer.local))?.pool.clone();
+        let local = nic.pools.get(&transfer.local).ok_or(PostError::UnknownPool(transfer.local))?.pool.clone();
         let remote = nic.remotes.get(&transfer.remote).filter(|remote| remote.peer == transfer.peer);
         let remote = remote.ok_or(PostError::UnknownRemote(transfer.remote))?;
         let check =
@@ -129,7 +145,7 @@ impl Transport for SimTransport {
             Direction::Push => check(End::Source, local.layout())?,
         }
         let (owner, link, remote) = (peer.nic, peer.link, (remote.pool, remote.key));
-        state.request(self.nic, owner, link, remote, local, transfer);
+        state.request([self.nic, owner], link, remote, local, transfer);
         Ok(())
     }
 
@@ -143,31 +159,33 @@ impl Transport for SimTransport {
 
     fn disconnect(&mut self, peer: PeerId) {
         let mut state = self.fabric.state();
-        let link = state.nics.get(&self.nic).and_then(|nic| nic.open_peer(peer)).map(|peer| peer.link);
-        if let Some(link) = link {
-            state.close(
-                link,
-                self.nic,
-                &TransferError::PeerLost("it was disconnected here".to_owned()),
-                "the peer disconnected",
-            );
+        let Some(link) = state.nic(self.nic).and_then(|nic| nic.open_peer(peer)).map(|peer| peer.link) else { return };
+        let error = TransferError::PeerLost("it was disconnected here".to_owned());
+        for side in [INITIATOR, OWNER] {
+            let here = state
+                .links
+                .get(link.0)
+                .is_some_and(|link| link.sides[side].nic == self.nic && link.sides[side].peer == Some(peer));
+            if here {
+                state.close_side(link, side, &error, Some("the peer disconnected"));
+            }
         }
     }
 
     fn poll(&mut self, events: &mut Vec<Event>) {
         let mut state = self.fabric.state();
         if let Pacing::Stepped(step) = state.options.pacing {
-            let now = state.now.saturating_add(u64::try_from(step.as_nanos()).unwrap_or(u64::MAX));
+            let now = state.now.saturating_add(nanos(step));
             state.advance(now);
         }
-        if let Some(nic) = state.nics.get_mut(&self.nic) {
+        if let Some(nic) = state.nic_mut(self.nic) {
             events.append(&mut nic.events);
         }
     }
 
     fn arm(&mut self) -> Wait {
         let state = self.fabric.state();
-        let reports = state.nics.get(&self.nic).is_some_and(|nic| !nic.events.is_empty());
+        let reports = state.nic(self.nic).is_some_and(|nic| !nic.events.is_empty());
         let moves = state.options.pacing != Pacing::Driven && state.next_at().is_some();
         if reports || moves { Wait::Busy } else { Wait::MustPoll }
     }
