@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use kvferry_core::HandoverId;
+use kvferry_core::{Direction, HandoverId, TransferId};
 
 use crate::address::decode_address;
 use crate::nic::{Health, NicStats};
@@ -106,6 +106,27 @@ impl Default for FabricOptions {
     }
 }
 
+/// When a transfer did what, in nanoseconds of the fabric's time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// Which transfer.
+    pub id: TransferId,
+    /// Whether it read or wrote.
+    pub direction: Direction,
+    /// The NIC that posted it, and the one that it named.
+    pub nics: [NicId; 2],
+    /// Bytes that moved.
+    pub bytes: u64,
+    /// It was posted.
+    pub posted_at: u64,
+    /// Its first slice left: it had been told to the other end, and the wire was free.
+    pub left_at: u64,
+    /// Its last slice was in place.
+    pub landed_at: u64,
+    /// The NIC that posted it knew.
+    pub ended_at: u64,
+}
+
 /// A cheap handle to one fabric.
 #[derive(Clone)]
 pub struct Fabric {
@@ -158,6 +179,16 @@ impl Fabric {
     /// What a NIC has done so far, and the bytes that are on their way from and to it.
     pub fn stats(&self, nic: NicId) -> NicStats {
         self.state().nic(nic).map(|state| state.stats).unwrap_or_default()
+    }
+
+    /// Begins to note when transfers that complete did what.
+    pub fn time_transfers(&self) {
+        self.state().timings.get_or_insert_with(Vec::new);
+    }
+
+    /// The transfers that have completed since this was last asked, in that order; none before [`Fabric::time_transfers`].
+    pub fn take_timings(&self) -> Vec<Timing> {
+        self.state().timings.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {

@@ -40,6 +40,7 @@ pub(crate) struct Flow {
     /// Bytes that were written where they belong.
     pub(crate) landed_bytes: u64,
     pub(crate) pieces: u64,
+    pub(crate) times: Times,
     /// When the last of its slices lands, where they land in order.
     pub(crate) last_at: u64,
     /// The receiver has asked the writer to stop.
@@ -48,6 +49,14 @@ pub(crate) struct Flow {
     pub(crate) told: bool,
     /// What is on its way died with its source.
     pub(crate) lost: bool,
+}
+
+/// Nanoseconds.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Times {
+    pub(crate) posted: u64,
+    pub(crate) first_left: Option<u64>,
+    pub(crate) last_landed: u64,
 }
 
 pub(crate) enum Stage {

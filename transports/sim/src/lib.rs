@@ -32,7 +32,7 @@ mod transfers;
 mod transport;
 mod watch;
 
-pub use fabric::{Delivery, Fabric, FabricOptions, FenceBy, NicDeath, NicId, OnTheWire, Pacing};
+pub use fabric::{Delivery, Fabric, FabricOptions, FenceBy, NicDeath, NicId, OnTheWire, Pacing, Timing};
 pub use nic::NicStats;
 pub use provider::SimProvider;
 pub use shadow::{Breach, Owner, Violation};

@@ -90,6 +90,7 @@ impl State {
             return self.stop(id, Stop { at_initiator: error.clone(), at_owner: error });
         }
         flow.in_flight += 1;
+        flow.times.first_left.get_or_insert(now);
 
         let speed = self.options.bytes_per_second;
         let mut out = 0;
@@ -150,6 +151,7 @@ impl State {
         let written =
             if self.options.move_bytes { put(&running.destination, slice.part, to, &slice.bytes) } else { Ok(1) };
         flow.landed += 1;
+        flow.times.last_landed = self.now;
         let fails = running.fails_after.is_some_and(|after| flow.landed >= after && !running.left.is_empty());
         if let Ok(pieces) = &written {
             flow.pieces += pieces;

@@ -6,7 +6,7 @@ use std::mem;
 use kvferry_transport::{Event, Options};
 
 use crate::due::{Agenda, Due, Entry};
-use crate::fabric::{FabricOptions, NicId};
+use crate::fabric::{FabricOptions, NicId, Timing};
 use crate::flow::{Flow, FlowId, INITIATOR, OWNER, Slice};
 use crate::link::{Link, LinkId};
 use crate::nic::{Health, NicState};
@@ -33,6 +33,8 @@ pub(crate) struct State {
     pub(crate) errors: Stream,
     pub(crate) deaths: Stream,
     keys: Stream,
+    /// Present while somebody asks for them.
+    pub(crate) timings: Option<Vec<Timing>>,
     /// Present while somebody watches.
     pub(crate) shadow: Option<Shadow>,
     agenda: Agenda,
@@ -58,6 +60,7 @@ impl State {
             errors: Stream::new(seed, 2),
             deaths: Stream::new(seed, 3),
             keys: Stream::new(seed, 4),
+            timings: None,
             shadow: None,
             agenda: Agenda::default(),
             ready: Vec::new(),

@@ -6,8 +6,8 @@ use kvferry_core::{End, PoolId, Program, TransferId, UnitRange};
 use kvferry_transport::{Event, Pool, Transfer, TransferError};
 
 use crate::due::Due;
-use crate::fabric::NicId;
-use crate::flow::{Flow, FlowId, INITIATOR, OWNER, Running, Stage, Stop};
+use crate::fabric::{NicId, Timing};
+use crate::flow::{Flow, FlowId, INITIATOR, OWNER, Running, Stage, Stop, Times};
 use crate::link::LinkId;
 use crate::nic::Health;
 use crate::state::State;
@@ -39,6 +39,7 @@ impl State {
             landed: 0,
             landed_bytes: 0,
             pieces: 0,
+            times: Times { posted: self.now, ..Times::default() },
             last_at: 0,
             asked: false,
             told: false,
@@ -305,6 +306,22 @@ impl State {
     pub(crate) fn end(&mut self, id: FlowId, end: usize, event: Event) {
         let Some(flow) = self.flows.get(id.0).filter(|flow| !flow.over[end]) else { return };
         let (nic, name, is_push) = (flow.nics[end], flow.transfer.id, flow.is_push());
+        if end == INITIATOR
+            && let Event::Completed { bytes, .. } = event
+            && let Some(timings) = &mut self.timings
+        {
+            let Times { posted, first_left, last_landed } = flow.times;
+            timings.push(Timing {
+                id: name,
+                direction: flow.transfer.direction,
+                nics: flow.nics,
+                bytes,
+                posted_at: posted,
+                left_at: first_left.unwrap_or(self.now),
+                landed_at: last_landed.max(posted),
+                ended_at: self.now,
+            });
+        }
         self.leave(id, end);
         let Some(state) = self.nic_mut(nic).filter(|state| state.health != Health::BlackHole) else { return };
         let known = if end == INITIATOR {

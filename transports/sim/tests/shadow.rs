@@ -161,7 +161,7 @@ fn writes_of_another_incarnation_are_told() {
     bed.pass(10 * LATENCY);
     // The node came back on the same memory while its old NIC lives: that must never be.
     let pool = bed.nodes[1].pool.clone();
-    bed.fabric.incarnate(&pool, Epoch(2), &[0..1]);
+    bed.fabric.incarnate(&pool, Epoch(2), std::slice::from_ref(&(0..1)));
     bed.fabric.claim(&pool, 0, &all(), Owner::Handover(HANDOVER));
     bed.run();
     assert_eq!(breaches(&bed), [Breach::StaleWrite(Epoch(2))]);

@@ -5,9 +5,9 @@ mod bed;
 
 use std::time::Duration;
 
-use bed::{BLOCKS, Bed, LATENCY, blocks, id, options};
+use bed::{BLOCK_BYTES, BLOCKS, Bed, LATENCY, blocks, id, options};
 use kvferry_core::{Direction, Plane, PoolId, PoolLayout};
-use kvferry_fabric_sim::{Delivery, FabricOptions};
+use kvferry_fabric_sim::{Delivery, FabricOptions, Timing};
 use kvferry_transport::{Options, Pool, PoolOptions};
 
 /// Of the sizes in this file, on one wire.
@@ -30,6 +30,35 @@ fn a_transfer_takes_its_latencies_and_its_bytes() {
         let took = bed.end(receiver, id(1)).unwrap().0 - start;
         assert_eq!(took, latencies * LATENCY + u64::from(BLOCKS) * BLOCK_NS, "{direction:?}");
     }
+}
+
+#[test]
+fn transfers_are_timed() {
+    let mut bed = Bed::new(wide(options()), 2);
+    bed.fabric.time_transfers();
+    let path = bed.connect(0, 1);
+    let (start, nics) = (bed.now, [bed.nodes[0].nic, bed.nodes[1].nic]);
+    bed.pull(path, id(1), &blocks(0..10, 0..10));
+    bed.push(path, id(2), &blocks(0..10, 0..10));
+    bed.run();
+    let wire = 10 * BLOCK_NS;
+    let timing = |transfer, direction, left_at, landed_at, ended_at| Timing {
+        id: id(transfer),
+        direction,
+        nics,
+        bytes: 10 * BLOCK_BYTES,
+        posted_at: start,
+        left_at: start + left_at,
+        landed_at: start + landed_at,
+        ended_at: start + ended_at,
+    };
+    let push_lands = 3 * LATENCY + wire;
+    let wanted = [
+        timing(1, Direction::Pull, LATENCY, 2 * LATENCY + wire, 2 * LATENCY + wire),
+        timing(2, Direction::Push, 2 * LATENCY, push_lands, push_lands + LATENCY),
+    ];
+    assert_eq!(bed.fabric.take_timings(), wanted);
+    assert_eq!(bed.fabric.take_timings(), []);
 }
 
 #[test]

@@ -75,7 +75,7 @@ impl Bed {
         bed.fabric.watch();
         for node in 0..nodes {
             bed.open(Options::default());
-            bed.fabric.incarnate(&bed.nodes[node].pool, Epoch(1), &[0..1]);
+            bed.fabric.incarnate(&bed.nodes[node].pool, Epoch(1), std::slice::from_ref(&(0..1)));
         }
         bed
     }
