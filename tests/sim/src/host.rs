@@ -26,9 +26,9 @@ impl Nics {
         self.inner.borrow().get(&nic).map(|(life, nic)| (*life, Rc::clone(nic)))
     }
 
-    /// Lets a node's NICs go; they end once their actors do.
-    pub(crate) fn remove(&self, life: Life) {
-        self.inner.borrow_mut().retain(|_, (of, _)| *of != life);
+    /// Lets a node's NICs go, and says which those were; they end once their actors do.
+    pub(crate) fn remove(&self, life: Life) -> Vec<NicId> {
+        self.inner.borrow_mut().extract_if(.., |_, (of, _)| *of == life).map(|(nic, _)| nic).collect()
     }
 }
 

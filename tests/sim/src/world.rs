@@ -7,7 +7,7 @@ use std::time::Duration;
 use kvferry_actors::{Environment, Observer, OnPanic, Surroundings};
 use kvferry_core::Epoch;
 use kvferry_core::protocol::Event;
-use kvferry_fabric_sim::{Fabric, FabricOptions, Pacing};
+use kvferry_fabric_sim::{Fabric, FabricOptions, OnTheWire, Pacing};
 use kvferry_synthetic::{Engine, EngineReport};
 use tokio::task::LocalSet;
 
@@ -34,6 +34,8 @@ pub struct WorldOptions {
     pub link_jitter: Duration,
     /// The data fabric.
     pub fabric: FabricOptions,
+    /// What becomes of bytes that had left a node's NICs when it crashes.
+    pub crash_leaves: OnTheWire,
     /// What a slice of an engine's work takes, at least and at most.
     pub engine_slice: (Duration, Duration),
 }
@@ -45,6 +47,7 @@ impl Default for WorldOptions {
             link_latency: Duration::from_micros(20),
             link_jitter: Duration::from_micros(30),
             fabric: FabricOptions::default(),
+            crash_leaves: OnTheWire::Lands,
             engine_slice: (Duration::from_micros(20), Duration::from_micros(200)),
         }
     }
@@ -190,7 +193,9 @@ impl World {
         let Some(local) = node.local.take() else { return };
         self.trace.borrow_mut().put(now, Tag::Crash, [node.life.node as u64, node.life.epoch, 0]);
         self.listeners.remove(node.life);
-        self.nics.remove(node.life);
+        for nic in self.nics.remove(node.life) {
+            self.fabric.process_died(nic, self.options.crash_leaves);
+        }
         drop(local);
         (node.seat, node.engine) = (Seat::default(), None);
         node.unheard.clear();
