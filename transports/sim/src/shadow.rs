@@ -232,6 +232,12 @@ impl Shadow {
         let Some(shadow) = self.find(pool) else { return };
         let (id, epoch) = (shadow.pool, shadow.epoch);
         let mut found = Vec::new();
+        // Blocks that change hands together mostly come from one handover.
+        let mut asked: Option<(HandoverId, bool)> = None;
+        let mut writes = |handover| match asked {
+            Some((of, answer)) if of == handover => answer,
+            _ => asked.insert((handover, writes(handover))).1,
+        };
         for block in blocks {
             let Some(cell) = shadow.cell_mut(plane, *block) else { continue };
             let before = cell.owner;

@@ -244,20 +244,10 @@ impl State {
         self.at(self.now.saturating_add(self.latency()), due);
     }
 
-    /// The same, said by that NIC: a black hole says nothing, and a dialer that waits for it gives up.
+    /// The same, said by that NIC: a black hole says nothing.
     pub(crate) fn send(&mut self, from: NicId, due: Due) {
         if self.nic(from).is_none_or(|nic| nic.health != Health::BlackHole) {
-            return self.later(due);
-        }
-        let link = match due {
-            Due::Welcome { link } | Due::Farewell { link, side: INITIATOR, .. } => Some(link),
-            Due::Grant { flow } | Due::Done { flow } | Due::Tell { flow, end: INITIATOR, .. } => {
-                self.flows.get(flow.0).map(|flow| flow.link)
-            }
-            _ => None,
-        };
-        if let Some(link) = link {
-            self.at(self.now.saturating_add(nanos(self.options.retry_for)), Due::GiveUp { link });
+            self.later(due);
         }
     }
 

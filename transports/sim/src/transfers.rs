@@ -189,8 +189,9 @@ impl State {
         let Some(state) = self.nic_mut(nic).filter(|state| state.health != Health::BlackHole) else { return };
         let posted = state.posted.get(&id).copied();
         let met = state.expected.get(&id).and_then(|expectation| expectation.flow);
-        state.drop_unmet(&TransferError::Cancelled, |unmet| unmet.expected.id == id);
-        self.wake(nic);
+        if met.is_none() && state.expected.remove(&id).is_some() {
+            self.report(nic, Event::Failed { id, error: TransferError::Cancelled });
+        }
         if let Some(flow) = posted {
             let at_owner = TransferError::Refused("the source cancelled it".to_owned());
             self.stop(flow, Stop { at_initiator: TransferError::Cancelled, at_owner });

@@ -311,6 +311,21 @@ fn a_long_cut_is_known_to_the_initiator_only() {
 }
 
 #[test]
+fn a_push_with_a_gap_never_arrives() {
+    let mut bed = Bed::new(FabricOptions { window: 64, ..options() }, 2);
+    bed.fill(0, 1);
+    bed.fill(1, 0);
+    let path = bed.connect(0, 1);
+    bed.push(path, id(1), &blocks(0..4, 0..4));
+    bed.pass(5 * LATENCY);
+    bed.fabric.cut(bed.nodes[0].nic, bed.nodes[1].nic, true);
+    bed.run();
+    assert!((1..4).contains(&bed.count(1, 1)), "all slices had left, and some were lost");
+    assert_eq!(bed.end(1, id(1)), None);
+    assert!(matches!(bed.error(0, id(1)), Some(TransferError::PeerLost(_))));
+}
+
+#[test]
 fn completions_fail_after_some_or_all_bytes() {
     let (mut parts, mut whole, mut arrived) = (0, 0, 0);
     for seed in 0..40 {

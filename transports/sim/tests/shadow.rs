@@ -3,9 +3,9 @@
 
 mod bed;
 
-use bed::{BLOCKS, Bed, LATENCY, blocks, id, options};
+use bed::{BLOCK_BYTES, BLOCKS, Bed, LATENCY, blocks, id, options};
 use kvferry_core::{Epoch, HandoverId, RequestId};
-use kvferry_fabric_sim::{Breach, Owner, Violation};
+use kvferry_fabric_sim::{Breach, FabricOptions, Owner, Violation};
 
 const REQUEST: RequestId = RequestId(70);
 const HANDOVER: HandoverId = HandoverId(1);
@@ -151,6 +151,37 @@ fn blocks_that_another_request_has_taken_are_told() {
     assert_eq!(breaches(&bed), [Breach::WrongContent]);
     bed.fabric.delivered(&pool, 0, &[2], HANDOVER, REQUEST);
     assert_eq!(breaches(&bed), [Breach::NothingCame]);
+}
+
+#[test]
+fn a_slice_of_two_requests_is_garbage() {
+    let mut bed = Bed::watched(FabricOptions { slice_bytes: 2 * BLOCK_BYTES, ..options() }, 2);
+    bed.fabric.claim(&bed.nodes[0].pool, 0, &[0], Owner::Offer(REQUEST));
+    bed.fabric.claim(&bed.nodes[0].pool, 0, &[1], Owner::Offer(RequestId(71)));
+    bed.fabric.claim(&bed.nodes[1].pool, 0, &[0, 1], Owner::Handover(HANDOVER));
+    let path = bed.connect(1, 0);
+    bed.pull(path, id(1), &blocks(0..2, 0..2));
+    bed.run();
+    for request in [REQUEST, RequestId(71)] {
+        bed.fabric.delivered(&bed.nodes[1].pool, 0, &[0, 1], HANDOVER, request);
+        assert_eq!(breaches(&bed), [Breach::WrongContent]);
+    }
+}
+
+#[test]
+fn what_another_incarnation_offers_is_garbage_to_older_transfers() {
+    let mut bed = offered();
+    let path = bed.connect(1, 0);
+    bed.pull(path, id(1), &blocks(ALL, ALL));
+    bed.pass(10 * LATENCY);
+    let pool = bed.nodes[0].pool.clone();
+    bed.fabric.incarnate(&pool, Epoch(2), std::slice::from_ref(&(0..1)));
+    bed.fabric.claim(&pool, 0, &all(), Owner::Offer(REQUEST));
+    bed.run();
+    bed.fabric.delivered(&bed.nodes[1].pool, 0, &[0], HANDOVER, REQUEST);
+    assert_eq!(breaches(&bed), []);
+    bed.fabric.delivered(&bed.nodes[1].pool, 0, &[63], HANDOVER, REQUEST);
+    assert_eq!(breaches(&bed), [Breach::WrongContent]);
 }
 
 #[test]
