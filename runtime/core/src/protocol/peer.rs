@@ -31,13 +31,15 @@ impl Peer {
         let plan = PairPlan::new(&source.geometry, source.rank, &destination.geometry, destination.rank)
             .map_err(|error| FailReason::Mismatch(error.to_string()))?;
         let direction = direction(source.direction, destination.direction)?;
-        let (nic, remote_nic) = path(&local.nics, &remote.nics).ok_or_else(|| {
+        let lane = lane(source, destination);
+        let (from, to) = path(&source.nics, &destination.nics, lane).ok_or_else(|| {
             FailReason::Mismatch(format!(
                 "no transport reaches from {} to {}; open one kind on both sides",
                 kinds(&local.nics),
                 kinds(&remote.nics)
             ))
         })?;
+        let (nic, remote_nic) = if local.role == Role::Prefill { (from, to) } else { (to, from) };
         Ok(Peer { profile: remote, plan, direction, nic, remote_nic })
     }
 
@@ -63,14 +65,29 @@ fn direction(prefill: Option<Direction>, decode: Option<Direction>) -> Result<Di
     }
 }
 
-/// The best pair of NICs: shared memory of one host before anything that crosses a network.
-fn path(local: &[NicAdvert], remote: &[NicAdvert]) -> Option<(usize, usize)> {
+/// Spreads pairs of ranks over NICs: pairs that share an end and differ by one rank, or by one group, lie on neighbouring NICs.
+fn lane(source: &WorkerProfile, destination: &WorkerProfile) -> u64 {
+    let place = |profile: &WorkerProfile| u64::from(profile.group.0) + u64::from(profile.rank.0);
+    place(source) + place(destination)
+}
+
+/// A pair of NICs of the best kind that both sides have: shared memory of one host before anything that crosses a network. Among several of
+/// that kind the lane decides, and NICs of one index meet each other, as rails are wired; where one side has fewer, its NICs serve in turn.
+fn path(source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -> Option<(usize, usize)> {
     const PREFERENCE: [TransportKind; 3] = [TransportKind::Shm, TransportKind::Sim, TransportKind::Tcp];
+    let of_kind = |nics: &[NicAdvert], meets: &dyn Fn(&NicAdvert) -> bool| -> Vec<usize> {
+        nics.iter().enumerate().filter(|(_, nic)| meets(nic)).map(|(index, _)| index).collect()
+    };
+    let pick = |nics: &[usize], rail: u64| nics.get((rail % (nics.len() as u64).max(1)) as usize).copied();
     PREFERENCE.into_iter().find_map(|kind| {
-        local.iter().enumerate().filter(|(_, nic)| nic.kind == kind).find_map(|(here, nic)| {
-            let there = remote.iter().position(|other| other.kind == kind && reaches(nic, other))?;
-            Some((here, there))
-        })
+        let joins = |one: &NicAdvert, other: &NicAdvert| one.kind == kind && other.kind == kind && reaches(one, other);
+        let sources = of_kind(source, &|nic| destination.iter().any(|other| joins(nic, other)));
+        let reachable = of_kind(destination, &|nic| source.iter().any(|other| joins(other, nic)));
+        let rail = lane % (sources.len().max(reachable.len()) as u64).max(1);
+        let from = pick(&sources, rail)?;
+        let partner = source.get(from)?;
+        let to = pick(&of_kind(destination, &|nic| joins(partner, nic)), rail)?;
+        Some((from, to))
     })
 }
 
@@ -96,9 +113,58 @@ mod tests {
     #[test]
     fn shared_memory_only_on_one_host() {
         let here = [nic(TransportKind::Tcp, ""), nic(TransportKind::Shm, "a")];
-        assert_eq!(path(&here, &[nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")]), Some((1, 0)));
-        assert_eq!(path(&here, &[nic(TransportKind::Shm, "b"), nic(TransportKind::Tcp, "")]), Some((0, 1)));
-        assert_eq!(path(&here, &[nic(TransportKind::Shm, "b")]), None);
+        for lane in 0..4 {
+            assert_eq!(path(&here, &[nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")], lane), Some((1, 0)));
+            assert_eq!(path(&here, &[nic(TransportKind::Shm, "b"), nic(TransportKind::Tcp, "")], lane), Some((0, 1)));
+            assert_eq!(path(&here, &[nic(TransportKind::Shm, "b")], lane), None);
+        }
+    }
+
+    fn rails(count: usize) -> Vec<NicAdvert> {
+        vec![nic(TransportKind::Tcp, ""); count]
+    }
+
+    #[test]
+    fn pairs_are_spread_over_rails() {
+        let lanes = |from: usize, to: usize| {
+            let all = (0..8).map(|lane| path(&rails(from), &rails(to), lane).expect("a path"));
+            all.collect::<Vec<_>>()
+        };
+        assert_eq!(lanes(1, 1), [(0, 0); 8]);
+        assert_eq!(lanes(4, 4)[..5], [(0, 0), (1, 1), (2, 2), (3, 3), (0, 0)]);
+        assert_eq!(lanes(4, 2)[..5], [(0, 0), (1, 1), (2, 0), (3, 1), (0, 0)]);
+        assert_eq!(lanes(1, 3)[..4], [(0, 0), (0, 1), (0, 2), (0, 0)]);
+        // Nothing of a kind that only one side has, or of another host's memory, takes part.
+        let mixed = [nic(TransportKind::Shm, "b"), nic(TransportKind::Tcp, ""), nic(TransportKind::Tcp, "")];
+        let with = [nic(TransportKind::Tcp, ""), nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")];
+        assert_eq!(path(&mixed, &with, 0), Some((1, 0)));
+        assert_eq!(path(&mixed, &with, 1), Some((2, 2)));
+    }
+
+    fn profile(role: Role, group: u32, rank: u32, nics: usize) -> WorkerProfile {
+        let model = crate::Model::preset("tiny").expect("a preset");
+        let parallel = crate::Parallel { tp: 4, ..Default::default() };
+        let geometry = std::sync::Arc::new(crate::GroupGeometry { model, format: Default::default(), parallel });
+        let rank = crate::Rank(rank);
+        let layout = std::sync::Arc::new(geometry.shard(rank).expect("a rank").layout(&[4]));
+        WorkerProfile { role, group: crate::GroupId(group), rank, geometry, layout, nics: rails(nics), direction: None }
+    }
+
+    #[test]
+    fn both_sides_choose_the_same_pair() {
+        for (here, there) in [(1, 1), (4, 4), (8, 2), (3, 5)] {
+            for (group, rank) in [(0, 0), (0, 3), (1, 2)] {
+                let source = profile(Role::Prefill, group, rank, here);
+                let destination = profile(Role::Decode, 7, 1, there);
+                let pushes = Peer::meet(&source, destination.clone()).expect("they fit");
+                let pulls = Peer::meet(&destination, source).expect("they fit");
+                assert_eq!((pushes.nic, pushes.remote_nic), (pulls.remote_nic, pulls.nic));
+            }
+        }
+        // One decode rank meets the four ranks of one group on four rails.
+        let destination = profile(Role::Decode, 7, 0, 4);
+        let nics = (0..4).map(|rank| Peer::meet(&destination, profile(Role::Prefill, 0, rank, 4)).expect("fit").nic);
+        assert_eq!(nics.collect::<std::collections::BTreeSet<_>>().len(), 4);
     }
 
     #[test]
