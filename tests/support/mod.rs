@@ -1,6 +1,7 @@
 //! Nodes in this process with engines that answer at once, for tests of everything around the bytes.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use kvferry::{
@@ -27,7 +28,11 @@ pub(crate) async fn scheduler(secret: &Secret) -> SchedulerNode {
 
 /// A rank that is a whole group. Dropping it stops the rank.
 pub(crate) struct Rig {
+    #[allow(dead_code, reason = "not every test that uses this module dials")]
     pub(crate) address: String,
+    /// How often its engine was asked to prefill.
+    #[allow(dead_code, reason = "not every test that uses this module counts")]
+    pub(crate) prefills: Arc<AtomicU32>,
     engine: JoinHandle<()>,
 }
 
@@ -55,10 +60,12 @@ pub(crate) async fn rank(node: u64, role: Role, spec: &str, scheduler: &str, sec
     let worker =
         WorkerNode::start(node_config(node, secret), config, pool, nics, ThreadOptions::default()).await.unwrap();
     let address = worker.address().to_owned();
-    Rig { address, engine: tokio::spawn(answer(worker, geometry)) }
+    let prefills = Arc::new(AtomicU32::new(0));
+    let engine = tokio::spawn(answer(worker, geometry, Arc::clone(&prefills)));
+    Rig { address, prefills, engine }
 }
 
-async fn answer(mut worker: WorkerNode, geometry: Arc<GroupGeometry>) {
+async fn answer(mut worker: WorkerNode, geometry: Arc<GroupGeometry>, prefills: Arc<AtomicU32>) {
     let port = worker.port();
     let tables = |tokens: u64| {
         let shape = geometry.blocks_for(0, tokens, Rank(0));
@@ -67,6 +74,7 @@ async fn answer(mut worker: WorkerNode, geometry: Arc<GroupGeometry>) {
     while let Some(call) = worker.next_call().await {
         match call {
             EngineCall::Prefill(job) => {
+                prefills.fetch_add(1, Ordering::Relaxed);
                 port.opened(job.spec.request, tables(job.spec.tokens), vec![geometry.model.layers]);
                 port.ready(job.spec.request, 1);
             }

@@ -274,7 +274,7 @@ pub fn assemble_scheduler(
     let router = Router::new(node.identity.node, node.identity.node);
     // Handover numbers must ascend over restarts: the epoch stands in their upper half.
     let core = protocol::Scheduler::new(terms, policy, node.identity.epoch.0 << 32);
-    let scheduler = Scheduler::new(core, around.shell(&router));
+    let scheduler = Scheduler::new(core, around.shell(&router), node.identity.epoch <= Epoch(1));
     let scheduler = supervise::start("scheduler", &around.on_panic, Context::new(), scheduler);
     let directory = DirectoryActor::new(Directory::default(), around.shell(&router), scheduler.clone());
     let directory = supervise::start("directory", &around.on_panic, Context::new(), directory);

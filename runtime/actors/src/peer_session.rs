@@ -1,5 +1,6 @@
 //! The actor under one control link.
 
+use core::time::Duration;
 use std::rc::Rc;
 
 use actix::prelude::*;
@@ -12,6 +13,8 @@ use crate::seams::{Clock, Link, LinkInput, LinkUp, Tick};
 
 /// Messages that a peer may send before its session is admitted, which takes one turn of the mesh.
 const EARLY_MAX: usize = 1024;
+/// How long an authenticated peer may take to say where the conversation goes on.
+const RESUME_WITHIN: Duration = Duration::from_secs(5);
 
 /// The conversation with the peer has more to say.
 #[derive(Debug)]
@@ -57,6 +60,7 @@ pub(crate) struct PeerSession {
     protocol: u16,
     /// What the peer said before it was admitted; `None` from then on.
     early: Option<Vec<Wire>>,
+    admitted: Moment,
     /// Whom this side dialed; tells the mesh which attempt ended.
     dialed: Option<NodeId>,
     armed: Option<Moment>,
@@ -82,6 +86,7 @@ impl PeerSession {
             peer: None,
             protocol: 0,
             early: Some(Vec::new()),
+            admitted: Moment(0),
             dialed,
             armed: None,
         }
@@ -141,8 +146,9 @@ impl PeerSession {
     fn hear(&mut self, message: Wire, ctx: &mut Context<Self>) {
         let Some((node, epoch)) = self.peer else { return };
         if matches!(message, Wire::JoinRefused(_)) {
-            // Whoever says so does not believe this incarnation: it is no part of any conversation.
-            self.router.deliver(node, message);
+            // Whoever says so does not believe this incarnation: it is no part of any conversation. Only the scheduler is believed, and
+            // a node that this side looked for; a stranger who dials could end anybody.
+            self.router.refuse(node, message, self.dialed == Some(node));
             return;
         }
         match self.router.converse(node, &ctx.address(), |conversation| conversation.handle_message(message)) {
@@ -212,6 +218,7 @@ impl Handler<Admit> for PeerSession {
 
     fn handle(&mut self, _: Admit, ctx: &mut Context<Self>) {
         if let (Some(early), Some((node, _))) = (self.early.take(), self.peer) {
+            self.admitted = self.clock.now();
             let protocol = self.protocol;
             let first = self.router.converse(node, &ctx.address(), |conversation| conversation.handle_link(protocol));
             if let Some(resume) = first.flatten() {
@@ -253,6 +260,12 @@ impl Handler<Tick> for PeerSession {
         self.armed = self.armed.filter(|armed| now < *armed);
         // Instead of an empty beat.
         self.speak(true, ctx);
+        if let (Some((node, _)), None) = (self.peer, &self.early)
+            && now.since(self.admitted) >= RESUME_WITHIN
+            && self.router.converse(node, &ctx.address(), |conversation| conversation.is_resuming()) == Some(true)
+        {
+            self.session.handle_link_closed("the peer does not say where it goes on");
+        }
         self.session.handle_timeout(now);
         self.turn(ctx);
     }

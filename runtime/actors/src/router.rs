@@ -160,23 +160,26 @@ impl Router {
         }
     }
 
+    /// This incarnation was told that it is over.
+    pub(crate) fn refuse(&self, from: NodeId, message: Wire, dialed: bool) {
+        if dialed || from == self.scheduler {
+            give(&self.ports.borrow().mesh, from, message);
+        } else {
+            tracing::warn!(%from, "a node that was not asked says that this incarnation is over; ignored");
+        }
+    }
+
     /// Gives a message to the local actors that it concerns.
     pub(crate) fn deliver(&self, from: NodeId, message: Wire) {
         let ports = self.ports.borrow();
         let from_scheduler = from == self.scheduler || from == self.node;
         match &message {
-            Wire::Members(_)
-            | Wire::Lost(_)
-            | Wire::JoinRefused(_)
-            | Wire::Pair(_)
-            | Wire::Abort { .. }
-            | Wire::OutcomesKnown { .. }
+            Wire::Members(_) | Wire::Lost(_) | Wire::Pair(_) | Wire::Abort { .. } | Wire::OutcomesKnown { .. }
                 if !from_scheduler =>
             {
                 tracing::warn!(%from, "only the scheduler says that; ignored");
             }
             Wire::Join(_) => give(&ports.directory, from, message),
-            Wire::JoinRefused(_) => give(&ports.mesh, from, message),
             Wire::Members(_) | Wire::Lost(_) => {
                 // The leader before the worker, the mesh last: it dials, and what it dials asks the others.
                 for port in [&ports.leader, &ports.worker, &ports.mesh] {

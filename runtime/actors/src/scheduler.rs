@@ -51,7 +51,10 @@ pub struct Scheduler {
 
 impl Scheduler {
     /// A scheduler over its core.
-    pub(crate) fn new(core: protocol::Scheduler, shell: Shell) -> Self {
+    pub(crate) fn new(mut core: protocol::Scheduler, shell: Shell, first: bool) -> Self {
+        if !first {
+            core.expect_announcements(shell.now());
+        }
         Scheduler { core, shell, waiting: BTreeMap::new() }
     }
 
@@ -71,6 +74,10 @@ impl Scheduler {
 
 impl Actor for Scheduler {
     type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        self.turn(ctx);
+    }
 }
 
 impl Handler<Submit> for Scheduler {

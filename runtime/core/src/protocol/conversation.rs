@@ -163,6 +163,11 @@ impl Conversation {
         Some(Message::Heard { messages: self.heard })
     }
 
+    /// Whether the link stands and the peer has yet to say where it goes on.
+    pub fn is_resuming(&self) -> bool {
+        self.link == Link::Resuming
+    }
+
     /// Messages that the peer is not known to have heard.
     pub fn unacknowledged(&self) -> usize {
         self.unacknowledged.len()
@@ -321,6 +326,7 @@ mod tests {
         let mut one = Conversation::new(1);
         one.handle_link(RESUMING_PROTOCOL);
         assert!(matches!(one.handle_message(message(1)), Heard::StartedOver(_)));
+        assert!(one.is_resuming());
         assert!(matches!(one.handle_message(Message::Resume { name: 5, peer: 9, heard: 0 }), Heard::StartedOver(_)));
         assert!(matches!(one.handle_message(Message::Resume { name: 5, peer: 1, heard: 3 }), Heard::StartedOver(_)));
         assert_eq!(one.handle_message(Message::Resume { name: 5, peer: 0, heard: 0 }), Heard::Nothing);

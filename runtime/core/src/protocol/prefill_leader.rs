@@ -160,6 +160,11 @@ impl PrefillLeader {
 
     fn prefill(&mut self, now: Moment, mut job: PrefillJob) {
         let request = job.spec.request;
+        if self.offers.get(&request).is_some_and(|offer| offer.spec == job.spec) {
+            // A scheduler that has just started asks for what its predecessor had asked for.
+            self.announce(request);
+            return;
+        }
         if self.offers.contains_key(&request) {
             let reason = FailReason::Refused(Refusal::Duplicate(request));
             self.outbox.send(self.scheduler, Message::OfferFailed { request, reason });
@@ -192,6 +197,17 @@ impl PrefillLeader {
         self.offers.insert(request, offer);
         for node in nodes {
             self.outbox.send(node, Message::Prefill(job.clone()));
+        }
+    }
+
+    /// Says again how far an offer is.
+    fn announce(&mut self, request: RequestId) {
+        let Some(offer) = self.offers.get(&request) else { return };
+        if let Some(steps) = offer.steps.clone().filter(|_| offer.unopened.is_empty()) {
+            self.outbox.send(self.scheduler, Message::Offered(OfferSummary { request, dp: offer.dp, steps }));
+        }
+        if offer.unready.is_empty() {
+            self.outbox.send(self.scheduler, Message::OfferReady { request, at: offer.ready_at });
         }
     }
 

@@ -78,6 +78,8 @@ pub struct Scheduler {
     /// Offers that are paired again only after a while, by when.
     resting: BTreeSet<(Moment, RequestId)>,
     next_handover: u64,
+    /// Leaders may still be about to announce what a predecessor gave them: until then requests wait.
+    listens_until: Option<Moment>,
     /// Which roles have had a complete group: without one so far, requests wait; after the last is gone, they fail.
     seen: BTreeSet<Role>,
     renew_at: Option<Moment>,
@@ -153,10 +155,17 @@ impl Scheduler {
             ended: BTreeMap::new(),
             resting: BTreeSet::new(),
             next_handover: first_handover,
+            listens_until: None,
             seen: BTreeSet::new(),
             renew_at: None,
             outbox: Outbox::default(),
         }
+    }
+
+    /// There may have been a scheduler before this one: nothing is begun before leaders had [`SchedulerTerms::adopt_after`] to announce what they
+    /// have of it, so that it is neither computed nor delivered again.
+    pub fn expect_announcements(&mut self, now: Moment) {
+        self.listens_until = Some(now + self.terms.adopt_after);
     }
 
     /// Commands and events to drain.
@@ -173,7 +182,7 @@ impl Scheduler {
     pub fn poll_timeout(&self) -> Option<Moment> {
         let deadline = self.deadlines.first().map(|(at, _)| *at);
         let resting = self.resting.first().map(|(at, _)| *at);
-        deadline.into_iter().chain(resting).chain(self.renew_at).min()
+        deadline.into_iter().chain(resting).chain(self.listens_until).chain(self.renew_at).min()
     }
 
     /// What is in hand.
@@ -458,6 +467,10 @@ impl Scheduler {
 
     /// Hands out work while there is room, oldest first; nothing overtakes.
     fn pump(&mut self, now: Moment) {
+        self.listens_until = self.listens_until.filter(|until| now < *until);
+        if self.listens_until.is_some() {
+            return;
+        }
         while let Some(request) = self.arrivals.front().copied() {
             if !self.start_prefill(now, request) {
                 break;
