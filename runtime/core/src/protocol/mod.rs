@@ -13,6 +13,7 @@ mod decode;
 mod decode_leader;
 mod directory;
 mod fetch;
+mod identity;
 mod lease;
 mod message;
 mod outcome;
@@ -36,6 +37,7 @@ pub use deadline::{Deadline, DeadlineTerms, Pace};
 pub use decode::DecodeRank;
 pub use decode_leader::DecodeLeader;
 pub use directory::{Directory, JoinError, are_peers, dials};
+pub use identity::{Identity, Protocols};
 pub use lease::{Lease, LeaseTerms};
 pub use message::{
     FetchJob, Lost, Member, Message, NicAdvert, OfferSummary, OpenFetch, OpenedFetch, OutcomeReport, Pairing,
@@ -47,5 +49,5 @@ pub use prefill::PrefillRank;
 pub use prefill_leader::PrefillLeader;
 pub use quarantine::QuarantineTerms;
 pub use scheduler::{Scheduler, SchedulerTerms, Submitted};
-pub use session::{Identity, Protocols, Session, SessionError, SessionEvent, SessionTerms};
+pub use session::{Session, SessionError, SessionEvent, SessionTerms};
 pub use vitals::Vitals;

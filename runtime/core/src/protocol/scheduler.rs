@@ -2,13 +2,14 @@
 
 mod adopt;
 mod ends;
+mod work;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::scheduler_group::{DecodeGroup, PrefillGroup};
 use super::{
-    Awaited, Deadline, Event, FailReason, Finished, GroupView, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox,
-    Outcome, OutcomeReport, Pairing, Policy, PrefillJob, RequestSpec, Role, Vitals,
+    Awaited, Deadline, Event, FailReason, Finished, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox, Outcome,
+    OutcomeReport, Policy, RequestSpec, Role, Vitals,
 };
 use crate::{GroupId, HandoverId, Moment, NodeId, RequestId, limits};
 
@@ -463,93 +464,6 @@ impl Scheduler {
 
     fn has_decode(&self) -> bool {
         self.decode.values().any(|group| group.leader().is_some())
-    }
-
-    /// Hands out work while there is room, oldest first; nothing overtakes.
-    fn pump(&mut self, now: Moment) {
-        self.listens_until = self.listens_until.filter(|until| now < *until);
-        if self.listens_until.is_some() {
-            return;
-        }
-        while let Some(request) = self.arrivals.front().copied() {
-            if !self.start_prefill(now, request) {
-                break;
-            }
-            // Unless it finished and left by itself.
-            self.arrivals.pop_front_if(|waiting| *waiting == request);
-        }
-        while let Some(request) = self.offers.front().copied() {
-            if !self.start_pairing(now, request) {
-                break;
-            }
-            self.offers.pop_front_if(|waiting| *waiting == request);
-        }
-    }
-
-    /// Says whether the request left the queue.
-    fn start_prefill(&mut self, now: Moment, request: RequestId) -> bool {
-        let has_prefill = self.has_prefill();
-        let Some(known) = self.requests.get_mut(&request) else { return true };
-        if !has_prefill && self.seen.contains(&Role::Prefill) {
-            self.finish(now, request, Outcome::Failed { reason: FailReason::NoGroup(Role::Prefill) }, None, Vec::new());
-            return true;
-        }
-        let candidates: Vec<GroupView> = self.prefill.iter().filter_map(|(id, group)| group.view(*id)).collect();
-        if candidates.is_empty() {
-            return false;
-        }
-        let Some(choice) = self.policy.prefill(&known.spec, &candidates) else { return false };
-        let Some(group) = self.prefill.get_mut(&choice) else { return false };
-        let Some(leader) = group.leader() else { return false };
-        if !group.take(request, known.spec.tokens) {
-            return false;
-        }
-        known.stage = Stage::Prefilling { group: choice };
-        // Ranks open at different times; the first lease must last until the last rank has opened.
-        self.renew_at.get_or_insert(now + self.terms.leases.renewal());
-        known.wait(&mut self.deadlines, Deadline::after(now, self.terms.prefill_within));
-        self.outbox.send(leader, Message::Prefill(PrefillJob { spec: known.spec.clone(), dp: 0 }));
-        true
-    }
-
-    /// Says whether the offer left the queue.
-    fn start_pairing(&mut self, now: Moment, request: RequestId) -> bool {
-        let Some(known) = self.requests.get_mut(&request) else { return true };
-        let Stage::Offered { group, offer } = known.stage.clone() else { return true };
-        let fits = self.decode.values().any(|decode| decode.leader().is_some() && decode.could_ever_take(&known.spec));
-        if !fits && self.seen.contains(&Role::Decode) {
-            self.finish(now, request, Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) }, None, Vec::new());
-            return true;
-        }
-        let mut candidates: Vec<GroupView> =
-            self.decode.iter().filter_map(|(id, decode)| decode.view(*id, &known.spec)).collect();
-        if candidates.iter().any(|view| !known.avoid.contains(&view.group)) {
-            candidates.retain(|view| !known.avoid.contains(&view.group));
-        }
-        if candidates.is_empty() {
-            return false;
-        }
-        let Some(choice) = self.policy.decode(&known.spec, &candidates) else { return false };
-        let Some(decode) = self.decode.get_mut(&choice) else { return false };
-        let Some(leader) = decode.leader() else { return false };
-        let handover = HandoverId(self.next_handover);
-        if !decode.take(handover, &known.spec) {
-            return false;
-        }
-        self.next_handover += 1;
-        self.handovers.insert(handover, request);
-        let pairing = Pairing {
-            handover,
-            spec: known.spec.clone(),
-            source: group,
-            source_dp: offer.dp,
-            steps: offer.steps.clone(),
-        };
-        known.stage = Stage::Paired { group, offer, decode: choice, handover };
-        known.wait(&mut self.deadlines, Deadline::after(now, self.terms.outcome_within));
-        self.outbox.event(Event::Paired { request, handover, group: choice });
-        self.outbox.send(leader, Message::Pair(pairing));
-        true
     }
 
     fn health(&mut self, now: Moment, from: NodeId, trouble: Option<String>) {

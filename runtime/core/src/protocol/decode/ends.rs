@@ -1,0 +1,117 @@
+//! How this rank's part of a handover ends, and how its blocks come back.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+
+use super::DecodeRank;
+use crate::protocol::fetch::{Fetch, LegState};
+use crate::protocol::{EngineCall, Event, Message, NicCommand, Outcome};
+use crate::{FenceProof, HandoverId, Moment, NodeId};
+
+impl DecodeRank {
+    pub(super) fn stop(&mut self, handover: HandoverId) {
+        let Some(fetch) = self.fetches.get(&handover) else { return };
+        for (node, leg) in &fetch.legs {
+            let met = matches!(self.peers.get(node), Some(Ok(_)));
+            if met && leg.state != LegState::Unopened && leg.state != LegState::Done {
+                self.outbox.send(*node, Message::Abandon { handover });
+            }
+            // Every transfer still ends in an event of its own, or is fenced, whether the peer is there or not.
+            let Some(path) = &leg.path else { continue };
+            for id in &leg.in_flight {
+                self.outbox.nic(path.nic, NicCommand::Cancel { id: *id });
+            }
+        }
+    }
+
+    /// The leader's word.
+    pub(super) fn settle(&mut self, now: Moment, handover: HandoverId, outcome: Outcome) {
+        let Some(fetch) = self.fetches.get_mut(&handover) else {
+            // Whatever was said of it did not arrive: there is nothing of it here.
+            if !self.held.contains(&handover) {
+                self.tell_leader(Message::Freed { handover });
+            }
+            return;
+        };
+        if fetch.settled.is_some() {
+            return;
+        }
+        if outcome.is_delivered() && !fetch.is_complete() {
+            // Whoever says so, bytes are missing here.
+            self.outbox.event(Event::Ignored {
+                from: self.leader.unwrap_or_default(),
+                what: "a delivery without this rank's part",
+            });
+            return;
+        }
+        let request = fetch.pairing.spec.request;
+        let delivered = outcome.is_delivered();
+        fetch.settled = Some(outcome.clone());
+        if !fetch.reported {
+            fetch.reported = true;
+            self.stop(handover);
+        }
+        let quarantined = self.fetches.get(&handover).is_some_and(Fetch::in_flight);
+        self.outbox.engine(EngineCall::Settled { handover, request, outcome, quarantined });
+        if quarantined {
+            if let Some(fetch) = self.fetches.get_mut(&handover) {
+                fetch.fence_at = Some(now + self.quarantine.fence_after);
+            }
+            self.outbox.event(Event::Quarantined { handover });
+            self.check_health();
+            return;
+        }
+        self.fetches.remove(&handover);
+        if delivered {
+            self.held.insert(handover);
+        } else {
+            self.tell_leader(Message::Freed { handover });
+        }
+    }
+
+    /// Gives quarantined blocks back once the last transfer that could write them has ended.
+    pub(super) fn drain(&mut self, handover: HandoverId, proof: FenceProof) {
+        if self.fetches.get(&handover).is_some_and(|fetch| fetch.settled.is_some() && !fetch.in_flight()) {
+            self.fetches.remove(&handover);
+            self.outbox.engine(EngineCall::Returned { handover, proof });
+            self.outbox.event(Event::Drained { handover, proof });
+            self.tell_leader(Message::Freed { handover });
+            self.check_health();
+        }
+    }
+
+    /// Fences whoever did not stop writing when it was told to; again and again, for a fence may be lost with its NIC.
+    pub(super) fn fence(&mut self, now: Moment) {
+        let mut due: BTreeMap<NodeId, (usize, Bytes)> = BTreeMap::new();
+        for fetch in self.fetches.values_mut().filter(|fetch| fetch.fence_at.is_some_and(|at| now >= at)) {
+            fetch.fence_at = Some(now + self.quarantine.fence_after);
+            for (node, leg) in fetch.legs.iter().filter(|(_, leg)| !leg.in_flight.is_empty()) {
+                if let Some(path) = &leg.path {
+                    due.insert(*node, (path.nic, path.address.clone()));
+                }
+            }
+        }
+        for (node, (nic, address)) in due {
+            self.outbox.nic(nic, NicCommand::Fence { node, address });
+        }
+    }
+
+    /// Tells the leader when the quarantine leaves too little of the pool, and when it no longer does.
+    pub(super) fn check_health(&mut self) {
+        let quarantined = self.fetches.values().filter(|fetch| fetch.settled.is_some());
+        let bytes: u64 = quarantined.filter_map(|fetch| fetch.placed.as_ref()).map(|placed| placed.bytes).sum();
+        let exhausted = u128::from(bytes) * 1000 > u128::from(self.pool_bytes) * u128::from(self.quarantine.share_max);
+        if exhausted == self.trouble.is_some() {
+            return;
+        }
+        self.trouble = exhausted.then(|| {
+            format!(
+                "peers may still write {bytes} of its {} bytes of blocks; it waits until they are fenced",
+                self.pool_bytes
+            )
+        });
+        self.outbox.event(Event::Health { trouble: self.trouble.clone() });
+        self.tell_leader(Message::Health { trouble: self.trouble.clone() });
+    }
+}
