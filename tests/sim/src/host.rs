@@ -26,6 +26,11 @@ impl Nics {
         self.inner.borrow().get(&nic).map(|(life, nic)| (*life, Rc::clone(nic)))
     }
 
+    /// A node's NICs, in the order of opening.
+    pub(crate) fn of(&self, life: Life) -> Vec<NicId> {
+        self.inner.borrow().iter().filter(|(_, (of, _))| *of == life).map(|(nic, _)| *nic).collect()
+    }
+
     /// Lets a node's NICs go, and says which those were; they end once their actors do.
     pub(crate) fn remove(&self, life: Life) -> Vec<NicId> {
         self.inner.borrow_mut().extract_if(.., |_, (of, _)| *of == life).map(|(nic, _)| nic).collect()

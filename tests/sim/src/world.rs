@@ -7,7 +7,7 @@ use std::time::Duration;
 use kvferry_actors::{Environment, Observer, OnPanic, Surroundings};
 use kvferry_core::Epoch;
 use kvferry_core::protocol::Event;
-use kvferry_fabric_sim::{Fabric, FabricOptions, OnTheWire, Pacing};
+use kvferry_fabric_sim::{Fabric, FabricOptions, NicId, OnTheWire, Pacing};
 use kvferry_synthetic::{Engine, EngineReport};
 use tokio::task::LocalSet;
 
@@ -287,6 +287,11 @@ impl World {
         &self.fabric
     }
 
+    /// The NICs of a node's present incarnation, in the order of opening: what faults of [`World::fabric`] name.
+    pub fn nics(&self, node: usize) -> Vec<NicId> {
+        self.nodes.get(node).map(|node| self.nics.of(node.life)).unwrap_or_default()
+    }
+
     /// Whether a node is up, paused or not.
     pub fn is_up(&self, node: usize) -> bool {
         self.nodes.get(node).is_some_and(|node| node.local.is_some())
@@ -385,7 +390,7 @@ impl World {
         }
     }
 
-    fn pump(&mut self, nic: kvferry_fabric_sim::NicId) {
+    fn pump(&mut self, nic: NicId) {
         let Some((life, found)) = self.nics.find(nic) else { return };
         let Some(node) = self.nodes.get_mut(life.node) else { return };
         if node.paused {

@@ -66,7 +66,7 @@ impl State {
     }
 
     fn depart(&mut self, id: FlowId) {
-        let (now, latency) = (self.now, self.latency());
+        let now = self.now;
         let Some(flow) = self.flows.get(id.0) else { return };
         let (source, destination) = (flow.nics[flow.source()], flow.nics[flow.destination()]);
         let limit = |nic: NicId| self.nic(nic).map(|state| state.options.poll_bytes_max);
@@ -92,25 +92,7 @@ impl State {
         flow.in_flight += 1;
         flow.times.first_left.get_or_insert(now);
 
-        let speed = self.options.bytes_per_second;
-        let mut out = 0;
-        if let Some(nic) = self.nic_mut(source) {
-            out = on_wire(size, speed, nic);
-            nic.out_free_at = now.saturating_add(out);
-            nic.stats.busy_out_ns = nic.stats.busy_out_ns.saturating_add(out);
-            nic.stats.bytes_out += size;
-            nic.stats.in_flight_out += size;
-        }
-        let mut lands = now.saturating_add(latency).saturating_add(out);
-        if let Some(nic) = self.nic_mut(destination) {
-            let inward = on_wire(size, speed, nic);
-            // Its first byte may come while the wire still brings other slices; its last comes when the slower of both ends is through.
-            lands = lands.saturating_add(inward.saturating_sub(out)).max(nic.in_free_at.saturating_add(inward));
-            nic.in_free_at = lands;
-            nic.stats.busy_in_ns = nic.stats.busy_in_ns.saturating_add(inward);
-            nic.stats.in_flight_in += size;
-        }
-        lands = lands.saturating_add(jitter);
+        let mut lands = self.cross(source, destination, size).saturating_add(jitter);
         if self.options.delivery == Delivery::Ordered
             && let Some(flow) = self.flows.get_mut(id.0)
         {
@@ -119,6 +101,29 @@ impl State {
         }
         let slice = self.slices.insert(Slice { flow: id, part, size, bytes, content });
         self.at(lands, Due::Slice { slice });
+    }
+
+    /// Takes both ends' wires for so many bytes that leave now; returns when the last of them lands.
+    fn cross(&mut self, source: NicId, destination: NicId, size: u64) -> u64 {
+        let (now, speed) = (self.now, self.options.bytes_per_second);
+        let mut out = 0;
+        if let Some(nic) = self.nic_mut(source) {
+            out = on_wire(size, speed, nic);
+            nic.out_free_at = now.saturating_add(out);
+            nic.stats.busy_out_ns = nic.stats.busy_out_ns.saturating_add(out);
+            nic.stats.bytes_out += size;
+            nic.stats.in_flight_out += size;
+        }
+        let mut lands = now.saturating_add(self.latency()).saturating_add(out);
+        if let Some(nic) = self.nic_mut(destination) {
+            let inward = on_wire(size, speed, nic);
+            // Its first byte may come while the wire still brings other slices; its last comes when the slower of both ends is through.
+            lands = lands.saturating_add(inward.saturating_sub(out)).max(nic.in_free_at.saturating_add(inward));
+            nic.in_free_at = lands;
+            nic.stats.busy_in_ns = nic.stats.busy_in_ns.saturating_add(inward);
+            nic.stats.in_flight_in += size;
+        }
+        lands
     }
 
     /// A slice is at its destination.
