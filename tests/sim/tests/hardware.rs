@@ -6,56 +6,54 @@ use std::time::Duration;
 use kvferry_core::Direction;
 use kvferry_core::protocol::Role;
 use kvferry_fabric_sim::{Delivery, NicDeath};
-use kvferry_sim::{Cluster, ClusterOptions, Dice, World};
+use kvferry_sim::{Cluster, ClusterOptions, ClusterReport, Dice, World};
 
 const SEEDS: u64 = 12;
 const REQUESTS: u64 = 120;
 const HOUR: Duration = Duration::from_secs(3600);
 const SECOND: u64 = 1_000_000_000;
 
-/// A busy cluster to which `hurt` happens, and from which it is taken away again; everything has to come back.
+/// A busy cluster, and a prefill and a decode node of it in any order, to the first of which `hurt` happens.
+fn busy(seed: u64, hurt: impl Fn(&mut World, usize, usize) + 'static) -> (Cluster, Dice, u64, (usize, usize)) {
+    let mut dice = Dice::new(seed, "test", 0);
+    let direction = if dice.below(2) == 0 { Direction::Pull } else { Direction::Push };
+    let mut options = ClusterOptions { direction: Some(direction), ..ClusterOptions::tiny(seed) };
+    options.world.fabric.delivery = Delivery::Unordered;
+    options.world.fabric.jitter = Duration::from_micros(dice.below(200));
+    options.world.fabric.slice_bytes = 4096;
+    let mut cluster = Cluster::new(options).unwrap();
+    cluster.submit(REQUESTS, Duration::from_millis(10));
+    let one = cluster.node_of(Role::Prefill, 0, dice.below(2) as u32).unwrap();
+    let other = cluster.node_of(Role::Decode, 0, dice.below(4) as u32).unwrap();
+    let (one, other) = if dice.below(2) == 0 { (one, other) } else { (other, one) };
+    let at = dice.within(500_000..10_000_000);
+    cluster.world().at(at, move |world| hurt(world, one, other));
+    (cluster, dice, at, (one, other))
+}
+
+/// Runs to the end; nothing may be left over.
+fn ends(cluster: &mut Cluster, seed: u64) -> ClusterReport {
+    assert!(cluster.run(HOUR), "seed {seed}: it does not end: {:?}", cluster.report());
+    cluster.rest(Duration::from_secs(100));
+    let report = cluster.report();
+    assert!(report.violations().is_empty(), "seed {seed}: {:#?} {:#?}", report.violations(), report.reasons);
+    report
+}
+
+/// What hurts ends after a while; then a second wave is delivered, all of it.
 fn survives(
     hurt: impl Fn(&mut World, usize, usize) + Copy + 'static,
     heal: impl Fn(&mut World, usize, usize) + Copy + 'static,
 ) {
     let mut undelivered = 0;
     for seed in 0..SEEDS {
-        let mut dice = Dice::new(seed, "test", 0);
-        let direction = if dice.below(2) == 0 { Direction::Pull } else { Direction::Push };
-        let mut options = ClusterOptions { direction: Some(direction), ..ClusterOptions::tiny(seed) };
-        options.world.fabric.delivery = Delivery::Unordered;
-        options.world.fabric.jitter = Duration::from_micros(dice.below(200));
-        options.world.fabric.slice_bytes = 4096;
-        let mut cluster = Cluster::new(options).unwrap();
+        let (mut cluster, mut dice, at, (one, other)) = busy(seed, hurt);
+        cluster.world().at(at + dice.below(2 * SECOND), move |world| heal(world, one, other));
+        let first = ends(&mut cluster, seed);
+        undelivered += first.undelivered;
         cluster.submit(REQUESTS, Duration::from_millis(10));
-        let one = cluster.node_of(Role::Prefill, 0, dice.below(2) as u32).unwrap();
-        let other = cluster.node_of(Role::Decode, 0, dice.below(4) as u32).unwrap();
-        let (one, other) = if dice.below(2) == 0 { (one, other) } else { (other, one) };
-        let at = dice.within(500_000..10_000_000);
-        let world = cluster.world();
-        world.at(at, move |world| hurt(world, one, other));
-        world.at(at + dice.below(2 * SECOND), move |world| heal(world, one, other));
-        assert!(cluster.run(HOUR), "seed {seed}: it does not end: {:?}", cluster.report());
-        cluster.rest(Duration::from_secs(100));
-        let report = cluster.report();
-        assert!(
-            report.violations().is_empty(),
-            "seed {seed} {direction:?}: {:#?} {:#?}",
-            report.violations(),
-            report.reasons
-        );
-        undelivered += report.undelivered;
-        cluster.submit(REQUESTS, Duration::from_millis(10));
-        assert!(cluster.run(HOUR), "seed {seed}: the second wave does not end: {:?}", cluster.report());
-        cluster.rest(Duration::from_secs(100));
-        let both = cluster.report();
-        assert!(
-            both.violations().is_empty(),
-            "seed {seed} {direction:?}: {:#?} {:#?}",
-            both.violations(),
-            both.reasons
-        );
-        assert_eq!(both.delivered - report.delivered, REQUESTS, "seed {seed} {direction:?}: {:#?}", both.reasons);
+        let both = ends(&mut cluster, seed);
+        assert_eq!(both.delivered - first.delivered, REQUESTS, "seed {seed}: {:#?}", both.reasons);
     }
     assert!(undelivered > 0, "no fault came while something was under way");
 }
@@ -92,6 +90,20 @@ fn cut(world: &mut World, from: usize, to: usize, on: bool) {
 #[test]
 fn the_way_between_two_nics_is_cut_for_a_while() {
     survives(|world, from, to| cut(world, from, to, true), |world, from, to| cut(world, from, to, false));
+}
+
+/// Nobody answers any more, and nobody waits for it: fences do not ask.
+#[test]
+fn a_way_that_stays_cut_keeps_nothing() {
+    let mut undelivered = 0;
+    for seed in 0..SEEDS {
+        let (mut cluster, ..) = busy(seed, |world, from, to| {
+            cut(world, from, to, true);
+            cut(world, to, from, true);
+        });
+        undelivered += ends(&mut cluster, seed).undelivered;
+    }
+    assert!(undelivered > 0, "no fault came while something was under way");
 }
 
 #[test]
