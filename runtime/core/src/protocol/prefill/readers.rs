@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Reader;
 use crate::protocol::prefill::step_layers;
-use crate::protocol::{Message, NicCommand, OpenFetch, OpenedFetch, Refusal};
+use crate::protocol::{Event, Message, NicCommand, OpenFetch, OpenedFetch, Refusal};
 use crate::{Direction, HandoverId, Moment, NodeId, PlanRequest, RequestId, TransferId};
 
 use super::PrefillRank;
@@ -32,6 +32,7 @@ impl PrefillRank {
         if !held.lease.renew(now) {
             return Err(Refusal::LeaseExpired(request));
         }
+        self.outbox.event(Event::LeaseHeld { request, until: held.lease.expires() });
         // Planning the whole offer once proves that both sides' tables fit, before any byte moves.
         let layers = 0..self.local.geometry.model.layers;
         peer.plan

@@ -17,6 +17,15 @@ fn outcome(outcome: Outcome) -> Message {
     Message::Settled { handover: H1, outcome }
 }
 
+/// The leader hears that the blocks are the engine's again.
+fn freed() -> Command {
+    send(LEADER, Message::Freed { handover: H1 })
+}
+
+fn returned(proof: FenceProof) -> Command {
+    engine(EngineCall::Returned { handover: H1, proof })
+}
+
 #[test]
 fn placement_and_transfer_have_deadlines() {
     let mut fixture = Fixture::connected(Direction::Pull);
@@ -27,7 +36,7 @@ fn placement_and_transfer_have_deadlines() {
     assert_eq!(commands(fixture.rank.outbox()), [late(Awaited::Placement, 10_000)]);
     assert_eq!(fixture.place(H1), [], "blocks that come after the end are not used");
     let cancelled = fixture.message(11, LEADER, outcome(Outcome::Cancelled));
-    assert_eq!(cancelled, [settled(H1, Outcome::Cancelled, false)], "but they are given back");
+    assert_eq!(cancelled, [settled(H1, Outcome::Cancelled, false), freed()], "but they are given back");
 
     let mut fixture = Fixture::moving(Direction::Pull, 0);
     fixture.message(2, 1, Message::StepsReady { handover: H1, ready: 1 });
@@ -79,8 +88,8 @@ fn a_failed_transfer_fails_the_rank_and_frees_the_blocks_last() {
         for other in others {
             assert_eq!(fixture.nic(failed(*other)), []);
         }
-        let returned = engine(EngineCall::Returned { handover: H1, proof: FenceProof::OwnerCopies });
-        assert_eq!(fixture.nic(done(*last)), [returned], "done or failed: it has ended");
+        let back = [returned(FenceProof::OwnerCopies), freed()];
+        assert_eq!(fixture.nic(done(*last)), back, "done or failed: it has ended");
         assert_eq!(fixture.nic(failed(*last)), [], "once");
         assert_eq!(fixture.rank.fetches(), 0);
     }
@@ -95,8 +104,8 @@ fn a_word_from_the_leader_stops_what_runs() {
     assert_eq!(commands, stops, "this rank has nothing to report any more");
     assert_eq!(fixture.message(2, LEADER, outcome(Outcome::Delivered)), [], "the first word is the last");
     assert_eq!(fixture.message(2, 1, Message::StepsReady { handover: H1, ready: 2 }), [], "nothing is posted after it");
-    fixture.nic(failed(id(0, 0)));
-    assert_eq!(fixture.nic(failed(id(1, 0))).len(), 1);
+    assert_eq!(fixture.nic(failed(id(0, 0))), []);
+    assert_eq!(fixture.nic(failed(id(1, 0))), [returned(FenceProof::OwnerCopies), freed()]);
     assert_eq!(fixture.rank.fetches(), 0);
 }
 
@@ -175,10 +184,7 @@ fn a_fence_ends_transfers_without_completing_them() {
     assert_eq!(fixture.message(3, LEADER, outcome(Outcome::Cancelled)), [settled(H1, Outcome::Cancelled, true)]);
     assert_eq!(fixture.nic(fenced), [], "the other source may still write");
     let fenced = NicEvent::Fenced { node: NodeId(2), proof: FenceProof::PeerProcessDead };
-    assert_eq!(
-        fixture.nic(fenced),
-        [engine(EngineCall::Returned { handover: H1, proof: FenceProof::PeerProcessDead })]
-    );
+    assert_eq!(fixture.nic(fenced), [returned(FenceProof::PeerProcessDead), freed()]);
 }
 
 #[test]
@@ -302,11 +308,12 @@ fn a_silent_leader_does_not_hold_blocks_for_ever() {
     assert_eq!(commands(fixture.rank.outbox()), []);
     fixture.rank.handle_timeout(at(3) + DeadlineTerms::default().backstop());
     let commands = commands(fixture.rank.outbox());
-    let [Command::Engine(EngineCall::Settled { outcome: Outcome::Failed { reason }, quarantined: false, .. })] =
+    let [Command::Engine(EngineCall::Settled { outcome: Outcome::Failed { reason }, quarantined: false, .. }), back] =
         commands.as_slice()
     else {
         panic!("{commands:?}");
     };
+    assert_eq!(*back, freed());
     assert!(matches!(reason, FailReason::Deadline { awaited: Awaited::Outcome, .. }));
     assert_eq!(fixture.rank.fetches(), 0);
 }

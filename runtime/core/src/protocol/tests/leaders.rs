@@ -61,15 +61,23 @@ fn report(outcome: Outcome, seconds: u64, paths: Vec<PathReport>) -> OutcomeRepo
     OutcomeReport { handover: H1, outcome, at: at(seconds), paths }
 }
 
-/// What a decided handover costs in messages: the ranks, the scheduler, and its credit unless the engine holds the blocks.
+/// What a decided handover costs in messages: the ranks and the scheduler. Its credit comes back with the ranks' blocks.
 fn decided(outcome: Outcome, seconds: u64, paths: Vec<PathReport>) -> Vec<Command> {
     let word = |to| send(to, Message::Settled { handover: H1, outcome: outcome.clone() });
     let mut commands: Vec<Command> = RANKS.into_iter().map(word).collect();
     commands.push(send(SCHEDULER, Message::Outcome(report(outcome.clone(), seconds, paths))));
-    if !outcome.is_delivered() {
-        commands.push(send(SCHEDULER, Message::Freed { handover: H1 }));
-    }
     commands
+}
+
+/// Whatever the outcome was, the credit is the scheduler's again once both ranks' blocks are their engines'.
+fn comes_back(leader: &mut DecodeLeader) {
+    let freed = Message::Freed { handover: H1 };
+    for from in [RANKS[0], RANKS[0], 99, RANKS[1]] {
+        assert_eq!(commands(leader.outbox()), [], "a rank has yet to give its blocks back");
+        leader.handle_message(at(9), NodeId(from), freed.clone());
+    }
+    assert_eq!(commands(leader.outbox()), [send(SCHEDULER, freed)]);
+    assert!(leader.vitals().is_quiet(), "{:?}", leader.vitals());
 }
 
 fn outcomes(outbox: &mut Outbox) -> usize {
@@ -226,11 +234,13 @@ fn every_other_end_is_decided_once_too() {
     }
     assert_eq!(commands(leader.outbox()), decided(failed.clone(), 1, vec![path(0)]));
     assert_eq!(outcomes(leader.outbox()), 1);
+    comes_back(&mut leader);
 
     let mut leader = start();
     leader.handle_message(at(1), NodeId(SCHEDULER), Message::Abort { handover: H1, reason: None });
     leader.handle_message(at(1), NodeId(SCHEDULER), Message::Abort { handover: H1, reason: Some(reason.clone()) });
     assert_eq!(commands(leader.outbox()), decided(Outcome::Cancelled, 1, vec![]));
+    comes_back(&mut leader);
 
     let mut leader = start();
     leader.handle_message(at(1), NodeId(SCHEDULER), Message::Abort { handover: H1, reason: Some(reason) });
@@ -263,15 +273,20 @@ fn a_lost_rank_fails_what_is_open_and_frees_what_is_held() {
     let expected = [
         send(20, Message::Settled { handover: H2, outcome: outcome.clone() }),
         send(SCHEDULER, Message::Outcome(OutcomeReport { handover: H2, outcome, at: at(1), paths: vec![] })),
-        send(SCHEDULER, Message::Freed { handover: H2 }),
         send(SCHEDULER, Message::Freed { handover: H1 }),
     ];
     assert_eq!(commands(leader.outbox()), expected);
     let third = HandoverId(3);
     leader.handle_message(at(2), NodeId(SCHEDULER), Message::Pair(pairing(third, &[4])));
-    let answer = commands(leader.outbox());
-    let failed = Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) };
-    assert!(answer.contains(&send(20, Message::Settled { handover: third, outcome: failed })), "{answer:?}");
+    let outcome = Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) };
+    let untold = [
+        send(SCHEDULER, Message::Outcome(OutcomeReport { handover: third, outcome, at: at(2), paths: vec![] })),
+        send(SCHEDULER, Message::Freed { handover: third }),
+    ];
+    assert_eq!(commands(leader.outbox()), untold, "no rank has heard of it");
+    leader.handle_message(at(3), NodeId(20), Message::Freed { handover: H2 });
+    assert_eq!(commands(leader.outbox()), [send(SCHEDULER, Message::Freed { handover: H2 })]);
+    assert!(leader.vitals().is_quiet(), "{:?}", leader.vitals());
 }
 
 #[test]

@@ -121,7 +121,8 @@ fn an_offer_opens_and_becomes_ready_in_steps() {
     assert_eq!(fixture.rank.poll_timeout(), None, "no lease before the engine holds blocks");
     let opened = fixture.opened();
     assert_eq!(fixture.engine(1, opened), [send(LEADER, Message::RankOpened { request: R1, steps: STEPS.to_vec() })]);
-    assert_eq!(events(fixture.rank.outbox()), [Event::OfferOpened { request: R1 }]);
+    let held = Event::LeaseHeld { request: R1, until: at(31) };
+    assert_eq!(events(fixture.rank.outbox()), [Event::OfferOpened { request: R1 }, held]);
     assert_eq!(fixture.rank.poll_timeout(), Some(at(31)));
     assert_eq!(fixture.engine(2, EngineEvent::Ready { request: R1, steps: 1 }), []);
     assert_eq!(
@@ -266,6 +267,7 @@ fn an_open_that_does_not_fit_is_refused() {
         fixture.message(1, READERS[0], Message::Open(early)),
         [refused(READERS[0], H1, Refusal::UnknownRequest(RequestId(2)))]
     );
+    fixture.drain();
     let commands = fixture.message(1, READERS[0], Message::Confirmed { handover: H1 });
     assert_eq!(commands, []);
     assert!(matches!(events(fixture.rank.outbox()).as_slice(), [Event::Ignored { from: NodeId(20), .. }]));

@@ -9,7 +9,7 @@ use crate::protocol::{
 use crate::{Direction, NodeId, RequestId, TransportKind};
 
 #[test]
-fn a_lease_that_lapses_closes_the_offer_in_doubt() {
+fn a_lease_that_lapses_closes_the_offer_and_tells_its_reader() {
     let mut fixture = Fixture::offered(Direction::Pull);
     assert_eq!(fixture.rank.poll_timeout(), Some(at(30)));
     fixture.message(10, LEADER, Message::Renew { requests: vec![R1, RequestId(7)] });
@@ -22,10 +22,19 @@ fn a_lease_that_lapses_closes_the_offer_in_doubt() {
     fixture.rank.handle_timeout(at(49));
     assert_eq!(commands(fixture.rank.outbox()), [], "an unexpired lease is never revoked");
     fixture.rank.handle_timeout(at(50));
-    let lapsed = FailReason::Refused(Refusal::LeaseExpired(R1));
-    assert_eq!(commands(fixture.rank.outbox()), [rank_failed(lapsed), release(PrefillView::InDoubt)]);
-    let closed = Event::OfferClosed { request: R1, view: PrefillView::InDoubt };
-    assert_eq!(events(fixture.rank.outbox()), [Event::LeaseExpired { request: R1 }, closed]);
+    let lapsed = Refusal::LeaseExpired(R1);
+    let ends = [
+        refused(READERS[0], H1, lapsed.clone()),
+        rank_failed(FailReason::Refused(lapsed)),
+        release(PrefillView::Ended),
+    ];
+    assert_eq!(commands(fixture.rank.outbox()), ends, "it knows that nobody was told that the lease was good");
+    let held = |seconds| Event::LeaseHeld { request: R1, until: at(seconds) };
+    let closed = Event::OfferClosed { request: R1, view: PrefillView::Ended };
+    assert_eq!(
+        events(fixture.rank.outbox()),
+        [held(40), held(45), held(50), Event::LeaseExpired { request: R1 }, closed]
+    );
     assert_eq!(
         fixture.message(51, READERS[0], Message::Fetched { handover: H1 }),
         [refused(READERS[0], H1, Refusal::UnknownHandover(H1))]
@@ -95,7 +104,11 @@ fn a_release_during_a_push_waits_for_the_nic() {
     let (one, two) = (fixture.pushing(0, H1), fixture.pushing(1, H1));
     let ended = Message::Release { request: R1, view: PrefillView::Ended };
     assert_eq!(fixture.message(1, LEADER, ended), [cancel(0, one), cancel(0, two)]);
-    assert_eq!(fixture.rank.poll_timeout(), None, "a lease has no more to say");
+    assert_eq!(
+        fixture.rank.poll_timeout(),
+        Some(at(3)),
+        "a lease has no more to say, but a NIC that goes on is fenced"
+    );
     assert_eq!(
         fixture.engine(1, EngineEvent::Ready { request: R1, steps: 2 }).len(),
         1,

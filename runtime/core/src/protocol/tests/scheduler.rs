@@ -99,6 +99,11 @@ pub(super) fn jobs(commands: &[Command]) -> Vec<(u64, u64)> {
     commands.iter().filter_map(job).collect()
 }
 
+/// The leader need not tell that outcome again.
+pub(super) fn known(to: u64, handover: u64) -> Command {
+    send(to, Message::OutcomesKnown { handovers: vec![HandoverId(handover)] })
+}
+
 pub(super) fn released(to: u64, request: u64, view: PrefillView) -> Command {
     send(to, Message::Release { request: RequestId(request), view })
 }
@@ -111,7 +116,7 @@ fn a_request_goes_through_every_stage() {
     assert_eq!(fixture.offer(0, 1), [], "offered once");
     assert_eq!(fixture.say(0, Message::OfferReady { request: R1, at: at(7) }), []);
     assert_eq!(fixture.say(10, Message::Started { handover: H1 }), []);
-    assert_eq!(fixture.outcome(10, 1, Outcome::Delivered), [released(0, 1, PrefillView::Confirmed)]);
+    assert_eq!(fixture.outcome(10, 1, Outcome::Delivered), [known(10, 1), released(0, 1, PrefillView::Confirmed)]);
     let finished = Finished {
         request: R1,
         outcome: Outcome::Delivered,
@@ -123,10 +128,12 @@ fn a_request_goes_through_every_stage() {
     let paired = Event::Paired { request: R1, handover: H1, group: GroupId(10) };
     assert_eq!(fixture.events(), [paired, Event::Started { handover: H1 }, Event::Finished(finished)]);
     assert_eq!(fixture.scheduler.unfinished(), 0);
-    assert_eq!(fixture.outcome(10, 1, Outcome::Cancelled), [], "decided once");
+    assert_eq!(fixture.outcome(10, 1, Outcome::Cancelled), [known(10, 1)], "decided once");
+    assert!(!fixture.scheduler.vitals().is_quiet(), "its blocks are out");
     fixture.freed(10, 1);
     fixture.freed(10, 1);
     assert_eq!(fixture.events(), [Event::Freed { request: R1 }]);
+    assert!(fixture.scheduler.vitals().is_quiet(), "{:?}", fixture.scheduler.vitals());
 }
 
 #[test]
@@ -175,6 +182,7 @@ fn credits_bound_the_work_and_all_come_back() {
                     inbox.extend(fixture.offer(0, job.spec.request.0));
                 }
                 Command::Send { message: Message::Release { .. }, .. } => working -= 1,
+                Command::Send { message: Message::OutcomesKnown { .. }, .. } => {}
                 Command::Send { message: Message::Pair(pairing), .. } => {
                     queued += 1;
                     assert!(queued <= 4, "handovers stay within their credit");

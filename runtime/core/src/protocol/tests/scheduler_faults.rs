@@ -41,12 +41,12 @@ fn paired(prefill: u64, decode: u64) -> Fixture {
 #[test]
 fn a_failed_handover_is_paired_again_while_its_offer_stands() {
     let mut fixture = paired(1, 2);
-    assert_eq!(pairs(&fixture.outcome(10, 1, failed(engine_failure()))), [(10, 2, 1)]);
-    fixture.scheduler.handle_lost(at(1), &lost(10));
-    assert_eq!(pairs(&fixture.commands()), [(11, 3, 1)], "the leader is lost: nobody else would decide");
-    assert_eq!(fixture.outcome(10, 2, Outcome::Delivered), [], "a late word about an old handover");
-    let commands = fixture.outcome(11, 3, failed(engine_failure()));
-    assert_eq!(commands, [released(0, 1, PrefillView::Ended)], "three attempts are enough");
+    assert_eq!(pairs(&fixture.outcome(10, 1, failed(engine_failure()))), [(11, 2, 1)], "another group is tried first");
+    fixture.scheduler.handle_lost(at(1), &lost(11));
+    assert_eq!(pairs(&fixture.commands()), [(10, 3, 1)], "the leader is lost: nobody else would decide");
+    assert_eq!(fixture.outcome(11, 2, Outcome::Delivered), [known(11, 2)], "a late word about an old handover");
+    let commands = fixture.outcome(10, 3, failed(engine_failure()));
+    assert_eq!(commands, [known(10, 3), released(0, 1, PrefillView::Ended)], "three attempts are enough");
     assert_eq!(fixture.finished(), [(1, failed(engine_failure()))]);
 }
 
@@ -54,13 +54,14 @@ fn a_failed_handover_is_paired_again_while_its_offer_stands() {
 fn a_handover_that_its_transport_failed_rests_before_the_next_attempt() {
     let mut fixture = paired(1, 2);
     let broken = FailReason::Transport { kind: crate::TransportKind::Sim, peer: NodeId(0), message: "reset".into() };
-    assert_eq!(fixture.outcome(10, 1, failed(broken.clone())), [], "the directory may be about to tell of a loss");
+    let rests = fixture.outcome(10, 1, failed(broken.clone()));
+    assert_eq!(rests, [known(10, 1)], "the directory may be about to tell of a loss");
     let due = fixture.scheduler.poll_timeout().expect("an attempt is due");
     assert!(due < at(3));
     fixture.scheduler.handle_timeout(due);
-    assert_eq!(pairs(&fixture.commands()), [(10, 2, 1)]);
+    assert_eq!(pairs(&fixture.commands()), [(11, 2, 1)]);
     // A loss that is told meanwhile ends the rest.
-    assert_eq!(fixture.outcome(10, 2, failed(broken)), []);
+    assert_eq!(fixture.outcome(11, 2, failed(broken)), [known(11, 2)]);
     fixture.scheduler.handle_lost(at(4), &lost(0));
     let finished = fixture.finished();
     assert!(
@@ -86,7 +87,7 @@ fn a_refused_handover_is_prefilled_again() {
     fixture.submit(2);
     let refused = FailReason::Refused(Refusal::LeaseExpired(R1));
     let commands = fixture.outcome(10, 1, failed(refused));
-    assert_eq!(commands[0], released(0, 1, PrefillView::Ended));
+    assert_eq!(commands[..2], [known(10, 1), released(0, 1, PrefillView::Ended)]);
     assert_eq!(jobs(&commands), [(0, 1)], "the least loaded group");
     let mut fixture = paired(1, 1);
     let mismatch = FailReason::Mismatch("dtype".into());
@@ -176,8 +177,10 @@ fn a_group_that_forms_anew_owes_nothing_of_its_predecessor() {
     // Its word comes when survivor and newcomer are a group again: no credit is given back twice.
     assert_eq!(pairs(&fixture.outcome(10, 1, failed(engine_failure()))), [(10, 2, 1)]);
     fixture.freed(10, 1);
-    assert_eq!(fixture.outcome(10, 2, Outcome::Delivered), [released(0, 1, PrefillView::Confirmed)]);
+    assert_eq!(fixture.outcome(10, 2, Outcome::Delivered), [known(10, 2), released(0, 1, PrefillView::Confirmed)]);
     assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+    fixture.freed(10, 2);
+    assert!(fixture.scheduler.vitals().is_quiet(), "{:?}", fixture.scheduler.vitals());
 }
 
 #[test]
@@ -294,7 +297,10 @@ fn every_stage_has_a_deadline() {
     let commands = fixture.commands();
     assert!(commands.contains(&abort(10, 1, Some(reason))), "{commands:?}");
     assert_eq!(fixture.finished(), late(Awaited::Outcome, terms.outcome_within));
-    assert_eq!(fixture.outcome(10, 1, Outcome::Delivered), [], "the answer was given");
+    assert_eq!(fixture.outcome(10, 1, Outcome::Delivered), [known(10, 1)], "the answer was given");
+    assert!(!fixture.scheduler.vitals().is_quiet(), "its blocks are still out");
+    fixture.freed(10, 1);
+    assert!(fixture.scheduler.vitals().is_quiet(), "{:?}", fixture.scheduler.vitals());
 }
 
 #[test]
@@ -314,7 +320,7 @@ fn nonsense_is_ignored() {
     let stranger = OfferSummary { request: RequestId(9), dp: 0, steps: vec![4] };
     assert_eq!(fixture.say(0, Message::Offered(stranger)), []);
     assert_eq!(fixture.say(10, Message::Started { handover: HandoverId(9) }), []);
-    assert_eq!(fixture.outcome(10, 9, Outcome::Delivered), []);
+    assert_eq!(fixture.outcome(10, 9, Outcome::Delivered), [known(10, 9)], "or its leader would tell it for ever");
     assert_eq!(fixture.say(99, Message::Holds { added: vec![1], removed: vec![] }), []);
     assert_eq!(fixture.events(), []);
     fixture.say(10, Message::Confirmed { handover: H1 });
