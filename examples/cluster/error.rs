@@ -68,11 +68,13 @@ pub(crate) enum UsageError {
     Transport { transport: String, source: SelectError },
     #[error("--devices {value}: there is no device `{entry}` for --transport {transport}; there are {known}")]
     UnknownDevice { value: String, entry: String, transport: String, known: String },
-    #[error("--{option} {value}: it is not ROLE:RANK@N; write for example prefill:1@3 (N counts transfers from 1)")]
+    #[error(
+        "--{option} {value}: it is not ROLE:RANK@N; write for example prefill:1@3 (N counts transfers from 1), prefill:1@250ms or scheduler@3"
+    )]
     Fault { option: &'static str, value: String },
     #[error("--{option} {value}: there is no such rank; the {role} side has ranks 0 to {last}")]
     FaultRank { option: &'static str, value: String, role: Role, last: u64 },
-    #[error("--{option} {value}: a rank inside this process cannot be killed or stopped; leave --in-process out")]
+    #[error("--{option} {value}: nothing inside this process can be killed, stopped or paused; leave --in-process out")]
     FaultInProcess { option: &'static str, value: String },
     #[error("--{option} {value}: this build cannot do that yet; {remedy}")]
     NotYet { option: &'static str, value: String, remedy: &'static str },

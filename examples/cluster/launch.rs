@@ -1,16 +1,16 @@
-//! Starts ranks, as processes or threads, and speaks with them.
+//! Starts ranks and the scheduler, as processes or threads, and speaks with them.
 
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
+use serde::Serialize;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use crate::options::RANK_WORKER;
-use crate::rank::{self, Order, RankConfig, Said};
+use crate::worker::Worker;
 
-/// Why a rank did not start.
+/// Why something did not start.
 #[derive(Debug, Error)]
 #[error("{name} did not start: {reason}; check the limits on processes and memory of this machine, or use fewer ranks")]
 pub(crate) struct LaunchError {
@@ -18,132 +18,134 @@ pub(crate) struct LaunchError {
     reason: String,
 }
 
-/// What comes from a rank.
+/// What comes from it.
 #[derive(Debug)]
-pub(crate) enum FromRank {
-    Said(Said),
+pub(crate) enum Word<S> {
+    Said(S),
     /// It says no more.
     Ended,
 }
 
-/// Where what ranks say is collected, with their index.
-pub(crate) type Inbox = mpsc::UnboundedSender<(usize, FromRank)>;
-
-/// A rank that was started.
-pub(crate) struct Launched {
-    way: Way,
+/// A rank or a scheduler that was started.
+pub(crate) struct Launched<O> {
+    child: Option<Child>,
+    orders: Option<mpsc::UnboundedSender<O>>,
 }
 
-enum Way {
-    Process { child: Child, orders: Option<ChildStdin> },
-    Thread { orders: mpsc::UnboundedSender<Order> },
-}
-
-impl Launched {
-    /// Starts a rank in a process of its own.
-    pub(crate) fn process(index: usize, config: &RankConfig, inbox: Inbox) -> Result<Launched, LaunchError> {
-        let wrong = |reason: String| LaunchError { name: config.name(), reason };
+impl<O: Serialize + Send + 'static> Launched<O> {
+    /// Starts it in a process of its own, with `argument`. `hear` is called on another thread.
+    pub(crate) fn process<W: Worker<Order = O>>(
+        name: &str,
+        argument: &str,
+        config: &W::Config,
+        hear: impl Fn(Word<W::Said>) + Send + 'static,
+    ) -> Result<Launched<O>, LaunchError> {
+        let wrong = |reason: String| LaunchError { name: name.to_owned(), reason };
+        let first = serde_json::to_string(config).map_err(|error| wrong(error.to_string()))?;
         let program = std::env::current_exe().map_err(|error| wrong(error.to_string()))?;
         let mut command = Command::new(program);
-        command.arg(RANK_WORKER).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.arg(argument).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().map_err(|error| wrong(error.to_string()))?;
-        let (orders, said) = (child.stdin.take(), child.stdout.take());
-        let mut launched = Launched { way: Way::Process { child, orders } };
-        let reader = std::thread::Builder::new().name(format!("from-{}", config.name())).spawn(move || {
+        let (input, said) = (child.stdin.take(), child.stdout.take());
+        let (orders, mut given) = mpsc::unbounded_channel();
+        let launched = Launched { child: Some(child), orders: Some(orders) };
+        let reader = std::thread::Builder::new().name(format!("from-{name}")).spawn(move || {
             for line in said.into_iter().flat_map(|said| BufReader::new(said).lines()).map_while(Result::ok) {
-                if let Ok(said) = serde_json::from_str(&line)
-                    && inbox.send((index, FromRank::Said(said))).is_err()
-                {
-                    return;
+                if let Ok(said) = serde_json::from_str(&line) {
+                    hear(Word::Said(said));
                 }
             }
-            // Whoever collects may be done.
-            let _ = inbox.send((index, FromRank::Ended));
+            hear(Word::Ended);
         });
-        let line = serde_json::to_string(config).map_err(|error| wrong(error.to_string()));
-        let told = line.and_then(|line| launched.write(&line).map_err(|error| wrong(error.to_string())));
-        match (reader, told) {
-            (Ok(_), Ok(())) => Ok(launched),
-            (Err(error), _) => {
-                launched.kill();
-                Err(wrong(error.to_string()))
+        reader.map_err(|error| wrong(error.to_string()))?;
+        // A process that is stopped takes nothing; whoever gives it orders must not stop with it.
+        let writer = std::thread::Builder::new().name(format!("to-{name}")).spawn(move || {
+            let Some(mut input) = input else { return };
+            let mut line = Ok(first);
+            // Whatever cannot be written any more, its reader's end tells.
+            while line.as_ref().is_ok_and(|line| writeln!(input, "{line}").and_then(|()| input.flush()).is_ok()) {
+                let Some(order) = given.blocking_recv() else { return };
+                line = serde_json::to_string(&order);
             }
-            (_, Err(error)) => {
-                launched.kill();
-                Err(error)
-            }
-        }
+        });
+        writer.map_err(|error| wrong(error.to_string()))?;
+        Ok(launched)
     }
 
-    /// Starts a rank on a thread of this process.
-    pub(crate) fn thread(index: usize, config: RankConfig, inbox: Inbox) -> Result<Launched, LaunchError> {
-        let name = config.name();
+    /// Starts it on a thread of this process.
+    pub(crate) fn thread<W: Worker<Order = O>>(
+        name: &str,
+        config: W::Config,
+        hear: impl Fn(Word<W::Said>) + Send + 'static,
+    ) -> Result<Launched<O>, LaunchError> {
         let (orders, given) = mpsc::unbounded_channel();
         let body = move || {
-            // Whoever collects may be done.
-            let mut say = |said| drop(inbox.send((index, FromRank::Said(said))));
-            if let Err(error) = rank::run(config, given, &mut say) {
-                say(Said::Failed(error.to_string()));
+            if let Err(error) = W::run(config, given, &mut |said| hear(Word::Said(said))) {
+                hear(Word::Said(W::failed(error.to_string())));
             }
-            let _ = inbox.send((index, FromRank::Ended));
+            hear(Word::Ended);
         };
-        let spawned = std::thread::Builder::new().name(format!("rank-{name}")).spawn(body);
-        spawned.map_err(|error| LaunchError { name, reason: error.to_string() })?;
-        Ok(Launched { way: Way::Thread { orders } })
+        let spawned = std::thread::Builder::new().name(format!("in-{name}")).spawn(body);
+        spawned.map_err(|error| LaunchError { name: name.to_owned(), reason: error.to_string() })?;
+        Ok(Launched { child: None, orders: Some(orders) })
     }
 
-    /// Tells it something. A rank that is gone does not hear it; its end is reported by itself.
-    pub(crate) fn tell(&mut self, order: Order) {
-        match &self.way {
-            Way::Process { .. } => {
-                if let Ok(line) = serde_json::to_string(&order) {
-                    let _ = self.write(&line);
-                }
-            }
-            Way::Thread { orders } => drop(orders.send(order)),
-        }
+    /// In the place of a rank that no setup names.
+    pub(crate) fn nothing() -> Launched<O> {
+        Launched { child: None, orders: None }
     }
 
-    fn write(&mut self, line: &str) -> std::io::Result<()> {
-        match &mut self.way {
-            Way::Process { orders: Some(orders), .. } => writeln!(orders, "{line}").and_then(|()| orders.flush()),
-            _ => Ok(()),
+    /// Tells it something. One that is gone does not hear it; its end is reported by itself.
+    pub(crate) fn tell(&self, order: O) {
+        if let Some(orders) = &self.orders {
+            let _ = orders.send(order);
         }
     }
 
     /// SIGSTOP. Threads cannot be stopped; options that would are refused.
     pub(crate) fn stop(&mut self) {
-        if let Way::Process { child, .. } = &mut self.way
+        self.signal(Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub(crate) fn go_on(&mut self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&mut self, signal: Signal) {
+        if let Some(child) = &mut self.child
             && matches!(child.try_wait(), Ok(None))
         {
             // Nobody has waited for it, so the number is still its own.
-            let _ = kill_process(Pid::from_child(child), Signal::STOP);
+            let _ = kill_process(Pid::from_child(child), signal);
         }
     }
 
     /// SIGKILL, and waits for the end: after this nothing of it can touch memory. Nothing for a thread.
     pub(crate) fn kill(&mut self) {
-        if let Way::Process { child, orders } = &mut self.way {
-            *orders = None;
-            // A rank that has ended by itself cannot be killed again.
+        self.orders = None;
+        if let Some(child) = &mut self.child {
+            // One that has ended by itself cannot be killed again.
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 
-    /// How its process ended, if it has.
+    /// How its process ended. Waits for that.
     pub(crate) fn ending(&mut self) -> String {
-        match &mut self.way {
-            Way::Process { child, .. } => {
-                child.wait().map_or_else(|error| error.to_string(), |status| status.to_string())
-            }
-            Way::Thread { .. } => "its thread ended".to_owned(),
+        match &mut self.child {
+            Some(child) => child.wait().map_or_else(|error| error.to_string(), |status| status.to_string()),
+            None => "its thread ended".to_owned(),
         }
     }
 }
 
-impl Drop for Launched {
+impl<O> Drop for Launched<O> {
     fn drop(&mut self) {
-        self.kill();
+        if let Some(child) = &mut self.child {
+            // As in `kill`.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! The main job: a scheduler and one OS process per rank hand over the KV of requests, and every byte is checked where it arrives.
 //!
 //! `cargo run --release --example cluster -- --help` lists the options. Exit status: 0 when nothing was mismatched or leaked on the
-//! survivors, every request is accounted for, and none failed that no `--kill` or `--stop` explains; 1 otherwise; 2 for bad usage.
+//! survivors, every request is accounted for, and none failed that no `--kill`, `--stop` or `--pause` explains; 1 otherwise; 2 for bad usage.
 
+mod cluster;
 mod drive;
 mod error;
 mod fault;
@@ -12,10 +13,13 @@ mod options;
 mod progress;
 mod rank;
 mod report;
+mod scheduler;
 mod setup;
 mod share;
 mod side;
+mod terms;
 mod verdict;
+mod worker;
 mod workload;
 
 use std::io::Write;
@@ -23,7 +27,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::options::{Options, RANK_WORKER};
+use crate::options::{Options, RANK_WORKER, SCHEDULER_WORKER};
 
 /// What `clap` exits with, too.
 const BAD_USAGE: u8 = 2;
@@ -31,8 +35,10 @@ const BAD_USAGE: u8 = 2;
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "error".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    if std::env::args().nth(1).as_deref() == Some(RANK_WORKER) {
-        return rank::process();
+    match std::env::args().nth(1).as_deref() {
+        Some(RANK_WORKER) => return worker::process::<rank::RankWorker>(),
+        Some(SCHEDULER_WORKER) => return worker::process::<scheduler::SchedulerWorker>(),
+        _ => {}
     }
     let options = Options::parse();
     let setup = match setup::Setup::check(&options) {

@@ -4,9 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 use kvferry::Direction;
+use serde::{Deserialize, Serialize};
 
 /// The first argument of a rank's process.
 pub(crate) const RANK_WORKER: &str = "--rank-worker";
+/// And of the scheduler's.
+pub(crate) const SCHEDULER_WORKER: &str = "--scheduler-worker";
 
 /// Hands over the KV of requests from prefill ranks to decode ranks, one OS process each, and checks every byte where it arrives.
 ///
@@ -66,12 +69,26 @@ pub(crate) struct Options {
     /// Layers that prefill makes ready at a time [default: all]
     #[arg(long, value_name = "N")]
     pub(crate) layers_per_step: Option<u32>,
-    /// SIGKILL a rank when the Nth transfer starts: prefill:1@3. Ranks are counted over all groups of their side; may repeat
+    /// SIGKILL a rank when the Nth transfer starts: prefill:1@3. Ranks are counted over all groups of their side. scheduler@3 is the
+    /// scheduler, which is started again at once, at the same address. @250ms is so long after the first submission. May repeat
     #[arg(long, value_name = "ROLE:RANK@N")]
     pub(crate) kill: Vec<String>,
-    /// SIGSTOP a rank when the Nth transfer starts, and SIGKILL it once it is declared lost; may repeat
+    /// SIGSTOP a rank or the scheduler, in the same forms, and SIGKILL it once it is declared lost; may repeat
     #[arg(long, value_name = "ROLE:RANK@N")]
     pub(crate) stop: Vec<String>,
+    /// SIGSTOP a rank or the scheduler, in the same forms, and SIGCONT it after MS milliseconds; without +MS it wakes up in a world that
+    /// has declared it lost. May repeat
+    #[arg(long, value_name = "ROLE:RANK@N+MS")]
+    pub(crate) pause: Vec<String>,
+    /// Ranks that were killed are started again at once, as the next incarnation of their node
+    #[arg(long)]
+    pub(crate) restart: bool,
+    /// Nodes count a link as broken after so many milliseconds of silence, and the peer as lost a sixth of that later [default: 6000]
+    #[arg(long, value_name = "MS")]
+    pub(crate) silence: Option<u64>,
+    /// KV is held for others for so many milliseconds after the last renewal [default: 30000]
+    #[arg(long, value_name = "MS")]
+    pub(crate) lease: Option<u64>,
     /// Overwrites a byte in every block of a decode rank after each delivery, before it is checked: a check of the checks, the run must fail
     #[arg(long, value_name = "RANK")]
     pub(crate) corrupt: Option<u64>,
@@ -105,7 +122,7 @@ pub(crate) struct Options {
 }
 
 /// Names of policies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub(crate) enum PolicyName {
     LeastLoaded,
     LongestPrefix,

@@ -1,14 +1,13 @@
 //! One rank: its node, its pool, and the engine that is driven beside it. The same code in a process of its own and on a thread.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, Write};
-use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvferry::{
-    Direction, EngineCall, EngineEvent, EnginePort, Epoch, GroupGeometry, GroupId, HandoverId, NodeConfig, NodeError,
-    NodeId, Outcome, Pool, PoolError, PoolId, Rank, Role, Shard, ThreadOptions, WorkerConfig, WorkerNode, transport,
+    Direction, EngineCall, EngineEvent, EnginePort, Epoch, Event, GroupGeometry, GroupId, HandoverId, NodeConfig,
+    NodeError, NodeId, Outcome, Pool, PoolError, PoolId, Rank, Role, Shard, ThreadOptions, WorkerConfig, WorkerNode,
+    transport,
 };
 use kvferry_synthetic::{DecodeEngine, Engine, EngineConfig, EngineError, EngineReport, PrefillEngine};
 use serde::{Deserialize, Serialize};
@@ -17,11 +16,15 @@ use tokio::sync::mpsc;
 
 use crate::nics::NicChoice;
 use crate::share;
+use crate::terms::Terms;
+use crate::worker::{Census, Worker};
 
 /// Everything that a rank is told at its start: one line of JSON on its standard input.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct RankConfig {
     pub(crate) node: NodeId,
+    /// How often its process was started before.
+    pub(crate) life: u32,
     pub(crate) role: Role,
     pub(crate) group: GroupId,
     pub(crate) rank: Rank,
@@ -41,6 +44,7 @@ pub(crate) struct RankConfig {
     pub(crate) seed: u64,
     /// NIC threads of the whole cluster, all on this machine.
     pub(crate) nic_threads: usize,
+    pub(crate) terms: Terms,
     /// The scheduler's control address; known once it listens.
     pub(crate) scheduler: String,
 }
@@ -51,8 +55,14 @@ impl RankConfig {
         name(self.role, self.number)
     }
 
+    /// Memory regions of its pool that hold anything.
+    pub(crate) fn regions(&self) -> usize {
+        let layout = self.geometry.shard(self.rank).map(|shard| shard.layout(&self.blocks));
+        layout.map_or(0, |layout| layout.regions.iter().filter(|bytes| **bytes > 0).count())
+    }
+
     /// What its pool is called in `/proc/<pid>/maps`.
-    fn pool_name(&self) -> String {
+    pub(crate) fn pool_name(&self) -> String {
         pool_name(self.role, self.number)
     }
 }
@@ -96,8 +106,10 @@ pub(crate) struct RankReport {
     pub(crate) expected_bytes: u64,
     /// The engine has nothing to do at the moment.
     pub(crate) idle: bool,
-    /// Foreign pools that are mapped here, all of them without the right to write.
-    pub(crate) mapped: Vec<String>,
+    /// How often its node was declared lost and started again; what earlier incarnations checked is in all sums.
+    pub(crate) restarts: u32,
+    /// In answers only.
+    pub(crate) census: Option<Census>,
     pub(crate) engine: EngineReport,
 }
 
@@ -105,8 +117,6 @@ pub(crate) struct RankReport {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub(crate) enum RankError {
-    #[error("its configuration cannot be read: {0}")]
-    Config(String),
     #[error("its part of the model is impossible: {0}")]
     Shape(#[from] kvferry::GeometryError),
     #[error(transparent)]
@@ -119,56 +129,81 @@ pub(crate) enum RankError {
     Node(#[from] NodeError),
     #[error("it has no runtime: {0}")]
     Runtime(std::io::Error),
-    #[error("its node has stopped: an actor panicked, or the directory refused it")]
+    #[error("its node has stopped: an actor panicked")]
     NodeStopped,
 }
 
-/// A rank in a process of its own.
-pub(crate) fn process() -> ExitCode {
-    // A parent that was killed leaves no ranks behind; one that ends otherwise closes the standard input.
-    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
-    let mut say = |said: Said| {
-        let mut out = std::io::stdout().lock();
-        let line = serde_json::to_string(&said).unwrap_or_default();
-        // Nobody listens any more: the end of the orders follows.
-        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
-    };
-    let mut first = String::new();
-    let config = match std::io::stdin().lock().read_line(&mut first) {
-        Ok(_) => serde_json::from_str(&first).map_err(|error| RankError::Config(error.to_string())),
-        Err(error) => Err(RankError::Config(error.to_string())),
-    };
-    let (order, orders) = mpsc::unbounded_channel();
-    let reader = std::thread::Builder::new().name("orders".to_owned()).spawn(move || {
-        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            if let Ok(given) = serde_json::from_str::<Order>(&line)
-                && order.send(given).is_err()
-            {
-                return;
-            }
-        }
-    });
-    let ended = match reader {
-        Ok(_) => config.and_then(|config| run(config, orders, &mut say)),
-        Err(error) => Err(RankError::Runtime(error)),
-    };
-    match ended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            say(Said::Failed(error.to_string()));
-            ExitCode::FAILURE
-        }
+/// What runs as `--rank-worker`.
+pub(crate) struct RankWorker;
+
+impl Worker for RankWorker {
+    type Config = RankConfig;
+    type Order = Order;
+    type Said = Said;
+    type Error = RankError;
+
+    fn failed(reason: String) -> Said {
+        Said::Failed(reason)
+    }
+
+    fn run(
+        config: RankConfig,
+        orders: mpsc::UnboundedReceiver<Order>,
+        say: &mut dyn FnMut(Said),
+    ) -> Result<(), RankError> {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(RankError::Runtime)?;
+        runtime.block_on(live(&config, orders, say))
     }
 }
 
-/// Serves until the orders end. Blocks its thread.
-pub(crate) fn run(
-    config: RankConfig,
-    orders: mpsc::UnboundedReceiver<Order>,
+/// One incarnation after another, all over the same pool.
+async fn live(
+    config: &RankConfig,
+    mut orders: mpsc::UnboundedReceiver<Order>,
     say: &mut dyn FnMut(Said),
 ) -> Result<(), RankError> {
     let shard = config.geometry.shard(config.rank)?;
     let pool = Pool::allocate(PoolId(0), shard.layout(&config.blocks), &config.pool_name())?;
+    let mut report = RankReport::default();
+    loop {
+        let mut worker = start(config, report.restarts, pool.clone()).await?;
+        let past = std::mem::take(&mut report.engine);
+        let ledger = Ledger { shard: shard.clone(), config, placed: BTreeMap::new(), past, report };
+        let engine = make_engine(config, pool.clone())?;
+        let mut runner = Runner { port: worker.port(), engine, ledger, pool: pool.clone() };
+        let ended = runner.serve(&mut worker, &mut orders, say).await;
+        // Peers see this incarnation end; a thread that hangs does not keep the process.
+        let _ = tokio::time::timeout(Duration::from_secs(10), worker.shutdown()).await;
+        match ended? {
+            Ended::Told => return Ok(()),
+            Ended::Lost => report = runner.close(),
+        }
+        // Whoever refuses this node again and again is not asked all the time.
+        tokio::time::sleep(REST).await;
+    }
+}
+
+/// Between two incarnations.
+const REST: Duration = Duration::from_millis(20);
+
+async fn start(config: &RankConfig, restarts: u32, pool: Pool) -> Result<WorkerNode, RankError> {
+    let nics = config.nics.iter().map(NicChoice::select).collect::<Result<Vec<_>, _>>()?;
+    let scheduler = (NodeId(0), config.scheduler.clone());
+    let geometry = Arc::clone(&config.geometry);
+    let mut worker =
+        WorkerConfig::new(config.role, config.group, config.rank, geometry, config.blocks.clone(), scheduler);
+    worker.handovers_max = config.handovers_max;
+    worker.direction = config.direction;
+    worker.host = config.host.clone();
+    // Every process begins beyond what the one before it can have come to.
+    let epoch = Epoch((u64::from(config.life) << 16) + u64::from(restarts) + 1);
+    let mut node = NodeConfig::new(config.node, epoch);
+    config.terms.apply(&mut node);
+    Ok(WorkerNode::start(node, worker, pool, nics, ThreadOptions::for_nic_threads(config.nic_threads)).await?)
+}
+
+fn make_engine(config: &RankConfig, pool: Pool) -> Result<Box<dyn Engine>, RankError> {
     let engine = EngineConfig {
         geometry: Arc::clone(&config.geometry),
         rank: config.rank,
@@ -178,30 +213,18 @@ pub(crate) fn run(
         // Ranks of a group have different tables, too.
         seed: config.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(config.node.0),
     };
-    let engine: Box<dyn Engine> = match config.role {
-        Role::Prefill => Box::new(PrefillEngine::new(engine, pool.clone())?),
-        Role::Decode => Box::new(DecodeEngine::new(engine, pool.clone())?),
-    };
-    let nics = config.nics.iter().map(NicChoice::select).collect::<Result<Vec<_>, _>>()?;
-    let scheduler = (NodeId(0), config.scheduler.clone());
-    let geometry = Arc::clone(&config.geometry);
-    let mut worker =
-        WorkerConfig::new(config.role, config.group, config.rank, geometry, config.blocks.clone(), scheduler);
-    worker.handovers_max = config.handovers_max;
-    worker.direction = config.direction;
-    worker.host = config.host.clone();
-    let threads = ThreadOptions::for_nic_threads(config.nic_threads);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(RankError::Runtime)?;
-    runtime.block_on(async {
-        let node = NodeConfig::new(config.node, Epoch(1));
-        let mut worker = WorkerNode::start(node, worker, pool.clone(), nics, threads).await?;
-        let ledger = Ledger { shard, config: &config, placed: BTreeMap::new(), report: RankReport::default() };
-        let ended =
-            Runner { port: worker.port(), engine, ledger, pool: pool.clone() }.serve(&mut worker, orders, say).await;
-        // Peers see this incarnation end; a thread that hangs does not keep the process.
-        let _ = tokio::time::timeout(Duration::from_secs(10), worker.shutdown()).await;
-        ended
+    Ok(match config.role {
+        Role::Prefill => Box::new(PrefillEngine::new(engine, pool)?),
+        Role::Decode => Box::new(DecodeEngine::new(engine, pool)?),
     })
+}
+
+/// How an incarnation ended.
+enum Ended {
+    /// As it was told to.
+    Told,
+    /// The others had declared it lost.
+    Lost,
 }
 
 /// Carries calls to the engine and its answers back.
@@ -214,11 +237,15 @@ struct Runner<'a> {
 
 impl Runner<'_> {
     async fn serve(
-        mut self,
+        &mut self,
         worker: &mut WorkerNode,
-        mut orders: mpsc::UnboundedReceiver<Order>,
+        orders: &mut mpsc::UnboundedReceiver<Order>,
         say: &mut dyn FnMut(Said),
-    ) -> Result<(), RankError> {
+    ) -> Result<Ended, RankError> {
+        let (_keep, nothing) = mpsc::unbounded_channel();
+        let mut events = worker.events().unwrap_or(nothing);
+        let node = self.ledger.config.node;
+        let mut lost = false;
         // The first report says that the engine has been over its pool.
         let mut news = true;
         loop {
@@ -230,10 +257,13 @@ impl Runner<'_> {
                 match order {
                     Order::Report => self.answer(say, false),
                     Order::Audit => self.audit(say),
-                    Order::Stop => return Ok(()),
+                    Order::Stop => return Ok(Ended::Told),
                 }
             }
-            let Runner { port, engine, ledger, .. } = &mut self;
+            while let Ok(event) = events.try_recv() {
+                lost |= matches!(event, Event::NodeLost { node: gone, .. } if gone == node);
+            }
+            let Runner { port, engine, ledger, .. } = self;
             if engine.work(&mut |event| ledger.emit(port, event)) {
                 news = true;
                 continue;
@@ -248,15 +278,39 @@ impl Runner<'_> {
                         news = true;
                         self.handle(call);
                     }
-                    None => return Err(RankError::NodeStopped),
+                    None => {
+                        while let Ok(event) = events.try_recv() {
+                            lost |= matches!(event, Event::NodeLost { node: gone, .. } if gone == node);
+                        }
+                        return if lost { Ok(Ended::Lost) } else { Err(RankError::NodeStopped) };
+                    }
                 },
                 order = orders.recv() => match order {
                     Some(Order::Report) => self.answer(say, true),
                     Some(Order::Audit) => self.audit(say),
-                    Some(Order::Stop) | None => return Ok(()),
+                    Some(Order::Stop) | None => return Ok(Ended::Told),
                 },
             }
         }
+    }
+
+    /// After the end of a node that was lost, when nothing touches the pool any more: what was delivered is checked to the end, and what
+    /// holds nothing must not have been written. The blocks of everything else belong to nobody then. Returns the sums.
+    fn close(mut self) -> RankReport {
+        while self.engine.work(&mut |_| {}) {}
+        self.engine.audit();
+        let report = self.report(false);
+        let engine = EngineReport {
+            blocks: 0,
+            free_blocks: 0,
+            cached_blocks: 0,
+            held_blocks: 0,
+            quarantined_blocks: 0,
+            held_requests: 0,
+            queued_requests: 0,
+            ..report.engine
+        };
+        RankReport { restarts: report.restarts + 1, engine, ..report }
     }
 
     fn handle(&mut self, call: EngineCall) {
@@ -279,12 +333,14 @@ impl Runner<'_> {
     fn answer(&mut self, say: &mut dyn FnMut(Said), idle: bool) {
         self.ledger.report.answered += 1;
         let mut report = self.report(idle);
-        report.mapped = mapped_pools(&self.ledger.config.pool_name());
+        report.census = Some(Census::take(&self.ledger.config.pool_name()));
         say(Said::Report(Box::new(report)));
     }
 
     fn report(&self, idle: bool) -> RankReport {
-        RankReport { engine: self.engine.report(), idle, ..self.ledger.report.clone() }
+        let mut engine = self.engine.report();
+        engine.merge(&self.ledger.past);
+        RankReport { engine, idle, ..self.ledger.report.clone() }
     }
 }
 
@@ -294,6 +350,8 @@ struct Ledger<'a> {
     shard: Shard,
     /// Tokens of a handover, and how many of them were here before.
     placed: BTreeMap<HandoverId, (u64, u64)>,
+    /// What the engines of earlier incarnations found.
+    past: EngineReport,
     report: RankReport,
 }
 
@@ -322,20 +380,4 @@ impl Ledger<'_> {
         }
         port.tell(event);
     }
-}
-
-/// Foreign pools in this process's address space. A mapping that could be written is never ours to have, so it is not listed.
-fn mapped_pools(own: &str) -> Vec<String> {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let mut pools: Vec<String> = maps
-        .lines()
-        .filter(|line| line.split_whitespace().nth(1).is_some_and(|rights| rights.starts_with("r--")))
-        .filter_map(|line| line.split_once("memfd:"))
-        .filter_map(|(_, name)| name.split_whitespace().next())
-        .filter(|name| name.starts_with("kv-") && *name != own)
-        .map(str::to_owned)
-        .collect();
-    pools.sort();
-    pools.dedup();
-    pools
 }

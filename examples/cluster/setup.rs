@@ -4,10 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvferry::{
-    GroupGeometry, GroupId, KvPlacement, LeastLoaded, LongestHeldPrefix, Model, NodeId, PairPlan, PlanePlacement,
-    Policy, Rank, RequestSpec, Role,
-};
+use kvferry::{GroupGeometry, GroupId, KvPlacement, Model, NodeId, PairPlan, PlanePlacement, Rank, RequestSpec, Role};
 
 use crate::error::UsageError;
 use crate::fault::{Action, Fault};
@@ -15,6 +12,7 @@ use crate::nics;
 use crate::options::{Options, PolicyName};
 use crate::rank::RankConfig;
 use crate::side::Side;
+use crate::terms::Terms;
 use crate::workload::{self, number};
 
 const DEFAULT_MODEL: &str = "llama-3.1-8b";
@@ -22,6 +20,10 @@ const RANKS_MAX: u64 = 256;
 /// Of the largest request, when `blocks` is not given.
 const REQUESTS_PER_POOL: u64 = 3;
 const CONCURRENCY_PER_GROUP: u64 = 4;
+/// Less than this is scheduling noise.
+const SILENCE_MIN: u64 = 120;
+const LEASE_MIN: u64 = 300;
+const MILLISECONDS_MAX: u64 = 600_000;
 
 /// A cluster that can be.
 pub(crate) struct Setup {
@@ -31,6 +33,9 @@ pub(crate) struct Setup {
     pub(crate) prefill: Side,
     pub(crate) decode: Side,
     pub(crate) faults: Vec<Fault>,
+    /// Ranks that were killed come back.
+    pub(crate) restart: bool,
+    pub(crate) terms: Terms,
     pub(crate) policy: PolicyName,
     pub(crate) concurrency: usize,
     pub(crate) in_process: bool,
@@ -67,9 +72,19 @@ impl Setup {
             .transpose()?;
         let nics = nics::choose(&options.transport, options.devices.as_deref())?;
         let counts = (prefill.ranks(), decode.ranks());
-        let kills = options.kill.iter().map(|value| Fault::parse(Action::Kill, value, counts, options.in_process));
-        let stops = options.stop.iter().map(|value| Fault::parse(Action::Stop, value, counts, options.in_process));
-        let faults = kills.chain(stops).collect::<Result<Vec<_>, _>>()?;
+        let faults =
+            [(Action::Kill, &options.kill), (Action::Stop, &options.stop), (Action::Pause(None), &options.pause)]
+                .into_iter()
+                .flat_map(|(action, values)| values.iter().map(move |value| (action, value)))
+                .map(|(action, value)| Fault::parse(action, value, counts, options.in_process))
+                .collect::<Result<Vec<_>, _>>()?;
+        let milliseconds = |option, given: Option<u64>, least| {
+            given.map(|given| number(option, Some(given), given, least, MILLISECONDS_MAX)).transpose()
+        };
+        let terms = Terms {
+            silence_ms: milliseconds("silence", options.silence, SILENCE_MIN)?,
+            lease_ms: milliseconds("lease", options.lease, LEASE_MIN)?,
+        };
 
         if let Some(rank) = options.corrupt.filter(|rank| *rank >= counts.1) {
             let (value, last) = (rank.to_string(), counts.1.saturating_sub(1));
@@ -85,6 +100,7 @@ impl Setup {
                     let host = u64::from(rank) * u64::from(side.nodes) / u64::from(side.geometry.ranks());
                     configs.push(RankConfig {
                         node: NodeId(configs.len() as u64 + 1),
+                        life: 0,
                         role: side.role,
                         group,
                         rank: Rank(rank),
@@ -100,6 +116,7 @@ impl Setup {
                         corrupt: side.role == Role::Decode && options.corrupt == Some(number),
                         seed: options.seed,
                         nic_threads: nics.len() * ranks as usize,
+                        terms,
                         scheduler: String::new(),
                     });
                     number += 1;
@@ -122,6 +139,8 @@ impl Setup {
             prefill,
             decode,
             faults,
+            restart: options.restart,
+            terms,
             policy,
             concurrency: concurrency as usize,
             in_process: options.in_process,
@@ -133,14 +152,6 @@ impl Setup {
     /// Groups of both sides.
     pub(crate) fn groups(&self) -> usize {
         self.prefill.groups as usize + self.decode.groups as usize
-    }
-
-    /// The scheduler's policy.
-    pub(crate) fn make_policy(&self) -> Box<dyn Policy> {
-        match self.policy {
-            PolicyName::LeastLoaded => Box::new(LeastLoaded),
-            PolicyName::LongestPrefix => Box::new(LongestHeldPrefix::default()),
-        }
     }
 
     /// A rank of a group as reports number it.

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use kvferry::{Direction, FailReason, Finished, HandoverError, Outcome, PathReport, Role, TransportKind};
+use kvferry::{Direction, FailReason, Finished, Outcome, PathReport, Role, TransportKind};
 use kvferry_synthetic::EngineReport;
 use serde::Serialize;
 
-use crate::drive::Record;
+use crate::cluster::Record;
 use crate::rank::{RankConfig, name, pool_name};
 use crate::setup::Setup;
 
@@ -94,34 +94,33 @@ impl Verdict {
                     verdict.failed += 1;
                     verdict.failures.push(Failure { request, reason: describe(setup, reason) });
                 }
-                Some(Err(error)) => {
+                Some(Err(refusal)) => {
                     verdict.failed += 1;
-                    let reason = match error {
-                        HandoverError::Refused(refusal) => format!("refused: {refusal}"),
-                        other => other.to_string(),
-                    };
-                    verdict.failures.push(Failure { request, reason });
+                    verdict.failures.push(Failure { request, reason: format!("refused: {refusal}") });
                 }
                 None => {}
             }
         }
         let moved: u64 = paths.values().map(|(bytes, _)| *bytes).fold(0, u64::saturating_add);
-        let (mut expected, mut gone) = (0u64, Vec::new());
+        // Decode ranks that have perhaps not checked, or not told, all that they got.
+        let (mut expected, mut hurt) = (0u64, Vec::new());
         for (config, rank) in setup.ranks.iter().zip(&record.ranks) {
-            let engine = &rank.report.engine;
-            verdict.verified_bytes += engine.verified_bytes;
-            verdict.mismatched_bytes += engine.mismatched_bytes;
-            expected += rank.report.expected_bytes;
-            if let Some(first) = &engine.first_mismatch {
-                complaints.push(format!("{}: {first}", config.name()));
+            for report in rank.before.iter().chain([&rank.report]) {
+                let engine = &report.engine;
+                verdict.verified_bytes += engine.verified_bytes;
+                verdict.mismatched_bytes += engine.mismatched_bytes;
+                expected += report.expected_bytes;
+                if let Some(first) = &engine.first_mismatch {
+                    complaints.push(format!("{}: {first}", config.name()));
+                }
+            }
+            if rank.hurt && config.role == Role::Decode {
+                hurt.push(config.name());
             }
             if rank.gone {
-                // What a lost prefill rank had checked changes no sum of the decode side.
-                if config.role == Role::Decode {
-                    gone.push(config.name());
-                }
                 continue;
             }
+            let engine = &rank.report.engine;
             verdict.leaked_blocks += engine.leaked_blocks + engine.held_blocks;
             verdict.quarantined_blocks += engine.quarantined_blocks;
             complaints.extend(unlike(&config.name(), rank.report.expected_bytes, engine));
@@ -134,19 +133,21 @@ impl Verdict {
             Quantiles { p50: quantile(&waits, 50), p99: quantile(&waits, 99), max: quantile(&waits, 100) };
         verdict.paths = paths.into_iter().map(|(key, sums)| key.path(sums, setup, record)).collect();
         let mut sums = Vec::new();
-        if gone.is_empty() {
+        if hurt.is_empty() && !record.scheduler_hurt {
             sums.extend([("were verified", verdict.verified_bytes), ("were asked for", expected)]);
         } else if verdict.verified_bytes < verdict.bytes {
-            // A rank that was killed has perhaps not checked, or not told, all that it got.
+            let missing = verdict.bytes - verdict.verified_bytes;
+            if hurt.is_empty() {
+                complaints.push(format!("{missing} of {} delivered bytes were not checked by anybody", verdict.bytes));
+            }
             verdict.notes.push(format!(
-                "{} of {} delivered bytes were on {}, which did not live to tell that they were checked",
-                verdict.bytes - verdict.verified_bytes,
+                "{missing} of {} delivered bytes were on {}, which did not live to tell that they were checked",
                 verdict.bytes,
-                gone.join(", ")
+                hurt.join(", ")
             ));
         }
         // What moved is known from the decode leaders' reports, whoever died afterwards.
-        if gone.is_empty() || !setup.reuse_prefix {
+        if (hurt.is_empty() && !record.scheduler_hurt) || !setup.reuse_prefix {
             sums.push(("were moved", moved));
         }
         for (what, bytes) in sums {
@@ -154,8 +155,9 @@ impl Verdict {
                 complaints.push(format!("{bytes} bytes {what}, delivered requests need {}", verdict.bytes));
             }
         }
-        if gone.is_empty() && verdict.failed > 0 && setup.faults.is_empty() {
-            complaints.push(format!("{} requests failed, and no --kill or --stop explains it", verdict.failed));
+        if verdict.failed > 0 && setup.faults.is_empty() {
+            complaints
+                .push(format!("{} requests failed, and no --kill, --stop or --pause explains it", verdict.failed));
         }
         if verdict.mismatched_bytes > 0 {
             complaints.push(format!("{} bytes are not what they have to be", verdict.mismatched_bytes));
@@ -237,7 +239,8 @@ impl PathKey {
         let destination = setup.ranks.iter().position(|rank| rank.role == Role::Decode && rank.number == self.to);
         let mapped = destination
             .and_then(|index| record.ranks.get(index))
-            .is_some_and(|rank| rank.report.mapped.contains(&pool));
+            .and_then(|rank| rank.census.as_ref())
+            .is_some_and(|census| census.mapped.contains(&pool));
         let seen = if mapped {
             format!("memfd:{pool} is mapped read-only at the destination")
         } else {

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 use super::{FailReason, Message, Outcome, OutcomeReport, PathReport, PrefillJob, PrefillView, Refusal, RequestSpec};
 use crate::{
@@ -344,7 +345,7 @@ pub enum Event {
 }
 
 /// The scheduler's last word on a request.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Finished {
     /// Which request.
     pub request: RequestId,

@@ -1,0 +1,156 @@
+//! The scheduler: its node, and the requests that the parent submits to it. The same code in a process of its own and on a thread.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use kvferry::{
+    Epoch, Event, Finished, GroupId, Handover, HandoverError, LeastLoaded, LongestHeldPrefix, NodeConfig, NodeError,
+    NodeId, Policy, Refusal, RequestId, RequestSpec, SchedulerNode, SchedulerTerms,
+};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::options::PolicyName;
+use crate::terms::Terms;
+use crate::worker::{Census, Worker};
+
+/// Everything that the scheduler is told at its start: one line of JSON on its standard input.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct SchedulerConfig {
+    pub(crate) epoch: Epoch,
+    /// Where its control listener is: any port at first, afterwards the one that ranks know.
+    pub(crate) listen: String,
+    pub(crate) policy: PolicyName,
+    pub(crate) terms: Terms,
+}
+
+/// What it is told later. The end of the orders means `Stop`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Order {
+    Submit(RequestSpec),
+    /// Say what you hold.
+    Report,
+    /// End.
+    Stop,
+}
+
+/// What it says: one line of JSON each.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Said {
+    /// It listens.
+    Listening {
+        address: String,
+    },
+    /// What happened, as far as the parent needs to know.
+    GroupReady {
+        group: GroupId,
+    },
+    Started,
+    NodeLost {
+        node: NodeId,
+        cause: String,
+    },
+    /// A request is over.
+    Finished {
+        request: RequestId,
+        end: Result<Finished, Refusal>,
+    },
+    /// The answer to `Report`.
+    Report {
+        census: Census,
+    },
+    /// It cannot go on.
+    Failed(String),
+}
+
+/// Why it cannot be or go on.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub(crate) enum SchedulerError {
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    #[error("it has no runtime: {0}")]
+    Runtime(std::io::Error),
+    #[error("its node has stopped: an actor panicked")]
+    NodeStopped,
+}
+
+/// What runs as `--scheduler-worker`.
+pub(crate) struct SchedulerWorker;
+
+impl Worker for SchedulerWorker {
+    type Config = SchedulerConfig;
+    type Order = Order;
+    type Said = Said;
+    type Error = SchedulerError;
+
+    fn failed(reason: String) -> Said {
+        Said::Failed(reason)
+    }
+
+    fn run(
+        config: SchedulerConfig,
+        orders: mpsc::UnboundedReceiver<Order>,
+        say: &mut dyn FnMut(Said),
+    ) -> Result<(), SchedulerError> {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(SchedulerError::Runtime)?;
+        runtime.block_on(serve(config, orders, say))
+    }
+}
+
+type Ended = (RequestId, Result<Finished, HandoverError>);
+
+async fn serve(
+    config: SchedulerConfig,
+    mut orders: mpsc::UnboundedReceiver<Order>,
+    say: &mut dyn FnMut(Said),
+) -> Result<(), SchedulerError> {
+    let mut node = NodeConfig::new(NodeId(0), config.epoch);
+    node.listen = config.listen;
+    config.terms.apply(&mut node);
+    let terms = SchedulerTerms { leases: node.leases, ..SchedulerTerms::default() };
+    let scheduler = SchedulerNode::start(node, terms, policy(config.policy)).await?;
+    let (_keep, nothing) = mpsc::unbounded_channel();
+    let mut events = scheduler.events().unwrap_or(nothing);
+    say(Said::Listening { address: scheduler.address().to_owned() });
+    let mut handovers: JoinSet<Ended> = JoinSet::new();
+    loop {
+        tokio::select! {
+            order = orders.recv() => match order {
+                Some(Order::Submit(spec)) => {
+                    let handover: Handover = scheduler.submit(spec).await;
+                    handovers.spawn(ended(handover));
+                }
+                Some(Order::Report) => say(Said::Report { census: Census::take("") }),
+                Some(Order::Stop) | None => break,
+            },
+            Some(event) = events.recv() => match event {
+                Event::GroupReady { group } => say(Said::GroupReady { group }),
+                Event::Started { .. } => say(Said::Started),
+                Event::NodeLost { node, cause } => say(Said::NodeLost { node, cause }),
+                _ => {}
+            },
+            Some(Ok((request, end))) = handovers.join_next() => match end {
+                Ok(finished) => say(Said::Finished { request, end: Ok(finished) }),
+                Err(HandoverError::Refused(refusal)) => say(Said::Finished { request, end: Err(refusal) }),
+                Err(_) => return Err(SchedulerError::NodeStopped),
+            },
+        }
+    }
+    scheduler.shutdown().await;
+    Ok(())
+}
+
+fn ended(handover: Handover) -> Pin<Box<dyn Future<Output = Ended> + Send>> {
+    Box::pin(async move { (handover.request(), handover.await) })
+}
+
+fn policy(name: PolicyName) -> Box<dyn Policy> {
+    match name {
+        PolicyName::LeastLoaded => Box::new(LeastLoaded),
+        PolicyName::LongestPrefix => Box::new(LongestHeldPrefix::default()),
+    }
+}
