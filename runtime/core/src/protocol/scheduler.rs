@@ -439,7 +439,10 @@ impl Scheduler {
             return;
         }
         self.outbox.send(from, Message::OutcomesKnown { handovers: vec![report.handover] });
-        let Some(request) = self.handovers.remove(&report.handover) else { return };
+        let Some(request) = self.handovers.remove(&report.handover) else {
+            self.delivered_after_all(now, from, report);
+            return;
+        };
         let Some(known) = self.requests.get_mut(&request) else { return };
         let Stage::Paired { group, offer, decode, handover } = known.stage.clone() else { return };
         if handover != report.handover {

@@ -8,4 +8,5 @@ mod leaders;
 mod prefill;
 mod prefill_ends;
 mod scheduler;
+mod scheduler_adopt;
 mod scheduler_faults;

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::{Held, Request, Scheduler, Stage};
+use crate::protocol::scheduler_group::DecodeGroup;
 use crate::protocol::{
-    Deadline, Event, FailReason, Message, OfferSummary, Pairing, PrefillView, Refusal, RequestSpec, StandingHandovers,
-    StandingOffer,
+    Deadline, Event, FailReason, Message, OfferSummary, OutcomeReport, Pairing, PrefillView, Refusal, RequestSpec,
+    StandingHandovers, StandingOffer,
 };
 use crate::{GroupId, HandoverId, Moment, NodeId, RequestId};
 
@@ -69,19 +70,25 @@ impl Scheduler {
             self.outbox.event(Event::Ignored { from, what: "handovers of a node that leads no decode group" });
             return;
         };
+        let held: BTreeSet<HandoverId> = standing.held.iter().map(|(handover, ..)| *handover).collect();
         for (handover, spec, delivered) in standing.held {
             self.adopt_held(group, handover, spec, delivered);
         }
         for (pairing, report) in standing.decided {
-            if report.outcome.is_delivered() && self.adopt_pairing(now, group, &pairing) {
+            if report.outcome.is_delivered() && self.adopt_pairing(now, group, &pairing, true) {
+                let handover = report.handover;
                 self.outcome(now, from, report);
+                // Its blocks went back before this scheduler was met: nobody will say so again.
+                if !held.contains(&handover) {
+                    self.freed(now, from, handover);
+                }
             } else {
                 self.outbox.send(from, Message::OutcomesKnown { handovers: vec![report.handover] });
             }
         }
         for pairing in standing.under_way {
             let (handover, request) = (pairing.handover, pairing.spec.request);
-            if !self.adopt_pairing(now, group, &pairing) {
+            if !self.adopt_pairing(now, group, &pairing, false) {
                 let newer = match self.requests.get(&request).map(|known| &known.stage) {
                     Some(Stage::Paired { handover, .. }) => *handover,
                     _ => HandoverId(self.next_handover),
@@ -104,8 +111,9 @@ impl Scheduler {
         }
     }
 
-    /// Whether the handover is what this scheduler wants of its request.
-    fn adopt_pairing(&mut self, now: Moment, decode: GroupId, pairing: &Pairing) -> bool {
+    /// Whether the handover is what this scheduler wants of its request: rather than a new prefill of a request that was asked for again before
+    /// this was announced, and if it was delivered, rather than any other handover.
+    fn adopt_pairing(&mut self, now: Moment, decode: GroupId, pairing: &Pairing, delivered: bool) -> bool {
         let (request, handover) = (pairing.spec.request, pairing.handover);
         if self.handovers.get(&handover) == Some(&request) {
             return true;
@@ -115,14 +123,16 @@ impl Scheduler {
             Some(known) => {
                 known.spec == pairing.spec
                     && match &known.stage {
-                        Stage::Queued => true,
-                        Stage::Offered { group, .. } => *group == pairing.source,
-                        Stage::Prefilling { .. } | Stage::Paired { .. } => false,
+                        Stage::Queued | Stage::Prefilling { .. } | Stage::Offered { .. } => true,
+                        Stage::Paired { handover: other, .. } => delivered || handover > *other,
                     }
             }
         };
         if !wanted {
             return false;
+        }
+        if let Some(group) = self.supersede(request, handover).filter(|group| *group != pairing.source) {
+            self.release_from(group, request, pairing.spec.tokens, PrefillView::Ended);
         }
         if let Some(group) = self.decode.get_mut(&decode) {
             group.adopt(handover, &pairing.spec);
@@ -136,6 +146,40 @@ impl Scheduler {
         self.outbox.event(Event::Paired { request, handover, group: decode });
         self.renew_at = Some(now);
         true
+    }
+
+    /// Stops the handover that a request was given here, for another one. Says which prefill group has the request.
+    fn supersede(&mut self, request: RequestId, newer: HandoverId) -> Option<GroupId> {
+        let known = self.requests.get(&request)?;
+        match known.stage.clone() {
+            Stage::Queued => None,
+            Stage::Prefilling { group } | Stage::Offered { group, .. } => Some(group),
+            Stage::Paired { group, decode, handover, .. } => {
+                let spec = known.spec.clone();
+                self.handovers.remove(&handover);
+                self.adopt_held(decode, handover, spec, false);
+                if let Some(leader) = self.decode.get(&decode).and_then(DecodeGroup::leader) {
+                    let reason = Some(FailReason::Refused(Refusal::Superseded { request, newer }));
+                    self.outbox.send(leader, Message::Abort { handover, reason });
+                }
+                Some(group)
+            }
+        }
+    }
+
+    /// A handover was delivered although another one of its request had been preferred: that is what was wanted, sooner.
+    pub(super) fn delivered_after_all(&mut self, now: Moment, from: NodeId, report: OutcomeReport) {
+        let Some(held) = self.held.get_mut(&report.handover).filter(|_| report.outcome.is_delivered()) else { return };
+        if !self.decode.get(&held.group).is_some_and(|group| group.is_led_by(from)) {
+            return;
+        }
+        held.delivered = true;
+        let spec = held.spec.clone();
+        if self.requests.get(&spec.request).is_some_and(|known| known.spec == spec) {
+            self.supersede(spec.request, report.handover);
+            self.finish(now, spec.request, report.outcome, Some(report.at), report.paths);
+            self.pump(now);
+        }
     }
 
     /// A request that somebody announces, as it is known or as an adopted one.

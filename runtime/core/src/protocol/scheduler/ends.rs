@@ -170,8 +170,13 @@ impl Scheduler {
             Stage::Queued => return,
             Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. } => *group,
         };
+        let tokens = known.spec.tokens;
+        self.release_from(group, request, tokens, view);
+    }
+
+    pub(super) fn release_from(&mut self, group: GroupId, request: RequestId, tokens: u64, view: PrefillView) {
         if let Some(group) = self.prefill.get_mut(&group)
-            && group.release(request, known.spec.tokens)
+            && group.release(request, tokens)
             && let Some(leader) = group.leader()
         {
             self.outbox.send(leader, Message::Release { request, view });

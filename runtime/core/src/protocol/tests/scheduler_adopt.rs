@@ -1,0 +1,301 @@
+//! The scheduler that has started again: what leaders announce to it, in every order, and the clients that ask again.
+
+use super::kit::*;
+use super::scheduler::*;
+use crate::protocol::{
+    Command, Event, FailReason, LeastLoaded, Message, OfferSummary, Outcome, OutcomeReport, Pairing, PrefillView,
+    Refusal, RequestSpec, Role, Scheduler, SchedulerTerms, StandingHandovers, StandingOffer, Submitted,
+};
+use crate::{GroupId, HandoverId, RequestId};
+
+/// The first handover of the new scheduler.
+const NEW: u64 = 1_000;
+
+fn restarted(prefill: u64, decode: u64) -> Fixture {
+    let scheduler = Scheduler::new(SchedulerTerms::default(), Box::new(LeastLoaded), NEW);
+    let mut fixture = Fixture { scheduler };
+    for node in 0..prefill {
+        fixture.join(node, Role::Prefill);
+    }
+    for node in 10..10 + decode {
+        fixture.join(node, Role::Decode);
+    }
+    fixture.commands();
+    fixture.events();
+    fixture
+}
+
+fn offers(request: u64, steps: Option<Vec<u32>>) -> Message {
+    let ready_at = steps.as_ref().map(|_| at(3));
+    Message::StandingOffers(vec![StandingOffer { spec: spec(request), dp: 0, steps, ready_at }])
+}
+
+fn pairing_of(handover: u64, request: u64, source: u32) -> Pairing {
+    let (handover, source) = (HandoverId(handover), GroupId(source));
+    Pairing { handover, spec: spec(request), source, source_dp: 0, steps: vec![4] }
+}
+
+fn under_way(handover: u64, request: u64, source: u32) -> Message {
+    let under_way = vec![pairing_of(handover, request, source)];
+    Message::StandingHandovers(Box::new(StandingHandovers { under_way, ..StandingHandovers::default() }))
+}
+
+fn report(handover: u64, outcome: Outcome) -> OutcomeReport {
+    OutcomeReport { handover: HandoverId(handover), outcome, at: at(1), paths: vec![] }
+}
+
+/// A decided handover of request 1, and whether its blocks are out.
+fn decided(handover: u64, source: u32, outcome: Outcome, out: bool) -> Message {
+    let delivered = outcome.is_delivered();
+    let decided = vec![(pairing_of(handover, 1, source), report(handover, outcome))];
+    let held = if out { vec![(HandoverId(handover), spec(1), delivered)] } else { Vec::new() };
+    Message::StandingHandovers(Box::new(StandingHandovers { under_way: Vec::new(), decided, held }))
+}
+
+fn superseded(to: u64, handover: u64, newer: u64) -> Command {
+    let reason = Some(FailReason::Refused(Refusal::Superseded { request: R1, newer: HandoverId(newer) }));
+    send(to, Message::Abort { handover: HandoverId(handover), reason })
+}
+
+fn assert_quiet(fixture: &Fixture) {
+    assert!(fixture.scheduler.vitals().is_quiet(), "{:?}", fixture.scheduler.vitals());
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Step {
+    Offers,
+    Handovers,
+    Client,
+}
+
+#[test]
+fn a_handover_under_way_is_adopted_in_every_order() {
+    use Step::{Client, Handovers, Offers};
+    for order in [
+        &[Offers, Handovers][..],
+        &[Handovers, Offers],
+        &[Handovers],
+        &[Client, Offers, Handovers],
+        &[Client, Handovers, Offers],
+        &[Offers, Client, Handovers],
+        &[Handovers, Client, Offers],
+        &[Offers, Handovers, Client],
+        &[Handovers, Offers, Client],
+    ] {
+        let mut fixture = restarted(1, 2);
+        let mut said = Vec::new();
+        for step in order {
+            said.extend(match step {
+                Offers => fixture.say(0, offers(1, Some(vec![4]))),
+                Handovers => fixture.say(10, under_way(7, 1, 0)),
+                Client => {
+                    let taken = fixture.scheduler.handle_submit(at(1), spec(1));
+                    assert_eq!(taken, Ok(Submitted::Taken), "{order:?}");
+                    fixture.commands()
+                }
+            });
+        }
+        fixture.scheduler.handle_timeout(at(8));
+        said.extend(fixture.commands());
+        assert_eq!(pairs(&said), [], "{order:?}: it is paired already");
+        assert!(!said.iter().any(|command| matches!(command, Command::Send { message: Message::Abort { .. }, .. })));
+        assert_eq!(fixture.outcome(10, 7, Outcome::Delivered)[0], known(10, 7), "{order:?}");
+        assert_eq!(fixture.finished(), [(1, Outcome::Delivered)], "{order:?}");
+        let again = fixture.scheduler.handle_submit(at(9), spec(1));
+        match order.contains(&Client) {
+            true => assert_eq!(again, Ok(Submitted::Taken), "{order:?}: answered once, so this is another one"),
+            false => {
+                let Ok(Submitted::Ended(finished)) = again else { panic!("{order:?}: {again:?}") };
+                assert_eq!((finished.request, finished.outcome), (R1, Outcome::Delivered), "{order:?}");
+                fixture.freed(10, 7);
+                assert_quiet(&fixture);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_adopted_offer_rests_is_renewed_and_is_then_paired() {
+    let mut fixture = restarted(1, 1);
+    assert_eq!(fixture.say(0, offers(1, Some(vec![4]))), []);
+    assert_eq!(fixture.scheduler.poll_timeout(), Some(at(1)), "its lease has run since its last scheduler's time");
+    fixture.scheduler.handle_timeout(at(1));
+    assert_eq!(fixture.commands(), [send(0, Message::Renew { requests: vec![R1] })]);
+    let rested = at(1) + SchedulerTerms::default().adopt_after;
+    assert_eq!(fixture.scheduler.poll_timeout(), Some(rested), "its decode leader may be about to announce it");
+    fixture.scheduler.handle_timeout(rested);
+    assert_eq!(pairs(&fixture.commands()), [(10, NEW, 1)]);
+    assert_eq!(fixture.scheduler.handle_submit(at(5), spec(1)), Ok(Submitted::Taken), "this is who asked for it");
+    assert_eq!(fixture.scheduler.handle_submit(at(5), spec(1)), Err(Refusal::Duplicate(R1)), "and this is not");
+    let other = RequestSpec { tokens: TOKENS + 1, ..spec(2) };
+    fixture.say(0, offers(2, Some(vec![4])));
+    let refused = fixture.scheduler.handle_submit(at(5), other);
+    assert_eq!(refused, Err(Refusal::Duplicate(RequestId(2))), "another request under the same number");
+}
+
+#[test]
+fn a_prefill_under_way_is_adopted_and_paired_as_soon_as_it_is_offered() {
+    let mut fixture = restarted(1, 1);
+    assert_eq!(fixture.say(0, offers(1, None)), []);
+    let offered = Message::Offered(OfferSummary { request: R1, dp: 0, steps: vec![4] });
+    assert_eq!(pairs(&fixture.say(0, offered)), [(10, NEW, 1)], "nobody can have it yet");
+    fixture.outcome(10, NEW, Outcome::Delivered);
+    assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+    fixture.freed(10, NEW);
+    assert_quiet(&fixture);
+}
+
+#[test]
+fn an_offer_that_nobody_needs_is_released() {
+    let mut fixture = restarted(2, 1);
+    fixture.submit(1);
+    assert_eq!(fixture.say(1, offers(1, Some(vec![4]))), [released(1, 1, PrefillView::Ended)], "another group has it");
+    fixture.offer(0, 1);
+    fixture.outcome(10, NEW, Outcome::Delivered);
+    assert_eq!(fixture.say(1, offers(1, Some(vec![4]))), [released(1, 1, PrefillView::Ended)], "it has ended");
+    fixture.freed(10, NEW);
+    assert_quiet(&fixture);
+    fixture.events();
+    assert_eq!(fixture.say(10, offers(2, None)), [], "no prefill leader");
+    assert_eq!(fixture.say(1, under_way(7, 2, 0)), [], "no decode leader");
+    let ignored = fixture.events();
+    assert!(matches!(ignored.as_slice(), [Event::Ignored { .. }, Event::Ignored { .. }]), "{ignored:?}");
+    assert_quiet(&fixture);
+}
+
+#[test]
+fn of_two_handovers_the_newer_is_kept() {
+    for newer_first in [false, true] {
+        let mut fixture = restarted(1, 2);
+        let mut said = Vec::new();
+        for (from, handover) in if newer_first { [(11, 7), (10, 5)] } else { [(10, 5), (11, 7)] } {
+            said.extend(fixture.say(from, under_way(handover, 1, 0)));
+        }
+        assert_eq!(said, [superseded(10, 5, 7)], "newer first: {newer_first}");
+        assert_eq!(fixture.outcome(10, 5, Outcome::Cancelled), [known(10, 5)]);
+        assert_eq!(fixture.finished(), []);
+        fixture.outcome(11, 7, Outcome::Delivered);
+        assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+        fixture.freed(10, 5);
+        assert!(!fixture.scheduler.vitals().is_quiet(), "the newer one's blocks are out");
+        fixture.freed(11, 7);
+        assert_quiet(&fixture);
+    }
+}
+
+#[test]
+fn credits_that_are_out_are_out_for_the_new_scheduler_too() {
+    let mut fixture = restarted(1, 1);
+    let large = |request| RequestSpec { tokens: 40 * 16, ..spec(request) };
+    let held = vec![(HandoverId(3), large(3), true), (HandoverId(4), large(4), false)];
+    let standing = StandingHandovers { held, ..StandingHandovers::default() };
+    assert_eq!(fixture.say(10, Message::StandingHandovers(Box::new(standing))), []);
+    fixture.scheduler.handle_submit(at(1), large(1)).expect("a new request");
+    fixture.commands();
+    assert_eq!(fixture.offer(0, 1), [], "80 of 64 blocks are out");
+    assert_eq!(fixture.freed(10, 4), [], "and 40");
+    assert_eq!(pairs(&fixture.freed(10, 3)), [(10, NEW, 1)]);
+    let freed: Vec<Event> = fixture.events().into_iter().filter(|event| matches!(event, Event::Freed { .. })).collect();
+    assert_eq!(freed, [Event::Freed { request: RequestId(3) }], "what was not delivered is no news");
+}
+
+#[test]
+fn an_outcome_that_no_scheduler_has_heard_of_is_told_once() {
+    // Whether the engine has let its blocks go already or not: its credits come back.
+    for out in [true, false] {
+        let mut fixture = restarted(1, 1);
+        let said = fixture.say(10, decided(7, 0, Outcome::Delivered, out));
+        assert_eq!(said, [known(10, 7)], "no offer of it is known here yet");
+        assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+        assert_eq!(fixture.scheduler.vitals().is_quiet(), !out, "{:?}", fixture.scheduler.vitals());
+        assert_eq!(fixture.say(10, decided(7, 0, Outcome::Delivered, out)), [known(10, 7)], "said twice");
+        assert_eq!(fixture.finished(), []);
+        assert_eq!(fixture.say(0, offers(1, Some(vec![4]))), [released(0, 1, PrefillView::Ended)]);
+        let late = fixture.scheduler.handle_submit(at(2), spec(1));
+        assert!(matches!(late, Ok(Submitted::Ended(ref finished)) if finished.outcome.is_delivered()), "{late:?}");
+        if out {
+            fixture.freed(10, 7);
+        }
+        assert_quiet(&fixture);
+    }
+    // What was not delivered is tried again if anybody wants it.
+    let mut fixture = restarted(1, 1);
+    let failed = Outcome::Failed { reason: FailReason::Engine("no".into()) };
+    assert_eq!(fixture.say(10, decided(7, 0, failed, false)), [known(10, 7)]);
+    assert_eq!(fixture.finished(), []);
+    assert_quiet(&fixture);
+}
+
+#[test]
+fn a_request_that_was_asked_for_again_is_not_prefilled_for_nothing() {
+    // Its group is given it anew before its delivery, or the handover under way, is announced.
+    for delivered in [true, false] {
+        let mut fixture = restarted(2, 1);
+        assert_eq!(jobs(&fixture.submit(1)), [(0, 1)]);
+        let announced = if delivered { decided(7, 1, Outcome::Delivered, true) } else { under_way(7, 1, 1) };
+        let said = fixture.say(10, announced);
+        assert_eq!(said[0], released(0, 1, PrefillView::Ended), "{said:?}");
+        if !delivered {
+            fixture.outcome(10, 7, Outcome::Delivered);
+        }
+        assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+        assert_eq!(fixture.offer(0, 1), [], "too late");
+        fixture.freed(10, 7);
+        assert_quiet(&fixture);
+    }
+    // Even another handover is stopped for one that was delivered.
+    let mut fixture = restarted(1, 2);
+    fixture.submit(1);
+    assert_eq!(pairs(&fixture.offer(0, 1)), [(10, NEW, 1)]);
+    let said = fixture.say(11, decided(7, 0, Outcome::Delivered, true));
+    assert_eq!(said, [superseded(10, NEW, 7), known(11, 7), released(0, 1, PrefillView::Confirmed)]);
+    assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+    assert_eq!(fixture.outcome(10, NEW, Outcome::Delivered), [known(10, NEW)], "answered once");
+    fixture.freed(11, 7);
+    fixture.freed(10, NEW);
+    assert_eq!(fixture.finished(), []);
+    assert_quiet(&fixture);
+}
+
+#[test]
+fn a_handover_that_was_delivered_before_it_heard_of_a_newer_one_counts() {
+    let mut fixture = restarted(1, 2);
+    fixture.submit(1);
+    assert_eq!(pairs(&fixture.offer(0, 1)), [(10, NEW, 1)]);
+    assert_eq!(fixture.say(11, under_way(7, 1, 0)), [superseded(11, 7, NEW)]);
+    assert_eq!(fixture.outcome(10, 7, Outcome::Delivered), [known(10, 7)], "not its leader");
+    let said = fixture.outcome(11, 7, Outcome::Delivered);
+    assert_eq!(said, [known(11, 7), superseded(10, NEW, 7), released(0, 1, PrefillView::Confirmed)]);
+    assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+    assert_eq!(fixture.outcome(10, NEW, Outcome::Cancelled), [known(10, NEW)]);
+    assert_eq!(fixture.finished(), []);
+    fixture.freed(10, NEW);
+    fixture.freed(11, 7);
+    assert_quiet(&fixture);
+}
+
+#[test]
+fn a_group_that_is_not_complete_again_is_heard_already() {
+    let mut fixture = restarted(1, 0);
+    let pair = geometry(2);
+    fixture.scheduler.handle_member(at(0), &member(10, Role::Decode, DECODE, 0, &pair));
+    assert_eq!(fixture.say(10, under_way(7, 1, 0)), []);
+    fixture.outcome(10, 7, Outcome::Delivered);
+    assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+    fixture.submit(2);
+    assert_eq!(fixture.offer(0, 2), [], "but it gets nothing before");
+    fixture.scheduler.handle_member(at(0), &member(11, Role::Decode, DECODE, 1, &pair));
+    assert_eq!(pairs(&fixture.commands()), [(10, NEW, 2)]);
+    for handover in [7, NEW] {
+        fixture.outcome(10, handover, Outcome::Delivered);
+        fixture.freed(10, handover);
+    }
+    assert_quiet(&fixture);
+    // The same for offers: they wait for their decode side only.
+    let mut fixture = restarted(0, 1);
+    fixture.scheduler.handle_member(at(0), &member(0, Role::Prefill, GroupId(0), 0, &pair));
+    assert_eq!(fixture.say(0, offers(1, Some(vec![4]))), []);
+    fixture.scheduler.handle_lost(at(2), &lost(0));
+    assert!(matches!(fixture.finished().as_slice(), [(1, Outcome::Failed { .. })]));
+    assert_quiet(&fixture);
+}
