@@ -3,8 +3,10 @@
 mod decode;
 mod decode_ends;
 mod directory;
+mod fences;
 mod kit;
 mod leaders;
+mod leaders_apart;
 mod prefill;
 mod prefill_ends;
 mod scheduler;

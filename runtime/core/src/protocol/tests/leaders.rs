@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::kit::*;
 use crate::protocol::{
     Awaited, Command, DeadlineTerms, DecodeLeader, Event, FailReason, FetchJob, Message, OfferSummary, Outbox, Outcome,
-    OutcomeReport, PathReport, PrefillJob, PrefillLeader, PrefillView, Refusal, Role,
+    OutcomeReport, PathReport, PrefillJob, PrefillLeader, PrefillView, Refusal, RequestSpec, Role,
 };
 use crate::{Direction, GroupGeometry, HandoverId, NodeId, Parallel, Rank, RequestId, TransportKind};
 
@@ -176,6 +176,16 @@ fn requests_go_to_the_least_loaded_part() {
     }
     assert_eq!(chosen, [(0, 20), (1, 21), (1, 21)]);
     leader.handle_message(at(0), NodeId(SCHEDULER), job(1));
+    assert_eq!(commands(leader.outbox()), [], "a new scheduler asks for what the old one had asked for");
+    for node in [20, 20] {
+        leader.handle_message(at(0), NodeId(node), opened());
+    }
+    let offered = send(SCHEDULER, Message::Offered(OfferSummary { request: R1, dp: 0, steps: vec![4] }));
+    assert_eq!(commands(leader.outbox()), std::slice::from_ref(&offered));
+    leader.handle_message(at(0), NodeId(SCHEDULER), job(1));
+    assert_eq!(commands(leader.outbox()), [offered], "and is told what that was");
+    let other = RequestSpec { tokens: TOKENS + 1, ..spec(1) };
+    leader.handle_message(at(0), NodeId(SCHEDULER), Message::Prefill(PrefillJob { spec: other, dp: 0 }));
     let reason = FailReason::Refused(Refusal::Duplicate(R1));
     assert_eq!(commands(leader.outbox()), [send(SCHEDULER, Message::OfferFailed { request: R1, reason })]);
 }
