@@ -1,6 +1,7 @@
 //! A whole deployment in memory: every core wired by hand, messages, engines and NICs interleaved at random, faults on request.
 
 mod engine;
+mod faults;
 mod nic;
 mod node;
 mod random;
@@ -11,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use kvferry_core::protocol::{
     Command, Directory, Event, GroupView, LeaseTerms, LeastLoaded, Member, Message, Outcome, Place, Policy, Profile,
-    RequestSpec, Role, Scheduler, SchedulerTerms,
+    QuarantineTerms, RequestSpec, Role, Scheduler, SchedulerTerms, Submitted,
 };
 use kvferry_core::{
     Direction, Epoch, Format, GroupGeometry, GroupId, HandoverId, Model, Moment, NodeId, Parallel, Rank, RequestId,
@@ -29,8 +30,10 @@ const EPOCH: Epoch = Epoch(1);
 /// What travels from one node to another, in order.
 enum Item {
     Message(Message),
-    /// The session ended.
+    /// The conversation ended.
     Down,
+    /// A leader has told this scheduler everything that it had to tell.
+    Told,
 }
 
 /// What may happen next.
@@ -38,6 +41,11 @@ enum Action {
     Deliver(NodeId, NodeId),
     Engine(NodeId),
     Nic(NodeId, kvferry_core::TransferId),
+    Fence(NodeId, NodeId),
+    /// Two nodes whose conversation ended begin another.
+    Meet(NodeId, NodeId),
+    /// The client asks again for what a scheduler that is gone took.
+    Ask(RequestId),
 }
 
 /// The deployment.
@@ -46,17 +54,46 @@ pub(crate) struct World {
     now: Moment,
     faulty: bool,
     crashes_left: u64,
+    /// Schedulers that may still start again.
+    restarts_left: u64,
     /// One thing in so many is a fault.
     calm: u64,
+    /// Some cancelled transfers end only with a fence.
+    stubborn: bool,
+    terms: SchedulerTerms,
     scheduler: Scheduler,
     directory: Directory,
+    /// The first handover of the present scheduler.
+    first_handover: u64,
     nodes: BTreeMap<NodeId, Node>,
+    members: BTreeMap<NodeId, Member>,
+    places: BTreeMap<NodeId, (GroupId, Rank)>,
+    /// What the directory has declared lost, although it still runs.
+    expelled: BTreeSet<NodeId>,
     links: BTreeMap<(NodeId, NodeId), VecDeque<Item>>,
+    /// Pairs without a conversation, and how many of the two know.
+    apart: BTreeMap<(NodeId, NodeId), u32>,
     views: Views,
     submitted: BTreeMap<RequestId, RequestSpec>,
+    /// What the client awaits of the present scheduler.
+    awaited: BTreeSet<RequestId>,
+    /// What it has to ask for again.
+    unasked: BTreeSet<RequestId>,
     finished: BTreeMap<RequestId, Vec<Outcome>>,
+    /// When a request ended that nobody had asked this scheduler for.
+    ended_unasked: BTreeMap<RequestId, Moment>,
     paired: BTreeMap<HandoverId, (RequestId, GroupId)>,
+    /// The prefill group of every handover.
+    sources: BTreeMap<HandoverId, GroupId>,
+    /// Handovers that their leaders have heard of.
+    heard: BTreeSet<HandoverId>,
     decided: BTreeMap<HandoverId, u32>,
+    delivered: BTreeMap<RequestId, Vec<HandoverId>>,
+    /// Leaders that have told the present scheduler what they had in hand.
+    told: BTreeSet<NodeId>,
+    /// Handovers that were paired when some decode leader had yet to tell, when the client had its answer already, or when it asked too late.
+    excused: BTreeSet<HandoverId>,
+    forgotten: BTreeSet<RequestId>,
     /// Handovers that read blocks which their owner had given away already.
     tainted: BTreeSet<HandoverId>,
     geometries: BTreeMap<GroupId, Arc<GroupGeometry>>,
@@ -99,7 +136,7 @@ pub(crate) fn run(seed: u64, faulty: bool) -> Vec<String> {
     for request in next..=requests {
         world.submit(request);
     }
-    world.faulty = false;
+    world.heal();
     world.settle();
     world.probe(requests + 1);
     world.check();
@@ -112,22 +149,41 @@ impl World {
         let views: Views = Arc::default();
         let terms =
             SchedulerTerms { prefill_jobs_max: random.between(1, 6), leases: leases(), ..SchedulerTerms::default() };
-        let (crashes_left, calm) = (random.between(0, 3), random.between(100, 1_500));
+        let (crashes_left, restarts_left, calm) =
+            (random.between(0, 3), random.between(0, 3), random.between(100, 1_500));
+        let stubborn = faulty && random.one_in(2);
         let mut world = World {
             scheduler: Scheduler::new(terms, Box::new(Spy(Arc::clone(&views))), 1),
             directory: Directory::default(),
+            first_handover: 1,
             random,
             now: Moment(1_000),
             faulty,
             crashes_left,
+            restarts_left,
             calm,
+            stubborn,
+            terms,
             nodes: BTreeMap::new(),
+            members: BTreeMap::new(),
+            places: BTreeMap::new(),
+            expelled: BTreeSet::new(),
             links: BTreeMap::new(),
+            apart: BTreeMap::new(),
             views,
             submitted: BTreeMap::new(),
+            awaited: BTreeSet::new(),
+            unasked: BTreeSet::new(),
             finished: BTreeMap::new(),
+            ended_unasked: BTreeMap::new(),
             paired: BTreeMap::new(),
+            sources: BTreeMap::new(),
+            heard: BTreeSet::new(),
             decided: BTreeMap::new(),
+            delivered: BTreeMap::new(),
+            told: BTreeSet::new(),
+            excused: BTreeSet::new(),
+            forgotten: BTreeSet::new(),
             tainted: BTreeSet::new(),
             geometries: BTreeMap::new(),
             violations: Vec::new(),
@@ -139,6 +195,9 @@ impl World {
     fn build(&mut self) {
         let direction = if self.random.one_in(2) { Direction::Pull } else { Direction::Push };
         let mut members = Vec::new();
+        let share_max = [0, 100, 500, 1_000][self.random.below(4) as usize];
+        let quarantine =
+            QuarantineTerms { fence_after: Duration::from_millis(self.random.between(1, 3_000)), share_max };
         for (role, first) in [(Role::Prefill, 0), (Role::Decode, 10)] {
             let geometry = self.geometry();
             for group in first..first + self.random.between(1, 2) as u32 {
@@ -148,7 +207,8 @@ impl World {
                     let steps = self.random.between(1, 3) as u32;
                     members.push(self.member(node, role, GroupId(group), Rank(rank), &geometry));
                     let place = (role, GroupId(group), Rank(rank));
-                    self.nodes.insert(node, Node::new(node, place, &geometry, direction, steps));
+                    self.places.insert(node, (GroupId(group), Rank(rank)));
+                    self.nodes.insert(node, Node::new(node, place, &geometry, direction, steps, quarantine));
                 }
             }
         }
@@ -159,18 +219,32 @@ impl World {
             node.agree(steps.get(&node.group).copied().unwrap_or(1));
         }
         let all: Vec<NodeId> = self.nodes.keys().copied().collect();
-        for one in &all {
+        for one in all.iter().chain([&SCHEDULER]) {
             for other in all.iter().filter(|other| *other != one) {
-                let profile = Profile { worker: self.nodes.get(one).map(|node| node.profile.clone()) };
-                self.push(*one, *other, Message::Profile(Box::new(profile)));
+                self.introduce(*one, *other);
             }
         }
         self.random.shuffle(&mut members);
         for member in members {
-            let member = self.directory.handle_join(member).expect("a free place");
-            self.drain_scheduler();
-            self.scheduler.handle_member(self.now, &member);
-            self.drain_scheduler();
+            self.members.insert(member.node, member.clone());
+            self.join(member);
+        }
+    }
+
+    /// The first message of every conversation.
+    fn introduce(&mut self, one: NodeId, other: NodeId) {
+        let profile = Profile { worker: self.nodes.get(&one).map(|node| node.profile.clone()) };
+        self.push(one, other, Message::Profile(Box::new(profile)));
+    }
+
+    fn join(&mut self, member: Member) {
+        match self.directory.handle_join(member) {
+            Ok(member) => {
+                self.drain_scheduler();
+                self.scheduler.handle_member(self.now, &member);
+                self.drain_scheduler();
+            }
+            Err(error) => self.violations.push(format!("a living node may not join: {error}")),
         }
     }
 
@@ -200,8 +274,20 @@ impl World {
         let tokens = self.random.between(1, 120);
         let spec = RequestSpec { request: RequestId(request), tokens, prefix: Arc::default(), prefix_tokens: 16 };
         self.submitted.insert(spec.request, spec.clone());
-        if let Err(refusal) = self.scheduler.handle_submit(self.now, spec) {
-            self.violations.push(format!("request {request} was refused: {refusal}"));
+        self.ask(spec);
+    }
+
+    fn ask(&mut self, spec: RequestSpec) {
+        let request = spec.request;
+        // Before anything that this leads to.
+        self.awaited.insert(request);
+        match self.scheduler.handle_submit(self.now, spec) {
+            Ok(Submitted::Taken) => {}
+            Ok(Submitted::Ended(finished)) => {
+                self.awaited.remove(&request);
+                self.finished.entry(request).or_default().push(finished.outcome);
+            }
+            Err(refusal) => self.violations.push(format!("{request} was refused: {refusal}")),
         }
         self.drain_scheduler();
     }
@@ -223,7 +309,11 @@ impl World {
                 actions.push(Action::Engine(*id));
             }
             actions.extend(node.nic.actionable().map(|transfer| Action::Nic(*id, transfer)));
+            actions.extend(node.nic.fences.iter().map(|peer| Action::Fence(*id, *peer)));
         }
+        let known = self.apart.iter().filter(|(_, known)| **known >= 2);
+        actions.extend(known.map(|((one, other), _)| Action::Meet(*one, *other)));
+        actions.extend(self.unasked.iter().map(|request| Action::Ask(*request)));
         if actions.is_empty() {
             return false;
         }
@@ -236,49 +326,15 @@ impl World {
             }
             Action::Engine(id) => self.engine_acts(id),
             Action::Nic(id, transfer) => self.nic_acts(id, transfer),
+            Action::Fence(id, peer) => self.nic_fences(id, peer),
+            Action::Meet(one, other) => self.meet(one, other),
+            Action::Ask(request) => self.ask_again(request),
         }
         true
     }
 
-    fn fault(&mut self) {
-        match self.random.below(self.calm) {
-            0 if self.crashes_left > 0 => {
-                self.crashes_left -= 1;
-                let alive: Vec<NodeId> = self.nodes.keys().copied().collect();
-                if let Some(victim) = alive.get(self.random.below(alive.len().max(1) as u64) as usize) {
-                    self.crash(*victim);
-                }
-            }
-            1 | 2 => {
-                let known: Vec<RequestId> = self.submitted.keys().copied().collect();
-                if let Some(request) = known.get(self.random.below(known.len().max(1) as u64) as usize) {
-                    self.scheduler.handle_cancel(self.now, *request);
-                    self.drain_scheduler();
-                }
-            }
-            // Long enough for leases to lapse, and not always with the timers in time.
-            3 | 4 => {
-                self.now = self.now + Duration::from_secs(self.random.between(1, 20));
-                if self.random.one_in(2) {
-                    self.fire();
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// The process ends: what it sent still arrives, then every peer notices in its own time.
-    fn crash(&mut self, victim: NodeId) {
-        self.nodes.remove(&victim);
-        self.links.retain(|(_, to), _| *to != victim);
-        let peers: Vec<NodeId> = self.nodes.keys().copied().chain([SCHEDULER]).collect();
-        for peer in peers {
-            self.links.entry((victim, peer)).or_default().push_back(Item::Down);
-        }
-    }
-
     fn push(&mut self, from: NodeId, to: NodeId, message: Message) {
-        if to == SCHEDULER || self.nodes.contains_key(&to) {
+        if (to == SCHEDULER || self.nodes.contains_key(&to)) && !self.apart.contains_key(&pair(from, to)) {
             self.links.entry((from, to)).or_default().push_back(Item::Message(message));
         }
     }
@@ -287,8 +343,11 @@ impl World {
         if to == SCHEDULER {
             match item {
                 Item::Message(Message::Profile(_)) => {}
+                Item::Message(Message::Join(member)) => self.join(*member),
                 Item::Message(message) => self.scheduler.handle_message(self.now, from, message),
+                Item::Told => drop(self.told.insert(from)),
                 Item::Down => {
+                    self.notices(from, to);
                     if let Some(lost) = self.directory.handle_lost(from, EPOCH, "it crashed") {
                         self.drain_scheduler();
                         self.scheduler.handle_lost(self.now, &lost);
@@ -298,14 +357,25 @@ impl World {
             self.drain_scheduler();
             return;
         }
+        if let Item::Message(Message::Pair(pairing)) = &item {
+            self.heard.insert(pairing.handover);
+        }
+        let meets = from == SCHEDULER && matches!(item, Item::Message(Message::Profile(_)));
+        if let Item::Down = item {
+            self.notices(from, to);
+        }
         let now = self.now;
         if let Some(node) = self.nodes.get_mut(&to) {
             match item {
                 Item::Message(message) => node.handle_message(now, from, message),
                 Item::Down => node.handle_down(now, from),
+                Item::Told => {}
             }
         }
         self.drain(to);
+        if meets && !self.apart.contains_key(&pair(to, SCHEDULER)) {
+            self.links.entry((to, SCHEDULER)).or_default().push_back(Item::Told);
+        }
     }
 
     /// Every timer that is due.
@@ -332,7 +402,7 @@ impl World {
                 continue;
             }
             let busy = self.nodes.values().any(Node::is_busy) || self.scheduler.unfinished() > 0;
-            if !busy {
+            if !busy && self.is_quiet() {
                 return;
             }
             let timers = self.nodes.values().filter_map(Node::poll_timeout).chain(self.scheduler.poll_timeout());
@@ -357,6 +427,9 @@ impl World {
     }
 
     fn check(&mut self) {
+        for vitals in self.busy() {
+            self.violations.push(format!("I4: something is in hand when all is quiet: {vitals}"));
+        }
         for request in self.submitted.keys() {
             let ends = self.finished.get(request).map_or(0, Vec::len);
             if ends != 1 {
@@ -366,7 +439,7 @@ impl World {
         for (handover, (request, group)) in &self.paired {
             let decided = self.decided.get(handover).copied().unwrap_or(0);
             let leader = self.nodes.values().any(|node| node.group == *group && node.rank == Rank(0));
-            if decided > 1 || (leader && decided == 0) {
+            if decided > 1 || (leader && decided == 0 && self.heard.contains(handover)) {
                 self.violations.push(format!("I3: {handover} of {request} was decided {decided} times"));
             }
         }
@@ -380,19 +453,28 @@ impl World {
     fn drain_scheduler(&mut self) {
         while let Some(command) = self.scheduler.outbox().poll_command() {
             let Command::Send { to, message } = command else { continue };
+            if let Message::Pair(pairing) = &message {
+                self.sources.insert(pairing.handover, pairing.source);
+            }
             self.push(SCHEDULER, to, message);
         }
         while let Some(event) = self.scheduler.outbox().poll_event() {
             match event {
                 Event::Finished(finished) => {
                     self.check_bytes(&finished);
-                    self.finished.entry(finished.request).or_default().push(finished.outcome);
+                    if self.awaited.remove(&finished.request) {
+                        self.finished.entry(finished.request).or_default().push(finished.outcome);
+                    } else {
+                        self.ended_unasked.insert(finished.request, self.now);
+                    }
                 }
-                Event::Paired { request, handover, group } => {
-                    self.paired.insert(handover, (request, group));
-                }
+                Event::Paired { request, handover, group } => self.pairs(request, handover, group),
                 _ => {}
             }
+        }
+        let vitals = self.scheduler.vitals();
+        if vitals.is_stuck() {
+            self.violations.push(format!("I5: the scheduler may wait for ever: {vitals:?}"));
         }
         while let Some(command) = self.directory.outbox().poll_command() {
             let Command::Send { to, message } = command else { continue };
@@ -415,4 +497,9 @@ impl World {
 /// The leases of every rank: shorter than any deadline, so that they lapse under running transfers.
 fn leases() -> LeaseTerms {
     LeaseTerms { duration: Duration::from_secs(3), ..LeaseTerms::default() }
+}
+
+/// A pair of nodes, whoever is named first.
+fn pair(one: NodeId, other: NodeId) -> (NodeId, NodeId) {
+    (one.min(other), one.max(other))
 }

@@ -1,4 +1,4 @@
-//! A NIC that moves nothing, but answers every transfer exactly once.
+//! A NIC that moves nothing, but answers every transfer exactly once: some of those that are cancelled only after a fence.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,6 +11,8 @@ pub(super) struct Flight {
     pub(super) posted: Option<(NodeId, Direction)>,
     pub(super) bytes: u64,
     pub(super) cancelled: bool,
+    /// The hardware does not let go of it before a fence.
+    stuck: bool,
     /// The writer has written all of it (expected transfers).
     pub(super) arrived: bool,
 }
@@ -20,10 +22,13 @@ pub(super) struct Flight {
 pub(super) struct Nic {
     pub(super) flights: BTreeMap<TransferId, Flight>,
     connected: BTreeSet<NodeId>,
+    /// Fences that were asked for and have not been answered.
+    pub(super) fences: BTreeSet<NodeId>,
 }
 
 impl Nic {
-    pub(super) fn command(&mut self, command: NicCommand) -> Result<(), String> {
+    /// `stubborn`: what is cancelled now ends only with a fence.
+    pub(super) fn command(&mut self, command: NicCommand, stubborn: bool) -> Result<(), String> {
         let (id, flight) = match command {
             NicCommand::Connect { node, .. } => {
                 self.connected.insert(node);
@@ -36,17 +41,19 @@ impl Nic {
             NicCommand::Cancel { id } => {
                 if let Some(flight) = self.flights.get_mut(&id) {
                     flight.cancelled = true;
+                    flight.stuck = stubborn;
                 }
                 return Ok(());
             }
-            NicCommand::Post { id, node, direction, program } => (
-                id,
-                Flight { posted: Some((node, direction)), bytes: program.bytes(), cancelled: false, arrived: false },
-            ),
-            NicCommand::Expect { id, program } => {
-                (id, Flight { posted: None, bytes: program.bytes(), cancelled: false, arrived: false })
+            NicCommand::Fence { node, .. } => {
+                self.fences.insert(node);
+                return Ok(());
             }
-            _ => return Ok(()),
+            NicCommand::Post { id, node, direction, program } => {
+                (id, Flight::new(Some((node, direction)), program.bytes()))
+            }
+            NicCommand::Expect { id, program } => (id, Flight::new(None, program.bytes())),
+            other => return Err(format!("a command that this NIC does not know: {other:?}")),
         };
         self.flights.insert(id, flight).map_or(Ok(()), |_| Err(format!("{id} was posted twice")))
     }
@@ -57,7 +64,13 @@ impl Nic {
 
     /// Transfers that can end now: an expected one waits for its writer.
     pub(super) fn actionable(&self) -> impl Iterator<Item = TransferId> {
-        let ends = |flight: &Flight| flight.posted.is_some() || flight.cancelled || flight.arrived;
+        let ends = |flight: &Flight| !flight.stuck && (flight.posted.is_some() || flight.cancelled || flight.arrived);
         self.flights.iter().filter(move |(_, flight)| ends(flight)).map(|(id, _)| *id)
+    }
+}
+
+impl Flight {
+    fn new(posted: Option<(NodeId, Direction)>, bytes: u64) -> Self {
+        Flight { posted, bytes, cancelled: false, stuck: false, arrived: false }
     }
 }

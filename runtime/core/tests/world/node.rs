@@ -7,14 +7,14 @@ use std::sync::Arc;
 use bytes::Bytes;
 use kvferry_core::protocol::{
     Command, DeadlineTerms, DecodeLeader, DecodeRank, EngineCall, EngineEvent, Event, Lost, Message, NicAdvert,
-    NicCommand, NicEvent, Outbox, PrefillLeader, PrefillRank, Role, WorkerProfile,
+    NicCommand, NicEvent, Outbox, PrefillLeader, PrefillRank, QuarantineTerms, Role, Vitals, WorkerProfile,
 };
 use kvferry_core::{
-    Direction, End, GroupGeometry, GroupId, HandoverId, Moment, NodeId, Rank, TransferId, TransportKind,
+    Direction, End, FenceProof, GroupGeometry, GroupId, HandoverId, Moment, NodeId, Rank, TransferId, TransportKind,
 };
 
 use super::engine::Engine;
-use super::nic::Nic;
+use super::nic::{Flight, Nic};
 use super::{BLOCKS, SCHEDULER, World, leases};
 
 pub(super) struct Node {
@@ -26,6 +26,8 @@ pub(super) struct Node {
     pub(super) nic: Nic,
     core: RankCore,
     leader: Option<LeaderCore>,
+    /// The node of the group's rank 0, unless it is this one: only it gives work and decides.
+    elsewhere: Option<NodeId>,
     places: BTreeMap<NodeId, (GroupId, Rank)>,
     /// Whose loss it knows: nothing that they said counts any more.
     gone: BTreeSet<NodeId>,
@@ -48,6 +50,7 @@ impl Node {
         geometry: &Arc<GroupGeometry>,
         direction: Direction,
         steps: u32,
+        quarantine: QuarantineTerms,
     ) -> Self {
         let layout = Arc::new(geometry.shard(rank).expect("a valid rank").layout(&[BLOCKS]));
         let nic = NicAdvert {
@@ -67,17 +70,11 @@ impl Node {
             direction: Some(direction),
         };
         let core = match role {
-            Role::Prefill => RankCore::Prefill(Box::new(PrefillRank::new(
-                profile.clone(),
-                leases(),
-                kvferry_core::protocol::QuarantineTerms::default(),
-            ))),
-            Role::Decode => RankCore::Decode(Box::new(DecodeRank::new(
-                profile.clone(),
-                leases(),
-                DeadlineTerms::default(),
-                kvferry_core::protocol::QuarantineTerms::default(),
-            ))),
+            Role::Prefill => RankCore::Prefill(Box::new(PrefillRank::new(profile.clone(), leases(), quarantine))),
+            Role::Decode => {
+                let deadlines = DeadlineTerms::default();
+                RankCore::Decode(Box::new(DecodeRank::new(profile.clone(), leases(), deadlines, quarantine)))
+            }
         };
         let shared = Arc::clone(geometry);
         let leader = (rank == Rank(0)).then(|| match role {
@@ -86,7 +83,7 @@ impl Node {
         });
         let engine = Engine::new(geometry, rank, steps);
         let (nic, places, gone) = (Nic::default(), BTreeMap::new(), BTreeSet::new());
-        Node { id, group, rank, profile, engine, nic, core, leader, places, gone }
+        Node { id, group, rank, profile, engine, nic, core, leader, elsewhere: None, places, gone }
     }
 
     pub(super) fn steps(&self) -> u32 {
@@ -103,6 +100,11 @@ impl Node {
             RankCore::Decode(core) => core.fetches(),
         };
         open > 0 || self.engine.is_busy() || !self.nic.flights.is_empty()
+    }
+
+    /// Whether it was told that another node is lost.
+    pub(super) fn has_lost(&self, node: NodeId) -> bool {
+        self.gone.contains(&node)
     }
 
     pub(super) fn describe(&self) -> String {
@@ -137,10 +139,64 @@ impl Node {
         }
     }
 
+    pub(super) fn vitals(&self) -> impl Iterator<Item = Vitals> {
+        let rank = match &self.core {
+            RankCore::Prefill(core) => core.vitals(),
+            RankCore::Decode(core) => core.vitals(),
+        };
+        let leader = self.leader.as_ref().map(|leader| match leader {
+            LeaderCore::Prefill(core) => core.vitals(),
+            LeaderCore::Decode(core) => core.vitals(),
+        });
+        [rank].into_iter().chain(leader)
+    }
+
     pub(super) fn handle_down(&mut self, now: Moment, from: NodeId) {
+        let cause = "the session ended";
+        match &mut self.leader {
+            Some(LeaderCore::Prefill(core)) => core.handle_peer_down(now, from, cause),
+            Some(LeaderCore::Decode(core)) => core.handle_peer_down(now, from, cause),
+            None => {}
+        }
+        let leads = self.elsewhere.take_if(|leader| *leader == from).is_some();
         match &mut self.core {
-            RankCore::Prefill(core) => core.handle_peer_down(now, from),
-            RankCore::Decode(core) => core.handle_peer_down(now, from, "the session ended"),
+            RankCore::Prefill(core) => {
+                core.handle_peer_down(now, from);
+                if leads {
+                    core.handle_leader_down(now);
+                }
+            }
+            RankCore::Decode(core) => {
+                core.handle_peer_down(now, from, cause);
+                if leads {
+                    core.handle_leader_down(now, from, cause);
+                }
+            }
+        }
+    }
+
+    /// A peer, or the scheduler, introduces itself.
+    fn handle_profile(&mut self, now: Moment, from: NodeId, profile: Option<WorkerProfile>) {
+        match (&mut self.leader, &profile) {
+            (Some(LeaderCore::Prefill(core)), None) => core.handle_scheduler(),
+            (Some(LeaderCore::Decode(core)), None) => core.handle_scheduler(),
+            (Some(LeaderCore::Prefill(core)), Some(_)) => core.handle_peer_up(from),
+            (Some(LeaderCore::Decode(core)), Some(_)) => core.handle_peer_up(from),
+            (None, _) => {}
+        }
+        let Some(profile) = profile else { return };
+        let leads = profile.group == self.group && profile.rank == Rank(0);
+        if leads {
+            self.elsewhere = Some(from);
+        }
+        match &mut self.core {
+            RankCore::Prefill(core) => core.handle_peer(now, from, profile),
+            RankCore::Decode(core) => {
+                if leads {
+                    core.handle_leader_up(now, from);
+                }
+                core.handle_peer(now, from, profile);
+            }
         }
     }
 
@@ -166,19 +222,13 @@ impl Node {
                 }
             }
             Message::Lost(lost) => self.handle_lost(now, &lost),
-            Message::Profile(profile) => {
-                if let Some(profile) = profile.worker {
-                    match &mut self.core {
-                        RankCore::Prefill(core) => core.handle_peer(now, from, profile),
-                        RankCore::Decode(core) => core.handle_peer(now, from, profile),
-                    }
-                }
-            }
+            Message::Profile(profile) => self.handle_profile(now, from, profile.worker),
             message if self.is_for_leader(from, &message) => match &mut self.leader {
                 Some(LeaderCore::Prefill(core)) => core.handle_message(now, from, message),
                 Some(LeaderCore::Decode(core)) => core.handle_message(now, from, message),
                 None => {}
             },
+            message if is_leaders_word(&message) && from != self.id && self.elsewhere != Some(from) => {}
             message => match &mut self.core {
                 RankCore::Prefill(core) => core.handle_message(now, from, message),
                 RankCore::Decode(core) => core.handle_message(now, from, message),
@@ -229,13 +279,15 @@ impl Node {
         [rank].into_iter().chain(leader)
     }
 
-    fn settled(&mut self) -> Vec<(HandoverId, bool)> {
-        let events = self.outboxes().flat_map(|outbox| std::iter::from_fn(|| outbox.poll_event()).collect::<Vec<_>>());
-        let settled = |event| match event {
-            Event::Settled { report } => Some((report.handover, report.outcome.is_delivered())),
-            _ => None,
-        };
-        events.filter_map(settled).collect()
+    fn events(&mut self) -> Vec<Event> {
+        self.outboxes().flat_map(|outbox| std::iter::from_fn(|| outbox.poll_event()).collect::<Vec<_>>()).collect()
+    }
+
+    pub(super) fn handle_nic(&mut self, now: Moment, event: NicEvent) {
+        match &mut self.core {
+            RankCore::Prefill(core) => core.handle_nic(now, 0, event),
+            RankCore::Decode(core) => core.handle_nic(now, 0, event),
+        }
     }
 
     fn next_command(&mut self) -> Option<Command> {
@@ -248,13 +300,18 @@ impl World {
     pub(super) fn drain(&mut self, id: NodeId) {
         loop {
             let Some(node) = self.nodes.get_mut(&id) else { return };
-            for (handover, delivered) in node.settled() {
-                *self.decided.entry(handover).or_default() += 1;
-                if delivered && self.tainted.contains(&handover) {
-                    self.violations.push(format!("I2: {handover} was delivered from blocks that were given away"));
+            for event in node.events() {
+                if let Event::Settled { report } = event {
+                    self.decided(report.handover, report.outcome.is_delivered());
                 }
             }
-            let Some(command) = node.next_command() else { return };
+            let Some(node) = self.nodes.get_mut(&id) else { return };
+            let Some(command) = node.next_command() else {
+                for vitals in node.vitals().filter(Vitals::is_stuck) {
+                    self.violations.push(format!("I5: {id} may wait for ever: {vitals:?}"));
+                }
+                return;
+            };
             match command {
                 Command::Send { to, message } if to == id => node.handle_message(self.now, id, message),
                 Command::Send { to, message } => self.push(id, to, message),
@@ -304,7 +361,8 @@ impl World {
                 self.violations.push(format!("{id}: {transfer} is not valid here: {error}"));
             }
         }
-        let accepted = self.nodes.get_mut(&id).map_or(Ok(()), |node| node.nic.command(command));
+        let stubborn = self.stubborn && self.random.one_in(2);
+        let accepted = self.nodes.get_mut(&id).map_or(Ok(()), |node| node.nic.command(command, stubborn));
         if let Err(violation) = accepted {
             self.violations.push(format!("{id}: {violation}"));
         }
@@ -336,14 +394,43 @@ impl World {
             true => NicEvent::Done { id: transfer, bytes: flight.bytes, pieces: 1 },
             false => NicEvent::Failed { id: transfer, reason: "by chance".to_owned() },
         };
+        self.nic_says(id, event);
+    }
+
+    fn nic_says(&mut self, id: NodeId, event: NicEvent) {
         let now = self.now;
         if let Some(node) = self.nodes.get_mut(&id) {
-            match &mut node.core {
-                RankCore::Prefill(core) => core.handle_nic(now, 0, event),
-                RankCore::Decode(core) => core.handle_nic(now, 0, event),
-            }
+            node.handle_nic(now, event);
         }
         self.drain(id);
+    }
+
+    /// A fence that was asked for gets through, or not: then it is asked for again.
+    pub(super) fn nic_fences(&mut self, id: NodeId, peer: NodeId) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        node.nic.fences.remove(&peer);
+        if self.faulty && self.random.one_in(3) {
+            return;
+        }
+        let with = |flight: &Flight, transfer: TransferId| match flight.posted {
+            Some((node, _)) => node == peer,
+            None => self
+                .sources
+                .get(&transfer.handover())
+                .is_some_and(|group| self.places.get(&peer) == Some(&(*group, transfer.source()))),
+        };
+        let ended: Vec<TransferId> =
+            node.nic.flights.iter().filter(|(id, flight)| with(flight, **id)).map(|(id, _)| *id).collect();
+        for transfer in &ended {
+            node.nic.flights.remove(transfer);
+        }
+        // Some transports say so of each transfer, some only of the peer.
+        if self.random.one_in(2) {
+            for transfer in ended {
+                self.nic_says(id, NicEvent::Failed { id: transfer, reason: "fenced".to_owned() });
+            }
+        }
+        self.nic_says(id, NicEvent::Fenced { node: peer, proof: FenceProof::OwnerCopies });
     }
 
     /// A foreign read gets whatever is in those blocks now.
@@ -373,4 +460,16 @@ impl Node {
             RankCore::Decode(core) => core.handle_engine(now, event),
         }
     }
+}
+
+/// What only the leader of a rank's group may say to it.
+fn is_leaders_word(message: &Message) -> bool {
+    matches!(
+        message,
+        Message::Prefill(_)
+            | Message::Renew { .. }
+            | Message::Release { .. }
+            | Message::Fetch(_)
+            | Message::Settled { .. }
+    )
 }
