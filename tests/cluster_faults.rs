@@ -4,8 +4,10 @@ mod cluster;
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
-use cluster::{Case, Ran, run, run_bare};
+use cluster::{Case, Ran, run, run_bare, start};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 
 const TINY: [&str; 6] = ["--model", "tiny", "--isl", "200", "--requests", "12"];
 
@@ -95,6 +97,88 @@ fn a_stopped_rank_is_lost_and_fenced() {
     assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
 }
 
+/// Terms with which a lost peer is noticed within a second.
+const BRISK: [&str; 4] = ["--silence", "900", "--lease", "3000"];
+
+#[test]
+fn a_killed_scheduler_comes_back_and_nothing_is_lost() {
+    for transport in ["shm", "tcp"] {
+        for fault in ["--kill", "--stop"] {
+            let case = Case { transport, direction: "auto", in_process: false };
+            let sides = ["--prefill", "tp=2", "--decode", "tp=2", fault, "scheduler@3"];
+            run(&case, &[&TINY[..], &BRISK, &sides].concat()).check_sound();
+        }
+    }
+}
+
+#[test]
+fn who_wakes_up_in_a_world_that_declared_it_lost_starts_anew() {
+    for who in ["prefill:1@2", "decode:0@2", "scheduler@2", "decode:1@0ms+2000"] {
+        for direction in ["pull", "push"] {
+            let case = Case { transport: "auto", direction, in_process: false };
+            let sides = ["--prefill", "tp=2", "--decode", "tp=2", "--pause", who];
+            run(&case, &[&TINY[..], &BRISK, &sides].concat()).check_sound();
+        }
+    }
+}
+
+#[test]
+fn a_short_pause_is_only_a_delay() {
+    for who in ["prefill:1@2+300", "decode:0@2+300", "scheduler@2+300"] {
+        let ran = processes(&["--prefill", "tp=2", "--decode", "tp=2", "--pause", who]);
+        ran.check_sound();
+        assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
+    }
+}
+
+#[test]
+fn killed_ranks_are_a_group_again_once_they_are_back() {
+    let sides = ["--prefill", "tp=2", "--decode", "tp=2", "--restart", "--kill", "prefill:1@2", "--kill", "decode:0@4"];
+    processes(&[&BRISK[..], &sides].concat()).check_sound();
+}
+
+/// Ranks that are killed one by one leave nobody behind, and neither does the parent, whatever state its children are in.
+#[test]
+fn a_killed_parent_leaves_no_process_behind() {
+    let options = ["--model", "tiny", "--requests", "200", "--isl", "4000", "--pause", "decode:1@1+600000"];
+    let mut parent = start(&options);
+    let group = Pid::from_child(&parent);
+    // A rank that is stopped shows that all of them stand.
+    let late = Instant::now() + Duration::from_secs(60);
+    while !members(group).iter().any(|state| state == "T") {
+        assert!(Instant::now() < late, "no rank was stopped");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(members(group).len() > 6, "the parent, the scheduler, and six ranks: {:?}", members(group));
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+    let late = Instant::now() + Duration::from_secs(10);
+    while test_kill_process_group(group).is_ok() {
+        if Instant::now() > late {
+            let left = members(group);
+            kill_process_group(group, Signal::KILL).unwrap();
+            panic!("ten seconds after its parent's end the group had processes in states {left:?}");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The states of all processes of a group, as the kernel writes them.
+fn members(group: Pid) -> Vec<String> {
+    let mut states = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        // Processes end while they are looked at.
+        let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let mut words = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        if let (Some(state), Some(own)) = (words.next(), words.nth(1))
+            && own == group.to_string()
+        {
+            states.push(state.to_owned());
+        }
+    }
+    states
+}
+
 #[test]
 fn bad_options_are_named() {
     let cases: &[(&[&str], &[&str])] = &[
@@ -123,6 +207,13 @@ fn bad_options_are_named() {
         (&["--model", "tiny", "--kill", "prefill:2@1"], &["--kill prefill:2@1", "0 to 1"]),
         (&["--model", "tiny", "--kill", "prefill:0"], &["--kill prefill:0", "ROLE:RANK@N"]),
         (&["--model", "tiny", "--stop", "scheduler:0@1"], &["--stop scheduler:0@1", "ROLE:RANK@N"]),
+        (&["--model", "tiny", "--stop", "decode:0@1+5"], &["--stop decode:0@1+5", "ROLE:RANK@N"]),
+        (&["--model", "tiny", "--kill", "decode:0@0"], &["--kill decode:0@0", "from 1"]),
+        (&["--model", "tiny", "--pause", "decode:0@5s"], &["--pause decode:0@5s", "@250ms"]),
+        (&["--model", "tiny", "--pause", "decode:9@5ms"], &["--pause decode:9@5ms", "0 to 3"]),
+        (&["--model", "tiny", "--kill", "scheduler@1", "--in-process"], &["--kill scheduler@1", "--in-process"]),
+        (&["--model", "tiny", "--silence", "5"], &["--silence 5", "from 120"]),
+        (&["--model", "tiny", "--lease", "5"], &["--lease 5", "from 300"]),
         (&["--model", "tiny", "--kill", "decode:0@1", "--in-process"], &["--kill decode:0@1", "--in-process"]),
         (
             &["--model", "tiny", "--trace", "/nonexistent/trace.jsonl"],

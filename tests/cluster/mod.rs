@@ -1,9 +1,13 @@
 //! Runs the `cluster` example as a script would.
 
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 
 use serde_json::Value;
 
@@ -22,7 +26,7 @@ pub(crate) struct Ran {
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
-    command: String,
+    pub(crate) command: String,
 }
 
 /// Runs the example with a case's options and `--json`.
@@ -38,14 +42,12 @@ pub(crate) fn run(case: &Case, options: &[&str]) -> Ran {
 /// Runs the example with these options only.
 pub(crate) fn run_bare(options: &[&str]) -> Ran {
     let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let mut child = Command::new(example())
-        .args(options)
-        .env_remove("RUST_LOG")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the example starts");
+    run_now(options)
+}
+
+/// The same, whatever else runs.
+pub(crate) fn run_now(options: &[&str]) -> Ran {
+    let mut child = start(options);
     let (mut stdout, mut stderr) = (String::new(), String::new());
     let mut errors = child.stderr.take().expect("stderr is piped");
     let reader = std::thread::spawn(move || {
@@ -53,10 +55,51 @@ pub(crate) fn run_bare(options: &[&str]) -> Ran {
         let _ = errors.read_to_string(&mut stderr);
         stderr
     });
-    child.stdout.take().expect("stdout is piped").read_to_string(&mut stdout).expect("stdout is text");
-    let status = child.wait().expect("the example ends");
+    let mut output = child.stdout.take().expect("stdout is piped");
+    let writer = std::thread::spawn(move || {
+        let _ = output.read_to_string(&mut stdout);
+        stdout
+    });
+    let group = Pid::from_child(&child);
+    let status = wait(&mut child);
+    // Whoever lives on after its parent has no right to.
+    let orphans = test_kill_process_group(group).is_ok();
+    if status.is_none() || orphans {
+        // What is gone already needs no kill.
+        let _ = kill_process_group(group, Signal::KILL);
+    }
+    let stdout = writer.join().expect("stdout is read");
     let stderr = reader.join().expect("stderr is read");
-    Ran { code: status.code(), stdout, stderr, command: options.join(" ") }
+    let code = status.and_then(|status| status.code());
+    let ran = Ran { code, stdout, stderr, command: options.join(" ") };
+    assert!(status.is_some(), "did not end: cluster {}\n{}", ran.command, ran.stderr);
+    assert!(!orphans, "left processes behind: cluster {}\n{}", ran.command, ran.stderr);
+    ran
+}
+
+/// Starts the example, as the first of a process group of its own.
+pub(crate) fn start(options: &[&str]) -> Child {
+    Command::new(example())
+        .args(options)
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .expect("the example starts")
+}
+
+/// Waits for its end, which its own deadlines bound; `None` when it does not come.
+fn wait(child: &mut Child) -> Option<ExitStatus> {
+    let late = Instant::now() + Duration::from_secs(300);
+    while Instant::now() < late {
+        if let Some(status) = child.try_wait().expect("the example can be waited for") {
+            return Some(status);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    None
 }
 
 /// Cargo builds examples beside the tests: `target/<profile>/deps/<test>` and `target/<profile>/examples/cluster`.
