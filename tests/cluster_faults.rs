@@ -166,7 +166,7 @@ fn a_killed_parent_leaves_no_process_behind() {
 /// The states of all processes of a group, as the kernel writes them.
 fn members(group: Pid) -> Vec<String> {
     let mut states = Vec::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+    for entry in std::fs::read_dir("/proc").expect("/proc is mounted").flatten() {
         // Processes end while they are looked at.
         let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
         let mut words = stat.rsplit(')').next().unwrap_or_default().split_whitespace();

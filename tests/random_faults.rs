@@ -154,9 +154,8 @@ fn not_happened(ran: &Ran) -> u64 {
 }
 
 fn variable(name: &str) -> Option<u64> {
-    let name = format!("KVFERRY_FAULT_{name}");
-    let value = std::env::var(&name).ok()?;
-    Some(value.parse().unwrap_or_else(|_| panic!("{name}={value} is not a number")))
+    let value = std::env::var(format!("KVFERRY_FAULT_{name}")).ok()?;
+    Some(value.parse().expect("a KVFERRY_FAULT_ variable is a number"))
 }
 
 /// splitmix64: a seed says everything.

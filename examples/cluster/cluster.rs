@@ -3,67 +3,24 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use kvferry::{Epoch, Finished, GroupId, Refusal, RequestId, RequestSpec};
+use kvferry::{Epoch, GroupId, RequestId, RequestSpec};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::fault::{Action, Fault, Target, When};
+use crate::fault::{Fault, When};
+use crate::harm::Deed;
 use crate::launch::{LaunchError, Launched, Word};
 use crate::options::{RANK_WORKER, SCHEDULER_WORKER};
-use crate::rank::{self, RankConfig, RankReport, RankWorker};
+use crate::rank::{self, RankConfig, RankWorker};
+use crate::record::{RankRecord, Record};
 use crate::scheduler::{self, SchedulerConfig, SchedulerWorker};
 use crate::setup::Setup;
 use crate::worker::Census;
-
-/// What was seen.
-#[derive(Debug, Default)]
-pub(crate) struct Record {
-    pub(crate) finished: BTreeMap<RequestId, Result<Finished, Refusal>>,
-    /// From the first submission to the last outcome.
-    pub(crate) seconds: f64,
-    /// In the order of the setup.
-    pub(crate) ranks: Vec<RankRecord>,
-    /// The scheduler was killed, stopped or paused: outcomes may have been lost with it.
-    pub(crate) scheduler_hurt: bool,
-    /// What did not come in time, or should not have happened.
-    pub(crate) complaints: Vec<String>,
-    /// What is worth knowing, and no failure.
-    pub(crate) notes: Vec<String>,
-}
-
-/// What is known of one rank.
-#[derive(Debug, Default)]
-pub(crate) struct RankRecord {
-    /// It was killed or stopped, and does not come back.
-    pub(crate) gone: bool,
-    pub(crate) ended: bool,
-    /// It was killed, stopped, paused or lost: perhaps it has not checked, or not told, all that it got.
-    pub(crate) hurt: bool,
-    /// The last that it said.
-    pub(crate) report: RankReport,
-    /// The last that its earlier processes said.
-    pub(crate) before: Vec<RankReport>,
-    /// The last census.
-    pub(crate) census: Option<Census>,
-    /// Its descriptors before the first fault.
-    baseline: Option<u64>,
-    failed: Option<String>,
-    life: u32,
-}
 
 /// What came from one of the processes, and from which of its lives.
 pub(crate) enum Heard {
     Scheduler(u32, Word<scheduler::Said>),
     Rank(usize, u32, Word<rank::Said>),
-}
-
-/// What is done when its time comes.
-#[derive(Clone, Copy, Debug)]
-enum Deed {
-    Hurt(Fault),
-    Continue(Target),
-    /// Who was stopped is killed, though perhaps nobody could say that it was lost.
-    Fence(Target),
 }
 
 /// Everything that runs.
@@ -77,23 +34,23 @@ pub(crate) struct Cluster<'a> {
     /// Every group was complete once, and ranks have no excuse to end.
     pub(crate) stood: bool,
     /// Groups that are complete, as the scheduler sees it.
-    standing: BTreeSet<GroupId>,
-    scheduler: Option<Launched<scheduler::Order>>,
-    scheduler_life: u32,
-    scheduler_census: Option<Census>,
-    scheduler_baseline: Option<u64>,
+    pub(crate) standing: BTreeSet<GroupId>,
+    pub(crate) scheduler: Option<Launched<scheduler::Order>>,
+    pub(crate) scheduler_life: u32,
+    pub(crate) scheduler_census: Option<Census>,
+    pub(crate) scheduler_baseline: Option<u64>,
     /// It ended by itself, or could not be started again.
     pub(crate) scheduler_failed: Option<String>,
     /// Where it listens, once it does.
-    address: Option<String>,
-    ranks: Vec<Launched<rank::Order>>,
-    heard: mpsc::UnboundedReceiver<Heard>,
-    inbox: mpsc::UnboundedSender<Heard>,
+    pub(crate) address: Option<String>,
+    pub(crate) ranks: Vec<Launched<rank::Order>>,
+    pub(crate) heard: mpsc::UnboundedReceiver<Heard>,
+    pub(crate) inbox: mpsc::UnboundedSender<Heard>,
     /// Those by transfers that are still to come.
-    faults: Vec<Fault>,
+    pub(crate) faults: Vec<Fault>,
     /// Transfers that have started.
-    started: u64,
-    timers: Vec<(Instant, Deed)>,
+    pub(crate) started: u64,
+    pub(crate) timers: Vec<(Instant, Deed)>,
 }
 
 impl<'a> Cluster<'a> {
@@ -132,7 +89,7 @@ impl<'a> Cluster<'a> {
         Ok(cluster)
     }
 
-    fn launch_scheduler(&self) -> Result<Launched<scheduler::Order>, LaunchError> {
+    pub(crate) fn launch_scheduler(&self) -> Result<Launched<scheduler::Order>, LaunchError> {
         let life = self.scheduler_life;
         let config = SchedulerConfig {
             epoch: Epoch(u64::from(life) + 1),
@@ -149,7 +106,7 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    fn launch_rank(&self, index: usize, life: u32) -> Result<Launched<rank::Order>, LaunchError> {
+    pub(crate) fn launch_rank(&self, index: usize, life: u32) -> Result<Launched<rank::Order>, LaunchError> {
         let scheduler = self.address.clone().unwrap_or_default();
         let Some(config) = self.setup.ranks.get(index) else { return Ok(Launched::nothing()) };
         let config = RankConfig { scheduler, life, ..config.clone() };
@@ -198,29 +155,6 @@ impl<'a> Cluster<'a> {
                 () = &mut until => break,
                 () = self.step() => {}
             }
-        }
-    }
-
-    /// From now on, faults by time are counted.
-    pub(crate) fn begin(&mut self) {
-        let now = Instant::now();
-        for fault in &self.setup.faults {
-            if let When::After(after) = fault.at {
-                self.timers.push((now + after, Deed::Hurt(*fault)));
-            }
-        }
-    }
-
-    /// Faults that have not happened do not any more.
-    pub(crate) fn calm(&mut self) {
-        let late = self.timers.extract_if(.., |(_, deed)| matches!(deed, Deed::Hurt(_))).count() + self.faults.len();
-        self.faults.clear();
-        if late > 0 {
-            self.record.notes.push(format!(
-                "{late} of {} faults did not happen: only {} transfers started before all requests were over",
-                self.setup.faults.len(),
-                self.started
-            ));
         }
     }
 
@@ -313,101 +247,6 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    fn hurt(&mut self, fault: Fault) {
-        let target = fault.target;
-        match self.index(target) {
-            Some(index) => match self.record.ranks.get_mut(index) {
-                // It is not there any more.
-                None | Some(RankRecord { gone: true, .. }) => return,
-                Some(rank) => rank.hurt = true,
-            },
-            None => self.record.scheduler_hurt = true,
-        }
-        let lost_after = self.setup.terms.lost_after();
-        match fault.action {
-            Action::Kill => self.fence(target),
-            Action::Stop => {
-                self.stop(target);
-                if let Some(index) = self.index(target) {
-                    self.set_gone(index);
-                }
-                // The scheduler tells of a rank before; nobody tells of the scheduler.
-                let at = if target == Target::Scheduler { lost_after } else { lost_after * 3 };
-                self.timers.push((Instant::now() + at, Deed::Fence(target)));
-            }
-            Action::Pause(length) => {
-                self.stop(target);
-                let length = length.unwrap_or(lost_after * 2);
-                self.timers.push((Instant::now() + length, Deed::Continue(target)));
-            }
-        }
-    }
-
-    fn stop(&mut self, target: Target) {
-        match self.index(target) {
-            Some(index) => self.ranks.get_mut(index).into_iter().for_each(Launched::stop),
-            None => self.scheduler.iter_mut().for_each(Launched::stop),
-        }
-    }
-
-    fn go_on(&mut self, target: Target) {
-        match self.index(target) {
-            Some(index) => self.ranks.get_mut(index).into_iter().for_each(Launched::go_on),
-            None => self.scheduler.iter_mut().for_each(Launched::go_on),
-        }
-    }
-
-    /// Nothing of it writes anywhere after this. What is to come back is started again.
-    fn fence(&mut self, target: Target) {
-        // It is killed once, however many say that it is lost.
-        self.timers.retain(|(_, deed)| !matches!(deed, Deed::Fence(other) if *other == target));
-        let again = match self.index(target) {
-            Some(index) => self.replace_rank(index),
-            None => self.replace_scheduler(),
-        };
-        if let Err(error) = again {
-            self.record.complaints.push(error.to_string());
-        }
-    }
-
-    fn replace_rank(&mut self, index: usize) -> Result<(), LaunchError> {
-        let (Some(launched), Some(rank)) = (self.ranks.get_mut(index), self.record.ranks.get_mut(index)) else {
-            return Ok(());
-        };
-        if rank.ended && rank.gone {
-            return Ok(());
-        }
-        launched.kill();
-        rank.ended = true;
-        rank.gone = true;
-        if self.setup.restart {
-            let life = rank.life + 1;
-            let launched = self.launch_rank(index, life)?;
-            if let (Some(slot), Some(rank)) = (self.ranks.get_mut(index), self.record.ranks.get_mut(index)) {
-                *slot = launched;
-                let RankRecord { report, mut before, baseline, .. } = std::mem::take(rank);
-                before.push(report);
-                *rank = RankRecord { hurt: true, before, baseline, life, ..RankRecord::default() };
-            }
-        }
-        Ok(())
-    }
-
-    fn replace_scheduler(&mut self) -> Result<(), LaunchError> {
-        self.scheduler.iter_mut().for_each(Launched::kill);
-        self.scheduler_life += 1;
-        self.standing.clear();
-        self.scheduler_census = None;
-        match self.launch_scheduler() {
-            Ok(launched) => self.scheduler = Some(launched),
-            Err(error) => {
-                self.scheduler_failed = Some(error.to_string());
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
     /// Gives every survivor an order and waits for all their answers, the scheduler's included.
     pub(crate) async fn ask(&mut self, order: rank::Order) {
         let asked: Vec<(usize, u32, u64)> = self
@@ -431,19 +270,6 @@ impl<'a> Cluster<'a> {
         {
             self.step().await;
         }
-    }
-
-    /// Notes how many descriptors everybody has before anything is done to anybody. Says whether that is what was noted last.
-    pub(crate) fn take_baseline(&mut self) -> bool {
-        let now = self.scheduler_census.as_ref().map(|census| census.descriptors);
-        let mut same = self.scheduler_baseline == now;
-        self.scheduler_baseline = now;
-        for rank in &mut self.record.ranks {
-            let now = rank.census.as_ref().map(|census| census.descriptors);
-            same &= rank.baseline == now;
-            rank.baseline = now;
-        }
-        same
     }
 
     /// Stops every rank and the scheduler, and waits for their end.
@@ -486,7 +312,7 @@ impl<'a> Cluster<'a> {
         self.scheduler.iter_mut().for_each(Launched::kill);
     }
 
-    fn set_gone(&mut self, index: usize) {
+    pub(crate) fn set_gone(&mut self, index: usize) {
         if let Some(rank) = self.record.ranks.get_mut(index) {
             rank.gone = true;
         }
@@ -494,72 +320,6 @@ impl<'a> Cluster<'a> {
 
     pub(crate) fn survivors(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.record.ranks.len()).filter(|index| self.record.ranks.get(*index).is_some_and(|rank| !rank.gone))
-    }
-
-    /// Everything that is not as it has to be when all is over and quiet.
-    pub(crate) fn rest(&self) -> Vec<String> {
-        let mut rest: Vec<String> = self.survivors().filter_map(|index| self.holds(index)).collect();
-        let missing = self.groups_missing();
-        if missing > 0 {
-            rest.push(format!("{missing} groups whose ranks all live are not complete"));
-        }
-        if !self.setup.faults.is_empty() {
-            rest.extend(self.survivors().filter_map(|index| self.traces(index)));
-            let census = self.scheduler_census.as_ref().map(|census| census.descriptors);
-            rest.extend(grown("the scheduler", census, self.scheduler_baseline));
-        }
-        rest
-    }
-
-    /// Groups that could be complete, and are not.
-    pub(crate) fn groups_missing(&self) -> usize {
-        let gone = |group: GroupId| {
-            let ranks = self.setup.ranks.iter().zip(&self.record.ranks);
-            ranks.filter(|(config, _)| config.group == group).any(|(_, rank)| rank.gone)
-        };
-        let groups = (0..self.setup.groups()).map(|group| GroupId(group as u32));
-        groups.filter(|group| !self.standing.contains(group) && !gone(*group)).count()
-    }
-
-    /// What a rank still has, in words.
-    fn holds(&self, index: usize) -> Option<String> {
-        let report = &self.record.ranks.get(index)?.report;
-        let engine = &report.engine;
-        if engine.blocks == 0 {
-            return Some(format!("{} has not reported", self.name(index)));
-        }
-        let rest = engine.held_requests + engine.queued_requests + engine.held_blocks + engine.quarantined_blocks;
-        if report.idle && rest == 0 {
-            return None;
-        }
-        let busy = if report.idle { "is idle" } else { "is at work" };
-        Some(format!(
-            "{} {busy} with {} requests in {} blocks, {} quarantined blocks and {} requests that wait for blocks",
-            self.name(index),
-            engine.held_requests,
-            engine.held_blocks,
-            engine.quarantined_blocks,
-            engine.queued_requests
-        ))
-    }
-
-    /// What the kernel shows of a rank that it should not have (any more): descriptors, and pools of others that are gone.
-    fn traces(&self, index: usize) -> Option<String> {
-        let rank = self.record.ranks.get(index)?;
-        let census = rank.census.as_ref()?;
-        if let Some(grown) = grown(&self.name(index), Some(census.descriptors), rank.baseline) {
-            return Some(grown);
-        }
-        for (config, other) in self.setup.ranks.iter().zip(&self.record.ranks) {
-            let pool = config.pool_name();
-            let there = census.mapped.iter().filter(|mapped| **mapped == pool).count();
-            let most = if other.gone { 0 } else { config.regions() };
-            if there > most {
-                let name = self.name(index);
-                return Some(format!("{name} has {there} regions of {pool} mapped, of which {most} can be alive"));
-            }
-        }
-        None
     }
 
     pub(crate) fn name(&self, index: usize) -> String {
@@ -570,21 +330,4 @@ impl<'a> Cluster<'a> {
         let said = self.record.ranks.get(index).and_then(|rank| rank.failed.clone());
         said.unwrap_or_else(|| self.ranks.get_mut(index).map(Launched::ending).unwrap_or_default())
     }
-
-    /// Which rank is meant; `None` for the scheduler.
-    fn index(&self, target: Target) -> Option<usize> {
-        let Target::Rank { role, rank } = target else { return None };
-        self.setup.ranks.iter().position(|config| config.role == role && config.number == rank)
-    }
-
-    fn target(&self, index: usize) -> Target {
-        let config = self.setup.ranks.get(index);
-        config.map_or(Target::Scheduler, |config| Target::Rank { role: config.role, rank: config.number })
-    }
-}
-
-/// Whether somebody has more descriptors than at first, in words.
-fn grown(name: &str, now: Option<u64>, before: Option<u64>) -> Option<String> {
-    let (now, before) = (now?, before?);
-    (now > before).then(|| format!("{name} has {now} descriptors, {before} before the first fault"))
 }

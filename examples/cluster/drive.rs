@@ -4,10 +4,11 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::cluster::{Cluster, Record};
+use crate::cluster::Cluster;
 use crate::launch::LaunchError;
 use crate::progress::Progress;
 use crate::rank::Order;
+use crate::record::Record;
 use crate::setup::Setup;
 
 /// From the start of the ranks until every group is complete: pools are populated meanwhile.

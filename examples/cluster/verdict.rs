@@ -6,8 +6,8 @@ use kvferry::{Direction, FailReason, Finished, Outcome, PathReport, Role, Transp
 use kvferry_synthetic::EngineReport;
 use serde::Serialize;
 
-use crate::cluster::Record;
 use crate::rank::{RankConfig, name, pool_name};
+use crate::record::Record;
 use crate::setup::Setup;
 
 /// What `--json` prints.

@@ -1,0 +1,44 @@
+//! What was seen of a run.
+
+use std::collections::BTreeMap;
+
+use kvferry::{Finished, Refusal, RequestId};
+
+use crate::rank::RankReport;
+use crate::worker::Census;
+
+/// What was seen.
+#[derive(Debug, Default)]
+pub(crate) struct Record {
+    pub(crate) finished: BTreeMap<RequestId, Result<Finished, Refusal>>,
+    /// From the first submission to the last outcome.
+    pub(crate) seconds: f64,
+    /// In the order of the setup.
+    pub(crate) ranks: Vec<RankRecord>,
+    /// The scheduler was killed, stopped or paused: outcomes may have been lost with it.
+    pub(crate) scheduler_hurt: bool,
+    /// What did not come in time, or should not have happened.
+    pub(crate) complaints: Vec<String>,
+    /// What is worth knowing, and no failure.
+    pub(crate) notes: Vec<String>,
+}
+
+/// What is known of one rank.
+#[derive(Debug, Default)]
+pub(crate) struct RankRecord {
+    /// It was killed or stopped, and does not come back.
+    pub(crate) gone: bool,
+    pub(crate) ended: bool,
+    /// It was killed, stopped, paused or lost: perhaps it has not checked, or not told, all that it got.
+    pub(crate) hurt: bool,
+    /// The last that it said.
+    pub(crate) report: RankReport,
+    /// The last that its earlier processes said.
+    pub(crate) before: Vec<RankReport>,
+    /// The last census.
+    pub(crate) census: Option<Census>,
+    /// Its descriptors before the first fault.
+    pub(crate) baseline: Option<u64>,
+    pub(crate) failed: Option<String>,
+    pub(crate) life: u32,
+}
