@@ -33,6 +33,8 @@ pub(crate) struct Cluster<'a> {
     pub(crate) bytes: u64,
     /// Every group was complete once, and ranks have no excuse to end.
     pub(crate) stood: bool,
+    /// Everybody was told to stop.
+    ending: bool,
     /// Groups that are complete, as the scheduler sees it.
     pub(crate) standing: BTreeSet<GroupId>,
     pub(crate) scheduler: Option<Launched<scheduler::Order>>,
@@ -63,6 +65,7 @@ impl<'a> Cluster<'a> {
             open: BTreeMap::new(),
             bytes: 0,
             stood: false,
+            ending: false,
             standing: BTreeSet::new(),
             scheduler: None,
             scheduler_life: 0,
@@ -238,7 +241,11 @@ impl<'a> Cluster<'a> {
         }
         let Some(rank) = self.record.ranks.get_mut(index) else { return };
         if rank.gone {
-            return self.fence(self.target(index));
+            // At the end ranks leave because they were told to.
+            if !self.ending {
+                self.fence(self.target(index));
+            }
+            return;
         }
         if !rank.hurt && !self.record.scheduler_hurt && self.stood {
             rank.hurt = true;
@@ -275,6 +282,7 @@ impl<'a> Cluster<'a> {
     /// Stops every rank and the scheduler, and waits for their end.
     pub(crate) async fn end(&mut self, within: Duration) {
         let survivors: Vec<usize> = self.survivors().collect();
+        self.ending = true;
         for index in &survivors {
             // Whatever ends from now on was told to.
             self.set_gone(*index);
