@@ -261,6 +261,7 @@ impl Runner<'_> {
                 }
             }
             while let Ok(event) = events.try_recv() {
+                tracing::debug!(%node, ?event);
                 lost |= matches!(event, Event::NodeLost { node: gone, .. } if gone == node);
             }
             let Runner { port, engine, ledger, .. } = self;

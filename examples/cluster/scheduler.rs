@@ -131,7 +131,7 @@ async fn serve(
                 Event::GroupReady { group } => say(Said::GroupReady { group }),
                 Event::Started { .. } => say(Said::Started),
                 Event::NodeLost { node, cause } => say(Said::NodeLost { node, cause }),
-                _ => {}
+                event => tracing::debug!(?event),
             },
             Some(Ok((request, end))) = handovers.join_next() => match end {
                 Ok(finished) => say(Said::Finished { request, end: Ok(finished) }),
