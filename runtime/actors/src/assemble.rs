@@ -23,6 +23,9 @@ use crate::shell::{Inspect, Observer, Shell};
 use crate::supervise::{self, OnPanic};
 use crate::worker::{Answer, DecodeWorker, PrefillWorker};
 
+/// Sessions that a node makes before anything needs them: the first handover between two ranks then does not wait for a handshake.
+pub const SESSIONS_EAGER_MAX: usize = 512;
+
 /// What every node needs to know of itself.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
@@ -34,6 +37,9 @@ pub struct NodeConfig {
     pub advertise: Option<String>,
     /// How sessions wait.
     pub session: SessionTerms,
+    /// Peers with whom a session is made as soon as they are known, [`SESSIONS_EAGER_MAX`] by default; with further ones it is made when a
+    /// handover needs it. The scheduler and the ranks of the own group are not counted.
+    pub sessions_eager_max: usize,
     /// How long KV is held for others; the same on every node of a deployment, the scheduler's terms included.
     pub leases: LeaseTerms,
     /// How long transfers may take.
@@ -50,6 +56,7 @@ impl NodeConfig {
             listen: "127.0.0.1:0".to_owned(),
             advertise: None,
             session: SessionTerms::default(),
+            sessions_eager_max: SESSIONS_EAGER_MAX,
             leases: LeaseTerms::default(),
             deadlines: DeadlineTerms::default(),
             quarantine: QuarantineTerms::default(),
@@ -335,7 +342,8 @@ fn start_mesh(
         None => bound,
     };
     let member = Member { node: node.identity.node, epoch: node.identity.epoch, address: address.clone(), place };
-    let config = MeshConfig { identity: node.identity, terms: node.session, member, profile, scheduler };
+    let (identity, terms, eager_max) = (node.identity, node.session, node.sessions_eager_max);
+    let config = MeshConfig { identity, terms, eager_max, member, profile, scheduler };
     let actor = Mesh::new(
         config,
         around.environment.clone(),
@@ -345,6 +353,6 @@ fn start_mesh(
         around.on_panic.clone(),
     );
     supervise::start("mesh", &around.on_panic, context, actor);
-    router.connect(|ports| ports.mesh = Some(mesh.recipient()));
+    router.connect(|ports| (ports.mesh, ports.meet) = (Some(mesh.clone().recipient()), Some(mesh.recipient())));
     Ok(address)
 }

@@ -62,8 +62,8 @@ impl Handler<Incoming> for GroupLeader {
     fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
         let now = self.shell.now();
         match (message, &mut self.core) {
-            (Wire::Members(members), core) => {
-                for member in &members {
+            (Wire::Members(list), core) => {
+                for member in &list.members {
                     if let Some(place) = member.place.as_ref().filter(|place| place.group == self.group) {
                         match core {
                             LeaderCore::Prefill(core) => core.handle_rank(place.rank, member.node),

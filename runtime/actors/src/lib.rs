@@ -16,7 +16,8 @@ mod threads;
 mod worker;
 
 pub use assemble::{
-    NodeConfig, NodeError, SchedulerParts, Surroundings, WorkerConfig, WorkerParts, assemble_scheduler, assemble_worker,
+    NodeConfig, NodeError, SESSIONS_EAGER_MAX, SchedulerParts, Surroundings, WorkerConfig, WorkerParts,
+    assemble_scheduler, assemble_worker,
 };
 pub use nic::{Nic, NicActor, NicOpened, NicReport, NicRequest, NicStartError};
 pub use node::{EnginePort, Handover, HandoverError, SchedulerNode, WorkerNode};

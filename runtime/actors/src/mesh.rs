@@ -1,13 +1,12 @@
 //! The actor that keeps a node's sessions: whom to dial, which incarnation to believe, who went away.
 
 use core::time::Duration;
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
 
 use actix::prelude::*;
 use kvferry_core::protocol::{
-    Event, Identity, JoinError, Lost, Member, Message as Wire, Profile, RESUMING_PROTOCOL, Session, SessionTerms,
-    are_peers, dials,
+    Event, Identity, JoinError, Lost, Member, MemberList, Message as Wire, Profile, RESUMING_PROTOCOL, Session,
+    SessionTerms, are_peers, dials,
 };
 use kvferry_core::{Epoch, Moment, NodeId};
 
@@ -100,12 +99,22 @@ impl Message for PeerDown {
     type Result = ();
 }
 
+/// Somebody waits for a session with a node.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Meet(pub NodeId);
+
+impl Message for Meet {
+    type Result = ();
+}
+
 /// What a mesh needs to know of its own node.
 pub(crate) struct MeshConfig {
     /// Who this is.
     pub identity: Identity,
     /// How sessions wait.
     pub terms: SessionTerms,
+    /// Ranks of other groups that are dialed unasked.
+    pub eager_max: usize,
     /// This node as the directory is to list it.
     pub member: Member,
     /// What peers are told.
@@ -124,8 +133,13 @@ struct Standing {
     resumes: bool,
 }
 
+/// A node that this one may dial.
 struct Target {
     address: String,
+    /// Whether to: beyond so many, only those whom a handover needs.
+    wanted: bool,
+    /// The scheduler, or a rank of this one's own group.
+    near: bool,
     dialing: bool,
     backoff: Duration,
     redial_at: Option<Moment>,
@@ -140,6 +154,12 @@ pub(crate) struct Mesh {
     observer: Observer,
     on_panic: OnPanic,
     targets: BTreeMap<NodeId, Target>,
+    /// Targets of other groups that are wanted.
+    wanted: usize,
+    /// Wanted targets that are neither dialed nor up, as far as anybody looked.
+    to_dial: BTreeSet<NodeId>,
+    /// Conversations whose link is broken.
+    broken: BTreeSet<NodeId>,
     /// Conversations that were begun, to name the next.
     conversations: u64,
     /// Those that stand.
@@ -159,9 +179,10 @@ impl Mesh {
         observer: Observer,
         on_panic: OnPanic,
     ) -> Self {
-        let mut targets = BTreeMap::new();
+        let (mut targets, mut to_dial) = (BTreeMap::new(), BTreeSet::new());
         if let Some((node, address)) = &config.scheduler {
-            targets.insert(*node, Target::new(address.clone()));
+            targets.insert(*node, Target::new(address.clone(), true));
+            to_dial.insert(*node);
         }
         Mesh {
             config,
@@ -171,6 +192,9 @@ impl Mesh {
             observer,
             on_panic,
             targets,
+            wanted: 0,
+            to_dial,
+            broken: BTreeSet::new(),
             conversations: 0,
             up: BTreeMap::new(),
             fenced: BTreeMap::new(),
@@ -181,20 +205,24 @@ impl Mesh {
     fn dial_all(&mut self, ctx: &mut Context<Self>) {
         let now = self.environment.clock.now();
         let mut due: Option<Moment> = None;
-        for (node, target) in &mut self.targets {
-            if target.dialing || self.up.get(node).is_some_and(|standing| standing.session.is_ok()) {
+        for node in std::mem::take(&mut self.to_dial) {
+            let Some(target) = self.targets.get_mut(&node).filter(|target| target.wanted && !target.dialing) else {
+                continue;
+            };
+            if self.up.get(&node).is_some_and(|standing| standing.session.is_ok()) {
                 continue;
             }
             if let Some(at) = target.redial_at.filter(|at| now < *at) {
                 due = Some(due.map_or(at, |due| due.min(at)));
+                self.to_dial.insert(node);
                 continue;
             }
             target.dialing = true;
-            let (mesh, dialed) = (ctx.address(), Some(*node));
+            let (mesh, dialed) = (ctx.address(), Some(node));
             self.environment.network.dial(&target.address, Box::new(move |link| mesh.do_send(Linked { link, dialed })));
         }
         let resume_within = self.config.terms.resume_within;
-        let broken = self.up.values().filter_map(|standing| standing.session.as_ref().err());
+        let broken = self.broken.iter().filter_map(|node| self.up.get(node)?.session.as_ref().err());
         due = due.into_iter().chain(broken.map(|(since, _)| *since + resume_within)).min();
         if let Some(due) = due
             && self.armed.is_none_or(|armed| due < armed)
@@ -208,9 +236,9 @@ impl Mesh {
     fn give_up_broken(&mut self) {
         let (now, within) = (self.environment.clock.now(), self.config.terms.resume_within);
         let late: Vec<(NodeId, String)> = self
-            .up
+            .broken
             .iter()
-            .filter_map(|(node, standing)| Some((*node, standing.session.as_ref().err()?)))
+            .filter_map(|node| Some((*node, self.up.get(node)?.session.as_ref().err()?)))
             .filter(|(_, (since, _))| now.since(*since) >= within)
             .map(|(node, (_, cause))| (node, cause.clone()))
             .collect();
@@ -222,6 +250,8 @@ impl Mesh {
     fn give_up(&mut self, node: NodeId, cause: String) {
         if let Some(Standing { epoch, session, .. }) = self.up.remove(&node) {
             self.router.end(node);
+            self.broken.remove(&node);
+            self.to_dial.insert(node);
             if let Ok(session) = session {
                 session.do_send(Hangup);
             }
@@ -238,6 +268,7 @@ impl Mesh {
         };
         if let Some(target) = self.targets.get_mut(&node) {
             target.dialing = false;
+            self.to_dial.insert(node);
             let backoff = target.backoff.min(longest);
             target.redial_at = Some(now + backoff);
             target.backoff = (backoff * 2).min(REDIAL_MAX);
@@ -252,25 +283,46 @@ impl Mesh {
         }
     }
 
-    fn members(&mut self, members: &[Arc<Member>], ctx: &mut Context<Self>) {
-        let me = &self.config.member;
-        let scheduler = self.config.scheduler.as_ref().map(|(node, _)| *node);
-        self.targets.retain(|node, _| Some(*node) == scheduler || members.iter().any(|member| member.node == *node));
-        for member in members {
-            if member.node != me.node && are_peers(me, member) && dials(me, member) {
-                let target = self.targets.entry(member.node).or_insert_with(|| Target::new(member.address.clone()));
-                if target.address != member.address {
-                    *target = Target::new(member.address.clone());
-                }
+    fn members(&mut self, list: &MemberList, ctx: &mut Context<Self>) {
+        if list.whole {
+            let listed: BTreeSet<NodeId> = list.members.iter().map(|member| member.node).collect();
+            let scheduler = self.config.scheduler.as_ref().map(|(node, _)| *node);
+            let gone = |node: &&NodeId| Some(**node) != scheduler && !listed.contains(*node);
+            for node in self.targets.keys().filter(gone).copied().collect::<Vec<_>>() {
+                self.forget_target(node);
             }
         }
+        for member in &list.members {
+            let me = &self.config.member;
+            let known = self.targets.get(&member.node).is_some_and(|target| target.address == member.address);
+            if known || member.node == me.node || !are_peers(me, member) || !dials(me, member) {
+                continue;
+            }
+            let group = |member: &Member| member.place.as_ref().map(|place| place.group);
+            let (near, was_wanted) = (group(me) == group(member), self.forget_target(member.node));
+            let target = Target::new(member.address.clone(), near || was_wanted || self.wanted < self.config.eager_max);
+            if target.wanted {
+                self.to_dial.insert(member.node);
+                self.wanted += usize::from(!near);
+            }
+            self.targets.insert(member.node, Target { near, ..target });
+        }
         self.dial_all(ctx);
+    }
+
+    /// Says whether it was wanted.
+    fn forget_target(&mut self, node: NodeId) -> bool {
+        let target = self.targets.remove(&node);
+        if target.as_ref().is_some_and(|target| target.wanted && !target.near) {
+            self.wanted = self.wanted.saturating_sub(1);
+        }
+        target.is_some_and(|target| target.wanted)
     }
 
     fn lost(&mut self, lost: &Lost) {
         let fence = self.fenced.entry(lost.node).or_insert(lost.epoch);
         *fence = (*fence).max(lost.epoch);
-        self.targets.remove(&lost.node);
+        self.forget_target(lost.node);
         if self.up.get(&lost.node).is_none_or(|standing| standing.epoch <= lost.epoch) {
             self.give_up(lost.node, lost.cause.clone());
             self.router.forget(lost.node);
@@ -279,8 +331,8 @@ impl Mesh {
 }
 
 impl Target {
-    fn new(address: String) -> Self {
-        Target { address, dialing: false, backoff: REDIAL_FIRST, redial_at: None }
+    fn new(address: String, wanted: bool) -> Self {
+        Target { address, wanted, near: true, dialing: false, backoff: REDIAL_FIRST, redial_at: None }
     }
 }
 
@@ -343,6 +395,7 @@ impl Handler<SessionUp> for Mesh {
             self.router.begin(node, epoch, self.conversations);
         }
         let standing = Standing { epoch, session: Ok(session.clone()), since: now, resumes };
+        self.broken.remove(&node);
         if let Some(Standing { session: Ok(replaced), .. }) = self.up.insert(node, standing) {
             replaced.do_send(Hangup);
         }
@@ -375,6 +428,8 @@ impl Handler<SessionDown> for Mesh {
             }
             if standing.resumes {
                 standing.session = Err((now, cause));
+                self.broken.insert(node);
+                self.to_dial.insert(node);
                 self.router.link(node, None);
             } else {
                 self.give_up(node, cause);
@@ -404,7 +459,7 @@ impl Handler<Incoming> for Mesh {
 
     fn handle(&mut self, Incoming { message, .. }: Incoming, ctx: &mut Context<Self>) {
         match message {
-            Wire::Members(members) => self.members(&members, ctx),
+            Wire::Members(list) => self.members(&list, ctx),
             Wire::Lost(lost) => self.lost(&lost),
             Wire::JoinRefused(error) => {
                 tracing::error!(%error, "this node may not join");
@@ -412,6 +467,21 @@ impl Handler<Incoming> for Mesh {
                 (self.on_panic)("mesh: this incarnation is over");
             }
             _ => {}
+        }
+    }
+}
+
+impl Handler<Meet> for Mesh {
+    type Result = ();
+
+    fn handle(&mut self, Meet(node): Meet, ctx: &mut Context<Self>) {
+        if let Some(target) = self.targets.get_mut(&node) {
+            if !target.wanted {
+                target.wanted = true;
+                self.wanted += 1;
+            }
+            self.to_dial.insert(node);
+            self.dial_all(ctx);
         }
     }
 }

@@ -9,6 +9,7 @@ use dashmap::{DashMap, DashSet};
 use kvferry_core::protocol::{Conversation, Message as Wire};
 use kvferry_core::{Epoch, NodeId};
 
+use crate::mesh::Meet;
 use crate::peer_session::{PeerSession, Speak};
 
 /// Messages that may wait for a first session with one node.
@@ -40,6 +41,8 @@ pub(crate) struct Ports {
     pub directory: Option<Recipient<Incoming>>,
     /// The mesh of sessions.
     pub mesh: Option<Recipient<Incoming>>,
+    /// The same, for sessions that somebody waits for.
+    pub meet: Option<Recipient<Meet>>,
 }
 
 /// Shared by all actors of one node, on one thread. Cheap to clone.
@@ -129,6 +132,13 @@ impl Router {
     pub(crate) fn flush(&self, node: NodeId) {
         for message in self.waiting.remove(&node).into_iter().flat_map(|(_, waiting)| waiting) {
             self.send(node, message);
+        }
+    }
+
+    /// Has a session with a node made, if there is none.
+    pub(crate) fn meet(&self, node: NodeId) {
+        if let Some(mesh) = &self.ports.borrow().meet {
+            mesh.do_send(Meet(node));
         }
     }
 

@@ -75,6 +75,7 @@ impl Shell {
         while let Some(command) = outbox.poll_command() {
             match command {
                 Command::Send { to, message } => self.router.send(to, message),
+                Command::Meet { node } => self.router.meet(node),
                 Command::Engine(call) => {
                     if let Some(engine) = &self.engine {
                         // An engine that is gone needs no calls; its node is being shut down.

@@ -1,11 +1,11 @@
 //! The actor of a rank: a thin shell around its core.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use actix::prelude::*;
 use kvferry_core::protocol::{
-    DecodeRank, EngineEvent, Event, Lost, Member, Message as Wire, NicEvent, Outbox, PrefillRank, Vitals, WorkerProfile,
+    DecodeRank, EngineEvent, Event, Lost, MemberList, Message as Wire, NicEvent, Outbox, PrefillRank, Vitals,
+    WorkerProfile,
 };
 use kvferry_core::{GroupId, Moment, NodeId, Rank};
 
@@ -26,7 +26,7 @@ pub(crate) trait RankCore: Unpin + 'static {
     fn is_leaders_word(message: &Wire) -> bool;
     fn outbox(&mut self) -> &mut Outbox;
     fn poll_timeout(&self) -> Option<Moment>;
-    fn handle_members(&mut self, now: Moment, members: &[Arc<Member>]);
+    fn handle_members(&mut self, now: Moment, list: &MemberList);
     /// `mine`: which rank of this rank's own group it was.
     fn handle_lost(&mut self, now: Moment, lost: &Lost, mine: Option<Rank>);
     fn handle_peer(&mut self, now: Moment, node: NodeId, profile: WorkerProfile);
@@ -73,12 +73,12 @@ impl<C: RankCore> Handler<Incoming> for Worker<C> {
     fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
         let now = self.shell.now();
         match message {
-            Wire::Members(members) => {
-                self.roster.update(&members);
-                self.core.handle_members(now, &members);
+            Wire::Members(list) => {
+                self.roster.update(&list, self.group);
+                self.core.handle_members(now, &list);
             }
             Wire::Lost(lost) => {
-                let mine = self.roster.rank_in(self.group, lost.node);
+                let mine = self.roster.rank_of(lost.node);
                 // The loss of an earlier incarnation is no news once a later one is here, except for its group.
                 if mine.is_some() || !self.shell.router().is_newer(lost.node, lost.epoch) {
                     self.core.handle_lost(now, &lost, mine);
@@ -168,8 +168,8 @@ macro_rules! rank_core {
                 self.poll_timeout()
             }
 
-            fn handle_members(&mut self, now: Moment, members: &[Arc<Member>]) {
-                $members(self, now, members);
+            fn handle_members(&mut self, now: Moment, list: &MemberList) {
+                $members(self, now, list);
             }
 
             fn handle_lost(&mut self, now: Moment, lost: &Lost, mine: Option<Rank>) {
@@ -228,7 +228,7 @@ rank_core! {
 rank_core! {
     DecodeRank,
     leader: Wire::Fetch(_) | Wire::Settled { .. },
-    members: |core: &mut DecodeRank, now, members: &[_]| core.handle_members(now, members),
+    members: |core: &mut DecodeRank, now, list: &MemberList| core.handle_members(now, list),
     lost: |core: &mut DecodeRank, now, lost, mine| core.handle_lost(now, lost, mine),
     peer_down: |core: &mut DecodeRank, now, node, cause| core.handle_peer_down(now, node, cause),
     leader_up: |core: &mut DecodeRank, now, leader| core.handle_leader_up(now, leader),
@@ -243,23 +243,24 @@ impl Message for Answer {
     type Result = ();
 }
 
-/// Which node is which rank, remembered beyond its loss: a `Lost` may follow the list that no longer has it.
+/// Which node is which rank of this rank's own group, remembered beyond its loss: its earlier incarnations may be lost later than it came.
 #[derive(Debug, Default)]
 pub(crate) struct Roster {
-    places: BTreeMap<NodeId, (GroupId, Rank)>,
+    ranks: BTreeMap<NodeId, Rank>,
 }
 
 impl Roster {
-    pub(crate) fn update(&mut self, members: &[Arc<Member>]) {
-        for member in members {
-            if let Some(place) = &member.place {
-                self.places.insert(member.node, (place.group, place.rank));
-            }
+    pub(crate) fn update(&mut self, list: &MemberList, group: GroupId) {
+        for member in &list.members {
+            match member.place.as_ref().filter(|place| place.group == group) {
+                Some(place) => self.ranks.insert(member.node, place.rank),
+                None => self.ranks.remove(&member.node),
+            };
         }
     }
 
-    pub(crate) fn rank_in(&self, group: GroupId, node: NodeId) -> Option<Rank> {
-        self.places.get(&node).filter(|(theirs, _)| *theirs == group).map(|(_, rank)| *rank)
+    pub(crate) fn rank_of(&self, node: NodeId) -> Option<Rank> {
+        self.ranks.get(&node).copied()
     }
 }
 

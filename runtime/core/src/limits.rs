@@ -2,6 +2,10 @@
 
 /// Ranks of one group.
 pub const RANKS_MAX: u32 = 4096;
+/// Members in one list of the directory.
+pub const MEMBERS_MAX: usize = 65_536;
+/// Different geometries among them.
+pub const GEOMETRIES_MAX: usize = 4096;
 /// Layers of one model.
 pub const LAYERS_MAX: u32 = 1024;
 /// Layer groups of one model.

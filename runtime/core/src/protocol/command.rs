@@ -23,6 +23,11 @@ pub enum Command {
         /// What.
         message: Message,
     },
+    /// Have a session with a peer: something waits for it.
+    Meet {
+        /// With whom.
+        node: NodeId,
+    },
     /// Tell the serving engine.
     Engine(EngineCall),
     /// Tell a NIC of this node.
@@ -371,6 +376,10 @@ pub struct Outbox {
 impl Outbox {
     pub(crate) fn send(&mut self, to: NodeId, message: Message) {
         self.commands.push_back(Command::Send { to, message });
+    }
+
+    pub(crate) fn meet(&mut self, node: NodeId) {
+        self.commands.push_back(Command::Meet { node });
     }
 
     pub(crate) fn engine(&mut self, call: EngineCall) {

@@ -6,15 +6,16 @@ mod legs;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::fetch::{Fetch, Leg, LegState, Path, Placed, SourceGroup};
+use super::fetch::{Fetch, Leg, LegState, Path, Placed};
 use super::peer::Peer;
 use super::prefill::check_steps;
+use super::sources::Sources;
 use super::{
     Awaited, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms, Lost,
-    Member, Message, NicCommand, NicEvent, Outbox, Outcome, Pace, PathReport, QuarantineTerms, Role, Vitals,
+    MemberList, Message, NicCommand, NicEvent, Outbox, Outcome, Pace, PathReport, QuarantineTerms, Role, Vitals,
     WorkerProfile,
 };
-use crate::{FenceProof, GroupId, HandoverId, Moment, NodeId, Plane, Rank, Tables, TransferId};
+use crate::{FenceProof, HandoverId, Moment, NodeId, Plane, Rank, Tables, TransferId};
 
 /// The state machine of a decode rank.
 ///
@@ -29,7 +30,7 @@ pub struct DecodeRank {
     pace: Pace,
     fetches: BTreeMap<HandoverId, Fetch>,
     peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
-    groups: BTreeMap<GroupId, SourceGroup>,
+    sources: Sources,
     renew_at: Option<Moment>,
     quarantine: QuarantineTerms,
     /// Bytes of the pool.
@@ -62,7 +63,7 @@ impl DecodeRank {
             pace: Pace::new(deadlines),
             fetches: BTreeMap::new(),
             peers: BTreeMap::new(),
-            groups: BTreeMap::new(),
+            sources: Sources::default(),
             renew_at: None,
             outbox: Outbox::default(),
         }
@@ -125,18 +126,9 @@ impl DecodeRank {
         }
     }
 
-    /// The directory's list of members.
-    pub fn handle_members(&mut self, now: Moment, members: &[Arc<Member>]) {
-        self.groups.clear();
-        for member in members {
-            if let Some(place) = &member.place
-                && place.role == Role::Prefill
-            {
-                let group =
-                    self.groups.entry(place.group).or_insert_with(|| SourceGroup::new(Arc::clone(&place.geometry)));
-                group.nodes.insert(place.rank, member.node);
-            }
-        }
+    /// The directory tells of members.
+    pub fn handle_members(&mut self, now: Moment, list: &MemberList) {
+        self.sources.handle_members(list);
         for handover in self.handovers() {
             self.resolve(now, handover);
         }
@@ -195,6 +187,7 @@ impl DecodeRank {
                 self.settle(now, handover, Outcome::Failed { reason: reason.clone() });
             }
         }
+        self.sources.remove(lost.node);
         self.handle_peer_down(now, lost.node, &lost.cause);
     }
 

@@ -6,13 +6,17 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{Lost, Member, Message, Outbox, Role};
-use crate::{Epoch, NodeId};
+use super::{Lost, Member, MemberList, Message, Outbox, Role};
+use crate::{Epoch, GroupGeometry, GroupId, NodeId, Rank};
 
-/// The state machine of the in-memory directory: joins and losses in, one list of members out to everybody.
+/// The state machine of the in-memory directory: joins and losses in, what they change out to those whom it concerns.
 #[derive(Debug, Default)]
 pub struct Directory {
     members: BTreeMap<NodeId, Arc<Member>>,
+    /// Who has which place.
+    groups: BTreeMap<GroupId, BTreeMap<Rank, NodeId>>,
+    /// Geometries of members, each once.
+    geometries: Vec<Arc<GroupGeometry>>,
     /// The newest epoch ever seen of a node: older ones are fenced.
     epochs: BTreeMap<NodeId, Epoch>,
     outbox: Outbox,
@@ -69,39 +73,67 @@ impl Directory {
         self.members.values().cloned().collect()
     }
 
-    /// A node joins; everybody hears of it.
-    pub fn handle_join(&mut self, member: Member) -> Result<Arc<Member>, JoinError> {
+    /// A node joins. It hears of those who concern it, and those whom it concerns hear of it.
+    pub fn handle_join(&mut self, mut member: Member) -> Result<Arc<Member>, JoinError> {
         self.check(&member)?;
         // An older incarnation whose loss nobody noticed is lost now.
         if let Some(epoch) = self.members.get(&member.node).map(|earlier| earlier.epoch) {
             self.handle_lost(member.node, epoch, &format!("it restarted as {}", member.epoch));
         }
+        if let Some(place) = &mut member.place {
+            self.groups.entry(place.group).or_default().insert(place.rank, member.node);
+            place.geometry = self.shared(&place.geometry);
+        }
         let member = Arc::new(member);
         self.epochs.insert(member.node, member.epoch);
         self.members.insert(member.node, Arc::clone(&member));
-        self.announce();
+        let mut known = MemberList { whole: true, members: Vec::new() };
+        for other in self.members.values() {
+            if concerns(&member, other) {
+                known.members.push(Arc::clone(other));
+            }
+            if other.node != member.node && concerns(other, &member) {
+                let news = MemberList { whole: false, members: vec![Arc::clone(&member)] };
+                self.outbox.send(other.node, Message::Members(news));
+            }
+        }
+        self.outbox.send(member.node, Message::Members(known));
         Ok(member)
     }
 
-    /// A node is gone; everybody hears of it. `None` when that incarnation is no member.
+    /// A node is gone; everybody who may have known it hears of it. `None` when that incarnation is no member.
     pub fn handle_lost(&mut self, node: NodeId, epoch: Epoch, cause: &str) -> Option<Lost> {
         if self.members.get(&node)?.epoch != epoch {
             return None;
         }
-        self.members.remove(&node);
-        let lost = Lost { node, epoch, cause: cause.to_owned() };
-        for member in self.members.keys() {
-            self.outbox.send(*member, Message::Lost(lost.clone()));
+        let gone = self.members.remove(&node)?;
+        if let Some(place) = &gone.place
+            && let Some(ranks) = self.groups.get_mut(&place.group)
+        {
+            ranks.remove(&place.rank);
+            if ranks.is_empty() {
+                self.groups.remove(&place.group);
+            }
         }
-        self.announce();
+        let lost = Lost { node, epoch, cause: cause.to_owned() };
+        for member in self.members.values() {
+            // Also who never heard of it by name may have a session with it.
+            if concerns(member, &gone) || concerns(&gone, member) {
+                self.outbox.send(member.node, Message::Lost(lost.clone()));
+            }
+        }
         Some(lost)
     }
 
-    fn announce(&mut self) {
-        let members = self.members();
-        for member in self.members.keys() {
-            self.outbox.send(*member, Message::Members(members.clone()));
+    /// An equal geometry that is known already, where there is one.
+    fn shared(&mut self, geometry: &Arc<GroupGeometry>) -> Arc<GroupGeometry> {
+        if let Some(known) = self.geometries.iter().find(|known| *known == geometry) {
+            return Arc::clone(known);
         }
+        // What no member has any more is forgotten.
+        self.geometries.retain(|known| Arc::strong_count(known) > 1);
+        self.geometries.push(Arc::clone(geometry));
+        Arc::clone(geometry)
     }
 
     fn check(&self, member: &Member) -> Result<(), JoinError> {
@@ -120,8 +152,9 @@ impl Directory {
                 format!("{} pool sizes for {} layer groups", place.blocks.len(), place.geometry.model.groups.len());
             return Err(JoinError::BadPlace { node, why });
         }
-        for other in self.members.values().filter(|other| other.node != node) {
-            let Some(theirs) = other.place.as_ref().filter(|theirs| theirs.group == place.group) else { continue };
+        let group = self.groups.get(&place.group).into_iter().flat_map(BTreeMap::values);
+        for other in group.filter(|other| **other != node).filter_map(|other| self.members.get(other)) {
+            let Some(theirs) = &other.place else { continue };
             if theirs.role != place.role {
                 let why = format!("{} is a {} group", place.group, theirs.role);
                 return Err(JoinError::BadPlace { node, why });
@@ -138,6 +171,17 @@ impl Directory {
             }
         }
         Ok(())
+    }
+}
+
+/// Whether `hearer` needs to know where `subject` is: ranks of one group each other, decode ranks every prefill rank, whoever has no place
+/// everybody. The scheduler's node hears of all.
+fn concerns(hearer: &Member, subject: &Member) -> bool {
+    match (&hearer.place, &subject.place) {
+        (Some(hearer), Some(subject)) => {
+            hearer.group == subject.group || (hearer.role, subject.role) == (Role::Decode, Role::Prefill)
+        }
+        _ => true,
     }
 }
 

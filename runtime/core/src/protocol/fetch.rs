@@ -2,12 +2,11 @@
 
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use bytes::Bytes;
 
 use super::{Awaited, Deadline, Outcome, Pairing};
-use crate::{Direction, GroupGeometry, Moment, NodeId, PlanError, Rank, Tables, TransferId, sources};
+use crate::{Direction, Moment, NodeId, Rank, Tables, TransferId};
 
 /// This rank's part of one handover. It ends with the leader's word *and* with nothing in flight.
 #[derive(Debug)]
@@ -136,33 +135,5 @@ impl Leg {
         // A step of a push is expected from the beginning; it moves once it is ready.
         let still = self.in_flight.iter().all(|id| id.step() >= self.ready);
         self.state == LegState::Moving && self.source_tables.is_some() && self.ready < steps && still
-    }
-}
-
-/// A prefill group as the directory lists it.
-#[derive(Debug)]
-pub(super) struct SourceGroup {
-    geometry: Arc<GroupGeometry>,
-    pub(super) nodes: BTreeMap<Rank, NodeId>,
-    /// Ranks that owe this rank something, by the attention-dp part that owns the request.
-    owing: BTreeMap<u32, Arc<[Rank]>>,
-}
-
-impl SourceGroup {
-    pub(super) fn new(geometry: Arc<GroupGeometry>) -> Self {
-        SourceGroup { geometry, nodes: BTreeMap::new(), owing: BTreeMap::new() }
-    }
-
-    /// Which of its ranks owe `rank` of `destination` something.
-    pub(super) fn owing(&mut self, dp: u32, destination: &GroupGeometry, rank: Rank) -> Result<Arc<[Rank]>, PlanError> {
-        if let Some(known) = self.owing.get(&dp) {
-            return Ok(Arc::clone(known));
-        }
-        let owing: Arc<[Rank]> = sources(&self.geometry, dp, destination, rank)?.into();
-        // A peer names the part; only parts that exist are remembered.
-        if !owing.is_empty() {
-            self.owing.insert(dp, Arc::clone(&owing));
-        }
-        Ok(owing)
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{FailReason, Outcome, PrefillView, Refusal, Role};
+use super::{FailReason, MemberList, Outcome, PrefillView, Refusal, Role};
 use crate::{
     Direction, Epoch, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PoolLayout, Rank, RequestId, Tables,
     TransportKind,
@@ -21,8 +21,8 @@ pub enum Message {
     Join(Box<Member>),
     /// Directory → a node: it may not join; it stops.
     JoinRefused(super::JoinError),
-    /// Everybody who is alive, sent by the directory on every change.
-    Members(Vec<Arc<Member>>),
+    /// Directory → a node: members that concern it.
+    Members(MemberList),
     /// A member is gone; its epoch is fenced.
     Lost(Lost),
 

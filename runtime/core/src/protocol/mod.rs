@@ -15,6 +15,7 @@ mod directory;
 mod fetch;
 mod identity;
 mod lease;
+mod member_list;
 mod message;
 mod outcome;
 mod peer;
@@ -26,6 +27,7 @@ mod roll;
 mod scheduler;
 mod scheduler_group;
 mod session;
+mod sources;
 #[cfg(test)]
 mod tests;
 mod vitals;
@@ -39,6 +41,7 @@ pub use decode_leader::DecodeLeader;
 pub use directory::{Directory, JoinError, are_peers, dials};
 pub use identity::{Identity, Protocols};
 pub use lease::{Lease, LeaseTerms};
+pub use member_list::MemberList;
 pub use message::{
     FetchJob, Lost, Member, Message, NicAdvert, OfferSummary, OpenFetch, OpenedFetch, OutcomeReport, Pairing,
     PathReport, Place, PrefillJob, Profile, RequestSpec, StandingHandovers, StandingOffer, WorkerProfile,

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kvferry_core::protocol::{
-    Awaited, FailReason, FetchJob, JoinError, Lost, Member, Message, NicAdvert, OfferSummary, OpenFetch, OpenedFetch,
-    Outcome, OutcomeReport, Pairing, PathReport, Place, PrefillJob, PrefillView, Profile, Refusal, RequestSpec, Role,
-    WorkerProfile,
+    Awaited, FailReason, FetchJob, JoinError, Lost, Member, MemberList, Message, NicAdvert, OfferSummary, OpenFetch,
+    OpenedFetch, Outcome, OutcomeReport, Pairing, PathReport, Place, PrefillJob, PrefillView, Profile, Refusal,
+    RequestSpec, Role, WorkerProfile,
 };
 use kvferry_core::{
     BlockTable, Direction, Epoch, Format, GroupGeometry, GroupId, HandoverId, Model, Moment, NodeId, Parallel, Rank,
@@ -69,7 +69,10 @@ fn build(parts: &Parts) -> Message {
         0 => Message::Profile(Box::new(Profile { worker: (!parts.choice.is_multiple_of(4)).then(|| parts.worker()) })),
         1 => Message::Join(Box::new(parts.member())),
         2 => Message::JoinRefused(parts.join_error()),
-        3 => Message::Members((0..parts.small[0] % 3).map(|_| Arc::new(parts.member())).collect()),
+        3 => Message::Members(MemberList {
+            whole: parts.choice.is_multiple_of(2),
+            members: (0..parts.small[0] % 3).map(|_| Arc::new(parts.member())).collect(),
+        }),
         4 => Message::Lost(Lost { node: NodeId(one), epoch: Epoch(two), cause: parts.text.clone() }),
         5 => Message::Prefill(PrefillJob { spec: parts.spec(), dp: parts.small[0] }),
         6 => Message::RankOpened { request, steps: blocks },

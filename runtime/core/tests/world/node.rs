@@ -205,8 +205,8 @@ impl Node {
             return;
         }
         match message {
-            Message::Members(members) => {
-                for member in &members {
+            Message::Members(list) => {
+                for member in &list.members {
                     let Some(place) = &member.place else { continue };
                     self.places.insert(member.node, (place.group, place.rank));
                     if place.group == self.group {
@@ -218,7 +218,7 @@ impl Node {
                     }
                 }
                 if let RankCore::Decode(core) = &mut self.core {
-                    core.handle_members(now, &members);
+                    core.handle_members(now, &list);
                 }
             }
             Message::Lost(lost) => self.handle_lost(now, &lost),

@@ -20,7 +20,7 @@ impl DecodeRank {
         else {
             return;
         };
-        let Some(group) = self.groups.get_mut(&fetch.pairing.source) else { return };
+        let Some(group) = self.sources.group(fetch.pairing.source) else { return };
         let owing = match group.owing(fetch.pairing.source_dp, &self.local.geometry, self.local.rank) {
             Ok(owing) => owing,
             Err(error) => {
@@ -34,6 +34,9 @@ impl DecodeRank {
         fetch.legs = legs;
         fetch.resolved = true;
         for node in fetch.legs.keys().copied().collect::<Vec<_>>() {
+            if !self.peers.contains_key(&node) {
+                self.outbox.meet(node);
+            }
             self.open_leg(now, handover, node);
         }
         self.finish(now, handover);

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::kit::*;
 use crate::protocol::{
-    Command, DeadlineTerms, DecodeRank, EngineCall, EngineEvent, Event, FailReason, FetchJob, Message, NicCommand,
-    NicEvent, OpenFetch, OpenedFetch, Outcome, PathReport, Role,
+    Command, DeadlineTerms, DecodeRank, EngineCall, EngineEvent, Event, FailReason, FetchJob, MemberList, Message,
+    NicCommand, NicEvent, OpenFetch, OpenedFetch, Outcome, PathReport, Role,
 };
 use crate::{Direction, GroupGeometry, HandoverId, NodeId, Rank, TransferId, TransportKind};
 
@@ -55,7 +55,8 @@ impl Fixture {
     pub(super) fn members(&mut self) {
         let members =
             [0, 1].map(|rank| Arc::new(member(SOURCES[rank as usize], Role::Prefill, PREFILL, rank, &self.source)));
-        self.rank.handle_members(at(0), &members);
+        let list = MemberList { whole: true, members: members.to_vec() };
+        self.rank.handle_members(at(0), &list);
     }
 
     pub(super) fn peer(&mut self, source: usize) {
@@ -220,7 +221,11 @@ fn members_and_sessions_may_come_late() {
     );
     fixture.members();
     let opens = commands(fixture.rank.outbox());
-    assert!(matches!(opens.as_slice(), [Command::Send { to: NodeId(1), message: Message::Open(_) }]), "{opens:?}");
+    let [Command::Send { to: NodeId(1), message: Message::Open(_) }, Command::Meet { node: NodeId(2) }] =
+        opens.as_slice()
+    else {
+        panic!("the session with the second is asked for: {opens:?}");
+    };
     fixture.peer(1);
     let opens = commands(fixture.rank.outbox());
     assert!(

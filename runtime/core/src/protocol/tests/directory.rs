@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::kit::*;
-use crate::protocol::{Command, Directory, JoinError, Member, Message, Role, are_peers, dials};
+use crate::protocol::{Command, Directory, JoinError, Member, MemberList, Message, Role, are_peers, dials};
 use crate::{Epoch, GroupId, NodeId};
 
 fn scheduler() -> Member {
@@ -11,7 +11,7 @@ fn scheduler() -> Member {
 }
 
 #[test]
-fn everybody_hears_of_joins_and_losses() {
+fn joins_and_losses_are_heard_of() {
     let mut directory = Directory::default();
     let geometry = geometry(2);
     directory.handle_join(scheduler()).expect("joins");
@@ -19,16 +19,64 @@ fn everybody_hears_of_joins_and_losses() {
     commands(directory.outbox());
     let joined = directory.handle_join(member(2, Role::Prefill, PREFILL, 1, &geometry)).expect("joins");
     assert_eq!(joined.node, NodeId(2));
+    let list = |to, whole, members: &[Arc<Member>]| {
+        send(to, Message::Members(MemberList { whole, members: members.to_vec() }))
+    };
+    let news = [Arc::clone(&joined)];
     let all = directory.members();
-    let list = |to| send(to, Message::Members(all.clone()));
-    assert_eq!(commands(directory.outbox()), [list(1), list(2), list(100)]);
+    assert_eq!(commands(directory.outbox()), [list(1, false, &news), list(100, false, &news), list(2, true, &all)]);
     assert_eq!(directory.handle_lost(NodeId(2), Epoch(9), "?"), None, "another incarnation");
     assert_eq!(directory.handle_lost(NodeId(3), Epoch(1), "?"), None, "no member");
     assert_eq!(directory.handle_lost(NodeId(2), Epoch(1), "it crashed"), Some(lost(2)));
-    let rest = directory.members();
     let hears = |to| send(to, Message::Lost(lost(2)));
-    let list = |to| send(to, Message::Members(rest.clone()));
-    assert_eq!(commands(directory.outbox()), [hears(1), hears(100), list(1), list(100)]);
+    assert_eq!(commands(directory.outbox()), [hears(1), hears(100)]);
+}
+
+#[test]
+fn members_hear_of_those_who_concern_them() {
+    let mut directory = Directory::default();
+    for (node, role, group, rank) in [
+        (1, Role::Prefill, 0, 0),
+        (2, Role::Prefill, 1, 0),
+        (3, Role::Decode, 2, 0),
+        (4, Role::Decode, 3, 0),
+        (5, Role::Decode, 2, 1),
+        (6, Role::Prefill, 0, 1),
+    ] {
+        // Each arrives with a geometry of its own, equal to all others.
+        directory.handle_join(member(node, role, GroupId(group), rank, &geometry(2))).expect("joins");
+    }
+    let mut heard: Vec<(u64, bool, Vec<u64>)> = Vec::new();
+    let mut last = None;
+    for command in commands(directory.outbox()) {
+        let Command::Send { to, message: Message::Members(list) } = command else { panic!("{command:?}") };
+        heard.push((to.0, list.whole, list.members.iter().map(|member| member.node.0).collect()));
+        last = Some(list);
+    }
+    let expected: Vec<(u64, bool, Vec<u64>)> = vec![
+        (1, true, vec![1]),
+        (2, true, vec![2]),
+        (3, true, vec![1, 2, 3]),
+        (4, true, vec![1, 2, 4]),
+        (3, false, vec![5]),
+        (5, true, vec![1, 2, 3, 5]),
+        (1, false, vec![6]),
+        (3, false, vec![6]),
+        (4, false, vec![6]),
+        (5, false, vec![6]),
+        (6, true, vec![1, 6]),
+    ];
+    assert_eq!(heard, expected);
+    let members = last.expect("a list").members;
+    let geometry = |index: usize| &members[index].place.as_ref().expect("a place").geometry;
+    assert!(Arc::ptr_eq(geometry(0), geometry(1)), "equal geometries are one");
+    // Of a loss hears also who has a session with the lost node without having heard of it.
+    directory.handle_lost(NodeId(3), Epoch(1), "it crashed");
+    let told = commands(directory.outbox()).into_iter().map(|command| match command {
+        Command::Send { to, message: Message::Lost(_) } => to.0,
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(told.collect::<Vec<_>>(), [1, 2, 5, 6]);
 }
 
 #[test]
