@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use actix::Addr;
 use kvferry_actors::{
-    NodeConfig, NodeError, OpenNic, Scheduler, Submit, Surroundings, WorkerConfig, assemble_scheduler, assemble_worker,
+    NodeConfig, NodeError, OpenNic, SESSIONS_EAGER_MAX, Scheduler, Submit, Surroundings, WorkerConfig,
+    assemble_scheduler, assemble_worker,
 };
 use kvferry_core::protocol::{
     DeadlineTerms, Finished, LeaseTerms, LeastLoaded, Refusal, RequestSpec, Role, SchedulerTerms, SessionTerms,
@@ -29,7 +30,7 @@ use crate::report::{ClusterReport, RankReport, Tally};
 use crate::world::{World, WorldOptions};
 
 const SCHEDULER: usize = 0;
-const SECRET: &[u8] = b"simulated nodes share this";
+pub(crate) const SECRET: &[u8] = b"simulated nodes share this";
 
 /// Groups of one side.
 #[derive(Clone, Debug)]
@@ -67,6 +68,8 @@ pub struct ClusterOptions {
     pub handovers_max: u32,
     /// How sessions wait.
     pub session: SessionTerms,
+    /// Peers with whom a session is made before it is needed.
+    pub sessions_eager_max: usize,
     /// How long KV is held.
     pub leases: LeaseTerms,
     /// How long transfers may take.
@@ -97,6 +100,7 @@ impl ClusterOptions {
             layers_per_step: Some(1),
             handovers_max: 8,
             session: SessionTerms::default(),
+            sessions_eager_max: SESSIONS_EAGER_MAX,
             leases: LeaseTerms::default(),
             deadlines: DeadlineTerms::default(),
             scheduler: SchedulerTerms::default(),
@@ -120,6 +124,9 @@ pub enum SimError {
     /// A node did not start.
     #[error(transparent)]
     Node(#[from] NodeError),
+    /// A node did not start, as time passed.
+    #[error("a node did not start: {0}")]
+    Start(String),
     /// The node's number is no worker's, or it is down.
     #[error("node {0} is not a worker that is up; number workers from 1, prefill first, by group and rank")]
     NoSuchNode(usize),
@@ -381,15 +388,16 @@ fn node_config(options: &ClusterOptions, node: usize, epoch: Epoch) -> NodeConfi
     let mut config = NodeConfig::new(node_id(node), epoch);
     config.identity.secret = Some(Arc::from(SECRET));
     config.listen = address(node);
+    config.sessions_eager_max = options.sessions_eager_max;
     (config.session, config.leases, config.deadlines) = (options.session, options.leases, options.deadlines);
     config
 }
 
-fn node_id(node: usize) -> NodeId {
+pub(crate) fn node_id(node: usize) -> NodeId {
     NodeId(node as u64 + 1)
 }
 
-fn address(node: usize) -> String {
+pub(crate) fn address(node: usize) -> String {
     format!("node-{node}")
 }
 

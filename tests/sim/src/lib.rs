@@ -6,6 +6,7 @@
 //! scheduler with prefill and decode groups in such a world, with engines that check every byte.
 #![forbid(unsafe_code)]
 
+mod capacity;
 mod cluster;
 mod dice;
 mod host;
@@ -18,6 +19,9 @@ mod trace;
 mod wires;
 mod world;
 
+pub use capacity::{
+    CapacityOptions, CapacityRequest, NicUse, PolicyName, PolicyReport, Quantiles, TraceError, capacity, parse_trace,
+};
 pub use cluster::{Cluster, ClusterOptions, GroupOptions, SimError};
 pub use dice::Dice;
 pub use report::{ClusterReport, RankReport};
