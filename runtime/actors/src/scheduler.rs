@@ -178,8 +178,9 @@ impl DirectoryActor {
         DirectoryActor { core, shell, scheduler }
     }
 
-    fn turn(&mut self) {
+    fn turn(&mut self, ctx: &mut Context<Self>) {
         self.shell.run(self.core.outbox(), |_| {});
+        self.shell.arm(self.core.poll_timeout(), || ctx.address().recipient());
     }
 }
 
@@ -190,17 +191,17 @@ impl Actor for DirectoryActor {
 impl Handler<Incoming> for DirectoryActor {
     type Result = ();
 
-    fn handle(&mut self, Incoming { from, message }: Incoming, _: &mut Context<Self>) {
+    fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
         let Wire::Join(member) = message else { return };
         // A node joins for itself only.
         if member.node != from {
             self.shell.observe(Event::Ignored { from, what: "a join in another node's name" });
             return;
         }
-        match self.core.handle_join(*member) {
+        match self.core.handle_join(self.shell.now(), *member) {
             Ok(member) => {
-                // The list of members leaves before any work that the newcomer makes possible.
-                self.turn();
+                // The newcomer's group hears of it before any work that it makes possible.
+                self.turn(ctx);
                 self.scheduler.do_send(Membership::Joined(member));
             }
             Err(error) => {
@@ -214,11 +215,21 @@ impl Handler<Incoming> for DirectoryActor {
 impl Handler<PeerDown> for DirectoryActor {
     type Result = ();
 
-    fn handle(&mut self, PeerDown { node, epoch, cause }: PeerDown, _: &mut Context<Self>) {
+    fn handle(&mut self, PeerDown { node, epoch, cause }: PeerDown, ctx: &mut Context<Self>) {
         if let Some(lost) = self.core.handle_lost(node, epoch, &cause) {
-            self.turn();
+            self.turn(ctx);
             self.shell.router().deliver(self.shell.router().node(), Wire::Lost(lost.clone()));
             self.scheduler.do_send(Membership::Lost(lost));
         }
+    }
+}
+
+impl Handler<Tick> for DirectoryActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
+        let now = self.shell.ticked();
+        self.core.handle_timeout(now);
+        self.turn(ctx);
     }
 }

@@ -1,5 +1,6 @@
 //! Who is alive, kept in memory by the scheduler's node.
 
+use core::time::Duration;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -7,7 +8,10 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Lost, Member, MemberList, Message, Outbox, Role};
-use crate::{Epoch, GroupGeometry, GroupId, NodeId, Rank};
+use crate::{Epoch, GroupGeometry, GroupId, Moment, NodeId, Rank};
+
+/// The least time between two rounds of news.
+const ANNOUNCE_EVERY: Duration = Duration::from_millis(20);
 
 /// The state machine of the in-memory directory: joins and losses in, what they change out to those whom it concerns.
 #[derive(Debug, Default)]
@@ -17,6 +21,10 @@ pub struct Directory {
     groups: BTreeMap<GroupId, BTreeMap<Rank, NodeId>>,
     /// Geometries of members, each once.
     geometries: Vec<Arc<GroupGeometry>>,
+    /// Members that other groups have not been told of, in the order of joining.
+    fresh: Vec<Arc<Member>>,
+    /// Until when they are kept, so that many joins are told at once.
+    quiet_until: Moment,
     /// The newest epoch ever seen of a node: older ones are fenced.
     epochs: BTreeMap<NodeId, Epoch>,
     outbox: Outbox,
@@ -73,8 +81,33 @@ impl Directory {
         self.members.values().cloned().collect()
     }
 
-    /// A node joins. It hears of those who concern it, and those whom it concerns hear of it.
-    pub fn handle_join(&mut self, mut member: Member) -> Result<Arc<Member>, JoinError> {
+    /// When [`Directory::handle_timeout`] is due.
+    pub fn poll_timeout(&self) -> Option<Moment> {
+        (!self.fresh.is_empty()).then_some(self.quiet_until)
+    }
+
+    /// Time has passed: who has joined lately is told to those who have not heard of it.
+    pub fn handle_timeout(&mut self, now: Moment) {
+        if self.fresh.is_empty() || now < self.quiet_until {
+            return;
+        }
+        self.quiet_until = now + ANNOUNCE_EVERY;
+        let fresh = std::mem::take(&mut self.fresh);
+        let order: BTreeMap<NodeId, usize> = fresh.iter().zip(1..).map(|(member, next)| (member.node, next)).collect();
+        for hearer in self.members.values() {
+            // Whoever joined meanwhile was told of all who were there already.
+            let news = fresh.iter().skip(order.get(&hearer.node).copied().unwrap_or(0));
+            let news = news.filter(|member| !are_of_one_group(hearer, member) && concerns(hearer, member));
+            let list = MemberList { whole: false, members: news.cloned().collect() };
+            if !list.members.is_empty() {
+                self.outbox.send(hearer.node, Message::Members(list));
+            }
+        }
+    }
+
+    /// A node joins. It hears of those who concern it, its group hears of it at once, and whom it concerns otherwise 20 ms
+    /// later at most.
+    pub fn handle_join(&mut self, now: Moment, mut member: Member) -> Result<Arc<Member>, JoinError> {
         self.check(&member)?;
         // An older incarnation whose loss nobody noticed is lost now.
         if let Some(epoch) = self.members.get(&member.node).map(|earlier| earlier.epoch) {
@@ -92,12 +125,14 @@ impl Directory {
             if concerns(&member, other) {
                 known.members.push(Arc::clone(other));
             }
-            if other.node != member.node && concerns(other, &member) {
+            if other.node != member.node && are_of_one_group(other, &member) {
                 let news = MemberList { whole: false, members: vec![Arc::clone(&member)] };
                 self.outbox.send(other.node, Message::Members(news));
             }
         }
         self.outbox.send(member.node, Message::Members(known));
+        self.fresh.push(Arc::clone(&member));
+        self.handle_timeout(now);
         Ok(member)
     }
 
@@ -107,6 +142,7 @@ impl Directory {
             return None;
         }
         let gone = self.members.remove(&node)?;
+        self.fresh.retain(|member| member.node != node);
         if let Some(place) = &gone.place
             && let Some(ranks) = self.groups.get_mut(&place.group)
         {
@@ -172,6 +208,10 @@ impl Directory {
         }
         Ok(())
     }
+}
+
+fn are_of_one_group(one: &Member, other: &Member) -> bool {
+    matches!((&one.place, &other.place), (Some(one), Some(other)) if one.group == other.group)
 }
 
 /// Whether `hearer` needs to know where `subject` is: ranks of one group each other, decode ranks every prefill rank, whoever has no place

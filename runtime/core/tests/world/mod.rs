@@ -238,13 +238,17 @@ impl World {
     }
 
     fn join(&mut self, member: Member) {
-        match self.directory.handle_join(member) {
+        match self.directory.handle_join(self.now, member) {
             Ok(member) => {
                 self.drain_scheduler();
                 self.scheduler.handle_member(self.now, &member);
                 self.drain_scheduler();
             }
             Err(error) => self.violations.push(format!("a living node may not join: {error}")),
+        }
+        if let Some(due) = self.directory.poll_timeout() {
+            self.directory.handle_timeout(due);
+            self.drain_scheduler();
         }
     }
 
