@@ -285,8 +285,9 @@ pub fn assemble_scheduler(
     let scheduler = supervise::start("scheduler", &around.on_panic, Context::new(), scheduler);
     let directory = DirectoryActor::new(Directory::default(), around.shell(&router), scheduler.clone());
     let directory = supervise::start("directory", &around.on_panic, Context::new(), directory);
-    let ports = (scheduler.clone().recipient(), directory.clone().recipient());
-    router.connect(|all| (all.scheduler, all.directory) = (Some(ports.0), Some(ports.1)));
+    // The directory hands on what is the scheduler's, after the joins that came before it.
+    let port = directory.clone().recipient();
+    router.connect(|all| (all.scheduler, all.directory) = (Some(port.clone()), Some(port)));
     let listeners = vec![directory.recipient()];
     let address = start_mesh(around, node, None, Profile { worker: None }, None, listeners, &router)?;
     Ok(SchedulerParts { scheduler, address })

@@ -77,8 +77,19 @@ impl Handler<Incoming> for GroupLeader {
                 LeaderCore::Prefill(core) => core.handle_scheduler(),
                 LeaderCore::Decode(core) => core.handle_scheduler(),
             },
-            (Wire::Profile(_), LeaderCore::Prefill(core)) => core.handle_peer_up(from),
-            (Wire::Profile(_), LeaderCore::Decode(core)) => core.handle_peer_up(from),
+            (Wire::Profile(profile), core) => {
+                // The directory's word may be later than the rank itself.
+                let rank = profile.worker.filter(|worker| worker.group == self.group).map(|worker| worker.rank);
+                match (core, rank) {
+                    (LeaderCore::Prefill(core), Some(rank)) => {
+                        core.handle_rank(rank, from);
+                        core.handle_peer_up(from);
+                    }
+                    // It says what it holds as well: then it is met.
+                    (LeaderCore::Decode(core), Some(rank)) => core.handle_rank(rank, from),
+                    (_, None) => {}
+                }
+            }
             (Wire::Lost(lost), LeaderCore::Prefill(core)) => core.handle_lost(now, &lost),
             (Wire::Lost(lost), LeaderCore::Decode(core)) => core.handle_lost(now, &lost),
             (message, LeaderCore::Prefill(core)) => core.handle_message(now, from, message),

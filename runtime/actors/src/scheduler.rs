@@ -192,7 +192,11 @@ impl Handler<Incoming> for DirectoryActor {
     type Result = ();
 
     fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
-        let Wire::Join(member) = message else { return };
+        let Wire::Join(member) = message else {
+            // What a node says to the scheduler must not overtake its own join.
+            self.scheduler.do_send(Incoming { from, message });
+            return;
+        };
         // A node joins for itself only.
         if member.node != from {
             self.shell.observe(Event::Ignored { from, what: "a join in another node's name" });

@@ -3,7 +3,7 @@
 mod ends;
 mod legs;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::fetch::{Fetch, Leg, LegState, Path, Placed};
@@ -15,7 +15,7 @@ use super::{
     MemberList, Message, NicCommand, NicEvent, Outbox, Outcome, Pace, PathReport, QuarantineTerms, Role, Vitals,
     WorkerProfile,
 };
-use crate::{FenceProof, HandoverId, Moment, NodeId, Plane, Rank, Tables, TransferId};
+use crate::{FenceProof, HandoverId, Moment, NodeId, Plane, Rank, RequestId, Tables, TransferId};
 
 /// The state machine of a decode rank.
 ///
@@ -36,7 +36,7 @@ pub struct DecodeRank {
     /// Bytes of the pool.
     pool_bytes: u64,
     /// Delivered handovers whose blocks the engine still uses.
-    held: BTreeSet<HandoverId>,
+    held: BTreeMap<HandoverId, (RequestId, u64)>,
     /// What the leader was told last.
     trouble: Option<String>,
     outbox: Outbox,
@@ -54,7 +54,7 @@ impl DecodeRank {
         DecodeRank {
             pool_bytes: local.layout.planes.iter().map(plane_bytes).fold(0, u64::saturating_add),
             quarantine,
-            held: BTreeSet::new(),
+            held: BTreeMap::new(),
             trouble: None,
             local,
             leader: None,
@@ -101,7 +101,10 @@ impl DecodeRank {
     /// The group's leader is there (again): what it said since is what counts, and it learns what is held here.
     pub fn handle_leader_up(&mut self, _now: Moment, leader: NodeId) {
         self.leader = Some(leader);
-        let handovers = self.fetches.keys().chain(&self.held).copied().collect();
+        let fetches =
+            self.fetches.iter().map(|(id, fetch)| (*id, fetch.pairing.spec.request, fetch.pairing.spec.tokens));
+        let held = self.held.iter().map(|(id, (request, tokens))| (*id, *request, *tokens));
+        let handovers = fetches.chain(held).collect();
         self.outbox.send(leader, Message::Holding { handovers });
         if self.trouble.is_some() {
             self.outbox.send(leader, Message::Health { trouble: self.trouble.clone() });
@@ -243,7 +246,7 @@ impl DecodeRank {
             {
                 self.fail(now, handover, FailReason::Engine(reason));
             }
-            EngineEvent::Freed { handover } if self.held.remove(&handover) => {
+            EngineEvent::Freed { handover } if self.held.remove(&handover).is_some() => {
                 self.tell_leader(Message::Freed { handover });
             }
             // The ranks of a group hold the same prefixes; one of them speaks.

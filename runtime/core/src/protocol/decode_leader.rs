@@ -8,7 +8,7 @@ use super::{
     Awaited, Deadline, DeadlineTerms, Event, FailReason, FetchJob, Lost, Message, Outbox, Outcome, OutcomeReport,
     Pairing, PathReport, RequestSpec, Role, StandingHandovers, Vitals,
 };
-use crate::{GroupGeometry, GroupId, HandoverId, Moment, NodeId, Rank};
+use crate::{GroupGeometry, GroupId, HandoverId, Moment, NodeId, Rank, RequestId};
 
 /// Decided handovers that are remembered, so that late messages about them are recognised.
 const DECIDED_MAX: usize = 4096;
@@ -58,9 +58,9 @@ impl DecodeLeader {
         let load = vec![0; geometry.parallel.adp.max(1) as usize];
         DecodeLeader {
             group,
+            ranks: Roll::new(geometry.ranks()),
             geometry,
             scheduler,
-            ranks: Roll::default(),
             handovers: BTreeMap::new(),
             holding: BTreeMap::new(),
             untold: BTreeMap::new(),
@@ -95,6 +95,7 @@ impl DecodeLeader {
     /// A rank of the group is on this node.
     pub fn handle_rank(&mut self, rank: Rank, node: NodeId) {
         self.ranks.insert(rank, node);
+        self.ranks.report_again(self.scheduler, &mut self.outbox);
     }
 
     /// A rank of this group is gone, and with it every handover that is not decided.
@@ -104,6 +105,7 @@ impl DecodeLeader {
         for handover in self.holding.keys().copied().collect::<Vec<_>>() {
             self.freed(handover, rank);
         }
+        self.ranks.report(self.scheduler, &mut self.outbox);
     }
 
     /// A rank cannot be reached any more, while both live: what it was told or said last may not have arrived.
@@ -115,19 +117,12 @@ impl DecodeLeader {
         }
     }
 
-    /// A rank can be reached (again).
-    pub fn handle_peer_up(&mut self, node: NodeId) {
-        if self.ranks.meet(node) {
-            self.ranks.report(self.scheduler, &mut self.outbox);
-        }
-    }
-
     /// A scheduler is met that may know nothing of this group's work.
     pub fn handle_scheduler(&mut self) {
         let standing = StandingHandovers {
             under_way: self.handovers.values().map(|handover| handover.pairing.clone()).collect(),
             decided: self.untold.values().cloned().collect(),
-            held: self.holding.iter().map(|(id, holding)| (*id, holding.spec.clone(), holding.delivered)).collect(),
+            held: self.held(),
         };
         if standing != StandingHandovers::default() {
             self.outbox.send(self.scheduler, Message::StandingHandovers(Box::new(standing)));
@@ -144,24 +139,43 @@ impl DecodeLeader {
         }
     }
 
-    /// What a rank has, now that it is met: what it heard and said before may be lost.
-    fn resume_with(&mut self, from: NodeId, held: &[HandoverId]) {
+    /// A rank is met and says what it has: what it heard and said before may be lost, and an earlier leader may have given it work.
+    fn resume_with(&mut self, from: NodeId, handovers: Vec<(HandoverId, RequestId, u64)>) {
         let Some(rank) = self.ranks.rank_of(from) else { return };
-        let held: BTreeSet<HandoverId> = held.iter().copied().collect();
-        for handover in self.holding.keys().copied().filter(|id| !held.contains(id)).collect::<Vec<_>>() {
+        let mut held: BTreeMap<HandoverId, (RequestId, u64)> =
+            handovers.into_iter().map(|(handover, request, tokens)| (handover, (request, tokens))).collect();
+        for handover in self.holding.keys().copied().filter(|id| !held.contains_key(id)).collect::<Vec<_>>() {
             self.freed(handover, rank);
         }
-        let mut unknown: BTreeSet<HandoverId> = held;
-        unknown.retain(|id| !self.handovers.contains_key(id));
-        for (handover, outcome) in self.decided.iter().filter(|(id, _)| unknown.contains(id)) {
-            self.outbox.send(from, Message::Settled { handover: *handover, outcome: outcome.clone() });
-        }
-        unknown.retain(|id| !self.decided.contains_key(id));
-        for handover in unknown {
-            // Of an earlier incarnation of this leader, or long ago.
-            let outcome = Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) };
+        held.retain(|id, _| !self.handovers.contains_key(id));
+        for (handover, (request, tokens)) in held {
+            let unknown = Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) };
+            let outcome = self.decided.get(&handover).cloned().unwrap_or(unknown);
+            let delivered = self.decided.get(&handover).is_none_or(Outcome::is_delivered);
             self.outbox.send(from, Message::Settled { handover, outcome });
+            let (dp, load) = (0, self.load.first_mut());
+            let holding = self.holding.entry(handover).or_insert_with(|| {
+                if let Some(load) = load {
+                    *load += tokens;
+                }
+                let spec = RequestSpec { request, tokens, prefix: Arc::default(), prefix_tokens: 0 };
+                Holding { dp, spec, delivered, by: BTreeSet::new() }
+            });
+            holding.by.insert(rank);
         }
+        // The scheduler may have counted a group that was not whole as one that has nothing.
+        let held = self.held();
+        if !held.is_empty() {
+            let standing = StandingHandovers { held, ..StandingHandovers::default() };
+            self.outbox.send(self.scheduler, Message::StandingHandovers(Box::new(standing)));
+        }
+        if self.ranks.meet(from) {
+            self.ranks.report(self.scheduler, &mut self.outbox);
+        }
+    }
+
+    fn held(&self) -> Vec<(HandoverId, RequestSpec, bool)> {
+        self.holding.iter().map(|(id, holding)| (*id, holding.spec.clone(), holding.delivered)).collect()
     }
 
     /// A message of the scheduler or of a rank.
@@ -188,7 +202,7 @@ impl DecodeLeader {
                     self.freed(handover, rank);
                 }
             }
-            Message::Holding { handovers } => self.resume_with(from, &handovers),
+            Message::Holding { handovers } => self.resume_with(from, handovers),
             Message::Health { trouble } => {
                 if self.ranks.hear(from, trouble) {
                     self.ranks.report(self.scheduler, &mut self.outbox);

@@ -117,8 +117,8 @@ pub enum Message {
     },
     /// Rank → decode leader, whenever they meet: handovers whose outcome it awaits or whose blocks are not the engine's again.
     Holding {
-        /// Which; of all others this rank has nothing.
-        handovers: Vec<HandoverId>,
+        /// Which, each of which request and of how many tokens; of all others this rank has nothing.
+        handovers: Vec<(HandoverId, RequestId, u64)>,
     },
     /// Rank → leader → scheduler: whether new work is welcome.
     Health {

@@ -46,8 +46,8 @@ impl PrefillLeader {
         open_within: core::time::Duration,
     ) -> Self {
         let load = vec![0; geometry.parallel.adp.max(1) as usize];
-        let (offers, outbox) = (BTreeMap::new(), Outbox::default());
-        PrefillLeader { group, geometry, scheduler, ranks: Roll::default(), offers, load, open_within, outbox }
+        let (ranks, offers, outbox) = (Roll::new(geometry.ranks()), BTreeMap::new(), Outbox::default());
+        PrefillLeader { group, geometry, scheduler, ranks, offers, load, open_within, outbox }
     }
 
     /// Commands and events to drain.
@@ -75,12 +75,14 @@ impl PrefillLeader {
     /// A rank of the group is on this node.
     pub fn handle_rank(&mut self, rank: Rank, node: NodeId) {
         self.ranks.insert(rank, node);
+        self.ranks.report_again(self.scheduler, &mut self.outbox);
     }
 
     /// A rank of this group is gone, and with it every offer.
     pub fn handle_lost(&mut self, _now: Moment, lost: &Lost) {
         if let Some(rank) = self.ranks.remove(lost.node) {
             self.fail_all(rank, lost.node, &lost.cause);
+            self.ranks.report(self.scheduler, &mut self.outbox);
         }
     }
 

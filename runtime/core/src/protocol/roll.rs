@@ -6,8 +6,10 @@ use super::{Event, FailReason, Message, Outbox, Role};
 use crate::{GroupId, NodeId, Rank};
 
 /// A group's roll.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Roll {
+    /// How many ranks the group has.
+    expected: u32,
     ranks: BTreeMap<Rank, Entry>,
     /// What the scheduler was told.
     told: Option<String>,
@@ -16,6 +18,8 @@ pub(super) struct Roll {
 #[derive(Debug)]
 struct Entry {
     node: NodeId,
+    /// It has said what it holds. The leader's own rank has nothing that the leader does not know.
+    met: bool,
     /// The conversation with it is over, and the next has not begun.
     parted: Option<String>,
     /// It takes no work.
@@ -23,10 +27,15 @@ struct Entry {
 }
 
 impl Roll {
+    /// A group of so many ranks, none of which is known.
+    pub(super) fn new(expected: u32) -> Self {
+        Roll { expected, ranks: BTreeMap::new(), told: None }
+    }
+
     /// A rank is on this node.
     pub(super) fn insert(&mut self, rank: Rank, node: NodeId) {
         if self.ranks.get(&rank).is_none_or(|entry| entry.node != node) {
-            self.ranks.insert(rank, Entry { node, parted: None, trouble: None });
+            self.ranks.insert(rank, Entry { node, met: rank == Rank(0), parted: None, trouble: None });
         }
     }
 
@@ -41,15 +50,16 @@ impl Roll {
     pub(super) fn part(&mut self, node: NodeId, cause: &str) -> Option<Rank> {
         let (rank, entry) = self.ranks.iter_mut().find(|(_, entry)| entry.node == node)?;
         entry.parted = Some(cause.to_owned());
+        entry.met = false;
         // It will say anew what troubles it.
         entry.trouble = None;
         Some(*rank)
     }
 
-    /// A node can be reached. Says whether it is a rank of the group.
+    /// A node can be reached, and has said what it holds. Says whether it is a rank of the group.
     pub(super) fn meet(&mut self, node: NodeId) -> bool {
         let entry = self.ranks.values_mut().find(|entry| entry.node == node);
-        entry.map(|entry| entry.parted = None).is_some()
+        entry.map(|entry| (entry.met, entry.parted) = (true, None)).is_some()
     }
 
     /// A rank says how it is. Says whether it is a rank of the group.
@@ -60,11 +70,7 @@ impl Roll {
 
     /// Tells the scheduler whether the group takes work, when that has changed.
     pub(super) fn report(&mut self, scheduler: NodeId, outbox: &mut Outbox) {
-        let trouble = self.ranks.iter().find_map(|(rank, entry)| {
-            let parted =
-                entry.parted.as_ref().map(|cause| format!("{rank} ({}) cannot be reached: {cause}", entry.node));
-            parted.or_else(|| Some(format!("{rank} ({}): {}", entry.node, entry.trouble.as_ref()?)))
-        });
+        let trouble = self.trouble();
         if trouble != self.told {
             self.told.clone_from(&trouble);
             outbox.event(Event::Health { trouble: trouble.clone() });
@@ -72,10 +78,27 @@ impl Roll {
         }
     }
 
+    /// The same while the scheduler believes that there is trouble.
+    pub(super) fn report_again(&mut self, scheduler: NodeId, outbox: &mut Outbox) {
+        if self.told.is_some() {
+            self.report(scheduler, outbox);
+        }
+    }
+
     /// The same to a scheduler that was told nothing.
     pub(super) fn report_anew(&mut self, scheduler: NodeId, outbox: &mut Outbox) {
-        self.told = None;
-        self.report(scheduler, outbox);
+        self.told = self.trouble();
+        outbox.send(scheduler, Message::Health { trouble: self.told.clone() });
+    }
+
+    fn trouble(&self) -> Option<String> {
+        let troubles = self.ranks.iter().find_map(|(rank, entry)| {
+            let parted =
+                entry.parted.as_ref().map(|cause| format!("{rank} ({}) cannot be reached: {cause}", entry.node));
+            parted.or_else(|| Some(format!("{rank} ({}): {}", entry.node, entry.trouble.as_ref()?)))
+        });
+        let met = self.ranks.values().filter(|entry| entry.met).count();
+        troubles.or_else(|| (met < self.expected as usize).then(|| format!("{met} of {} ranks are met", self.expected)))
     }
 
     /// The nodes of these ranks, if all of them can be told something now.

@@ -9,6 +9,9 @@ use crate::{GroupGeometry, GroupId, HandoverId, NodeId, Rank, RequestId};
 /// Hashes remembered per decode group; beyond that the scheduler forgets the largest, and only chooses less well.
 const HELD_HASHES_MAX: usize = 1 << 20;
 
+/// Of a group that has lost a rank: its leader says so when it has met all of them again, and what they still hold.
+const NOT_WHOLE: &str = "it has lost a rank, and its leader has yet to say that it is whole";
+
 /// The ranks of a group and where they are.
 #[derive(Debug)]
 struct Ranks {
@@ -74,7 +77,7 @@ impl PrefillGroup {
     /// What is left of it when a rank is gone: the surviving ranks, working on nothing, until the rank's next incarnation joins.
     pub(super) fn without(&self, rank: Rank) -> PrefillGroup {
         let (ranks, jobs) = (self.ranks.without(rank), Credit::new(self.jobs.limit()));
-        PrefillGroup { ranks, jobs, trouble: None, working: BTreeSet::new(), load_tokens: 0 }
+        PrefillGroup { ranks, jobs, trouble: Some(NOT_WHOLE.to_owned()), working: BTreeSet::new(), load_tokens: 0 }
     }
 
     pub(super) fn join(&mut self, place: &Place, node: NodeId) -> bool {
@@ -184,7 +187,7 @@ impl DecodeGroup {
             geometry: Arc::clone(&self.geometry),
             handovers: Credit::new(self.handovers.limit()),
             blocks: self.blocks.iter().map(|credit| Credit::new(credit.limit())).collect(),
-            trouble: None,
+            trouble: Some(NOT_WHOLE.to_owned()),
             working: BTreeSet::new(),
             load_tokens: 0,
             // Another incarnation holds no prefixes; the survivors' alone are of no use.

@@ -177,11 +177,22 @@ impl Node {
 
     /// A peer, or the scheduler, introduces itself.
     fn handle_profile(&mut self, now: Moment, from: NodeId, profile: Option<WorkerProfile>) {
+        let rank = profile.as_ref().filter(|profile| profile.group == self.group).map(|profile| profile.rank);
         match (&mut self.leader, &profile) {
             (Some(LeaderCore::Prefill(core)), None) => core.handle_scheduler(),
             (Some(LeaderCore::Decode(core)), None) => core.handle_scheduler(),
-            (Some(LeaderCore::Prefill(core)), Some(_)) => core.handle_peer_up(from),
-            (Some(LeaderCore::Decode(core)), Some(_)) => core.handle_peer_up(from),
+            (Some(LeaderCore::Prefill(core)), Some(_)) => {
+                if let Some(rank) = rank {
+                    core.handle_rank(rank, from);
+                    core.handle_peer_up(from);
+                }
+            }
+            // A decode rank is met once it says what it holds.
+            (Some(LeaderCore::Decode(core)), Some(_)) => {
+                if let Some(rank) = rank {
+                    core.handle_rank(rank, from);
+                }
+            }
             (None, _) => {}
         }
         let Some(profile) = profile else { return };

@@ -29,7 +29,7 @@ impl DecodeRank {
     pub(super) fn settle(&mut self, now: Moment, handover: HandoverId, outcome: Outcome) {
         let Some(fetch) = self.fetches.get_mut(&handover) else {
             // Whatever was said of it did not arrive: there is nothing of it here.
-            if !self.held.contains(&handover) {
+            if !self.held.contains_key(&handover) {
                 self.tell_leader(Message::Freed { handover });
             }
             return;
@@ -45,7 +45,7 @@ impl DecodeRank {
             });
             return;
         }
-        let request = fetch.pairing.spec.request;
+        let (request, tokens) = (fetch.pairing.spec.request, fetch.pairing.spec.tokens);
         let delivered = outcome.is_delivered();
         fetch.settled = Some(outcome.clone());
         if !fetch.reported {
@@ -64,7 +64,7 @@ impl DecodeRank {
         }
         self.fetches.remove(&handover);
         if delivered {
-            self.held.insert(handover);
+            self.held.insert(handover, (request, tokens));
         } else {
             self.tell_leader(Message::Freed { handover });
         }

@@ -101,7 +101,7 @@ fn a_quarantine_beyond_its_budget_keeps_new_work_away() {
     assert_eq!(said, [settled(H2, ended, false), send(decode::LEADER, Message::Freed { handover: H2 })]);
     // A leader that comes back hears of it again.
     fixture.rank.handle_leader_up(at(3), NodeId(decode::LEADER));
-    let holding = send(decode::LEADER, Message::Holding { handovers: vec![H1] });
+    let holding = send(decode::LEADER, Message::Holding { handovers: vec![(H1, R1, TOKENS)] });
     assert_eq!(commands(fixture.rank.outbox()), [holding, health(Some(trouble))]);
     fixture.drain();
     let [freed, told] = returned(H1, FenceProof::EndpointDestroyed);
@@ -133,12 +133,12 @@ fn a_decode_rank_without_its_leader_gives_up_what_it_has_not_reported() {
     assert_eq!(fixture.rank.fetches(), 1, "the other may have been");
     fixture.rank.handle_leader_up(at(5), NodeId(decode::LEADER));
     let holding = |handovers| send(decode::LEADER, Message::Holding { handovers });
-    assert_eq!(commands(fixture.rank.outbox()), [holding(vec![H1])]);
+    assert_eq!(commands(fixture.rank.outbox()), [holding(vec![(H1, R1, TOKENS)])]);
     let word = fixture.message(6, decode::LEADER, settle(H1, Outcome::Delivered));
     assert_eq!(word, [settled(H1, Outcome::Delivered, false)]);
     fixture.rank.handle_leader_down(at(7), NodeId(decode::LEADER), "the cable");
     fixture.rank.handle_leader_up(at(8), NodeId(decode::LEADER));
-    assert_eq!(commands(fixture.rank.outbox()), [holding(vec![H1])], "its blocks are out");
+    assert_eq!(commands(fixture.rank.outbox()), [holding(vec![(H1, R1, TOKENS)])], "its blocks are out");
     assert_eq!(fixture.message(8, decode::LEADER, settle(H1, Outcome::Delivered)), [], "it is told again, in vain");
     let freed = send(decode::LEADER, Message::Freed { handover: H1 });
     assert_eq!(fixture.engine(EngineEvent::Freed { handover: H1 }), std::slice::from_ref(&freed));

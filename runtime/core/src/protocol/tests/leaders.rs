@@ -17,7 +17,10 @@ fn prefill_leader(geometry: Arc<GroupGeometry>) -> PrefillLeader {
     let mut leader = PrefillLeader::new(PREFILL, geometry, NodeId(SCHEDULER), Duration::from_secs(60));
     for (rank, node) in RANKS.into_iter().enumerate() {
         leader.handle_rank(Rank(rank as u32), NodeId(node));
+        leader.handle_peer_up(NodeId(node));
     }
+    commands(leader.outbox());
+    events(leader.outbox());
     leader
 }
 
@@ -25,7 +28,10 @@ fn decode_leader(geometry: Arc<GroupGeometry>) -> DecodeLeader {
     let mut leader = DecodeLeader::new(DECODE, geometry, NodeId(SCHEDULER), DeadlineTerms::default());
     for (rank, node) in RANKS.into_iter().enumerate() {
         leader.handle_rank(Rank(rank as u32), NodeId(node));
+        leader.handle_message(at(0), NodeId(node), Message::Holding { handovers: Vec::new() });
     }
+    commands(leader.outbox());
+    events(leader.outbox());
     leader
 }
 
@@ -149,7 +155,8 @@ fn one_rank_that_fails_fails_the_offer_once() {
     leader.handle_lost(at(0), &lost(21));
     let (role, group, rank, node) = (Role::Prefill, PREFILL, Rank(1), NodeId(21));
     let reason = FailReason::RankLost { role, group, rank, node, cause: "it crashed".into() };
-    assert_eq!(commands(leader.outbox()), [ended(20), failed(reason)]);
+    let unmet = send(SCHEDULER, Message::Health { trouble: Some("1 of 2 ranks are met".into()) });
+    assert_eq!(commands(leader.outbox()), [ended(20), failed(reason), unmet]);
     leader.handle_message(at(1), NodeId(SCHEDULER), job(1));
     assert_eq!(commands(leader.outbox()), [failed(FailReason::NoGroup(Role::Prefill))]);
 }
@@ -284,6 +291,7 @@ fn a_lost_rank_fails_what_is_open_and_frees_what_is_held() {
         send(20, Message::Settled { handover: H2, outcome: outcome.clone() }),
         send(SCHEDULER, Message::Outcome(OutcomeReport { handover: H2, outcome, at: at(1), paths: vec![] })),
         send(SCHEDULER, Message::Freed { handover: H1 }),
+        send(SCHEDULER, Message::Health { trouble: Some("1 of 2 ranks are met".into()) }),
     ];
     assert_eq!(commands(leader.outbox()), expected);
     let third = HandoverId(3);

@@ -1,11 +1,12 @@
 //! The leaders: ranks that cannot be reached for a while, ranks in trouble, and schedulers that know nothing.
 
 use core::time::Duration;
+use std::sync::Arc;
 
 use super::kit::*;
 use crate::protocol::{
     Command, DeadlineTerms, DecodeLeader, Event, FailReason, FetchJob, Message, Outbox, Outcome, OutcomeReport,
-    PrefillJob, PrefillLeader, PrefillView, Role, StandingHandovers, StandingOffer,
+    PrefillJob, PrefillLeader, PrefillView, RequestSpec, Role, StandingHandovers, StandingOffer,
 };
 use crate::{HandoverId, NodeId, Rank, RequestId};
 
@@ -17,7 +18,10 @@ fn prefill_leader() -> PrefillLeader {
     let mut leader = PrefillLeader::new(PREFILL, geometry(2), NodeId(SCHEDULER), Duration::from_secs(60));
     for (rank, node) in RANKS.into_iter().enumerate() {
         leader.handle_rank(Rank(rank as u32), NodeId(node));
+        leader.handle_peer_up(NodeId(node));
     }
+    commands(leader.outbox());
+    events(leader.outbox());
     leader
 }
 
@@ -25,7 +29,10 @@ fn decode_leader() -> DecodeLeader {
     let mut leader = DecodeLeader::new(DECODE, geometry(2), NodeId(SCHEDULER), DeadlineTerms::default());
     for (rank, node) in RANKS.into_iter().enumerate() {
         leader.handle_rank(Rank(rank as u32), NodeId(node));
+        leader.handle_message(at(0), NodeId(node), Message::Holding { handovers: Vec::new() });
     }
+    commands(leader.outbox());
+    events(leader.outbox());
     leader
 }
 
@@ -42,6 +49,7 @@ fn health(trouble: Option<&str>) -> Command {
     send(SCHEDULER, Message::Health { trouble: trouble.map(str::to_owned) })
 }
 
+const UNMET: Option<&str> = Some("1 of 2 ranks are met");
 const UNREACHED: Option<&str> = Some("rank-1 (node-21) cannot be reached: the cable");
 
 fn troubles(outbox: &mut Outbox) -> Vec<Option<String>> {
@@ -83,14 +91,14 @@ fn a_prefill_rank_that_cannot_be_reached_fails_what_was_offered_and_gets_nothing
     commands(leader.outbox());
     leader.handle_rank(Rank(1), NodeId(22));
     leader.handle_message(at(5), NodeId(SCHEDULER), job(3));
-    assert_eq!(commands(leader.outbox()), [send(20, job(3)), send(22, job(3))]);
+    assert_eq!(commands(leader.outbox()), [health(UNMET), send(20, job(3)), send(22, job(3))]);
 }
 
 #[test]
 fn a_scheduler_that_is_met_hears_of_every_offer() {
     let mut leader = prefill_leader();
     leader.handle_scheduler();
-    assert_eq!(commands(leader.outbox()), [], "there is nothing to tell");
+    assert_eq!(commands(leader.outbox()), [health(None)], "there is nothing else to tell");
     for request in 1..=3 {
         leader.handle_message(at(0), NodeId(SCHEDULER), job(request));
     }
@@ -110,7 +118,7 @@ fn a_scheduler_that_is_met_hears_of_every_offer() {
     let offer =
         |request, steps: Option<Vec<u32>>, ready_at| StandingOffer { spec: spec(request), dp: 0, steps, ready_at };
     let all = vec![offer(1, None, None), offer(2, Some(vec![2, 4]), None), offer(3, Some(vec![2, 4]), Some(at(21)))];
-    assert_eq!(commands(leader.outbox()), [send(SCHEDULER, Message::StandingOffers(all))]);
+    assert_eq!(commands(leader.outbox()), [send(SCHEDULER, Message::StandingOffers(all)), health(None)]);
     say(&mut leader, 21, Message::Health { trouble: Some("full".into()) });
     let trouble = Some("rank-1 (node-21): full");
     assert_eq!(commands(leader.outbox()), [health(trouble)]);
@@ -138,12 +146,16 @@ fn the_group_is_in_trouble_while_any_rank_is() {
     assert_eq!(say(&mut leader, 20, None), [health(Some("rank-1 (node-21): full"))]);
     leader.handle_peer_down(at(2), NodeId(21), "the cable");
     assert_eq!(commands(leader.outbox()), [health(UNREACHED)]);
-    leader.handle_peer_up(NodeId(21));
+    leader.handle_message(at(2), NodeId(21), Message::Holding { handovers: vec![] });
     assert_eq!(commands(leader.outbox()), [health(None)], "it will say anew what troubles it");
     assert_eq!(troubles(leader.outbox()).len(), 5);
     say(&mut leader, 21, Some("full"));
     leader.handle_lost(at(3), &lost(21));
-    assert_eq!(say(&mut leader, 20, None), [health(None)], "whoever is lost troubles nobody");
+    assert_eq!(say(&mut leader, 20, None), [health(UNMET)], "whoever is lost is missing");
+    leader.handle_rank(Rank(1), NodeId(21));
+    assert_eq!(say(&mut leader, 20, None), [], "it has yet to say what it holds");
+    leader.handle_message(at(4), NodeId(21), Message::Holding { handovers: vec![] });
+    assert_eq!(commands(leader.outbox()), [health(None)]);
 }
 
 /// A handover whose rank 0 is done, and another on which both still work.
@@ -183,22 +195,39 @@ fn a_decode_rank_that_cannot_be_reached_fails_what_it_still_owes() {
     assert_eq!(commands(leader.outbox()), ends);
 
     // Whatever was said last is said again once they meet.
-    leader.handle_peer_up(NodeId(21));
-    assert_eq!(commands(leader.outbox()), [health(None)]);
     let unknown = HandoverId(77);
-    leader.handle_message(at(4), NodeId(99), Message::Holding { handovers: vec![H1, unknown] });
+    leader.handle_message(
+        at(4),
+        NodeId(99),
+        Message::Holding { handovers: vec![(H1, R1, TOKENS), (unknown, RequestId(7), 5)] },
+    );
     assert_eq!(commands(leader.outbox()), [], "a stranger");
     leader.handle_message(at(4), NodeId(20), Message::Freed { handover: H2 });
     assert_eq!(commands(leader.outbox()), []);
-    leader.handle_message(at(4), NodeId(21), Message::Holding { handovers: vec![H1, unknown] });
+    leader.handle_message(
+        at(4),
+        NodeId(21),
+        Message::Holding { handovers: vec![(H1, R1, TOKENS), (unknown, RequestId(7), 5)] },
+    );
     let nobody = Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) };
-    let resumed =
-        [send(SCHEDULER, Message::Freed { handover: H2 }), settles(21, H1, delivered), settles(21, unknown, nobody)];
+    let foreign = RequestSpec { request: RequestId(7), tokens: 5, prefix: Arc::default(), prefix_tokens: 0 };
+    let held = vec![(H1, spec(1), true), (unknown, foreign, true)];
+    let standing = StandingHandovers { held, ..StandingHandovers::default() };
+    let resumed = [
+        send(SCHEDULER, Message::Freed { handover: H2 }),
+        settles(21, H1, delivered),
+        settles(21, unknown, nobody),
+        send(SCHEDULER, Message::StandingHandovers(Box::new(standing))),
+        health(None),
+    ];
     assert_eq!(commands(leader.outbox()), resumed, "it has nothing of the second any more");
     for node in RANKS {
         leader.handle_message(at(5), NodeId(node), Message::Freed { handover: H1 });
     }
     assert_eq!(commands(leader.outbox()), [send(SCHEDULER, Message::Freed { handover: H1 })]);
+    // An earlier leader's handover, of which this one tells the scheduler until its blocks are back.
+    leader.handle_message(at(5), NodeId(21), Message::Freed { handover: unknown });
+    assert_eq!(commands(leader.outbox()), [send(SCHEDULER, Message::Freed { handover: unknown })]);
     assert!(leader.vitals().is_quiet(), "{:?}", leader.vitals());
 }
 
@@ -221,7 +250,7 @@ fn a_scheduler_that_is_met_hears_of_every_handover() {
     };
     let decided = vec![(pairing(H3, &[4]), report)];
     let all = standing(vec![pairing(H1, &[4])], decided, vec![(H2, spec(1), false)]);
-    assert_eq!(commands(leader.outbox()), [all]);
+    assert_eq!(commands(leader.outbox()), [all, health(None)]);
     // Once everything is known and back there is nothing to tell.
     leader.handle_message(at(2), NodeId(20), Message::RankDone { handover: H1, result: Ok(vec![]) });
     commands(leader.outbox());
@@ -232,7 +261,7 @@ fn a_scheduler_that_is_met_hears_of_every_handover() {
         (pairing(H3, &[4]), report(H3, Outcome::Cancelled, 1)),
     ];
     let held = vec![(H1, spec(1), true), (H2, spec(1), false)];
-    assert_eq!(commands(leader.outbox()), [standing(vec![], decided, held)]);
+    assert_eq!(commands(leader.outbox()), [standing(vec![], decided, held), health(None)]);
     leader.handle_message(at(3), NodeId(SCHEDULER), Message::OutcomesKnown { handovers: vec![H1, H3] });
     for handover in [H1, H2] {
         for node in RANKS {
@@ -241,7 +270,7 @@ fn a_scheduler_that_is_met_hears_of_every_handover() {
     }
     commands(leader.outbox());
     leader.handle_scheduler();
-    assert_eq!(commands(leader.outbox()), []);
+    assert_eq!(commands(leader.outbox()), [health(None)]);
     // An earlier scheduler's pairing that comes late is no second handover.
     leader.handle_message(at(4), NodeId(SCHEDULER), Message::Pair(pairing(H1, &[4])));
     assert_eq!(commands(leader.outbox()), []);
