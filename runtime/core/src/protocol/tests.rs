@@ -1,5 +1,6 @@
 //! Command-vector tests: inputs in, exact commands and events out.
 
+mod adoption;
 mod decode;
 mod decode_ends;
 mod directory;
