@@ -178,14 +178,17 @@ impl ProcessBatch {
     }
 
     fn flush(&mut self, memory: &Memory) -> Result<(), TransferError> {
-        let Memory::Process { pid, .. } = memory else { return Ok(()) };
+        let Memory::Process { process, .. } = memory else { return Ok(()) };
+        // If it lives afterwards, nobody else can have had its number meanwhile; if not before, a stranger is not even read.
+        let is_itself = || process.is_alive().then_some(()).ok_or_else(|| unreadable("its process has ended".into()));
         while self.bytes > 0 {
+            is_itself()?;
             // SAFETY: the local pieces were checked against the pool, which the walk holds; the kernel checks the remote ones. The arrays
             // live across the call.
             let read = unsafe {
                 let (local, remote) = (self.local.as_ptr(), self.remote.as_ptr());
                 libc::process_vm_readv(
-                    pid.as_raw_nonzero().get(),
+                    process.pid().as_raw_nonzero().get(),
                     local,
                     self.local.len() as u64,
                     remote,
@@ -193,6 +196,7 @@ impl ProcessBatch {
                     0,
                 )
             };
+            is_itself()?;
             match usize::try_from(read) {
                 Ok(read) if read > 0 && read <= self.bytes => self.advance(read),
                 Ok(_) => return Err(unreadable("the kernel read nothing".into())),
@@ -234,5 +238,22 @@ fn unreadable(message: String) -> TransferError {
     TransferError::Io {
         context: "reading the peer's process (its memory is not a pool of ours; ptrace permission or CAP_SYS_PTRACE is needed)",
         message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::tests::reused;
+
+    #[test]
+    fn a_process_under_the_number_of_one_that_ended_is_not_read() {
+        let (secret, mut here) = ([0x5au8; 64], [0u8; 64]);
+        let memory = Memory::Process { process: reused(), regions: vec![(secret.as_ptr() as u64, 64)] };
+        let mut batch = ProcessBatch::default();
+        batch.push(here.as_mut_ptr(), secret.as_ptr() as u64, 64, &memory).expect("a batch waits for more");
+        let error = batch.flush(&memory).expect_err("nobody is there any more");
+        assert!(error.to_string().contains("has ended"), "{error}");
+        assert_eq!(here, [0; 64]);
     }
 }

@@ -11,6 +11,7 @@ mod hostile;
 mod memory;
 mod peer;
 mod posted;
+mod process;
 mod provider;
 mod remote;
 mod socket;

@@ -5,7 +5,8 @@ use std::os::fd::OwnedFd;
 use kvferry_core::Location;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-use rustix::process::Pid;
+
+use crate::process::Process;
 
 /// `f_type` of memfds that are not of huge pages; reading those without a reserve would raise SIGBUS.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -16,7 +17,7 @@ pub(crate) enum Memory {
     /// Its memfds, mapped here.
     Mapped(Vec<Mapping>),
     /// Addresses in its process, and the length of each region.
-    Process { pid: Pid, regions: Vec<(u64, u64)> },
+    Process { process: Process, regions: Vec<(u64, u64)> },
 }
 
 impl Memory {
@@ -126,7 +127,8 @@ mod tests {
 
     #[test]
     fn addresses_stay_inside_their_region() {
-        let memory = Memory::Process { pid: rustix::process::getpid(), regions: vec![(1000, 10), (u64::MAX, 10)] };
+        let process = crate::process::tests::reused();
+        let memory = Memory::Process { process, regions: vec![(1000, 10), (u64::MAX, 10)] };
         assert_eq!(memory.address(Location { region: 0, offset: 4 }, 6), Some(1004));
         assert_eq!(memory.address(Location { region: 0, offset: 4 }, 7), None);
         assert_eq!(memory.address(Location { region: 1, offset: 4 }, 1), None);

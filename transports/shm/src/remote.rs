@@ -8,6 +8,8 @@ use kvferry_core::{PoolId, PoolLayout};
 use kvferry_transport::{ImportError, PeerId, PoolKeys, RemotePool, TransferError, TransportKind};
 
 use crate::memory::Memory;
+use crate::peer::Peer;
+use crate::process::Process;
 use crate::transport::{Bound, ShmTransport};
 use crate::wire::{FDS_PER_FRAME_MAX, Frame, Keys, MemoryKind};
 
@@ -119,7 +121,6 @@ impl ShmTransport {
         kind: MemoryKind,
     ) -> Result<(), String> {
         let id = RemotePool(request);
-        let pid = self.peers.get(&peer).and_then(|peer| peer.pid);
         let Some(remote) = self.remotes.get_mut(&id).filter(|remote| remote.peer == peer) else {
             return Err("it opened a pool that nobody asked for".into());
         };
@@ -132,13 +133,10 @@ impl ShmTransport {
                 Err("the pool's layout is not the one that was imported; exchange both again".into())
             }
             (Ok(()), MemoryKind::Shared) => Memory::map(fds, &layout.regions),
-            (Ok(()), MemoryKind::Addresses(bases)) if bases.len() == layout.regions.len() => match pid {
-                Some(pid) => Ok(Memory::Process {
-                    pid,
-                    regions: bases.into_iter().zip(layout.regions.iter().copied()).collect(),
-                }),
-                None => Err("its process is not visible here; share the PID namespace".into()),
-            },
+            (Ok(()), MemoryKind::Addresses(bases)) if bases.len() == layout.regions.len() => {
+                let regions = bases.into_iter().zip(layout.regions.iter().copied()).collect();
+                owner(self.peers.get(&peer)).map(|process| Memory::Process { process, regions })
+            }
             (Ok(()), MemoryKind::Addresses(_)) => Err("its addresses and its regions differ in number".into()),
         };
         match memory {
@@ -172,5 +170,13 @@ impl ShmTransport {
         let error = TransferError::Refused(reason.into());
         self.fail_posted(|posted| posted.reads_from(id), &error);
         self.fail_arriving_from(id, &error, reason);
+    }
+}
+
+/// The process whose addresses a peer names.
+fn owner(peer: Option<&Peer>) -> Result<Process, String> {
+    match peer.map(|peer| (&peer.connection, peer.pid)) {
+        Some((connection, Some(pid))) => Process::of_peer(&connection.fd(), pid),
+        _ => Err("its process is not visible here; share the PID namespace".to_owned()),
     }
 }
