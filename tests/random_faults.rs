@@ -54,8 +54,8 @@ fn every_run_ends_and_nothing_is_left() {
                             let why = why.downcast_ref::<String>().map_or("it panicked", String::as_str);
                             let command = plan.options().join(" ");
                             let failure = format!(
-                                "run {run} of seed {seed}, after {:.1} s: {why}\nreproduce it with: KVFERRY_FAULT_SEED={seed} \
-                                 KVFERRY_FAULT_RUNS={runs} KVFERRY_FAULT_ONLY={run} cargo test --example cluster --test random_faults\nor with: \
+                                "run {run} of seed {seed}, after {:.1} s: {why}\nreproduce it with: cargo build --example cluster && KVFERRY_FAULT_SEED={seed} \
+                                 KVFERRY_FAULT_RUNS={runs} KVFERRY_FAULT_ONLY={run} cargo test --test random_faults\nor with: \
                                  cargo run --example cluster -- {command}",
                                 began.elapsed().as_secs_f64()
                             );
