@@ -29,8 +29,10 @@ use kvferry_fabric_sim::{FabricOptions, SimProvider};
 use kvferry_transport::{Device, Options, Pool, PoolOptions, Provider, TransportKind};
 use tokio::sync::oneshot;
 
-use crate::cluster::{SECRET, SimError, address, node_id};
+use crate::chronicle::What;
+use crate::cluster::SimError;
 use crate::world::{World, WorldOptions};
+use crate::yard::{SECRET, address, node_id};
 use engine::{Call, EngineTerms, TimingEngine};
 use ledger::Ledger;
 
@@ -299,8 +301,8 @@ impl CapacityCluster {
         self.world.run(nanos(limit), move |world| {
             let mut ledger = ledger.borrow_mut();
             ledger.take_in(world.fabric().take_timings());
-            for observed in world.take_observed() {
-                if let Event::Finished(finished) = observed.event {
+            for entry in world.take_entries() {
+                if let What::Observed(Event::Finished(finished)) = entry.what {
                     ledger.finish(finished.request, finished.outcome);
                 }
             }

@@ -1,36 +1,32 @@
 //! A scheduler with prefill and decode groups in one world.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix::Addr;
-use kvferry_actors::{
-    NodeConfig, NodeError, OpenNic, SESSIONS_EAGER_MAX, Scheduler, Submit, Surroundings, WorkerConfig,
-    assemble_scheduler, assemble_worker,
-};
+use kvferry_actors::{Inspect, NodeError, SESSIONS_EAGER_MAX};
 use kvferry_core::protocol::{
-    DeadlineTerms, Finished, LeaseTerms, LeastLoaded, Refusal, RequestSpec, Role, SchedulerTerms, SessionTerms,
+    DeadlineTerms, LeaseTerms, QuarantineTerms, RequestSpec, Role, SchedulerTerms, SessionTerms, Vitals,
 };
 use kvferry_core::{
-    Direction, Dtype, Epoch, Extent, Format, GeometryError, GroupGeometry, GroupId, LayerGroup, Model, NodeId, Order,
-    Parallel, PoolId, Rank, RequestId, Sharding, Tensor,
+    Direction, Dtype, Extent, Format, GeometryError, GroupGeometry, GroupId, LayerGroup, Model, Order, Parallel, Rank,
+    RequestId, Sharding, Tensor,
 };
-use kvferry_fabric_sim::SimProvider;
-use kvferry_synthetic::{DecodeEngine, Engine, EngineConfig, EngineError, PrefillEngine};
-use kvferry_transport::{Device, Options, Pool, PoolError, PoolOptions, Provider, TransportKind};
+use kvferry_synthetic::EngineError;
+use kvferry_transport::PoolError;
 use thiserror::Error;
-use tokio::sync::oneshot;
+use tokio::sync::mpsc;
 
+use crate::chronicle::{Entry, What};
+use crate::desk::RoomTrouble;
 use crate::dice::Dice;
 use crate::report::{ClusterReport, RankReport, Tally};
+use crate::users::Users;
 use crate::world::{World, WorldOptions};
-
-const SCHEDULER: usize = 0;
-pub(crate) const SECRET: &[u8] = b"simulated nodes share this";
+use crate::yard::{SCHEDULER, Worker, Yard, restart_the_ended};
 
 /// Groups of one side.
 #[derive(Clone, Debug)]
@@ -64,16 +60,24 @@ pub struct ClusterOptions {
     pub tokens: Range<u64>,
     /// Model layers that become ready together.
     pub layers_per_step: Option<u32>,
+    /// Peers with whom a session is made before it is needed.
+    pub sessions_eager_max: usize,
+    /// NICs of every worker.
+    pub nics: u32,
+    /// How decode engines withhold room.
+    pub room: RoomTrouble,
+    /// Nodes that speak the first protocol only.
+    pub old_peers: BTreeSet<usize>,
     /// Handovers that a decode group takes at once.
     pub handovers_max: u32,
     /// How sessions wait.
     pub session: SessionTerms,
-    /// Peers with whom a session is made before it is needed.
-    pub sessions_eager_max: usize,
     /// How long KV is held.
     pub leases: LeaseTerms,
     /// How long transfers may take.
     pub deadlines: DeadlineTerms,
+    /// How long blocks are waited for that something may still write.
+    pub quarantine: QuarantineTerms,
     /// What the scheduler waits for.
     pub scheduler: SchedulerTerms,
 }
@@ -98,11 +102,15 @@ impl ClusterOptions {
             direction: None,
             tokens: 1..120,
             layers_per_step: Some(1),
+            sessions_eager_max: SESSIONS_EAGER_MAX,
+            nics: 1,
+            room: RoomTrouble::default(),
+            old_peers: BTreeSet::new(),
             handovers_max: 8,
             session: SessionTerms::default(),
-            sessions_eager_max: SESSIONS_EAGER_MAX,
             leases: LeaseTerms::default(),
             deadlines: DeadlineTerms::default(),
+            quarantine: QuarantineTerms::default(),
             scheduler: SchedulerTerms::default(),
         }
     }
@@ -132,72 +140,42 @@ pub enum SimError {
     NoSuchNode(usize),
 }
 
-/// One rank's place.
-#[derive(Clone, Debug)]
-pub(crate) struct Worker {
-    pub(crate) node: usize,
-    pub(crate) role: Role,
-    pub(crate) group: GroupId,
-    pub(crate) rank: Rank,
-    pub(crate) geometry: Arc<GroupGeometry>,
-    pub(crate) blocks: Vec<u32>,
-    /// Whether it was down or paused at any time: what is checked of survivors is not checked of it.
-    pub(crate) was_hurt: bool,
-}
-
-/// Answers to requests that were submitted.
-pub(crate) type Answers = Rc<RefCell<Vec<(RequestId, oneshot::Receiver<Result<Finished, Refusal>>)>>>;
-
 /// A cluster: node 0 is the scheduler, then come the prefill ranks and the decode ranks, by group and rank.
 pub struct Cluster {
     world: World,
-    options: ClusterOptions,
-    scheduler: Addr<Scheduler>,
-    workers: Vec<Worker>,
-    failures: Rc<RefCell<Vec<String>>>,
+    yard: Rc<Yard>,
     workload: Dice,
     submitted: u64,
-    answers: Answers,
-    tally: Rc<RefCell<Tally>>,
+    users: Rc<RefCell<Users>>,
+    tally: Tally,
 }
 
 impl Cluster {
     /// Starts all nodes; they find each other as time passes.
     pub fn new(options: ClusterOptions) -> Result<Self, SimError> {
         let mut world = World::new(options.world.clone());
-        let node = world.add_node();
-        let epoch = world.start(node);
-        let config = node_config(&options, node, epoch);
-        let around = world.surroundings(node).ok_or(SimError::NoSuchNode(node))?;
-        let terms = options.scheduler;
-        let parts = world.on(node, || assemble_scheduler(&around, config, terms, Box::new(LeastLoaded)));
-        let parts = parts.ok_or(SimError::NoSuchNode(node))??;
-        let mut cluster = Cluster {
-            workload: Dice::new(options.world.seed, "workload", 0),
-            world,
-            scheduler: parts.scheduler,
-            workers: Vec::new(),
-            failures: Rc::default(),
-            submitted: 0,
-            answers: Answers::default(),
-            tally: Rc::default(),
-            options,
-        };
-        let sides = [
-            (Role::Prefill, cluster.options.prefill.clone(), 0),
-            (Role::Decode, cluster.options.decode.clone(), cluster.options.prefill.groups),
-        ];
-        for (role, side, first) in sides {
-            cluster.add_groups(role, &side, first)?;
+        world.fabric().watch();
+        world.add_node();
+        let workload = Dice::new(options.world.seed, "workload", 0);
+        let mut yard = Yard::new(options);
+        let (prefill, decode) = (yard.options.prefill.clone(), yard.options.decode.clone());
+        add_groups(&mut yard, &mut world, Role::Prefill, &prefill, 0)?;
+        add_groups(&mut yard, &mut world, Role::Decode, &decode, prefill.groups)?;
+        let yard = Rc::new(yard);
+        for node in 0..world.nodes() {
+            yard.start(&mut world, node)?;
         }
-        Ok(cluster)
+        let users = Rc::default();
+        restart_the_ended(&mut world, &yard, bring_back(&yard, &users));
+        Ok(Cluster { world, yard, workload, submitted: 0, users, tally: Tally::default() })
     }
 
     /// The node of a worker, for [`Cluster::crash_at`] and its like.
     pub fn node_of(&self, role: Role, group: u32, rank: u32) -> Option<usize> {
-        let first = if role == Role::Prefill { 0 } else { self.options.prefill.groups };
+        let first = if role == Role::Prefill { 0 } else { self.yard.options.prefill.groups };
         let place = (role, GroupId(first + group), Rank(rank));
-        self.workers.iter().find(|worker| (worker.role, worker.group, worker.rank) == place).map(|worker| worker.node)
+        let workers = &self.yard.workers;
+        workers.iter().find(|worker| (worker.role, worker.group, worker.rank) == place).map(|worker| worker.node)
     }
 
     /// Crashes a worker at a time from now.
@@ -220,50 +198,103 @@ impl Cluster {
         Ok(())
     }
 
-    /// Starts a worker that has crashed, in its next incarnation, with an empty pool.
+    /// Starts a node that has crashed, in its next incarnation, with an empty pool.
     pub fn restart(&mut self, node: usize) -> Result<(), SimError> {
-        let worker = self.workers.iter().find(|worker| worker.node == node).ok_or(SimError::NoSuchNode(node))?.clone();
-        self.start_worker(&worker)
+        self.yard.start(&mut self.world, node)
     }
 
-    /// Submits requests at random times of the next `within`.
+    /// Brings a node that is down back at a time from now; users ask a scheduler that has come back again.
+    pub(crate) fn bring_back(&self) -> Rc<dyn Fn(&mut World, usize)> {
+        bring_back(&self.yard, &self.users)
+    }
+
+    /// Submits requests at random times of the next `within`, and lets `each` see every one of them and its time.
     pub fn submit(&mut self, requests: u64, within: Duration) {
-        let within = u64::try_from(within.as_nanos()).unwrap_or(u64::MAX);
+        self.submit_each(requests, within, |_, _, _| {});
+    }
+
+    pub(crate) fn submit_each(
+        &mut self,
+        requests: u64,
+        within: Duration,
+        mut each: impl FnMut(&mut Self, RequestId, u64),
+    ) {
+        let within = nanos(within);
         for _ in 0..requests {
             self.submitted += 1;
             let spec = RequestSpec {
                 request: RequestId(self.submitted),
-                tokens: self.workload.within(self.options.tokens.clone()),
+                tokens: self.workload.within(self.yard.options.tokens.clone()),
                 prefix: Arc::default(),
                 prefix_tokens: 0,
             };
             let at = self.world.now().saturating_add(self.workload.below(within));
-            let (scheduler, answers, tally) =
-                (self.scheduler.clone(), Rc::clone(&self.answers), Rc::clone(&self.tally));
-            self.world.at(at, move |_| {
-                let (answer, finished) = oneshot::channel();
-                answers.borrow_mut().push((spec.request, finished));
-                tally.borrow_mut().tokens.insert(spec.request, spec.tokens);
-                scheduler.do_send(Submit { spec, ticket: 0, answer });
-            });
+            each(self, spec.request, at);
+            let (users, yard) = (Rc::clone(&self.users), Rc::clone(&self.yard));
+            self.world.at(at, move |world| users.borrow_mut().submit(world, &yard, spec));
         }
     }
 
-    /// Runs until every submitted request is finished, or for `limit`. Says whether they are.
+    /// Cancels a request at a time (nanoseconds of the world).
+    pub(crate) fn cancel_at(&mut self, request: RequestId, at: u64) {
+        let (users, yard) = (Rc::clone(&self.users), Rc::clone(&self.yard));
+        self.world.at(at, move |world| users.borrow_mut().cancel(world, &yard, request));
+    }
+
+    /// Runs until every submitted request is answered, or for `limit`. Says whether they are.
     pub fn run(&mut self, limit: Duration) -> bool {
-        let (limit, submitted, tally) = (self.time(limit), self.submitted, Rc::clone(&self.tally));
-        self.world.run(limit, move |world| {
-            let mut tally = tally.borrow_mut();
-            tally.take_in(world.take_observed());
-            tally.finished.len() as u64 == submitted
-        })
+        self.watch(limit, |_, _| {}, |answered, submitted, _| answered == submitted)
     }
 
     /// Lets time pass: what is left over after the last request comes to its end.
     pub fn rest(&mut self, time: Duration) {
-        let limit = self.time(time);
-        self.world.run(limit, |_| false);
-        self.tally.borrow_mut().take_in(self.world.take_observed());
+        self.watch(time, |_, _| {}, |_, _, _| false);
+    }
+
+    /// Runs until `done` says so, which is asked with the numbers of answered and of submitted requests whenever all are quiet, or for
+    /// `limit`. Says whether it did. `each` sees everything that happens.
+    pub(crate) fn watch(
+        &mut self,
+        limit: Duration,
+        mut each: impl FnMut(&mut World, &Entry),
+        mut done: impl FnMut(u64, u64, &World) -> bool,
+    ) -> bool {
+        let limit = self.time(limit);
+        let (users, tally, submitted) = (&self.users, &mut self.tally, self.submitted);
+        let ended = self.world.run(limit, |world| {
+            if world.has_entries() {
+                let mut entries = world.take_entries();
+                for heard in users.borrow_mut().listen(&entries) {
+                    world.note(heard);
+                }
+                entries.append(&mut world.take_entries());
+                for entry in entries {
+                    each(world, &entry);
+                    tally.take_in(&entry);
+                }
+            }
+            done(users.borrow().answered(), submitted, world)
+        });
+        ended && !self.world.is_stuck()
+    }
+
+    /// What the actors of all nodes that run have in hand just now, each with its node.
+    pub fn vitals(&mut self) -> Vec<(usize, Vitals)> {
+        let (to, mut answers) = mpsc::unbounded_channel();
+        let mut found = Vec::new();
+        let now = self.world.now();
+        for node in 0..self.world.nodes() {
+            if self.world.inspect(node, &to) {
+                if let (SCHEDULER, Some(scheduler)) = (node, self.yard.scheduler()) {
+                    scheduler.do_send(Inspect { to: to.clone() });
+                }
+                self.world.run(now, |_| true);
+                while let Ok(vitals) = answers.try_recv() {
+                    found.push((node, vitals));
+                }
+            }
+        }
+        found
     }
 
     /// The world that it runs in.
@@ -271,23 +302,34 @@ impl Cluster {
         &mut self.world
     }
 
+    /// Requests submitted so far, or to be.
+    pub(crate) fn submitted(&self) -> u64 {
+        self.submitted
+    }
+
+    /// Those that have no answer.
+    pub(crate) fn waiting(&self) -> Vec<RequestId> {
+        self.users.borrow().waiting()
+    }
+
+    pub(crate) fn yard(&self) -> &Rc<Yard> {
+        &self.yard
+    }
+
     /// What came of everything so far.
     pub fn report(&mut self) -> ClusterReport {
-        let world = &self.world;
-        let ranks = self.workers.iter().map(|worker| RankReport {
+        let (world, workers) = (&self.world, &self.yard.workers);
+        let ranks = workers.iter().map(|worker| RankReport {
             role: worker.role,
             group: worker.group,
             rank: worker.rank,
-            was_hurt: worker.was_hurt,
+            was_hurt: worker.was_hurt.get(),
             engine: world.engine_report(worker.node),
         });
         let ranks = ranks.collect();
-        let workers = &self.workers;
         let geometry =
             |group: GroupId| workers.iter().find(|worker| worker.group == group).map(|worker| &*worker.geometry);
-        let mut answers = self.answers.borrow_mut();
-        let mut report = self.tally.borrow_mut().report(self.submitted, ranks, &mut answers, geometry);
-        report.start_failures = self.failures.borrow().clone();
+        let mut report = self.tally.report(self.submitted, ranks, self.users.borrow().waiting(), geometry);
         report.panics = world.panics();
         report.stuck = world.is_stuck();
         report.in_flight = world.fabric().in_flight();
@@ -298,107 +340,58 @@ impl Cluster {
         report
     }
 
-    fn add_groups(&mut self, role: Role, side: &GroupOptions, first: u32) -> Result<(), SimError> {
-        let geometry = Arc::new(GroupGeometry {
-            model: self.options.model.clone(),
-            format: Format { block_tokens: side.block_tokens, order: side.order, ..Format::default() },
-            parallel: Parallel { tp: side.tp, ..Parallel::default() },
-        });
-        geometry.validate()?;
-        let blocks = vec![side.blocks; geometry.model.groups.len()];
-        for group in first..first + side.groups {
-            for rank in 0..geometry.ranks() {
-                let worker = Worker {
-                    node: self.world.add_node(),
-                    role,
-                    group: GroupId(group),
-                    rank: Rank(rank),
-                    geometry: Arc::clone(&geometry),
-                    blocks: blocks.clone(),
-                    was_hurt: false,
-                };
-                self.start_worker(&worker)?;
-                self.workers.push(worker);
-            }
-        }
-        Ok(())
-    }
-
-    fn start_worker(&mut self, worker: &Worker) -> Result<(), SimError> {
-        let node = worker.node;
-        let layout = worker.geometry.shard(worker.rank)?.layout(&worker.blocks);
-        let pool =
-            Pool::allocate_with(PoolId(1), layout, "kvferry-sim", &PoolOptions { populate: false, huge_pages: false })?;
-        let engine = EngineConfig {
-            geometry: Arc::clone(&worker.geometry),
-            rank: worker.rank,
-            blocks: worker.blocks.clone(),
-            layers_per_step: self.options.layers_per_step,
-            reuse_prefix: false,
-            seed: Dice::new(self.options.world.seed, "engine", node as u64).word(),
-        };
-        let engine: Box<dyn Engine> = match worker.role {
-            Role::Prefill => Box::new(PrefillEngine::new(engine, pool.clone())?),
-            Role::Decode => Box::new(DecodeEngine::new(engine, pool.clone())?),
-        };
-        let epoch = self.world.start(node);
-        let seat = self.world.seat(node, engine);
-        let around = self.world.surroundings(node).ok_or(SimError::NoSuchNode(node))?;
-        let scheduler = (node_id(SCHEDULER), address(SCHEDULER));
-        let (geometry, blocks) = (Arc::clone(&worker.geometry), worker.blocks.clone());
-        let mut config = WorkerConfig::new(worker.role, worker.group, worker.rank, geometry, blocks, scheduler);
-        config.handovers_max = self.options.handovers_max;
-        config.direction = self.options.direction;
-        let provider = SimProvider::new(self.world.fabric().clone());
-        let device = Device { kind: TransportKind::Sim, name: format!("node-{node}"), unavailable: None };
-        let nics: Vec<OpenNic> = vec![Box::new(move || provider.open(&device, &Options::default()))];
-        let (identity, failures) = (node_config(&self.options, node, epoch), Rc::clone(&self.failures));
-        let start = async move { assemble(around, identity, config, pool, nics, seat, failures).await };
-        self.world.on(node, || tokio::task::spawn_local(start)).ok_or(SimError::NoSuchNode(node))?;
-        Ok(())
-    }
-
     fn hurt(&mut self, node: usize) -> Result<(), SimError> {
-        let worker = self.workers.iter_mut().find(|worker| worker.node == node).ok_or(SimError::NoSuchNode(node))?;
-        worker.was_hurt = true;
+        let worker = self.yard.worker(node).ok_or(SimError::NoSuchNode(node))?;
+        worker.was_hurt.set(true);
         Ok(())
     }
 
     fn time(&self, after: Duration) -> u64 {
-        self.world.now().saturating_add(u64::try_from(after.as_nanos()).unwrap_or(u64::MAX))
+        self.world.now().saturating_add(nanos(after))
     }
 }
 
-async fn assemble(
-    around: Surroundings,
-    node: NodeConfig,
-    config: WorkerConfig,
-    pool: Pool,
-    nics: Vec<OpenNic>,
-    seat: crate::node::Seat,
-    failures: Rc<RefCell<Vec<String>>>,
-) {
-    match assemble_worker(&around, node, config, pool, nics).await {
-        Ok(parts) => *seat.borrow_mut() = Some(parts),
-        Err(error) => failures.borrow_mut().push(error.to_string()),
+/// What brings a node back: users ask a scheduler that has come back again.
+fn bring_back(yard: &Rc<Yard>, users: &Rc<RefCell<Users>>) -> Rc<dyn Fn(&mut World, usize)> {
+    let (yard, users) = (Rc::clone(yard), Rc::clone(users));
+    Rc::new(move |world, node| {
+        if world.is_up(node) {
+            return;
+        }
+        match yard.start(world, node) {
+            Ok(()) if node == SCHEDULER => users.borrow_mut().ask_again(world, &yard),
+            Ok(()) => {}
+            Err(error) => world.note_of(node, What::NoStart(error.to_string())),
+        }
+    })
+}
+
+fn add_groups(yard: &mut Yard, world: &mut World, role: Role, side: &GroupOptions, first: u32) -> Result<(), SimError> {
+    let geometry = Arc::new(GroupGeometry {
+        model: yard.options.model.clone(),
+        format: Format { block_tokens: side.block_tokens, order: side.order, ..Format::default() },
+        parallel: Parallel { tp: side.tp, ..Parallel::default() },
+    });
+    geometry.validate()?;
+    let blocks = vec![side.blocks; geometry.model.groups.len()];
+    for group in first..first + side.groups {
+        for rank in 0..geometry.ranks() {
+            yard.workers.push(Worker {
+                node: world.add_node(),
+                role,
+                group: GroupId(group),
+                rank: Rank(rank),
+                geometry: Arc::clone(&geometry),
+                blocks: blocks.clone(),
+                was_hurt: Cell::new(false),
+            });
+        }
     }
+    Ok(())
 }
 
-fn node_config(options: &ClusterOptions, node: usize, epoch: Epoch) -> NodeConfig {
-    let mut config = NodeConfig::new(node_id(node), epoch);
-    config.identity.secret = Some(Arc::from(SECRET));
-    config.listen = address(node);
-    config.sessions_eager_max = options.sessions_eager_max;
-    (config.session, config.leases, config.deadlines) = (options.session, options.leases, options.deadlines);
-    config
-}
-
-pub(crate) fn node_id(node: usize) -> NodeId {
-    NodeId(node as u64 + 1)
-}
-
-pub(crate) fn address(node: usize) -> String {
-    format!("node-{node}")
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// What [`Tally`] keeps by handover.

@@ -7,13 +7,20 @@ use std::rc::Rc;
 use actix::prelude::*;
 use kvferry_actors::{Host, Nic, NicActor, NicOpened, NicReport, NicStartError, OpenNic};
 use kvferry_fabric_sim::{Fabric, NicId};
-use kvferry_transport::Pool;
+use kvferry_transport::{Pool, Transport};
 use tokio::sync::{Notify, oneshot};
 
-use crate::timeline::Life;
+use crate::chronicle::Chronicle;
+use crate::plant::Plant;
+use crate::timeline::{Life, Timeline};
+use crate::watched_nic::WatchedNic;
 
-/// A NIC, and whose it is.
-type Opened = (Life, Rc<RefCell<Nic>>);
+/// A NIC, whose it is, and which of its node's.
+struct Opened {
+    life: Life,
+    index: usize,
+    nic: Rc<RefCell<Nic>>,
+}
 
 /// All NICs of a world.
 #[derive(Clone, Default)]
@@ -22,18 +29,19 @@ pub(crate) struct Nics {
 }
 
 impl Nics {
-    pub(crate) fn find(&self, nic: NicId) -> Option<Opened> {
-        self.inner.borrow().get(&nic).map(|(life, nic)| (*life, Rc::clone(nic)))
+    pub(crate) fn find(&self, nic: NicId) -> Option<(Life, Rc<RefCell<Nic>>)> {
+        self.inner.borrow().get(&nic).map(|opened| (opened.life, Rc::clone(&opened.nic)))
     }
 
-    /// A node's NICs, in the order of opening.
-    pub(crate) fn of(&self, life: Life) -> Vec<NicId> {
-        self.inner.borrow().iter().filter(|(_, (of, _))| *of == life).map(|(nic, _)| *nic).collect()
+    /// A node's NICs, by index.
+    pub(crate) fn of(&self, node: usize) -> Vec<(usize, NicId)> {
+        let inner = self.inner.borrow();
+        inner.iter().filter(|(_, opened)| opened.life.node == node).map(|(id, opened)| (opened.index, *id)).collect()
     }
 
-    /// Lets a node's NICs go, and says which those were; they end once their actors do.
-    pub(crate) fn remove(&self, life: Life) -> Vec<NicId> {
-        self.inner.borrow_mut().extract_if(.., |_, (of, _)| *of == life).map(|(nic, _)| nic).collect()
+    /// Lets a node's NICs go; they end once their actors do.
+    pub(crate) fn remove(&self, life: Life) {
+        self.inner.borrow_mut().retain(|_, opened| opened.life != life);
     }
 }
 
@@ -41,6 +49,9 @@ pub(crate) struct SimHost {
     pub(crate) fabric: Fabric,
     pub(crate) nics: Nics,
     pub(crate) life: Life,
+    pub(crate) timeline: Timeline,
+    pub(crate) chronicle: Chronicle,
+    pub(crate) plant: Option<Plant>,
 }
 
 impl Host for SimHost {
@@ -52,12 +63,17 @@ impl Host for SimHost {
         opened: oneshot::Sender<Result<NicOpened, NicStartError>>,
         reports: Recipient<NicReport>,
     ) {
-        let started =
-            open().map_err(NicStartError::from).and_then(|transport| Nic::new(nic, transport, &pool, reports));
+        let index = nic;
+        let watched = |transport| {
+            let (timeline, chronicle) = (self.timeline.clone(), self.chronicle.clone());
+            Box::new(WatchedNic::new(transport, self.life, timeline, chronicle, self.plant)) as Box<dyn Transport>
+        };
+        let opened_nic = open().map(watched).map_err(NicStartError::from);
+        let started = opened_nic.and_then(|transport| Nic::new(index, transport, &pool, reports));
         let answer = started.map(|(nic, advert)| {
             let nic = Rc::new(RefCell::new(nic));
             if let Some(id) = self.fabric.nic_at(&advert.address) {
-                self.nics.inner.borrow_mut().insert(id, (self.life, Rc::clone(&nic)));
+                self.nics.inner.borrow_mut().insert(id, Opened { life: self.life, index, nic: Rc::clone(&nic) });
             }
             // The kernel pumps whatever the fabric says is ready: nobody waits to be woken.
             let port = NicActor::new(nic, Rc::new(Notify::new())).start().recipient();

@@ -10,23 +10,55 @@ use kvferry_actors::{Clock, LinkUp, ListenError, Network, Tick};
 use kvferry_core::Moment;
 
 use crate::dice::Dice;
+use crate::plant::{self, Plant};
 use crate::timeline::{Answer, Happening, Life, Timeline};
 
-/// A monotonic clock that began at a time of its own: nodes that compare moments get nonsense.
+/// A monotonic clock that began at a time of its own and goes at a rate of its own: nodes that compare moments get nonsense.
 pub(crate) struct SimClock {
     pub(crate) timeline: Timeline,
     pub(crate) life: Life,
+    pub(crate) rate: ClockRate,
+    pub(crate) plant: Option<Plant>,
+}
+
+/// How a node's clock relates to the world's.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ClockRate {
+    /// What it shows when the world begins.
     pub(crate) offset: u64,
+    /// How much faster than the world it goes, in parts per million.
+    pub(crate) ppm: i64,
+}
+
+impl ClockRate {
+    /// What it shows at a time of the world.
+    pub(crate) fn shows(self, at: u64) -> u64 {
+        let gained = i128::from(at) * i128::from(self.ppm) / 1_000_000;
+        u64::try_from(i128::from(self.offset) + i128::from(at) + gained).unwrap_or(u64::MAX)
+    }
+
+    /// The first time of the world at which it shows that, or more.
+    pub(crate) fn when(self, shown: u64) -> u64 {
+        let scale = i128::from(1_000_000 + self.ppm);
+        let elapsed = i128::from(shown.saturating_sub(self.offset));
+        let mut at = u64::try_from(elapsed * 1_000_000 / scale).unwrap_or(u64::MAX);
+        while self.shows(at) < shown && at < u64::MAX {
+            at += 1;
+        }
+        at
+    }
 }
 
 impl Clock for SimClock {
     fn now(&self) -> Moment {
-        Moment(self.timeline.now().saturating_add(self.offset))
+        Moment(self.rate.shows(self.timeline.now()))
     }
 
     fn wake(&self, at: Moment, to: Recipient<Tick>) {
-        let at = at.0.saturating_sub(self.offset);
-        self.timeline.at(at, Happening::Tick { life: self.life, to });
+        if self.plant == Some(Plant::LostAlarms) && plant::is_lost(self.life.node, at.0) {
+            return;
+        }
+        self.timeline.at(self.rate.when(at.0), Happening::Tick { life: self.life, to });
     }
 }
 
@@ -92,5 +124,22 @@ impl Network for SimNetwork {
         }
         listeners.insert(address.to_owned(), (self.life, Rc::from(accept)));
         Ok(address.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ClockRate;
+
+    #[test]
+    fn an_alarm_never_rings_early() {
+        for ppm in [-500, -3, 0, 1, 499] {
+            let rate = ClockRate { offset: 77, ppm };
+            for shown in [0, 77, 78, 1_000_000_077, 987_654_321_987] {
+                let at = rate.when(shown);
+                assert!(rate.shows(at) >= shown);
+                assert!(at == 0 || rate.shows(at - 1) < shown || ppm < 0, "{ppm} {shown}");
+            }
+        }
     }
 }

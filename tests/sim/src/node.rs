@@ -11,9 +11,10 @@ use std::task::{Context, Wake, Waker};
 use kvferry_actors::{Answer, WorkerParts};
 use kvferry_core::protocol::EngineEvent;
 use kvferry_fabric_sim::NicId;
-use kvferry_synthetic::Engine;
 use tokio::task::LocalSet;
 
+use crate::desk::Desk;
+use crate::network::ClockRate;
 use crate::timeline::Life;
 
 /// Nodes that want to be polled, each once.
@@ -52,13 +53,13 @@ pub(crate) type Seat = Rc<RefCell<Option<WorkerParts>>>;
 /// A node: its tasks while it is up, and the engine beside its worker.
 pub(crate) struct SimNode {
     pub(crate) life: Life,
-    pub(crate) clock_offset: u64,
+    pub(crate) clock: ClockRate,
     pub(crate) local: Option<LocalSet>,
     pub(crate) paused: bool,
     /// NICs that had something to say while it was paused.
     pub(crate) unheard: BTreeSet<NicId>,
     pub(crate) seat: Seat,
-    pub(crate) engine: Option<Box<dyn Engine>>,
+    pub(crate) engine: Option<Desk>,
     /// Whether its engine is to work at some time that is scheduled, or after the pause.
     pub(crate) engine_busy: bool,
     pub(crate) engine_stalled: bool,
@@ -67,11 +68,11 @@ pub(crate) struct SimNode {
 }
 
 impl SimNode {
-    pub(crate) fn new(node: usize, clock_offset: u64, woken: Woken) -> Self {
+    pub(crate) fn new(node: usize, clock: ClockRate, woken: Woken) -> Self {
         let alarm = Arc::new(Alarm { node, rung: AtomicBool::new(false), woken });
         SimNode {
             life: Life { node, epoch: 0 },
-            clock_offset,
+            clock,
             local: None,
             paused: false,
             unheard: BTreeSet::new(),

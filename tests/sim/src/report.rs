@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use kvferry_core::protocol::{Event, Finished, Outcome, Refusal, Role};
+use kvferry_core::protocol::{Event, Outcome, Role};
 use kvferry_core::{GroupGeometry, GroupId, HandoverId, Rank, RequestId};
 use kvferry_synthetic::EngineReport;
-use tokio::sync::oneshot;
 
+use crate::chronicle::{Entry, What};
 use crate::cluster::ByHandover;
 use crate::trace::Record;
-use crate::world::Observed;
 
 /// One rank at the end.
 #[derive(Clone, Debug)]
@@ -37,7 +36,7 @@ pub struct ClusterReport {
     pub failed: u64,
     /// Cancelled.
     pub cancelled: u64,
-    /// Requests that have no answer, or more than one final event.
+    /// Requests that have no answer, or more than one.
     pub unanswered: Vec<RequestId>,
     /// Handovers that were not delivered, as far as anybody said: their requests were tried again, or failed.
     pub undelivered: u64,
@@ -116,31 +115,37 @@ impl ClusterReport {
 /// What was observed so far.
 #[derive(Default)]
 pub(crate) struct Tally {
-    pub(crate) tokens: BTreeMap<RequestId, u64>,
-    /// How often, and how last.
-    pub(crate) finished: BTreeMap<RequestId, (u32, Outcome)>,
+    tokens: BTreeMap<RequestId, u64>,
+    /// What users were told, and how often.
+    answered: BTreeMap<RequestId, (u32, Outcome)>,
     paired: ByHandover<(RequestId, GroupId)>,
     settled: ByHandover<(u32, bool)>,
-    answered: BTreeMap<RequestId, Outcome>,
+    no_starts: Vec<String>,
 }
 
 impl Tally {
-    pub(crate) fn take_in(&mut self, observed: Vec<Observed>) {
-        for Observed { event, .. } in observed {
-            match event {
-                Event::Paired { request, handover, group } => {
-                    self.paired.insert(handover, (request, group));
-                }
-                Event::Settled { report } => {
-                    let settled = self.settled.entry(report.handover).or_default();
-                    *settled = (settled.0 + 1, report.outcome.is_delivered());
-                }
-                Event::Finished(finished) => {
-                    let times = self.finished.get(&finished.request).map_or(0, |(times, _)| *times);
-                    self.finished.insert(finished.request, (times + 1, finished.outcome));
-                }
-                _ => {}
+    pub(crate) fn take_in(&mut self, entry: &Entry) {
+        match &entry.what {
+            What::Submitted { request, tokens, .. } => {
+                self.tokens.insert(*request, *tokens);
             }
+            What::Observed(Event::Paired { request, handover, group }) => {
+                self.paired.insert(*handover, (*request, *group));
+            }
+            What::Observed(Event::Settled { report }) => {
+                let settled = self.settled.entry(report.handover).or_default();
+                *settled = (settled.0 + 1, report.outcome.is_delivered());
+            }
+            What::Answered(request, answer) => {
+                let outcome = match answer {
+                    Ok(finished) => finished.outcome.clone(),
+                    Err(refusal) => Outcome::from(refusal.clone()),
+                };
+                let times = self.answered.get(request).map_or(0, |(times, _)| *times);
+                self.answered.insert(*request, (times + 1, outcome));
+            }
+            What::NoStart(error) => self.no_starts.push(error.clone()),
+            _ => {}
         }
     }
 
@@ -148,21 +153,12 @@ impl Tally {
         &mut self,
         requests: u64,
         ranks: Vec<RankReport>,
-        answers: &mut [(RequestId, oneshot::Receiver<Result<Finished, Refusal>>)],
+        mut unanswered: Vec<RequestId>,
         geometry: impl Fn(GroupId) -> Option<&'a GroupGeometry>,
     ) -> ClusterReport {
-        let mut unanswered: Vec<RequestId> = Vec::new();
-        for (request, answer) in answers.iter_mut() {
-            if let Ok(Ok(finished)) = answer.try_recv() {
-                self.answered.insert(*request, finished.outcome);
-            }
-            let last = self.finished.get(request);
-            if !last.is_some_and(|(times, outcome)| *times == 1 && self.answered.get(request) == Some(outcome)) {
-                unanswered.push(*request);
-            }
-        }
+        unanswered.extend(self.answered.iter().filter(|(_, (times, _))| *times != 1).map(|(request, _)| *request));
         let count =
-            |which: fn(&Outcome) -> bool| self.finished.values().filter(|(_, outcome)| which(outcome)).count() as u64;
+            |which: fn(&Outcome) -> bool| self.answered.values().filter(|(_, outcome)| which(outcome)).count() as u64;
         let reason = |outcome: &Outcome| match outcome {
             Outcome::Failed { reason } => Some(reason.to_string()),
             _ => None,
@@ -198,7 +194,7 @@ impl Tally {
                 .map(|(handover, _)| *handover)
                 .collect(),
             reasons: self
-                .finished
+                .answered
                 .iter()
                 .filter_map(|(request, (_, outcome))| Some((*request, reason(outcome)?)))
                 .collect(),
@@ -206,7 +202,7 @@ impl Tally {
             verified_bytes: verified.filter_map(|rank| rank.engine.as_ref()).map(|engine| engine.verified_bytes).sum(),
             ranks,
             in_flight: 0,
-            start_failures: Vec::new(),
+            start_failures: self.no_starts.clone(),
             panics: 0,
             stuck: false,
             trace_hash: 0,

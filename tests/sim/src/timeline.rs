@@ -12,7 +12,7 @@ use crate::wires::{LinkId, Side};
 use crate::world::World;
 
 /// A node of the world and its incarnation: what is meant for an older one is dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Life {
     pub(crate) node: usize,
     pub(crate) epoch: u64,

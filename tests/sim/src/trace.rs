@@ -2,8 +2,9 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::ops::Range;
 
-use kvferry_core::protocol::Event;
+use kvferry_core::protocol::{EngineCall, EngineEvent, Event};
 
 /// Records that are kept.
 const RECENT_MAX: usize = 64;
@@ -26,12 +27,8 @@ pub enum Tag {
     Pump,
     /// An engine worked: node.
     Engine,
-    /// An actor observed something: node, what, about whom.
+    /// Something that the chronicle has: node and epoch, what, about whom.
     Observed,
-    /// A node started: node, epoch.
-    Start,
-    /// A node crashed: node, epoch.
-    Crash,
     /// A node stopped running for a while: node.
     Pause,
     /// It runs again: node.
@@ -56,17 +53,31 @@ impl fmt::Display for Record {
     }
 }
 
-/// A running hash of all records.
+/// Records between two checkpoints.
+pub const CHECKPOINT_EVERY: u64 = 1024;
+
+/// A running hash of all records, and what it was after every so many.
 #[derive(Clone, Debug)]
 pub struct Trace {
     hash: u64,
     records: u64,
     recent: VecDeque<Record>,
+    checkpoints: Vec<u64>,
+    /// Numbers of records that are kept in full.
+    kept: Range<u64>,
+    text: Vec<Record>,
 }
 
 impl Default for Trace {
     fn default() -> Self {
-        Trace { hash: 0xcbf2_9ce4_8422_2325, records: 0, recent: VecDeque::with_capacity(RECENT_MAX) }
+        Trace {
+            hash: 0xcbf2_9ce4_8422_2325,
+            records: 0,
+            recent: VecDeque::with_capacity(RECENT_MAX),
+            checkpoints: Vec::new(),
+            kept: 0..0,
+            text: Vec::new(),
+        }
     }
 }
 
@@ -76,7 +87,13 @@ impl Trace {
         for word in [at, tag as u64].into_iter().chain(words) {
             self.hash = mix(self.hash, word);
         }
+        if self.kept.contains(&self.records) {
+            self.text.push(Record { at, tag, words });
+        }
         self.records += 1;
+        if self.records.is_multiple_of(CHECKPOINT_EVERY) {
+            self.checkpoints.push(self.hash);
+        }
         if self.recent.len() == RECENT_MAX {
             self.recent.pop_front();
         }
@@ -91,6 +108,21 @@ impl Trace {
     /// Records so far.
     pub fn records(&self) -> u64 {
         self.records
+    }
+
+    /// The hash after every [`CHECKPOINT_EVERY`] records.
+    pub fn checkpoints(&self) -> &[u64] {
+        &self.checkpoints
+    }
+
+    /// Keeps the records with these numbers in full from now on.
+    pub fn keep(&mut self, numbers: Range<u64>) {
+        self.kept = numbers;
+    }
+
+    /// The records that were kept.
+    pub fn text(&self) -> &[Record] {
+        &self.text
     }
 
     /// The last records, oldest first.
@@ -118,9 +150,44 @@ pub(crate) fn event_words(event: &Event) -> [u64; 2] {
         Event::Started { handover } => [7, handover.0],
         Event::Settled { report } => [8 | u64::from(report.outcome.is_delivered()) << 8, report.handover.0],
         Event::Finished(finished) => [9 | u64::from(finished.outcome.is_delivered()) << 8, finished.request.0],
+        Event::LeaseHeld { request, until } => [12, mix(request.0, until.0)],
+        Event::Quarantined { handover } => [13, handover.0],
+        Event::Drained { handover, .. } => [14, handover.0],
+        Event::Health { trouble } => [15, u64::from(trouble.is_some())],
+        Event::Met { node, epoch } => [16 | epoch.0 << 8, node.0],
+        Event::Parted { node, epoch, .. } => [17 | epoch.0 << 8, node.0],
         Event::Freed { request } => [10, request.0],
         Event::Ignored { from, .. } => [11, from.0],
         _ => [255, 0],
+    }
+}
+
+/// What a worker asked of its engine, and about whom.
+pub(crate) fn call_words(call: &EngineCall) -> [u64; 2] {
+    match call {
+        EngineCall::Prefill(job) => [0x1000, job.spec.request.0],
+        EngineCall::Release { request, .. } => [0x1001, request.0],
+        EngineCall::Place { handover, .. } => [0x1002, handover.0],
+        EngineCall::Settled { handover, outcome, quarantined, .. } => {
+            [0x1100 | u64::from(outcome.is_delivered()) | u64::from(*quarantined) << 1, handover.0]
+        }
+        EngineCall::Returned { handover, .. } => [0x1003, handover.0],
+        EngineCall::Rejected { request, .. } => [0x1004, request.0],
+        _ => [0x10ff, 0],
+    }
+}
+
+/// What an engine told its worker, and about whom.
+pub(crate) fn engine_words(event: &EngineEvent) -> [u64; 2] {
+    match event {
+        EngineEvent::Opened { request, .. } => [0x2000, request.0],
+        EngineEvent::Ready { request, steps } => [0x2200 | u64::from(*steps) << 16, request.0],
+        EngineEvent::Unable { request, .. } => [0x2001, request.0],
+        EngineEvent::Released { request } => [0x2002, request.0],
+        EngineEvent::Placed { handover, .. } => [0x2003, handover.0],
+        EngineEvent::NoRoom { handover, .. } => [0x2004, handover.0],
+        EngineEvent::Freed { handover } => [0x2005, handover.0],
+        _ => [0x20ff, 0],
     }
 }
 

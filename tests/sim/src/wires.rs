@@ -80,6 +80,13 @@ impl Wires {
         std::mem::take(&mut self.lock().said)
     }
 
+    /// The nodes that said and will hear what is said on a link.
+    pub(crate) fn ends(&self, link: LinkId, from: Side) -> Option<(usize, usize)> {
+        let mut inner = self.lock();
+        let from_node = inner.end(link, from)?.life.node;
+        Some((from_node, inner.end(link, from.other())?.life.node))
+    }
+
     /// When something that is said now, and takes until `at`, arrives.
     pub(crate) fn arrival(&self, link: LinkId, from: Side, at: u64) -> u64 {
         let mut inner = self.lock();

@@ -58,6 +58,11 @@ impl Fabric {
         nics.iter().any(|nic| state.may_write(*nic, pool, handover))
     }
 
+    /// Whether anything was found since [`Fabric::take_violations`] was last asked.
+    pub fn has_violations(&self) -> bool {
+        self.state().shadow.as_ref().is_some_and(|shadow| !shadow.violations.is_empty())
+    }
+
     /// What was found since this was last asked.
     pub fn take_violations(&self) -> Vec<Violation> {
         self.state().shadow.as_mut().map(|shadow| std::mem::take(&mut shadow.violations)).unwrap_or_default()

@@ -1,0 +1,29 @@
+//! `simulate`: whole clusters of the production actors in virtual time, with every fault, from one seed.
+//!
+//! `cargo run --release --example simulate -- --seed 7 --prefill 64 --decode 64 --nics 8 --requests 2000 --faults all`
+
+mod many;
+mod one;
+mod options;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::options::{Options, SimulateError};
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let held = match options.seeds {
+        Some(_) => many::run(&options),
+        None => one::run(&options),
+    };
+    match held {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("simulate: {error}");
+            ExitCode::from(if matches!(error, SimulateError::Cluster(_) | SimulateError::Io { .. }) { 1 } else { 2 })
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Many runs, on all cores.
+
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvferry_sim::{RunReport, rerun};
+
+use crate::one::{simulate, tell};
+use crate::options::{Options, Seeds, SimulateError};
+
+/// Runs a range of seeds. Says whether every invariant held in all of them.
+pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
+    let Some(Seeds(seeds)) = &options.seeds else { return Ok(true) };
+    // Options that make no sense are told once.
+    options.config(seeds.start)?;
+    let next = AtomicU64::new(seeds.start);
+    let sum = Mutex::new(Sum::default());
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let work = || -> Result<(), SimulateError> {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                return Ok(());
+            }
+            let (report, seconds) = simulate(options.config(seed)?)?;
+            let thrice = seed - seeds.start < options.thrice;
+            let same = !thrice || is_the_same_thrice(options, &report)?;
+            let mut sum = sum.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if options.json || !report.broken.is_empty() {
+                tell(options, &report, seconds);
+            }
+            sum.add(&report, seconds, same);
+        }
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_for_each(|worker| {
+            // A panic outside the simulated nodes is a bug of the simulator: it goes on.
+            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })?;
+    let sum = sum.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if !options.json {
+        sum.tell();
+    }
+    Ok(sum.broken.is_empty())
+}
+
+/// Runs a seed again here, and in a process of its own. Says whether all three are the same run.
+pub(crate) fn is_the_same_thrice(options: &Options, report: &RunReport) -> Result<bool, SimulateError> {
+    let seed = report.seed;
+    if let Some(divergence) = rerun(&options.config(seed)?, report)? {
+        eprintln!("seed {seed}: {divergence}\n  again: {} --thrice 1", options.command(seed));
+        return Ok(false);
+    }
+    let failed = |source| SimulateError::Io { what: "starting another process".to_owned(), source };
+    let binary = std::env::current_exe().map_err(failed)?;
+    let mut command = Command::new(binary);
+    command.args(["--json", "--seed", &seed.to_string()]).args(options.arguments());
+    let output = command.output().map_err(failed)?;
+    let hash = format!("\"trace_hash\":\"{:016x}\"", report.trace_hash);
+    let same = String::from_utf8_lossy(&output.stdout).contains(&hash);
+    if !same {
+        eprintln!("seed {seed}: I8: another process runs it otherwise\n  again: {} --thrice 1", options.command(seed));
+    }
+    Ok(same)
+}
+
+#[derive(Default)]
+struct Sum {
+    runs: u64,
+    requests: u64,
+    delivered: u64,
+    failed: u64,
+    cancelled: u64,
+    events: u64,
+    seconds: f64,
+    broken: Vec<u64>,
+}
+
+impl Sum {
+    fn add(&mut self, report: &RunReport, seconds: f64, same: bool) {
+        self.runs += 1;
+        self.requests += report.requests;
+        self.delivered += report.delivered;
+        self.failed += report.failed;
+        self.cancelled += report.cancelled;
+        self.events += report.events;
+        self.seconds += seconds;
+        if !report.broken.is_empty() || !same {
+            self.broken.push(report.seed);
+        }
+    }
+
+    fn tell(&self) {
+        let Sum { runs, requests, delivered, failed, cancelled, events, seconds, broken } = self;
+        println!(
+            "{runs} runs, {requests} requests: {delivered} delivered, {failed} failed, {cancelled} cancelled; {events} events in {seconds:.1} s \
+             of the cores, {:.0} thousand a second and core",
+            *events as f64 / seconds / 1e3
+        );
+        if broken.is_empty() {
+            println!("every invariant held");
+        } else {
+            println!("{} runs broke an invariant: seeds {broken:?}", broken.len());
+        }
+    }
+}

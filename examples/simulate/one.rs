@@ -1,0 +1,107 @@
+//! One run, and what is printed of it.
+
+use kvferry_core::RequestId;
+use kvferry_sim::{Config, Run, RunReport, Story, Timeline};
+use serde_json::json;
+
+use crate::options::{Options, SimulateError};
+
+/// Records of the end of a run that are printed when it is wrong.
+const LAST: usize = 24;
+
+/// Runs one seed. Says whether every invariant held.
+pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
+    let config = options.config(options.seed)?;
+    if options.explain {
+        println!("{config:#?}");
+        return Ok(true);
+    }
+    if let Some(request) = options.request.filter(|request| !(1..=options.requests).contains(request)) {
+        return Err(SimulateError::NoSuchRequest(request, options.requests));
+    }
+    let mut story = options.request.filter(|_| options.replay).map(|request| Story::new(RequestId(request)));
+    let mut timeline = options.timeline.as_ref().map(|_| Timeline::default());
+    let (report, seconds) = timed(|| {
+        Ok(Run::new(config)?.to_end(|entry| {
+            if let Some(line) = story.as_mut().and_then(|story| story.tell(entry)) {
+                println!("{line}");
+            }
+            if options.log {
+                println!("{entry}");
+            }
+            if let Some(timeline) = &mut timeline {
+                timeline.take_in(entry);
+            }
+        }))
+    })?;
+    if let (Some(timeline), Some(path)) = (timeline, &options.timeline) {
+        std::fs::write(path, timeline.to_json())
+            .map_err(|source| SimulateError::Io { what: format!("writing {}", path.display()), source })?;
+    }
+    tell(options, &report, seconds);
+    if options.thrice > 0 && !crate::many::is_the_same_thrice(options, &report)? {
+        return Ok(false);
+    }
+    Ok(report.broken.is_empty())
+}
+
+/// Runs a configuration and says how long that took, in seconds of the wall clock.
+#[allow(clippy::disallowed_types, reason = "speed is measured, and nothing follows from it")]
+pub(crate) fn timed(run: impl FnOnce() -> Result<RunReport, SimulateError>) -> Result<(RunReport, f64), SimulateError> {
+    let since = std::time::Instant::now();
+    let report = run()?;
+    Ok((report, since.elapsed().as_secs_f64()))
+}
+
+/// Runs a configuration to its end.
+pub(crate) fn simulate(config: Config) -> Result<(RunReport, f64), SimulateError> {
+    timed(|| Ok(Run::new(config)?.to_end(|_| {})))
+}
+
+/// Prints what came of a run.
+pub(crate) fn tell(options: &Options, report: &RunReport, seconds: f64) {
+    let RunReport { seed, requests, delivered, failed, cancelled, virtual_seconds, events, trace_hash, .. } = report;
+    let events_per_second = *events as f64 / seconds;
+    if options.json {
+        let violations: Vec<String> = report.broken.iter().map(ToString::to_string).collect();
+        let object = json!({
+            "seed": seed,
+            "requests": requests,
+            "delivered": delivered,
+            "failed": failed,
+            "cancelled": cancelled,
+            "virtual_seconds": virtual_seconds,
+            "events": events,
+            "events_per_second": events_per_second,
+            "trace_hash": format!("{trace_hash:016x}"),
+            "violations": violations,
+        });
+        println!("{object}");
+    } else {
+        println!(
+            "seed {seed}: {requests} requests: {delivered} delivered, {failed} failed, {cancelled} cancelled in {virtual_seconds:.3} virtual \
+             seconds; {events} events, {:.0} thousand a second; trace {trace_hash:016x}",
+            events_per_second / 1e3
+        );
+        if options.seeds.is_none() {
+            for (reason, times) in &report.reasons {
+                println!("  {times} failed: {reason}");
+            }
+        }
+    }
+    if !report.broken.is_empty() {
+        accuse(options, report);
+    }
+}
+
+fn accuse(options: &Options, report: &RunReport) {
+    eprintln!("seed {}: invariants are broken:", report.seed);
+    for broken in &report.broken {
+        eprintln!("  {broken}");
+    }
+    eprintln!("  the last events:");
+    for record in report.recent.iter().skip(report.recent.len().saturating_sub(LAST)) {
+        eprintln!("    {record}");
+    }
+    eprintln!("  again: {}", options.command(report.seed));
+}
