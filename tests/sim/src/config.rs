@@ -131,6 +131,9 @@ impl Config {
         cluster.layers_per_step = [None, Some(1)][dice.below(2) as usize];
         cluster.nics = shape.nics;
         cluster.handovers_max = dice.within(2..12) as u32;
+        if dice.below(3) == 0 {
+            cluster.sessions_eager_max = dice.below(6) as usize;
+        }
         let beat = dice.within(200..1000);
         cluster.session = SessionTerms {
             handshake_within: millis(dice.within(1000..4000)),
