@@ -2,6 +2,7 @@
 //!
 //! `cargo run --release --example simulate -- --seed 7 --prefill 64 --decode 64 --nics 8 --requests 2000 --faults all`
 
+mod capacity;
 mod many;
 mod one;
 mod options;
@@ -15,6 +16,7 @@ use crate::options::{Options, SimulateError};
 fn main() -> ExitCode {
     let options = Options::parse();
     let held = match options.seeds {
+        _ if options.question.trace.is_some() => capacity::run(&options).map_err(SimulateError::from),
         Some(_) => many::run(&options),
         None => one::run(&options),
     };

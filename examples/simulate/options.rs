@@ -8,6 +8,8 @@ use clap::Parser;
 use kvferry_sim::{Config, FaultSet, Shape, ShapeError, SimError, UnknownFault};
 use thiserror::Error;
 
+use crate::capacity::{CapacityError, Question};
+
 /// Simulates a cluster: the production actors, wire codec and state machines on virtual time. Exits with 0 only if every invariant held,
 /// with 1 if one did not, and with 2 if the options make no sense.
 #[derive(Clone, Debug, Parser)]
@@ -61,6 +63,9 @@ pub(crate) struct Options {
     /// Runs so many of the seeds three times, twice in this process and once in another, and compares.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) thrice: u64,
+    /// A capacity question instead.
+    #[command(flatten)]
+    pub(crate) question: Question,
 }
 
 /// A range of seeds.
@@ -101,6 +106,9 @@ pub(crate) enum SimulateError {
     /// The cluster could not be set up.
     #[error(transparent)]
     Cluster(#[from] SimError),
+    /// A capacity question has no answer.
+    #[error(transparent)]
+    Capacity(#[from] CapacityError),
     /// A file or a process.
     #[error("{what}: {source}")]
     Io {
