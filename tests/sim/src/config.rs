@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use kvferry_actors::SESSIONS_EAGER_MAX;
 use kvferry_core::protocol::{DeadlineTerms, LeaseTerms, QuarantineTerms, SchedulerTerms, SessionTerms};
 use kvferry_core::{Direction, Order};
 use kvferry_fabric_sim::{Delivery, FabricOptions, FenceBy};
@@ -15,6 +16,9 @@ use crate::faults::{FaultKind, FaultSet, Planned};
 use crate::plant::Plant;
 use crate::storm;
 use crate::world::WorldOptions;
+
+/// Sessions of decode ranks with prefill ranks that are made in one run before any is needed.
+const SESSIONS_MAX: usize = 1 << 16;
 
 /// What a run's user decides.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,6 +145,10 @@ impl Config {
             silence_max: millis(beat * dice.within(3..7)),
             resume_within: millis(dice.within(300..2000)),
         };
+        // In a run in four nearly all sessions are made when they are needed; thousands of ranks do not all meet in one process.
+        let mut sessions = Dice::new(seed, "sessions", 0);
+        let most = (SESSIONS_MAX / shape.decode.max(1) as usize).min(SESSIONS_EAGER_MAX);
+        cluster.sessions_eager_max = if sessions.below(4) == 0 { sessions.below(4) as usize } else { most };
         let short = faults.has(FaultKind::ShortLeases);
         let duration = millis(if short { dice.within(150..1500) } else { dice.within(4_000..20_000) });
         cluster.leases = LeaseTerms { duration, ..LeaseTerms::default() };
