@@ -25,7 +25,7 @@ use crate::desk::RoomTrouble;
 use crate::dice::Dice;
 use crate::report::{ClusterReport, RankReport, Tally};
 use crate::users::Users;
-use crate::world::{World, WorldOptions};
+use crate::world::{WithNode, World, WorldOptions};
 use crate::yard::{SCHEDULER, Worker, Yard, restart_the_ended};
 
 /// Groups of one side.
@@ -204,7 +204,7 @@ impl Cluster {
     }
 
     /// Brings a node that is down back at a time from now; users ask a scheduler that has come back again.
-    pub(crate) fn bring_back(&self) -> Rc<dyn Fn(&mut World, usize)> {
+    pub(crate) fn bring_back(&self) -> WithNode {
         bring_back(&self.yard, &self.users)
     }
 
@@ -352,7 +352,7 @@ impl Cluster {
 }
 
 /// What brings a node back: users ask a scheduler that has come back again.
-fn bring_back(yard: &Rc<Yard>, users: &Rc<RefCell<Users>>) -> Rc<dyn Fn(&mut World, usize)> {
+fn bring_back(yard: &Rc<Yard>, users: &Rc<RefCell<Users>>) -> WithNode {
     let (yard, users) = (Rc::clone(yard), Rc::clone(users));
     Rc::new(move |world, node| {
         if world.is_up(node) {

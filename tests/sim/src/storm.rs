@@ -10,7 +10,7 @@ use crate::config::Config;
 use crate::dice::Dice;
 use crate::faults::{Fault, FaultKind, Planned};
 use crate::weather::Weather;
-use crate::world::World;
+use crate::world::{WithNode, World};
 use crate::yard::{SCHEDULER, Yard};
 
 /// What goes wrong in a run's first phase: each kind of fault from a stream of its own.
@@ -106,7 +106,7 @@ fn late(dice: &mut Dice) -> Duration {
 }
 
 /// Lets a cluster's plan happen. `back` brings a node back.
-pub(crate) fn brew(world: &mut World, yard: &Rc<Yard>, plan: &[Planned], back: &Rc<dyn Fn(&mut World, usize)>) {
+pub(crate) fn brew(world: &mut World, yard: &Rc<Yard>, plan: &[Planned], back: &WithNode) {
     for planned in plan {
         let (fault, of) = (planned.fault.clone(), Rc::clone(yard));
         world.at(planned.at, move |world| {

@@ -21,15 +21,11 @@ use crate::node::{Seat, SimNode, Woken};
 use crate::panics;
 use crate::plant::{self, Plant};
 use crate::timeline::{Happening, Life, Timeline};
-use crate::trace::{Tag, Trace, hash_bytes};
+use crate::trace::{Tag, Trace};
 use crate::weather::{Skies, Weather};
 use crate::wires::Wires;
 
-/// After how long a dial is given up that nobody answers.
-const NO_ANSWER: Duration = Duration::from_millis(500);
-
-/// Rounds of polling at one instant after which it is taken for a loop that never ends.
-const ROUNDS_MAX: u32 = 100_000;
+mod steps;
 
 /// What a world is like.
 #[derive(Clone, Debug)]
@@ -67,8 +63,8 @@ impl Default for WorldOptions {
     }
 }
 
-/// Told of a node that has ended by itself.
-type OnEnd = Rc<dyn Fn(&mut World, usize)>;
+/// Something that is done with a node.
+pub(crate) type WithNode = Rc<dyn Fn(&mut World, usize)>;
 
 /// One simulated world: a discrete-event kernel over the actors of its nodes. Runs on the thread that made it.
 pub struct World {
@@ -88,7 +84,7 @@ pub struct World {
     skies: Skies,
     /// Incarnations that an actor has ended, and its name.
     ended: Rc<RefCell<Vec<(Life, &'static str)>>>,
-    on_end: Option<OnEnd>,
+    on_end: Option<WithNode>,
     happened: u64,
     panics_before: u64,
     stuck: bool,
@@ -329,7 +325,7 @@ impl World {
     }
 
     /// Who is told of nodes that end by themselves, after they have been crashed.
-    pub(crate) fn on_end(&mut self, on_end: OnEnd) {
+    pub(crate) fn on_end(&mut self, on_end: WithNode) {
         self.on_end = Some(on_end);
     }
 
@@ -415,184 +411,5 @@ impl World {
     /// What a node's engine has found; `None` for a node without one, or that is down.
     pub fn engine_report(&self, node: usize) -> Option<EngineReport> {
         self.nodes.get(node)?.engine.as_ref().map(|engine| engine.report())
-    }
-
-    /// Polls whoever was woken, in any order, until nobody is.
-    fn settle(&mut self) {
-        for _ in 0..ROUNDS_MAX {
-            let mut woken = self.woken.take();
-            match self.options.plant {
-                Some(Plant::RandomOrder) => plant::random_order(&mut woken),
-                _ => self.schedule.shuffle(&mut woken),
-            }
-            for index in &woken {
-                if let Some(node) = self.nodes.get_mut(*index) {
-                    node.poll();
-                }
-                self.send();
-                if self.nodes.get_mut(*index).is_some_and(|node| !node.paused && node.hand_over_calls()) {
-                    self.engage(*index);
-                }
-            }
-            self.bury();
-            let ready = self.fabric.take_ready();
-            if woken.is_empty() && ready.is_empty() {
-                return self.arm_fabric();
-            }
-            for nic in ready {
-                self.pump(nic);
-            }
-        }
-        self.stuck = true;
-    }
-
-    /// Crashes the nodes whose actors have ended their incarnation.
-    fn bury(&mut self) {
-        let ended = std::mem::take(&mut *self.ended.borrow_mut());
-        for (life, name) in ended {
-            if self.lives(life) {
-                self.chronicle.put(self.timeline.now(), life, What::Ended(name));
-                self.crash(life.node);
-                if let Some(on_end) = self.on_end.clone() {
-                    on_end(self, life.node);
-                }
-            }
-        }
-    }
-
-    fn happen(&mut self, happening: Happening) {
-        let now = self.timeline.now();
-        self.fabric.advance(now);
-        match happening {
-            Happening::Tick { life, to } => {
-                if self.lives(life) {
-                    self.put(Tag::Tick, [life.node as u64, 0, 0]);
-                    to.do_send(kvferry_actors::Tick);
-                }
-            }
-            Happening::Dialed { dialer, address, answer } => {
-                self.put(Tag::Dial, [dialer.node as u64, hash_bytes(address.as_bytes()), 0]);
-                let found = self.listeners.at(&address);
-                let passes = |(to, _): &(Life, _)| {
-                    !self.skies.is_cut(dialer.node, to.node) && !self.skies.is_cut(to.node, dialer.node)
-                };
-                if !found.as_ref().is_none_or(passes) {
-                    let result = Err(format!("{address}: no answer"));
-                    let wait = u64::try_from(NO_ANSWER.as_nanos()).unwrap_or(u64::MAX);
-                    self.timeline.after(wait, Happening::Answered { dialer, result, answer });
-                    return;
-                }
-                let result = match found {
-                    Some((acceptor, accept)) => {
-                        let (near, far) = self.wires.join(dialer, acceptor);
-                        accept(far);
-                        Ok(near)
-                    }
-                    None => Err(format!("{address}: nobody listens there")),
-                };
-                self.timeline.after(self.latency.draw(), Happening::Answered { dialer, result, answer });
-            }
-            Happening::Answered { dialer, result, answer } => {
-                if self.lives(dialer) {
-                    answer(result);
-                } else {
-                    // Its end of the link was made after it had died.
-                    self.wires.cut(dialer);
-                    self.send();
-                }
-            }
-            Happening::Frame { link, to, frame } => {
-                self.put(Tag::Frame, [link.0 << 1 | to as u64, frame.len() as u64, hash_bytes(&frame)]);
-                self.wires.deliver(link, to, &frame);
-            }
-            Happening::Closed { link, to } => {
-                self.put(Tag::Closed, [link.0 << 1 | to as u64, 0, 0]);
-                self.wires.break_off(link, to);
-            }
-            Happening::Fabric => {
-                self.fabric_due = None;
-                let (hash, happened) = self.fabric.digest();
-                self.put(Tag::Fabric, [hash, happened, 0]);
-            }
-            Happening::Engine { life } => self.work(life),
-            Happening::Script(script) => script(self),
-        }
-    }
-
-    /// Puts what was said on the links on its way.
-    fn send(&mut self) {
-        for said in self.wires.take_said() {
-            let (link, to) = (said.link, said.from.other());
-            let way = match self.wires.ends(link, said.from) {
-                Some((from, to)) => self.skies.way(from, to),
-                None => self.skies.way(usize::MAX, usize::MAX),
-            };
-            let Some(way) = way else { continue };
-            let at = self.timeline.now().saturating_add(self.latency.draw()).saturating_add(way.late);
-            let at = if way.overtaken { at } else { self.wires.arrival(link, said.from, at) };
-            match said.frame {
-                Some(frame) => {
-                    if let Some(later) = way.again {
-                        let frame = frame.clone();
-                        self.timeline.at(at.saturating_add(later), Happening::Frame { link, to, frame });
-                    }
-                    self.timeline.at(at, Happening::Frame { link, to, frame });
-                }
-                None => self.timeline.at(at, Happening::Closed { link, to }),
-            }
-        }
-    }
-
-    fn pump(&mut self, nic: NicId) {
-        let Some((life, found)) = self.nics.find(nic) else { return };
-        let Some(node) = self.nodes.get_mut(life.node) else { return };
-        if node.paused {
-            node.unheard.insert(nic);
-            return;
-        }
-        self.put(Tag::Pump, [life.node as u64, 0, 0]);
-        found.borrow_mut().pump();
-    }
-
-    fn arm_fabric(&mut self) {
-        if let Some(at) = self.fabric.next_event_at()
-            && self.fabric_due.is_none_or(|due| at < due)
-        {
-            self.fabric_due = Some(at);
-            self.timeline.at(at, Happening::Fabric);
-        }
-    }
-
-    /// Schedules the next slice of an engine's work, unless one is scheduled.
-    fn engage(&mut self, index: usize) {
-        let (least, most) = self.options.engine_slice;
-        let nanos = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
-        if let Some(node) = self.nodes.get_mut(index).filter(|node| !node.engine_busy) {
-            node.engine_busy = true;
-            let takes = self.compute.within(nanos(least)..nanos(most).saturating_add(1));
-            self.timeline.after(takes, Happening::Engine { life: node.life });
-        }
-    }
-
-    fn work(&mut self, life: Life) {
-        if !self.lives(life) {
-            return;
-        }
-        self.put(Tag::Engine, [life.node as u64, 0, 0]);
-        let Some(node) = self.nodes.get_mut(life.node) else { return };
-        node.engine_busy = false;
-        if node.paused {
-            node.engine_stalled = true;
-        } else if node.work() {
-            self.engage(life.node);
-        }
-    }
-
-    fn lives(&self, life: Life) -> bool {
-        self.nodes.get(life.node).is_some_and(|node| node.local.is_some() && node.life == life)
-    }
-
-    fn put(&self, tag: Tag, words: [u64; 3]) {
-        self.chronicle.trace().borrow_mut().put(self.timeline.now(), tag, words);
     }
 }

@@ -17,7 +17,7 @@ use crate::cluster::{ClusterOptions, SimError};
 use crate::desk::{Desk, DeskOptions, RoomTrouble};
 use crate::dice::Dice;
 use crate::node::Seat;
-use crate::world::World;
+use crate::world::{WithNode, World};
 
 /// The scheduler's node.
 pub(crate) const SCHEDULER: usize = 0;
@@ -197,7 +197,7 @@ pub(crate) fn address(node: usize) -> String {
 }
 
 /// Restarts nodes that end by themselves, as whatever supervises processes does, after a while.
-pub(crate) fn restart_the_ended(world: &mut World, yard: &Rc<Yard>, back: Rc<dyn Fn(&mut World, usize)>) {
+pub(crate) fn restart_the_ended(world: &mut World, yard: &Rc<Yard>, back: WithNode) {
     const AFTER_NS: u64 = 1_000_000_000;
     let yard = Rc::clone(yard);
     world.on_end(Rc::new(move |world, node| {

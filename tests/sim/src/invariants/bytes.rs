@@ -1,9 +1,9 @@
 //! I2: a handover is delivered only when every byte equals the source's at the time its layers were marked ready.
 //!
 //! From the shadow of memory; from the engines, which verify every byte of what is delivered; and from the oracle's knowledge of which
-//! ranks have to have it: each that still lives must have been told, and must have verified and freed it in the end.
+//! ranks have to have it: as long as their group lives, each must be told, and must have verified and freed it in the end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kvferry_core::protocol::{EngineCall, EngineEvent, Event};
 use kvferry_core::{GroupId, HandoverId};
@@ -13,26 +13,37 @@ use super::{Groups, Invariant, Scene};
 use crate::chronicle::{Entry, What};
 use crate::world::World;
 
+/// A group that is lost so soon after a delivery had no time to hear of it on all its ranks.
+const TIME_TO_HEAR_NS: u64 = 30_000_000_000;
+
 pub(super) struct Bytes {
     groups: Groups,
-    /// By handover: its group, and the incarnation of its leader that decided.
-    handovers: BTreeMap<HandoverId, (GroupId, usize, u64)>,
-    delivered: Vec<HandoverId>,
-    /// By handover and node: in which incarnation the engine was given it, and whether it has verified it.
-    given: BTreeMap<(HandoverId, usize), (u64, bool)>,
-    /// By handover and node: which incarnation placed it.
-    placed: BTreeMap<(HandoverId, usize), u64>,
+    /// Delivered handovers that some rank has not verified.
+    delivered: BTreeMap<HandoverId, Delivered>,
+    /// When handovers first asked for blocks, and groups last lost a rank.
+    placed_at: BTreeMap<HandoverId, u64>,
+    lost_at: BTreeMap<GroupId, u64>,
+}
+
+struct Delivered {
+    group: GroupId,
+    at: u64,
+    untold: BTreeSet<usize>,
+    unverified: BTreeSet<usize>,
 }
 
 impl Bytes {
     pub(super) fn new(groups: Groups) -> Self {
-        Bytes {
-            groups,
-            handovers: BTreeMap::new(),
-            delivered: Vec::new(),
-            given: BTreeMap::new(),
-            placed: BTreeMap::new(),
-        }
+        Bytes { groups, delivered: BTreeMap::new(), placed_at: BTreeMap::new(), lost_at: BTreeMap::new() }
+    }
+}
+
+impl Delivered {
+    fn accuse(&self, handover: HandoverId, broken: &mut Vec<String>) {
+        let Delivered { at, untold, unverified, .. } = self;
+        broken.push(format!(
+            "{handover} was delivered at {at} ns; nodes {untold:?} were not told, nodes {unverified:?} have not verified it"
+        ));
     }
 }
 
@@ -49,22 +60,39 @@ impl Invariant for Bytes {
                 }
             }
             What::Observed(Event::Settled { report }) if report.outcome.is_delivered() => {
-                if let Some(group) = self.groups.group(entry.node) {
-                    self.handovers.insert(report.handover, (group, entry.node, entry.epoch));
+                let placed_at = self.placed_at.remove(&report.handover).unwrap_or(entry.at);
+                if let Some(group) = self.groups.group(entry.node)
+                    // A rank that has died meanwhile has taken its part with it, and the leader need not know yet.
+                    && self.lost_at.get(&group).is_none_or(|lost| *lost < placed_at)
+                {
+                    let nodes: BTreeSet<usize> = self.groups.nodes(group).collect();
+                    let delivered = Delivered { group, at: entry.at, untold: nodes.clone(), unverified: nodes };
+                    self.delivered.insert(report.handover, delivered);
                 }
-                self.delivered.push(report.handover);
+            }
+            What::Called(EngineCall::Place { handover, .. }) => {
+                self.placed_at.entry(*handover).or_insert(entry.at);
             }
             What::Called(EngineCall::Settled { handover, outcome, .. }) if outcome.is_delivered() => {
-                self.given.insert((*handover, entry.node), (entry.epoch, false));
-            }
-            What::Told(EngineEvent::Placed { handover, .. }) => {
-                self.placed.insert((*handover, entry.node), entry.epoch);
+                if let Some(delivered) = self.delivered.get_mut(handover) {
+                    delivered.untold.remove(&entry.node);
+                }
             }
             What::Told(EngineEvent::Freed { handover }) => {
-                if let Some((epoch, verified)) = self.given.get_mut(&(*handover, entry.node))
-                    && *epoch == entry.epoch
-                {
-                    *verified = true;
+                if let Some(delivered) = self.delivered.get_mut(handover) {
+                    delivered.unverified.remove(&entry.node);
+                    if delivered.unverified.is_empty() && delivered.untold.is_empty() {
+                        self.delivered.remove(handover);
+                    }
+                }
+            }
+            What::Crashed => {
+                // A group is only as alive as all its ranks: what it had, nobody can check any more.
+                let Some(group) = self.groups.group(entry.node) else { return };
+                self.lost_at.insert(group, entry.at);
+                let lost = self.delivered.extract_if(.., |_, delivered| delivered.group == group);
+                for (handover, delivered) in lost.filter(|(_, lost)| entry.at > lost.at + TIME_TO_HEAR_NS) {
+                    delivered.accuse(handover, broken);
                 }
             }
             _ => {}
@@ -78,27 +106,8 @@ impl Invariant for Bytes {
                 broken.push(format!("{} {} of {}: {bytes} wrong bytes: {first:?}", rank.role, rank.rank, rank.group));
             }
         }
-        for handover in std::mem::take(&mut self.delivered) {
-            let Some((group, leader, epoch)) = self.handovers.remove(&handover) else { continue };
-            if scene.world.life(leader).epoch != epoch {
-                // The group is lost with its leader, who may have had no time to tell the others.
-                continue;
-            }
-            for node in self.groups.nodes(group) {
-                // What an incarnation had that is over, nobody can check any more.
-                let survives = match self.placed.get(&(handover, node)) {
-                    Some(epoch) => *epoch == scene.world.life(node).epoch,
-                    None => scene.world.life(node).epoch == 1,
-                };
-                match self.given.get(&(handover, node)) {
-                    _ if !survives => {}
-                    Some((_, true)) => {}
-                    Some((_, false)) => broken.push(format!("{handover} was not verified on n{node}")),
-                    None => broken.push(format!("{handover} was delivered, and n{node} was never told")),
-                }
-            }
+        for (handover, delivered) in std::mem::take(&mut self.delivered) {
+            delivered.accuse(handover, broken);
         }
-        self.given.clear();
-        self.placed.clear();
     }
 }

@@ -22,6 +22,8 @@ pub(super) struct Consumers {
     paired: BTreeMap<RequestId, Consumer>,
     /// Nodes whose engines were asked for blocks for handovers that are not over, or that hold blocks for them.
     holders: BTreeMap<HandoverId, BTreeSet<usize>>,
+    /// Handovers that have reached their group: the death of a scheduler may lose its last words.
+    taken: BTreeSet<HandoverId>,
     /// Handovers that are decided; whether they are delivered.
     settled: BTreeMap<HandoverId, bool>,
 }
@@ -40,6 +42,7 @@ impl Consumers {
             prefills: BTreeMap::new(),
             paired: BTreeMap::new(),
             holders: BTreeMap::new(),
+            taken: BTreeSet::new(),
             settled: BTreeMap::new(),
         }
     }
@@ -55,7 +58,7 @@ impl Consumers {
 
     fn is_live(&self, handover: HandoverId) -> bool {
         match self.settled.get(&handover) {
-            None => true,
+            None => self.taken.contains(&handover),
             Some(delivered) => *delivered && self.holders.contains_key(&handover),
         }
     }
@@ -84,6 +87,7 @@ impl Invariant for Consumers {
                 if let Some(before) = self.paired.get(request)
                     // A scheduler that has started again pairs what is paired already.
                     && before.handover != *handover
+                    && !self.settled.contains_key(handover)
                     && !before.is_lost
                     && self.is_live(before.handover)
                     && before.prefills == prefills
@@ -98,6 +102,9 @@ impl Invariant for Consumers {
             }
             What::Observed(Event::Settled { report }) => {
                 self.settled.insert(report.handover, report.outcome.is_delivered());
+            }
+            What::Called(EngineCall::Place { handover, .. }) => {
+                self.taken.insert(*handover);
             }
             What::Told(EngineEvent::Placed { handover, .. }) => {
                 self.holders.entry(*handover).or_default().insert(entry.node);
