@@ -152,7 +152,9 @@ impl PrefillRank {
         let answer = match self.request_of(handover) {
             None => Err(Refusal::UnknownHandover(handover)),
             Some(request) => match self.held(request) {
-                Some(held) if !held.readers.contains_key(&from) => Err(Refusal::UnknownHandover(handover)),
+                Some(held) if held.readers.get(&from).is_none_or(|reader| reader.open.handover != handover) => {
+                    Err(Refusal::UnknownHandover(handover))
+                }
                 Some(held) if held.lease.is_alive(now) => {
                     if let Some(reader) = held.readers.get_mut(&from) {
                         reader.confirmed = true;

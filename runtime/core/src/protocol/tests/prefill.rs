@@ -303,6 +303,19 @@ fn a_fetch_is_confirmed_only_to_a_reader() {
     assert_eq!(fixture.message(2, READERS[0], fetched), [send(READERS[0], Message::Confirmed { handover: H1 })]);
 }
 
+#[test]
+fn a_reader_of_an_older_handover_has_not_fetched_the_newer_one() {
+    let mut fixture = Fixture::offered(Direction::Pull);
+    for (reader, handover) in [(0, H1), (1, H2)] {
+        let open = fixture.open(reader, handover, Direction::Pull);
+        fixture.message(1, READERS[reader], open);
+    }
+    let fetched = Message::Fetched { handover: H2 };
+    let refusal = Refusal::UnknownHandover(H2);
+    assert_eq!(fixture.message(2, READERS[0], fetched.clone()), [refused(READERS[0], H2, refusal)]);
+    assert_eq!(fixture.message(2, READERS[1], fetched), [send(READERS[1], Message::Confirmed { handover: H2 })]);
+}
+
 fn open_of(message: Message) -> OpenFetch {
     match message {
         Message::Open(open) => open,
