@@ -81,6 +81,18 @@ fn every_variant_comes_back() {
 }
 
 #[test]
+fn no_variant_is_missing_here() {
+    let tags: std::collections::BTreeSet<u8> =
+        every_variant().iter().map(|message| encode_message(message).expect("encodes")[0]).collect();
+    let next = tags.len() as u8;
+    assert_eq!(tags, (0..next).collect(), "a message that `messages` does not build");
+    // Zeros are numbers, empty lists and empty text: most messages can be made of them.
+    let read = |tag: u8| (0..64).any(|zeros| decode_message(&[&[tag][..], &vec![0; zeros]].concat()).is_ok());
+    assert!(tags.iter().filter(|tag| read(**tag)).count() > tags.len() / 2);
+    assert!((next..next + 8).all(|tag| !read(tag)), "a message that `messages` does not build");
+}
+
+#[test]
 fn nothing_short_or_long_is_taken_for_a_message() {
     for message in every_variant() {
         let bytes = encode_message(&message).expect("encodes");

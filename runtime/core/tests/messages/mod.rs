@@ -6,7 +6,7 @@ use bytes::Bytes;
 use kvferry_core::protocol::{
     Awaited, FailReason, FetchJob, JoinError, Lost, Member, MemberList, Message, NicAdvert, OfferSummary, OpenFetch,
     OpenedFetch, Outcome, OutcomeReport, Pairing, PathReport, Place, PrefillJob, PrefillView, Profile, Refusal,
-    RequestSpec, Role, WorkerProfile,
+    RequestSpec, Role, StandingHandovers, StandingOffer, WorkerProfile,
 };
 use kvferry_core::{
     BlockTable, Direction, Epoch, Format, GroupGeometry, GroupId, HandoverId, Model, Moment, NodeId, Parallel, Rank,
@@ -27,7 +27,7 @@ struct Parts {
 }
 
 /// How many variants [`build`] knows.
-const VARIANTS: usize = 31;
+const VARIANTS: usize = 37;
 
 /// One message of every variant, and of every kind of reason inside them.
 pub(crate) fn every_variant() -> Vec<Message> {
@@ -110,13 +110,16 @@ fn build(parts: &Parts) -> Message {
         26 => Message::StepsReady { handover, ready: parts.small[2] },
         27 => Message::Refused { handover, refusal: parts.refusal() },
         28 => Message::Reading { handovers: list.into_iter().map(HandoverId).collect() },
-        _ if parts.choice.is_multiple_of(3) => Message::Fetched { handover },
-        _ if parts.choice % 3 == 1 => Message::Confirmed { handover },
+        29 if parts.choice.is_multiple_of(3) => Message::Fetched { handover },
+        29 if parts.choice % 3 == 1 => Message::Confirmed { handover },
         29 => Message::Abandon { handover },
-        _ if parts.choice.is_multiple_of(2) => {
-            Message::Resume { name: parts.numbers[0], peer: parts.numbers[1], heard: parts.numbers[2] }
-        }
-        _ => Message::Heard { messages: parts.numbers[3] },
+        30 => Message::Resume { name: one, peer: two, heard: three },
+        31 => Message::Heard { messages: four },
+        32 => Message::OutcomesKnown { handovers: list.into_iter().map(HandoverId).collect() },
+        33 => Message::Holding { handovers: list.into_iter().map(HandoverId).collect() },
+        34 => Message::Health { trouble: (!parts.choice.is_multiple_of(3)).then(|| parts.text.clone()) },
+        35 => Message::StandingOffers(vec![parts.standing_offer(); usize::from(parts.choice) % 3]),
+        _ => Message::StandingHandovers(Box::new(parts.standing_handovers())),
     }
 }
 
@@ -213,6 +216,25 @@ impl Parts {
         }
     }
 
+    fn standing_offer(&self) -> StandingOffer {
+        StandingOffer {
+            spec: self.spec(),
+            dp: self.small[1],
+            steps: (!self.choice.is_multiple_of(2)).then(|| self.blocks.clone()),
+            ready_at: (!self.choice.is_multiple_of(4)).then_some(Moment(self.numbers[3])),
+        }
+    }
+
+    fn standing_handovers(&self) -> StandingHandovers {
+        let (handover, outcome) = (HandoverId(self.numbers[3]), self.outcome());
+        let report = OutcomeReport { handover, outcome, at: Moment(self.numbers[1]), paths: self.paths() };
+        StandingHandovers {
+            under_way: vec![self.pairing(); usize::from(self.choice) % 3],
+            decided: vec![(self.pairing(), report); usize::from(self.choice) % 2],
+            held: vec![(handover, self.spec(), self.choice.is_multiple_of(2)); usize::from(self.choice) % 4],
+        }
+    }
+
     fn tables(&self) -> Tables {
         let known = BlockTable::known(self.numbers[0], self.blocks.clone());
         let absent = BlockTable::from(TableShape {
@@ -226,7 +248,7 @@ impl Parts {
 
     fn refusal(&self) -> Refusal {
         let (request, text) = (RequestId(self.numbers[0]), self.text.clone());
-        match self.choice % 8 {
+        match self.choice % 10 {
             0 => Refusal::UnknownRequest(request),
             1 => Refusal::UnknownHandover(HandoverId(self.numbers[1])),
             2 => Refusal::LeaseExpired(request),
@@ -234,6 +256,8 @@ impl Parts {
             4 => Refusal::Duplicate(request),
             5 => Refusal::NotAParty { request, group: GroupId(self.small[0]), rank: Rank(self.small[1]), why: text },
             6 => Refusal::Mismatch(text),
+            7 => Refusal::Transport(text),
+            8 => Refusal::TooLarge { request, tokens: self.numbers[1], hashes: self.small[0] as usize },
             _ => Refusal::BadTables(text),
         }
     }
@@ -263,6 +287,7 @@ impl Parts {
             3 => FailReason::Mismatch(text),
             4 => FailReason::Engine(text),
             5 => FailReason::NoGroup(self.role()),
+            6 => FailReason::Unhealthy(text),
             _ => FailReason::Refused(self.refusal()),
         }
     }
