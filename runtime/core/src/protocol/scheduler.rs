@@ -483,6 +483,8 @@ impl Scheduler {
         for (request, known) in &self.requests {
             if let Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. } =
                 &known.stage
+                // A group that formed anew has nothing of what its predecessor offered.
+                && self.prefill.get(group).is_some_and(|group| group.has(*request))
             {
                 wanted.entry(*group).or_default().push(*request);
             }
