@@ -76,7 +76,7 @@ pub struct Nic {
     peers: BTreeMap<NodeId, (PeerId, RemotePool)>,
     /// How to reach every peer again whose connection broke while its control session lives on.
     known: BTreeMap<NodeId, Reach>,
-    /// Peers that were only connected to be fenced.
+    /// Peers whose fence is not proved yet; nothing is posted to them any more.
     fencing: BTreeMap<PeerId, NodeId>,
     backlog: VecDeque<NicCommand>,
     events: Vec<Event>,
@@ -155,7 +155,12 @@ impl Nic {
             }
             Event::Failed { id, error } => Some(NicEvent::Failed { id, reason: error.to_string() }),
             Event::Fenced { peer, proof } => {
-                let node = self.fencing.remove(&peer).or_else(|| node_of(peer));
+                let fenced = self.fencing.remove(&peer);
+                let node = fenced.or_else(|| node_of(peer));
+                if fenced.is_some() {
+                    // Whatever is posted to that node next connects anew.
+                    self.transport.disconnect(peer);
+                }
                 node.map(|node| NicEvent::Fenced { node, proof })
             }
             Event::PeerLost { peer, reason } => {
@@ -186,8 +191,9 @@ impl Nic {
                 }
             }
             NicCommand::Fence { node, address } => {
-                if self.fencing.values().any(|fenced| *fenced == node) {
-                    // Its proof is still to come.
+                if let Some((peer, _)) = self.fencing.iter().find(|(_, fenced)| **fenced == node) {
+                    // Its proof is still to come, unless it was lost with the device.
+                    self.transport.fence(*peer);
                     return;
                 }
                 let peer = match self.peers.remove(&node) {
@@ -314,3 +320,6 @@ impl Handler<NicRequest> for NicActor {
         self.wake.notify_one();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,196 @@
+//! What a NIC asks of its transport to fence a peer, and what it makes of the answers.
+
+use kvferry_core::{Direction, FenceProof, Format, GroupGeometry, Model, Parallel, Rank, TransferId, TransportKind};
+use kvferry_transport::{ConnectError, ImportError, NicInfo};
+
+use super::*;
+
+/// Notes what is asked of it, and answers only what a test says.
+#[derive(Default)]
+struct Script {
+    asked: Vec<String>,
+    events: Vec<Event>,
+    connected: u32,
+    unreachable: bool,
+}
+
+struct Scripted {
+    script: Rc<RefCell<Script>>,
+    info: NicInfo,
+}
+
+impl Scripted {
+    fn ask(&self, what: String) {
+        self.script.borrow_mut().asked.push(what);
+    }
+}
+
+impl Transport for Scripted {
+    fn info(&self) -> &NicInfo {
+        &self.info
+    }
+
+    fn address(&self) -> Bytes {
+        Bytes::from_static(b"here")
+    }
+
+    fn bind(&mut self, _: &Pool) -> Result<PoolKeys, BindError> {
+        Ok(PoolKeys(Bytes::new()))
+    }
+
+    fn unbind(&mut self, _: PoolId) {}
+
+    fn connect(&mut self, address: &[u8]) -> Result<PeerId, ConnectError> {
+        self.ask(format!("connect {}", String::from_utf8_lossy(address)));
+        let mut script = self.script.borrow_mut();
+        if script.unreachable {
+            return Err(ConnectError::BadAddress { kind: TransportKind::Sim, reason: "nobody".into() });
+        }
+        script.connected += 1;
+        Ok(PeerId(script.connected))
+    }
+
+    fn import(&mut self, _: PeerId, _: &PoolKeys, _: &PoolLayout) -> Result<RemotePool, ImportError> {
+        Ok(RemotePool(0))
+    }
+
+    fn expect(&mut self, _: Expected) -> Result<(), PostError> {
+        Ok(())
+    }
+
+    fn post(&mut self, transfer: Transfer) -> Result<(), PostError> {
+        self.ask(format!("post to {}", transfer.peer.0));
+        Ok(())
+    }
+
+    fn cancel(&mut self, _: TransferId) {}
+
+    fn fence(&mut self, peer: PeerId) {
+        self.ask(format!("fence {}", peer.0));
+    }
+
+    fn disconnect(&mut self, peer: PeerId) {
+        self.ask(format!("disconnect {}", peer.0));
+    }
+
+    fn poll(&mut self, events: &mut Vec<Event>) {
+        events.append(&mut self.script.borrow_mut().events);
+    }
+
+    fn arm(&mut self) -> Wait {
+        Wait::MustPoll
+    }
+}
+
+struct Sink;
+
+impl Actor for Sink {
+    type Context = Context<Self>;
+}
+
+impl Handler<NicReport> for Sink {
+    type Result = ();
+
+    fn handle(&mut self, _: NicReport, _: &mut Context<Self>) {}
+}
+
+fn layout() -> PoolLayout {
+    let model = Model::preset("tiny").expect("a preset");
+    let geometry = GroupGeometry { model, format: Format::default(), parallel: Parallel::default() };
+    geometry.shard(Rank(0)).expect("a valid rank").layout(&[2])
+}
+
+struct Fixture {
+    nic: Nic,
+    script: Rc<RefCell<Script>>,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let script = Rc::new(RefCell::new(Script::default()));
+        let info = NicInfo {
+            kind: TransportKind::Sim,
+            device: "scripted".into(),
+            host: String::new(),
+            library: None,
+            bits_per_second: None,
+        };
+        let transport = Box::new(Scripted { script: Rc::clone(&script), info });
+        let pool = Pool::allocate(PoolId(1), layout(), "test").expect("memory");
+        // Nobody runs it: what was to be reported is looked at before it leaves.
+        let reports = Context::<Sink>::new().address().recipient();
+        let (nic, _) = Nic::new(0, transport, &pool, reports).expect("a NIC");
+        Fixture { nic, script }
+    }
+
+    fn command(&mut self, command: NicCommand) -> Vec<String> {
+        self.nic.command(command);
+        std::mem::take(&mut self.script.borrow_mut().asked)
+    }
+
+    fn connect(&mut self, node: u64) -> Vec<String> {
+        let (node, address) = (NodeId(node), Bytes::from_static(b"there"));
+        self.command(NicCommand::Connect { node, address, keys: Bytes::new(), layout: Arc::new(layout()) })
+    }
+
+    fn fence(&mut self, node: u64) -> Vec<String> {
+        self.command(NicCommand::Fence { node: NodeId(node), address: Bytes::from_static(b"there") })
+    }
+
+    fn post(&mut self, node: u64) -> Vec<String> {
+        let program = Arc::new(kvferry_core::Program::default());
+        self.command(NicCommand::Post { id: TransferId(7), node: NodeId(node), direction: Direction::Pull, program })
+    }
+
+    /// Something happens at the device: what it is asked next, and what the worker is told.
+    fn happens(&mut self, event: Event) -> (Vec<String>, Vec<NicEvent>) {
+        self.nic.note(event);
+        (std::mem::take(&mut self.script.borrow_mut().asked), std::mem::take(&mut self.nic.outgoing))
+    }
+}
+
+fn fenced(peer: u32) -> Event {
+    Event::Fenced { peer: PeerId(peer), proof: FenceProof::OwnerCopies }
+}
+
+fn proved(node: u64) -> Vec<NicEvent> {
+    vec![NicEvent::Fenced { node: NodeId(node), proof: FenceProof::OwnerCopies }]
+}
+
+#[test]
+fn a_connected_peer_is_fenced_let_go_and_met_again() {
+    let mut fixture = Fixture::new();
+    assert_eq!(fixture.connect(5), ["connect there"]);
+    assert_eq!(fixture.fence(5), ["fence 1"]);
+    // The transport may name it lost before it proves the fence.
+    let lost = Event::PeerLost { peer: PeerId(1), reason: "fenced here".into() };
+    assert_eq!(fixture.happens(lost), (vec![], vec![]));
+    assert_eq!(fixture.happens(fenced(1)), (vec!["disconnect 1".to_owned()], proved(5)));
+    assert_eq!(fixture.happens(fenced(1)), (vec![], vec![]), "proved once");
+    assert_eq!(fixture.post(5), ["connect there", "post to 2"], "its conversation lives on");
+}
+
+#[test]
+fn a_peer_that_only_writes_here_is_connected_to_be_fenced() {
+    let mut fixture = Fixture::new();
+    assert_eq!(fixture.fence(5), ["connect there", "fence 1"]);
+    assert_eq!(fixture.happens(fenced(1)), (vec!["disconnect 1".to_owned()], proved(5)));
+    fixture.script.borrow_mut().unreachable = true;
+    assert_eq!(fixture.fence(5), ["connect there"], "it is asked for again");
+    fixture.script.borrow_mut().unreachable = false;
+    assert_eq!(fixture.fence(5), ["connect there", "fence 2"]);
+    assert_eq!(fixture.happens(fenced(2)).1, proved(5));
+}
+
+#[test]
+fn a_fence_whose_proof_got_lost_is_asked_for_again() {
+    let mut fixture = Fixture::new();
+    fixture.connect(5);
+    fixture.connect(6);
+    assert_eq!(fixture.fence(5), ["fence 1"]);
+    assert_eq!(fixture.fence(5), ["fence 1"], "the same peer, not another connection");
+    assert_eq!(fixture.fence(6), ["fence 2"]);
+    assert_eq!(fixture.happens(fenced(2)).1, proved(6));
+    assert_eq!(fixture.happens(fenced(1)).1, proved(5));
+    assert_eq!(fixture.happens(fenced(1)), (vec![], vec![]), "the answer to the second");
+}
