@@ -12,11 +12,13 @@ use rustix::process::Pid;
 
 use crate::provider::abstract_name;
 use crate::socket::Connection;
-use crate::transport::ShmTransport;
+use crate::transport::{LISTENER, ShmTransport};
 use crate::wire::{Address, Frame, VERSION, same_key};
 
 /// How long a greeting may take.
 const GREETING: Duration = Duration::from_secs(5);
+/// How long nothing is accepted after descriptors ran out.
+const DEAF: Duration = Duration::from_millis(50);
 /// Connections that have not shown the key yet.
 const STRANGERS_MAX: usize = 1024;
 
@@ -103,9 +105,29 @@ impl ShmTransport {
                     }
                 }
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
-                Err(_) => return,
+                Err(Errno::AGAIN) => return,
+                Err(error) => {
+                    // Out of descriptors or memory. Those that wait would wake us at once, again and again.
+                    tracing::warn!(%error, "a connection was not accepted");
+                    if self.listen_for(epoll::EventFlags::empty()) {
+                        self.deaf_until = Some(Instant::now() + DEAF);
+                    }
+                    return;
+                }
             }
         }
+    }
+
+    /// Accepts again what could not be accepted before.
+    pub(crate) fn listen_again(&mut self, now: Instant) {
+        if self.deaf_until.is_some_and(|until| until <= now) && self.listen_for(epoll::EventFlags::IN) {
+            self.deaf_until = None;
+            self.accept_all();
+        }
+    }
+
+    fn listen_for(&self, flags: epoll::EventFlags) -> bool {
+        epoll::modify(&self.poller, &self.listener, epoll::EventData::new_u64(LISTENER), flags).is_ok()
     }
 
     fn add_peer(&mut self, socket: OwnedFd, stage: Stage, instance: [u8; 16]) -> Result<PeerId, Errno> {

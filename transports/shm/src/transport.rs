@@ -38,6 +38,8 @@ pub(crate) struct ShmTransport {
     pub(crate) key: [u8; 16],
     socket: [u8; 16],
     pub(crate) listener: OwnedFd,
+    /// Until when it is not listened to, since nothing could be accepted.
+    pub(crate) deaf_until: Option<Instant>,
     timer: OwnedFd,
     timer_at: Option<Instant>,
     pub(crate) poller: Arc<OwnedFd>,
@@ -101,6 +103,7 @@ impl ShmTransport {
             key,
             socket,
             listener,
+            deaf_until: None,
             timer,
             timer_at: None,
             poller,
@@ -199,7 +202,7 @@ impl ShmTransport {
     /// The next moment at which something has to be done unasked.
     fn deadline(&self, now: Instant) -> Option<Instant> {
         let greetings = self.peers.values().filter_map(|peer| peer.deadline(now));
-        greetings.chain(self.held.values().map(|held| held.until)).min()
+        greetings.chain(self.held.values().map(|held| held.until)).chain(self.deaf_until).min()
     }
 
     fn set_timer(&mut self, now: Instant) {
@@ -320,6 +323,7 @@ impl Transport for ShmTransport {
     fn poll(&mut self, events: &mut Vec<Event>) {
         self.read_sockets();
         let now = Instant::now();
+        self.listen_again(now);
         self.check_greetings(now);
         self.check_held(now);
         self.flush_all();

@@ -1,14 +1,17 @@
 //! Two processes: pull, push, memory that was allocated elsewhere, and a peer that is killed.
 #![allow(clippy::unwrap_used, reason = "this is test code")]
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::os::fd::AsRawFd;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvferry_core::{Direction, Plane, PoolId, PoolLayout, Program, Segment, Side, TransferId};
 use kvferry_shm::ShmProvider;
-use kvferry_transport::{Event, Expected, Options, Pool, PoolKeys, Provider, Transfer, TransferError, Transport};
+use kvferry_transport::{Event, Expected, Options, Pool, PoolKeys, Provider, Transfer, TransferError, Transport, Wait};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const ROLE: &str = "KVFERRY_SHM_TEST_ROLE";
 const BLOCKS: u32 = 4096;
@@ -88,6 +91,9 @@ fn peer_process() {
     let mut transport = open(4 << 20);
     let keys = transport.bind(&pool).unwrap();
     println!("\n@ {} {}", hex(&transport.address()), hex(&keys.0));
+    if role == "poor" {
+        return without_descriptors(transport.as_mut());
+    }
     let mut line = String::new();
     // The parent's address and keys come once it expects a push; polling goes on in the meantime, so the line is read elsewhere.
     let (sender, receiver) = std::sync::mpsc::channel();
@@ -121,9 +127,38 @@ fn peer_process() {
     }
 }
 
+/// Serves half a second without a descriptor left for the connection that waits, says how often it was woken meanwhile, and goes on
+/// with descriptors.
+fn without_descriptors(transport: &mut dyn Transport) {
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    let limit = getrlimit(Resource::Nofile);
+    let next = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
+    setrlimit(Resource::Nofile, Rlimit { current: Some(next as u64), maximum: limit.maximum }).unwrap();
+    let woken = serve(transport, Duration::from_millis(500));
+    setrlimit(Resource::Nofile, limit).unwrap();
+    println!("@ {woken}");
+    serve(transport, Duration::from_secs(120));
+}
+
+/// Polls whenever the transport has anything to do. Returns how often that was.
+fn serve(transport: &mut dyn Transport, time: Duration) -> u64 {
+    let (start, mut events, mut woken) = (Instant::now(), Vec::new(), 0);
+    while start.elapsed() < time {
+        transport.poll(&mut events);
+        woken += 1;
+        if let Wait::Ready(fd) = transport.arm() {
+            let timeout = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+            poll(&mut [PollFd::new(&*fd, PollFlags::IN)], Some(&timeout)).unwrap();
+        }
+    }
+    woken
+}
+
 struct Peer {
     child: Child,
     stdin: ChildStdin,
+    said: Lines<BufReader<ChildStdout>>,
     address: Vec<u8>,
     keys: PoolKeys,
 }
@@ -144,10 +179,14 @@ fn spawn(role: &str) -> Peer {
         .spawn()
         .unwrap();
     let stdin = child.stdin.take().unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let line = lines.find_map(|line| line.unwrap().strip_prefix("@ ").map(String::from)).unwrap();
+    let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
+    let line = next_word(&mut said);
     let (address, keys) = line.split_once(' ').unwrap();
-    Peer { child, stdin, address: unhex(address), keys: PoolKeys(unhex(keys).into()) }
+    Peer { child, stdin, said, address: unhex(address), keys: PoolKeys(unhex(keys).into()) }
+}
+
+fn next_word(said: &mut Lines<BufReader<ChildStdout>>) -> String {
+    said.find_map(|line| line.unwrap().strip_prefix("@ ").map(String::from)).unwrap()
 }
 
 fn until(transport: &mut dyn Transport, events: &mut Vec<Event>, done: impl Fn(&Event) -> bool) {
@@ -242,4 +281,17 @@ fn a_killed_peer_fails_its_transfers() {
             "{ends:?}"
         );
     }
+}
+
+#[test]
+fn a_listener_without_descriptors_sleeps_and_accepts_later() {
+    let mut peer = spawn("poor");
+    let mut transport = open(64 << 10);
+    let id = transport.connect(&peer.address).unwrap();
+    writeln!(peer.stdin, "a connection waits").unwrap();
+    let woken: u64 = next_word(&mut peer.said).parse().unwrap();
+    assert!((2..100).contains(&woken), "it was woken {woken} times in half a second");
+    let mut events = Vec::new();
+    until(transport.as_mut(), &mut events, |e| matches!(e, Event::Connected { .. } | Event::PeerLost { .. }));
+    assert!(matches!(events[..], [Event::Connected { peer }] if peer == id), "{events:?}");
 }
