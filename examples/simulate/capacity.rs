@@ -1,7 +1,7 @@
 //! Capacity questions: a trace instead of seeds, time instead of faults.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use kvferry_core::{Direction, Model};
@@ -137,9 +137,7 @@ pub(crate) fn run(asked: &Options) -> Result<bool, CapacityError> {
             AskedPolicy::LeastLoaded => PolicyName::LeastLoaded,
             AskedPolicy::Prefix => PolicyName::Prefix,
         };
-        let began = Instant::now();
-        let report = capacity(&options, policy, &workload, LIMIT)?;
-        rows.push((report, began.elapsed().as_secs_f64()));
+        rows.push(timed(|| capacity(&options, policy, &workload, LIMIT))?);
     }
     let complete = rows.iter().all(|(report, _)| report.delivered == report.requests);
     if asked.json {
@@ -170,6 +168,13 @@ pub(crate) fn run(asked: &Options) -> Result<bool, CapacityError> {
         rows.iter().for_each(|(report, seconds)| tell(report, *seconds));
     }
     Ok(complete)
+}
+
+/// An answer, and how long it took.
+#[allow(clippy::disallowed_types, reason = "speed is measured, and nothing follows from it")]
+fn timed(ask: impl FnOnce() -> Result<PolicyReport, SimError>) -> Result<(PolicyReport, f64), SimError> {
+    let since = std::time::Instant::now();
+    ask().map(|report| (report, since.elapsed().as_secs_f64()))
 }
 
 fn tell(report: &PolicyReport, wall_seconds: f64) {
