@@ -2,6 +2,8 @@
 //!
 //! From the shadow of memory for blocks. For offers from the scheduler's pairings: an offer is paired again only once its earlier handover has
 //! failed, or was delivered and has let all blocks go, or when its decode group is lost. A request that is prefilled again is another offer.
+//! Lost is also, to a scheduler that has started again, a group whose leader it has not met: a predecessor would have declared it lost long
+//! before, and what it still has of the offer is refused by the prefill ranks, which serve the newer handover alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,6 +28,8 @@ pub(super) struct Consumers {
     taken: BTreeSet<HandoverId>,
     /// Handovers that are decided; whether they are delivered.
     settled: BTreeMap<HandoverId, bool>,
+    /// Whom the present scheduler has met.
+    met: BTreeSet<usize>,
 }
 
 struct Consumer {
@@ -44,6 +48,7 @@ impl Consumers {
             holders: BTreeMap::new(),
             taken: BTreeSet::new(),
             settled: BTreeMap::new(),
+            met: BTreeSet::new(),
         }
     }
 
@@ -61,6 +66,11 @@ impl Consumers {
             None => self.taken.contains(&handover),
             Some(delivered) => *delivered && self.holders.contains_key(&handover),
         }
+    }
+
+    /// Whether the present scheduler knows the group's leader.
+    fn is_met(&self, group: GroupId) -> bool {
+        self.groups.nodes(group).next().is_some_and(|leader| self.met.contains(&leader))
     }
 
     /// A rank of a group is gone, and the group with it.
@@ -89,6 +99,7 @@ impl Invariant for Consumers {
                     && before.handover != *handover
                     && !self.settled.contains_key(handover)
                     && !before.is_lost
+                    && self.is_met(before.group)
                     && self.is_live(before.handover)
                     && before.prefills == prefills
                 {
@@ -110,6 +121,10 @@ impl Invariant for Consumers {
                 self.holders.entry(*handover).or_default().insert(entry.node);
             }
             What::LetGo(handover) => self.let_go(*handover, entry.node),
+            What::Observed(Event::Met { node, .. }) if entry.node == SCHEDULER => {
+                self.met.insert(node_of(*node));
+            }
+            What::Crashed if entry.node == SCHEDULER => self.met.clear(),
             What::Observed(Event::NodeLost { node, .. }) if entry.node == SCHEDULER => self.lose(node_of(*node)),
             What::Crashed => {
                 self.lose(entry.node);
