@@ -116,7 +116,7 @@ fn build(parts: &Parts) -> Message {
         30 => Message::Resume { name: one, peer: two, heard: three },
         31 => Message::Heard { messages: four },
         32 => Message::OutcomesKnown { handovers: list.into_iter().map(HandoverId).collect() },
-        33 => Message::Holding { handovers: list.into_iter().map(HandoverId).collect() },
+        33 => Message::Holding { handovers: list.into_iter().map(|id| (HandoverId(id), request, three)).collect() },
         34 => Message::Health { trouble: (!parts.choice.is_multiple_of(3)).then(|| parts.text.clone()) },
         35 => Message::StandingOffers(vec![parts.standing_offer(); usize::from(parts.choice) % 3]),
         _ => Message::StandingHandovers(Box::new(parts.standing_handovers())),

@@ -178,7 +178,7 @@ impl Books {
             }
             Message::Holding { handovers } => {
                 let known: Vec<u64> = self.entries.keys().copied().collect();
-                let mut said: Vec<u64> = handovers.iter().map(|handover| handover.0).collect();
+                let mut said: Vec<u64> = handovers.iter().map(|(handover, ..)| handover.0).collect();
                 said.sort_unstable();
                 assert_eq!(said, known, "everything that is here");
             }
