@@ -49,6 +49,12 @@ impl Peer {
     }
 
     /// The peer's NIC that was chosen.
+    /// Whether the destination reads the source's memory: then what it read counts only if the source still held it afterwards. A push
+    /// through shared memory is a doorbell to the destination, which may hear it late.
+    pub(crate) fn destination_reads(&self) -> bool {
+        self.direction == Direction::Pull || self.remote().is_some_and(|nic| nic.kind == TransportKind::Shm)
+    }
+
     pub(crate) fn remote(&self) -> Option<&NicAdvert> {
         self.profile.nics.get(self.remote_nic)
     }

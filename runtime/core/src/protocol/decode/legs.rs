@@ -152,15 +152,12 @@ impl DecodeRank {
             }
         }
         if leg.posted == steps && leg.in_flight.is_empty() {
-            match peer.direction {
-                Direction::Pull => {
-                    leg.state = LegState::Confirming;
-                    self.outbox.send(node, Message::Fetched { handover });
-                }
-                Direction::Push => {
-                    leg.state = LegState::Done;
-                    self.finish(now, handover);
-                }
+            if peer.destination_reads() {
+                leg.state = LegState::Confirming;
+                self.outbox.send(node, Message::Fetched { handover });
+            } else {
+                leg.state = LegState::Done;
+                self.finish(now, handover);
             }
         }
     }

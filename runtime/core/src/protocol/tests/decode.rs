@@ -5,9 +5,9 @@ use std::sync::Arc;
 use super::kit::*;
 use crate::protocol::{
     Command, DeadlineTerms, DecodeRank, EngineCall, EngineEvent, Event, FailReason, FetchJob, MemberList, Message,
-    NicCommand, NicEvent, OpenFetch, OpenedFetch, Outcome, PathReport, Role,
+    NicCommand, NicEvent, OpenFetch, OpenedFetch, Outcome, PathReport, QuarantineTerms, Refusal, Role, WorkerProfile,
 };
-use crate::{Direction, GroupGeometry, HandoverId, NodeId, Rank, TransferId, TransportKind};
+use crate::{Direction, GroupGeometry, HandoverId, NodeId, Rank, RequestId, TransferId, TransportKind};
 
 pub(super) const LEADER: u64 = 20;
 /// The nodes of the prefill group's two ranks.
@@ -206,6 +206,36 @@ fn a_push_is_expected_before_the_source_hears_of_it() {
     let paths = vec![path(0, Direction::Push, 200, 6), path(1, Direction::Push, 200, 6)];
     let reported = send(LEADER, Message::RankDone { handover: H1, result: Ok(paths) });
     assert_eq!(fixture.nic(done(id(0, 1))), [reported], "arrival is enough: the owner's NIC wrote it");
+}
+
+/// Found by `cluster --transport shm --direction push --pause decode:0@13+1534`: a rank that was stopped amid a copy went on with it when
+/// its source had given the blocks to others, and had it delivered.
+#[test]
+fn a_push_through_shared_memory_is_confirmed_like_a_pull() {
+    let mut fixture = Fixture::new(Direction::Push);
+    let shm = |profile: WorkerProfile| WorkerProfile { nics: vec![nic(TransportKind::Shm)], ..profile };
+    let local = shm(worker(Role::Decode, 0, &fixture.destination, Some(Direction::Push)));
+    fixture.rank = DecodeRank::new(local, leases(), DeadlineTerms::default(), QuarantineTerms::default());
+    fixture.members();
+    for source in 0..2 {
+        let profile = shm(worker(Role::Prefill, source, &fixture.source, None));
+        fixture.rank.handle_peer(at(0), NodeId(SOURCES[source as usize]), profile);
+    }
+    fixture.fetch(H1, &[4]);
+    fixture.place(H1);
+    for source in 0..2 {
+        fixture.opened(source, H1, 1);
+    }
+    fixture.drain();
+    for source in 0..2 {
+        let node = SOURCES[source as usize];
+        assert_eq!(fixture.nic(done(id(source, 0))), [send(node, Message::Fetched { handover: H1 })]);
+    }
+    let refusal = Refusal::LeaseExpired(RequestId(1));
+    assert_eq!(fixture.message(1, SOURCES[0], Message::Confirmed { handover: H1 }), []);
+    let failed = fixture.message(1, SOURCES[1], Message::Refused { handover: H1, refusal: refusal.clone() });
+    let reported = send(LEADER, Message::RankDone { handover: H1, result: Err(FailReason::Refused(refusal)) });
+    assert!(failed.contains(&reported), "{failed:?}");
 }
 
 #[test]
