@@ -404,7 +404,8 @@ impl Scheduler {
         else {
             return;
         };
-        if self.prefill.get(&group).and_then(PrefillGroup::leader) != Some(from) {
+        // Its leader closes offers also when the group lacks a rank: often just then.
+        if !self.prefill.get(&group).is_some_and(|group| group.is_led_by(from)) {
             return;
         }
         match &known.stage {

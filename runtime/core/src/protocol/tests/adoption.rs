@@ -2,8 +2,8 @@
 
 use super::kit::*;
 use super::scheduler::*;
-use crate::protocol::{Message, Outcome, OutcomeReport, Role, StandingHandovers};
-use crate::{GroupId, HandoverId};
+use crate::protocol::{FailReason, Message, Outcome, OutcomeReport, Role, StandingHandovers, StandingOffer};
+use crate::{GroupId, HandoverId, NodeId, Rank, RequestId};
 
 /// Found by `cluster --kill scheduler@2`: blocks that had come back while there was no scheduler were waited for again, for ever.
 #[test]
@@ -22,4 +22,18 @@ fn credits_of_handovers_whose_blocks_are_back_are_not_taken_again() {
     assert_eq!(fixture.finished().len() as u32, place.handovers_max);
     fixture.submit(1);
     assert_eq!(pairs(&fixture.offer(0, 1)).len(), 1, "the group has all its credits");
+}
+
+/// Found by `cluster --stop prefill:3@2 --kill scheduler@3`: the leader of a group that lacks a rank was not heard when it gave up an offer.
+#[test]
+fn an_offer_of_an_incomplete_group_can_end() {
+    let mut fixture = Fixture::new(1, 1);
+    let group = GroupId(5);
+    fixture.scheduler.handle_member(at(0), &member(5, Role::Prefill, group, 0, &geometry(2)));
+    let opening = StandingOffer { spec: spec(1), dp: 0, steps: None, ready_at: None };
+    fixture.say(5, Message::StandingOffers(vec![opening]));
+    let cause = "nothing was heard".to_owned();
+    let reason = FailReason::RankLost { role: Role::Prefill, group, rank: Rank(1), node: NodeId(6), cause };
+    let commands = fixture.say(5, Message::OfferFailed { request: RequestId(1), reason });
+    assert_eq!(jobs(&commands), [(0, 1)], "another group computes it: {commands:?}");
 }
