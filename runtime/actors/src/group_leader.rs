@@ -90,6 +90,11 @@ impl Handler<Incoming> for GroupLeader {
                     (_, None) => {}
                 }
             }
+            // The rank's next incarnation is here already: what was given to the earlier one failed when that was noticed.
+            (Wire::Lost(lost), core) if self.shell.router().is_newer(lost.node, lost.epoch) => match core {
+                LeaderCore::Prefill(core) => core.handle_late_loss(),
+                LeaderCore::Decode(core) => core.handle_late_loss(),
+            },
             (Wire::Lost(lost), LeaderCore::Prefill(core)) => core.handle_lost(now, &lost),
             (Wire::Lost(lost), LeaderCore::Decode(core)) => core.handle_lost(now, &lost),
             (message, LeaderCore::Prefill(core)) => core.handle_message(now, from, message),

@@ -78,9 +78,10 @@ impl<C: RankCore> Handler<Incoming> for Worker<C> {
                 self.core.handle_members(now, &list);
             }
             Wire::Lost(lost) => {
-                let mine = self.roster.rank_of(lost.node);
-                // The loss of an earlier incarnation is no news once a later one is here, except for its group.
-                if mine.is_some() || !self.shell.router().is_newer(lost.node, lost.epoch) {
+                // The loss of an earlier incarnation is no news once a later one is here. What the loss of another rank of this group means its
+                // leader says: work that it gave since may have been given with that rank's next incarnation.
+                let mine = self.roster.rank_of(lost.node).filter(|rank| *rank == Rank(0));
+                if !self.shell.router().is_newer(lost.node, lost.epoch) {
                     self.core.handle_lost(now, &lost, mine);
                 }
             }

@@ -108,6 +108,13 @@ impl DecodeLeader {
         self.ranks.report(self.scheduler, &mut self.outbox);
     }
 
+    /// The scheduler tells of the loss of an incarnation whose successor is met already: it counts the group as not whole, and as holding
+    /// nothing, until it hears otherwise.
+    pub fn handle_late_loss(&mut self) {
+        self.announce_held();
+        self.ranks.report_anew(self.scheduler, &mut self.outbox);
+    }
+
     /// A rank cannot be reached any more, while both live: what it was told or said last may not have arrived.
     pub fn handle_peer_down(&mut self, now: Moment, node: NodeId, cause: &str) {
         if let Some(rank) = self.ranks.part(node, cause) {
@@ -164,13 +171,17 @@ impl DecodeLeader {
             holding.by.insert(rank);
         }
         // The scheduler may have counted a group that was not whole as one that has nothing.
+        self.announce_held();
+        if self.ranks.meet(from) {
+            self.ranks.report(self.scheduler, &mut self.outbox);
+        }
+    }
+
+    fn announce_held(&mut self) {
         let held = self.held();
         if !held.is_empty() {
             let standing = StandingHandovers { held, ..StandingHandovers::default() };
             self.outbox.send(self.scheduler, Message::StandingHandovers(Box::new(standing)));
-        }
-        if self.ranks.meet(from) {
-            self.ranks.report(self.scheduler, &mut self.outbox);
         }
     }
 

@@ -86,6 +86,11 @@ impl PrefillLeader {
         }
     }
 
+    /// The scheduler tells of the loss of an incarnation whose successor is met already: it counts the group as not whole until it hears otherwise.
+    pub fn handle_late_loss(&mut self) {
+        self.ranks.report_anew(self.scheduler, &mut self.outbox);
+    }
+
     /// A rank cannot be reached any more, while both live: what it was told last may not have arrived.
     pub fn handle_peer_down(&mut self, _now: Moment, node: NodeId, cause: &str) {
         if let Some(rank) = self.ranks.part(node, cause) {
