@@ -389,7 +389,8 @@ impl Scheduler {
     fn offered(&mut self, now: Moment, from: NodeId, offer: OfferSummary) {
         let Some(known) = self.requests.get_mut(&offer.request) else { return };
         let Stage::Prefilling { group } = known.stage else { return };
-        if self.prefill.get(&group).and_then(PrefillGroup::leader) != Some(from) {
+        // Before a scheduler that has just started has met its other ranks, too.
+        if !self.prefill.get(&group).is_some_and(|group| group.is_led_by(from)) {
             return;
         }
         self.offers.push_back(offer.request);

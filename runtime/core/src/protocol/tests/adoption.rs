@@ -2,7 +2,9 @@
 
 use super::kit::*;
 use super::scheduler::*;
-use crate::protocol::{FailReason, Message, Outcome, OutcomeReport, Role, StandingHandovers, StandingOffer};
+use crate::protocol::{
+    FailReason, Message, OfferSummary, Outcome, OutcomeReport, Role, StandingHandovers, StandingOffer,
+};
 use crate::{GroupId, HandoverId, NodeId, Rank, RequestId};
 
 /// Found by `cluster --kill scheduler@2`: blocks that had come back while there was no scheduler were waited for again, for ever.
@@ -36,4 +38,18 @@ fn an_offer_of_an_incomplete_group_can_end() {
     let reason = FailReason::RankLost { role: Role::Prefill, group, rank: Rank(1), node: NodeId(6), cause };
     let commands = fixture.say(5, Message::OfferFailed { request: RequestId(1), reason });
     assert_eq!(jobs(&commands), [(0, 1)], "another group computes it: {commands:?}");
+}
+
+/// Found by the same: what was opened between the joins of a group's ranks was never paired.
+#[test]
+fn an_offer_of_an_incomplete_group_can_stand() {
+    let mut fixture = Fixture::new(0, 1);
+    fixture.scheduler.handle_member(at(0), &member(5, Role::Prefill, GroupId(5), 0, &geometry(2)));
+    let opening = StandingOffer { spec: spec(1), dp: 0, steps: None, ready_at: None };
+    fixture.say(5, Message::StandingOffers(vec![opening]));
+    let offer = OfferSummary { request: RequestId(1), dp: 0, steps: vec![4] };
+    let early = fixture.say(5, Message::Offered(offer));
+    fixture.scheduler.handle_member(at(2), &member(6, Role::Prefill, GroupId(5), 1, &geometry(2)));
+    let paired = [pairs(&early), pairs(&fixture.commands())].concat();
+    assert_eq!(paired.len(), 1, "{paired:?}");
 }
