@@ -383,6 +383,13 @@ impl Handler<SessionUp> for Mesh {
         if fenced || older {
             let newest = self.fenced.get(&node).copied().unwrap_or(epoch).max(epoch);
             session.do_send(Refuse(JoinError::StaleEpoch { node, epoch, newest }));
+            // A scheduler that has started again may not know that a predecessor had declared it lost.
+            if fenced
+                && let Some((scheduler, _)) = self.config.scheduler.as_ref().filter(|(scheduler, _)| *scheduler != node)
+            {
+                let cause = "an earlier scheduler had declared it lost".to_owned();
+                self.router.send(*scheduler, Wire::Lost(Lost { node, epoch, cause }));
+            }
             self.retry_later(node, ctx);
             return;
         }

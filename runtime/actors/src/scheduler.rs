@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use actix::prelude::*;
-use kvferry_core::RequestId;
 use kvferry_core::protocol::{
     self, Directory, Event, Finished, Lost, Member, Message as Wire, Refusal, RequestSpec, Submitted,
 };
+use kvferry_core::{Epoch, NodeId, RequestId};
 use tokio::sync::oneshot;
 
 use crate::mesh::PeerDown;
@@ -182,6 +182,14 @@ impl DirectoryActor {
         self.shell.run(self.core.outbox(), |_| {});
         self.shell.arm(self.core.poll_timeout(), || ctx.address().recipient());
     }
+
+    fn lose(&mut self, node: NodeId, epoch: Epoch, cause: &str, ctx: &mut Context<Self>) {
+        if let Some(lost) = self.core.handle_lost(node, epoch, cause) {
+            self.turn(ctx);
+            self.shell.router().deliver(self.shell.router().node(), Wire::Lost(lost.clone()));
+            self.scheduler.do_send(Membership::Lost(lost));
+        }
+    }
 }
 
 impl Actor for DirectoryActor {
@@ -220,11 +228,7 @@ impl Handler<PeerDown> for DirectoryActor {
     type Result = ();
 
     fn handle(&mut self, PeerDown { node, epoch, cause }: PeerDown, ctx: &mut Context<Self>) {
-        if let Some(lost) = self.core.handle_lost(node, epoch, &cause) {
-            self.turn(ctx);
-            self.shell.router().deliver(self.shell.router().node(), Wire::Lost(lost.clone()));
-            self.scheduler.do_send(Membership::Lost(lost));
-        }
+        self.lose(node, epoch, &cause, ctx);
     }
 }
 

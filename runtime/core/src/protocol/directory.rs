@@ -81,6 +81,11 @@ impl Directory {
         self.members.values().cloned().collect()
     }
 
+    /// Whether a node is alive, as far as is known.
+    pub fn is_member(&self, node: NodeId) -> bool {
+        self.members.contains_key(&node)
+    }
+
     /// When [`Directory::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Moment> {
         (!self.fresh.is_empty()).then_some(self.quiet_until)

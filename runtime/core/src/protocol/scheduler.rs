@@ -305,11 +305,14 @@ impl Scheduler {
         }
         if let Some((group, rank)) = decode {
             let whole = self.decode.remove(&group);
-            let leader = whole.as_ref().and_then(DecodeGroup::leader).filter(|leader| *leader != lost.node);
-            if let Some(left) = whole.map(|group| group.without(rank)).filter(|left| !left.is_empty()) {
+            let leader = whole.as_ref().and_then(DecodeGroup::chief).filter(|leader| *leader != lost.node);
+            let left = whole.map(|whole| if leader.is_some() { whole.lacking(rank) } else { whole.without(rank) });
+            if let Some(left) = left.filter(|left| !left.is_empty()) {
                 self.decode.insert(group, left);
             }
-            self.held.retain(|_, held| held.group != group);
+            if leader.is_none() {
+                self.held.retain(|_, held| held.group != group);
+            }
             match leader {
                 // It will decide by itself.
                 Some(leader) => {

@@ -180,7 +180,15 @@ impl DecodeGroup {
         }
     }
 
-    /// What is left of it when a rank is gone: the surviving ranks, working on nothing, until the rank's next incarnation joins.
+    /// What is left of it when a rank is gone and its leader is not: the leader still says of everything when its blocks are back.
+    pub(super) fn lacking(mut self, rank: Rank) -> DecodeGroup {
+        self.ranks = self.ranks.without(rank);
+        self.trouble = Some(NOT_WHOLE.to_owned());
+        self.held.clear();
+        self
+    }
+
+    /// What is left of it when its leader is gone: the surviving ranks, until the leader's next incarnation says what they still hold.
     pub(super) fn without(&self, rank: Rank) -> DecodeGroup {
         DecodeGroup {
             ranks: self.ranks.without(rank),
@@ -201,6 +209,11 @@ impl DecodeGroup {
 
     pub(super) fn leader(&self) -> Option<NodeId> {
         self.ranks.leader()
+    }
+
+    /// The node of rank 0, be the group complete or not.
+    pub(super) fn chief(&self) -> Option<NodeId> {
+        self.ranks.nodes.get(&Rank(0)).copied()
     }
 
     pub(super) fn is_empty(&self) -> bool {
