@@ -15,3 +15,17 @@ fn credits_that_came_back_unheard_are_not_taken_again() {
         holds(seed, &Shape::default());
     }
 }
+
+/// News of an earlier incarnation's loss, come late: ranks failed a handover that their leader had decided to be delivered.
+#[test]
+fn only_the_leader_decides_when_another_rank_is_lost() {
+    for seed in [122, 202, 243] {
+        holds(seed, &Shape::default());
+    }
+}
+
+/// News of an earlier incarnation's loss, come late: leaders struck the later one off their roll, and took no work any more.
+#[test]
+fn late_news_of_a_loss_strikes_nobody_off() {
+    holds(175, &Shape::default());
+}
