@@ -221,7 +221,9 @@ impl DecodeRank {
                 }
             }
             Message::Confirmed { handover } => {
-                if let Some(leg) = self.leg(handover, from)
+                // What has failed here does not become complete by a confirmation that comes late.
+                if self.fetches.get(&handover).is_some_and(|fetch| !fetch.reported)
+                    && let Some(leg) = self.leg(handover, from)
                     && leg.state == LegState::Confirming
                 {
                     leg.state = LegState::Done;
@@ -339,7 +341,10 @@ impl DecodeRank {
 
     fn fetch(&mut self, now: Moment, job: FetchJob) {
         let handover = job.pairing.handover;
-        if self.fetches.contains_key(&handover) {
+        if self.fetches.contains_key(&handover) || self.held.contains_key(&handover) {
+            // Its blocks are out: a second placement would be given back under the first one's name.
+            let from = self.leader.unwrap_or_default();
+            self.outbox.event(Event::Ignored { from, what: "a handover that is here already" });
             return;
         }
         let spec = job.pairing.spec.clone();

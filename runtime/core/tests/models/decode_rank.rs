@@ -218,7 +218,7 @@ impl Subject {
         match operation {
             Operation::Fetch(handover) => {
                 let job = FetchJob { pairing: pairing(handover, handover), dp: 0 };
-                // A leader gives a handover once; of one that is out it has not forgotten that.
+                // What comes again while the first is out changes nothing.
                 if !self.books.entries.contains_key(&handover) {
                     self.books.delivered.remove(&handover);
                     self.books.flights.retain(|id, _| id.handover().0 != handover);

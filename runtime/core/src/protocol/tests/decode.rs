@@ -165,6 +165,7 @@ fn a_pull_goes_through_every_stage() {
     assert_eq!(fixture.message(4, LEADER, word.clone()), [settled(H1, Outcome::Delivered, false)]);
     assert_eq!((fixture.rank.fetches(), fixture.rank.poll_timeout()), (0, None));
     assert_eq!(fixture.message(4, LEADER, word), [], "once");
+    assert_eq!(fixture.fetch(H1, &[4]), [], "its blocks are the engine's; they are not placed a second time");
     assert_eq!(fixture.engine(EngineEvent::Freed { handover: H1 }), [send(LEADER, Message::Freed { handover: H1 })]);
 }
 

@@ -162,6 +162,20 @@ fn a_nic_that_loses_its_peer_fails_a_pull() {
 }
 
 #[test]
+fn a_confirmation_does_not_complete_what_has_failed() {
+    let mut fixture = Fixture::moving(Direction::Pull, 2);
+    fixture.nic(done(id(0, 0)));
+    fixture.nic(done(id(1, 0)));
+    fixture.message(2, 2, Message::Confirmed { handover: H1 });
+    let lost = NicEvent::PeerLost { node: NodeId(1), reason: "reset".into() };
+    assert_eq!(fixture.nic(lost).len(), 2, "the source is told to stop, the leader that this part failed");
+    assert_eq!(fixture.message(3, 1, Message::Confirmed { handover: H1 }), []);
+    assert_eq!(fixture.message(3, LEADER, outcome(Outcome::Delivered)), [], "this rank has reported a failure");
+    let ends = fixture.message(4, LEADER, outcome(Outcome::Cancelled));
+    assert_eq!(ends, [settled(H1, Outcome::Cancelled, false), freed()]);
+}
+
+#[test]
 fn a_lost_rank_of_the_group_settles_everything_here() {
     let mut fixture = Fixture::moving(Direction::Pull, 1);
     fixture.rank.handle_lost(at(2), &lost(21), Some(Rank(1)));
