@@ -294,6 +294,10 @@ impl Mesh {
         }
         for member in &list.members {
             let me = &self.config.member;
+            if self.is_fenced(member.node, member.epoch) {
+                self.report_lost(member.node, member.epoch);
+                continue;
+            }
             let known = self.targets.get(&member.node).is_some_and(|target| target.address == member.address);
             if known || member.node == me.node || !are_peers(me, member) || !dials(me, member) {
                 continue;
@@ -317,6 +321,19 @@ impl Mesh {
             self.wanted = self.wanted.saturating_sub(1);
         }
         target.is_some_and(|target| target.wanted)
+    }
+
+    fn is_fenced(&self, node: NodeId, epoch: Epoch) -> bool {
+        self.fenced.get(&node).is_some_and(|fence| epoch <= *fence)
+    }
+
+    /// A scheduler that has started again may not know that a predecessor had declared an incarnation lost, and take it for a member, whom others
+    /// refuse for ever. Only the scheduler can end it.
+    fn report_lost(&self, node: NodeId, epoch: Epoch) {
+        if let Some((scheduler, _)) = self.config.scheduler.as_ref().filter(|(scheduler, _)| *scheduler != node) {
+            let cause = "an earlier scheduler had declared it lost".to_owned();
+            self.router.send(*scheduler, Wire::Lost(Lost { node, epoch, cause }));
+        }
     }
 
     fn lost(&mut self, lost: &Lost) {
@@ -378,17 +395,13 @@ impl Handler<SessionUp> for Mesh {
         if let Some(target) = self.targets.get_mut(&node).filter(|_| dialed) {
             target.dialing = false;
         }
-        let fenced = self.fenced.get(&node).is_some_and(|fence| epoch <= *fence);
+        let fenced = self.is_fenced(node, epoch);
         let older = self.up.get(&node).is_some_and(|standing| epoch < standing.epoch);
         if fenced || older {
             let newest = self.fenced.get(&node).copied().unwrap_or(epoch).max(epoch);
             session.do_send(Refuse(JoinError::StaleEpoch { node, epoch, newest }));
-            // A scheduler that has started again may not know that a predecessor had declared it lost.
-            if fenced
-                && let Some((scheduler, _)) = self.config.scheduler.as_ref().filter(|(scheduler, _)| *scheduler != node)
-            {
-                let cause = "an earlier scheduler had declared it lost".to_owned();
-                self.router.send(*scheduler, Wire::Lost(Lost { node, epoch, cause }));
+            if fenced {
+                self.report_lost(node, epoch);
             }
             self.retry_later(node, ctx);
             return;

@@ -184,6 +184,8 @@ impl Router {
         let ports = self.ports.borrow();
         let from_scheduler = from == self.scheduler || from == self.node;
         match &message {
+            // Of a loss that an earlier scheduler had declared.
+            Wire::Lost(_) if !from_scheduler && ports.directory.is_some() => give(&ports.directory, from, message),
             Wire::Members(_) | Wire::Lost(_) | Wire::Pair(_) | Wire::Abort { .. } | Wire::OutcomesKnown { .. }
                 if !from_scheduler =>
             {

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use actix::prelude::*;
+use kvferry_core::RequestId;
 use kvferry_core::protocol::{
     self, Directory, Event, Finished, Lost, Member, Message as Wire, Refusal, RequestSpec, Submitted,
 };
-use kvferry_core::{Epoch, NodeId, RequestId};
 use tokio::sync::oneshot;
 
 use crate::mesh::PeerDown;
@@ -183,8 +183,8 @@ impl DirectoryActor {
         self.shell.arm(self.core.poll_timeout(), || ctx.address().recipient());
     }
 
-    fn lose(&mut self, node: NodeId, epoch: Epoch, cause: &str, ctx: &mut Context<Self>) {
-        if let Some(lost) = self.core.handle_lost(node, epoch, cause) {
+    fn lose(&mut self, lost: Option<Lost>, ctx: &mut Context<Self>) {
+        if let Some(lost) = lost {
             self.turn(ctx);
             self.shell.router().deliver(self.shell.router().node(), Wire::Lost(lost.clone()));
             self.scheduler.do_send(Membership::Lost(lost));
@@ -200,10 +200,18 @@ impl Handler<Incoming> for DirectoryActor {
     type Result = ();
 
     fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
-        let Wire::Join(member) = message else {
-            // What a node says to the scheduler must not overtake its own join.
-            self.scheduler.do_send(Incoming { from, message });
-            return;
+        let member = match message {
+            Wire::Join(member) => member,
+            Wire::Lost(lost) => {
+                let lost = self.core.handle_report(from, &lost);
+                self.lose(lost, ctx);
+                return;
+            }
+            message => {
+                // What a node says to the scheduler must not overtake its own join.
+                self.scheduler.do_send(Incoming { from, message });
+                return;
+            }
         };
         // A node joins for itself only.
         if member.node != from {
@@ -228,7 +236,8 @@ impl Handler<PeerDown> for DirectoryActor {
     type Result = ();
 
     fn handle(&mut self, PeerDown { node, epoch, cause }: PeerDown, ctx: &mut Context<Self>) {
-        self.lose(node, epoch, &cause, ctx);
+        let lost = self.core.handle_lost(node, epoch, &cause);
+        self.lose(lost, ctx);
     }
 }
 

@@ -29,3 +29,11 @@ fn only_the_leader_decides_when_another_rank_is_lost() {
 fn late_news_of_a_loss_strikes_nobody_off() {
     holds(175, &Shape::default());
 }
+
+/// A scheduler that had started again took a node in that a predecessor had declared lost, while other nodes refused it: they never met again.
+#[test]
+fn a_node_that_somebody_was_told_to_be_lost_is_lost() {
+    for seed in [1882, 2115] {
+        holds(seed, &Shape::default());
+    }
+}

@@ -81,11 +81,6 @@ impl Directory {
         self.members.values().cloned().collect()
     }
 
-    /// Whether a node is alive, as far as is known.
-    pub fn is_member(&self, node: NodeId) -> bool {
-        self.members.contains_key(&node)
-    }
-
     /// When [`Directory::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Moment> {
         (!self.fresh.is_empty()).then_some(self.quiet_until)
@@ -164,6 +159,16 @@ impl Directory {
             }
         }
         Some(lost)
+    }
+
+    /// A member says that an earlier directory had declared a worker lost: its incarnation is over for whoever heard that, so it is over for all.
+    /// `None` when that incarnation is no member, or whoever says so is none.
+    pub fn handle_report(&mut self, from: NodeId, lost: &Lost) -> Option<Lost> {
+        let is_worker = self.members.get(&lost.node).is_some_and(|member| member.place.is_some());
+        if !is_worker || !self.members.contains_key(&from) {
+            return None;
+        }
+        self.handle_lost(lost.node, lost.epoch, &lost.cause)
     }
 
     /// An equal geometry that is known already, where there is one.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::kit::*;
-use crate::protocol::{Command, Directory, JoinError, Member, MemberList, Message, Role, are_peers, dials};
+use crate::protocol::{Command, Directory, JoinError, Lost, Member, MemberList, Message, Role, are_peers, dials};
 use crate::{Epoch, GroupId, NodeId};
 
 fn scheduler() -> Member {
@@ -33,6 +33,25 @@ fn joins_and_losses_are_heard_of() {
     assert_eq!(directory.handle_lost(NodeId(2), Epoch(1), "it crashed"), Some(lost(2)));
     let hears = |to| send(to, Message::Lost(lost(2)));
     assert_eq!(commands(directory.outbox()), [hears(1), hears(100)]);
+}
+
+#[test]
+fn a_loss_that_an_earlier_directory_declared_is_believed_of_members() {
+    let mut directory = Directory::default();
+    let geometry = geometry(2);
+    directory.handle_join(at(0), scheduler()).expect("joins");
+    directory.handle_join(at(0), member(1, Role::Prefill, PREFILL, 0, &geometry)).expect("joins");
+    directory.handle_join(at(0), member(2, Role::Decode, DECODE, 0, &geometry)).expect("joins");
+    commands(directory.outbox());
+    assert_eq!(directory.handle_report(NodeId(3), &lost(1)), None, "a stranger's word");
+    let other = Lost { epoch: Epoch(0), ..lost(1) };
+    assert_eq!(directory.handle_report(NodeId(2), &other), None, "an earlier incarnation than the member's");
+    assert_eq!(directory.handle_report(NodeId(2), &lost(100)), None, "the scheduler's node");
+    assert_eq!(directory.handle_report(NodeId(2), &lost(1)), Some(lost(1)));
+    let hears = |to| send(to, Message::Lost(lost(1)));
+    assert_eq!(commands(directory.outbox()), [hears(2), hears(100)]);
+    let refused = directory.handle_join(at(1), member(1, Role::Prefill, PREFILL, 0, &geometry));
+    assert!(matches!(refused, Err(JoinError::StaleEpoch { .. })), "{refused:?}");
 }
 
 #[test]
