@@ -37,3 +37,10 @@ fn a_node_that_somebody_was_told_to_be_lost_is_lost() {
         holds(seed, &Shape::default());
     }
 }
+
+/// A scheduler that had started again, and had met no decode group yet, gave up a request whose offer lapsed; then the decode leader came and said
+/// that it was delivered.
+#[test]
+fn a_request_is_not_given_up_before_its_groups_were_met() {
+    holds(2876, &Shape::default());
+}

@@ -73,9 +73,11 @@ pub struct Scheduler {
     handovers: BTreeMap<HandoverId, RequestId>,
     /// Decided handovers whose blocks are not the engines' again: their credits are out.
     held: BTreeMap<HandoverId, Held>,
-    /// Requests that ended lately, by when that may be forgotten: what a leader announces of them late is no offer any more, and whoever asks for
-    /// one that was adopted gets its end.
+    /// The last requests that ended: whatever a leader announces of them late, they do not end again. Until the moment whoever asks for one that was
+    /// adopted gets its end.
     ended: BTreeMap<RequestId, (Moment, Option<Finished>)>,
+    /// The same, oldest first.
+    ended_order: BTreeSet<(Moment, RequestId)>,
     /// Offers that are paired again only after a while, by when.
     resting: BTreeSet<(Moment, RequestId)>,
     next_handover: u64,
@@ -154,6 +156,7 @@ impl Scheduler {
             handovers: BTreeMap::new(),
             held: BTreeMap::new(),
             ended: BTreeMap::new(),
+            ended_order: BTreeSet::new(),
             resting: BTreeSet::new(),
             next_handover: first_handover,
             listens_until: None,
@@ -214,7 +217,9 @@ impl Scheduler {
             }
             return Err(super::Refusal::Duplicate(request));
         }
-        if let Some((_, Some(finished))) = self.ended.get_mut(&request).map(|(until, ended)| (until, ended.take())) {
+        if let Some((until, finished)) = self.ended.get_mut(&request)
+            && let Some(finished) = finished.take().filter(|_| now < *until)
+        {
             return Ok(Submitted::Ended(finished));
         }
         let deadline = Deadline::after(now, self.terms.queue_within);
@@ -363,7 +368,6 @@ impl Scheduler {
         if self.renew_at.is_some_and(|at| now >= at) {
             self.renew(now);
         }
-        self.ended.retain(|_, (until, _)| now < *until);
         while let Some((at, request)) = self.resting.first().copied().filter(|(at, _)| *at <= now) {
             self.resting.remove(&(at, request));
             self.offers.push_front(request);
@@ -464,14 +468,6 @@ impl Scheduler {
             outcome => self.finish(now, request, outcome, Some(report.at), report.paths),
         }
         self.pump(now);
-    }
-
-    fn has_prefill(&self) -> bool {
-        self.prefill.values().any(|group| group.leader().is_some())
-    }
-
-    fn has_decode(&self) -> bool {
-        self.decode.values().any(|group| group.leader().is_some())
     }
 
     fn health(&mut self, now: Moment, from: NodeId, trouble: Option<String>) {

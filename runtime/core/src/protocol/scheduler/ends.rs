@@ -23,7 +23,7 @@ impl Scheduler {
         offer: Option<OfferSummary>,
         reason: FailReason,
     ) {
-        let (has_prefill, has_decode) = (self.has_prefill(), self.has_decode());
+        let (may_prefill, may_decode) = (self.may_have(Role::Prefill), self.may_have(Role::Decode));
         let Some(known) = self.requests.get_mut(&request) else { return };
         known.attempts += 1;
         if known.cancelled {
@@ -37,7 +37,7 @@ impl Scheduler {
         let stands = held && !known.withdrawn && !gone;
         if again
             && stands
-            && has_decode
+            && may_decode
             && let Some(offer) = offer
         {
             known.stage = Stage::Offered { group, offer };
@@ -55,7 +55,7 @@ impl Scheduler {
                 // Ranks notice a loss before the directory does: tried at once, every attempt would meet the same dead rank.
                 self.resting.insert((now + REST * (1 << known.attempts.min(5)), request));
             }
-        } else if again && has_prefill && has_decode {
+        } else if again && may_prefill && may_decode {
             self.release(request, view_of(&reason));
             if let Some(known) = self.requests.get_mut(&request) {
                 known.stage = Stage::Queued;
@@ -154,11 +154,15 @@ impl Scheduler {
         }
         let attempts = known.attempts + 1;
         let finished = Finished { request, outcome, attempts, ready_at: known.ready_at, settled_at, paths };
-        // Longer than anybody may hold an offer of it.
         let until = now + self.terms.leases.duration * 2;
-        self.ended.insert(request, (until, known.adopted.then(|| finished.clone())));
-        while self.ended.len() > ENDED_MAX {
-            self.ended.pop_first();
+        if let Some((earlier, _)) = self.ended.insert(request, (until, known.adopted.then(|| finished.clone()))) {
+            self.ended_order.remove(&(earlier, request));
+        }
+        self.ended_order.insert((until, request));
+        if self.ended.len() > ENDED_MAX
+            && let Some((_, oldest)) = self.ended_order.pop_first()
+        {
+            self.ended.remove(&oldest);
         }
         self.outbox.event(Event::Finished(finished));
     }

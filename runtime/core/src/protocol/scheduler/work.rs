@@ -26,11 +26,20 @@ impl Scheduler {
         }
     }
 
+    /// Whether there is a complete group of a role, or one may be about to join: then work waits for it.
+    pub(super) fn may_have(&self, role: Role) -> bool {
+        let has = match role {
+            Role::Prefill => self.prefill.values().any(|group| group.leader().is_some()),
+            Role::Decode => self.decode.values().any(|group| group.leader().is_some()),
+        };
+        has || !self.seen.contains(&role) || self.listens_until.is_some()
+    }
+
     /// Says whether the request left the queue.
     pub(super) fn start_prefill(&mut self, now: Moment, request: RequestId) -> bool {
-        let has_prefill = self.has_prefill();
+        let may_prefill = self.may_have(Role::Prefill);
         let Some(known) = self.requests.get_mut(&request) else { return true };
-        if !has_prefill && self.seen.contains(&Role::Prefill) {
+        if !may_prefill {
             self.finish(now, request, Outcome::Failed { reason: FailReason::NoGroup(Role::Prefill) }, None, Vec::new());
             return true;
         }

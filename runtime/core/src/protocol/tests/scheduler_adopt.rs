@@ -296,6 +296,43 @@ fn a_group_that_is_not_complete_again_is_heard_already() {
     fixture.scheduler.handle_member(at(0), &member(0, Role::Prefill, GroupId(0), 0, &pair));
     assert_eq!(fixture.say(0, offers(1, Some(vec![4]))), []);
     fixture.scheduler.handle_lost(at(2), &lost(0));
+    assert_eq!(fixture.finished(), [], "groups may still be about to join");
+    fixture.join(1, Role::Prefill);
+    assert_eq!(jobs(&fixture.commands()), [(1, 1)]);
+    fixture.scheduler.handle_lost(at(3), &lost(1));
+    assert!(
+        matches!(fixture.finished().as_slice(), [(1, Outcome::Failed { .. })]),
+        "the last one that was there is gone"
+    );
+    assert_quiet(&fixture);
+}
+
+#[test]
+fn a_scheduler_that_has_met_no_decode_group_yet_gives_no_request_up() {
+    // The delivery comes to light when its leader finds the new scheduler, long after the lease of the offer.
+    let mut fixture = restarted(1, 0);
+    fixture.scheduler.expect_announcements(at(0));
+    fixture.submit(1);
+    fixture.say(0, offers(1, Some(vec![4])));
+    let reason = FailReason::Refused(Refusal::LeaseExpired(R1));
+    fixture.say(0, Message::OfferFailed { request: R1, reason });
+    assert_eq!(fixture.finished(), []);
+    fixture.join(10, Role::Decode);
+    fixture.say(10, decided(7, 0, Outcome::Delivered, false));
+    assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+    assert_quiet(&fixture);
+}
+
+#[test]
+fn a_request_that_ended_does_not_end_again_however_late_its_delivery_is_announced() {
+    let mut fixture = restarted(1, 0);
+    fixture.submit(1);
+    let reason = FailReason::Engine("no".into());
+    fixture.say(0, Message::OfferFailed { request: R1, reason });
     assert!(matches!(fixture.finished().as_slice(), [(1, Outcome::Failed { .. })]));
+    fixture.scheduler.handle_timeout(at(3600));
+    fixture.join(10, Role::Decode);
+    assert_eq!(fixture.say(10, decided(7, 0, Outcome::Delivered, false)), [known(10, 7)]);
+    assert_eq!(fixture.finished(), []);
     assert_quiet(&fixture);
 }
