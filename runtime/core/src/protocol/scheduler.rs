@@ -30,8 +30,7 @@ pub struct SchedulerTerms {
     pub prefill_jobs_max: u64,
     /// Leases of offers; the scheduler renews what it still wants.
     pub leases: LeaseTerms,
-    /// How long an offer that a leader announced, and nobody here asked for, rests before it is paired: a decode leader may be about to announce
-    /// that it has it. Longer than nodes take to find a scheduler that has started again.
+    /// How long an offer that a leader announced rests before it is paired: a decode leader may be about to announce that it has it. Longer than nodes take to find a scheduler that has started again.
     pub adopt_after: core::time::Duration,
 }
 
@@ -116,13 +115,18 @@ struct Request {
     cancelled: bool,
     /// The prefill side said that its offer is gone while a handover was under way.
     withdrawn: bool,
-    /// Nobody here asked for it: it was announced by a leader.
+    /// Nobody here has asked for it: it was announced by a leader. Its offer is left to its lease.
     adopted: bool,
     /// Decode groups that failed it: others are tried first.
     avoid: BTreeSet<GroupId>,
 }
 
 impl Request {
+    /// Whether nobody has asked for it, and nothing is under way that would deliver it all the same.
+    fn is_left_to_its_lease(&self) -> bool {
+        self.adopted && !matches!(self.stage, Stage::Paired { .. })
+    }
+
     /// Waits anew.
     fn wait(&mut self, deadlines: &mut BTreeSet<(Moment, RequestId)>, deadline: Deadline) {
         let request = self.spec.request;
@@ -213,6 +217,7 @@ impl Scheduler {
         if let Some(known) = self.requests.get_mut(&request) {
             if known.adopted && known.spec == spec {
                 known.adopted = false;
+                self.claim(now, request);
                 return Ok(Submitted::Taken);
             }
             return Err(super::Refusal::Duplicate(request));
@@ -370,12 +375,18 @@ impl Scheduler {
         }
         while let Some((at, request)) = self.resting.first().copied().filter(|(at, _)| *at <= now) {
             self.resting.remove(&(at, request));
-            self.offers.push_front(request);
+            if self.requests.get(&request).is_some_and(|known| !known.adopted) {
+                self.offers.push_front(request);
+            }
         }
         let late: Vec<RequestId> =
             self.deadlines.iter().take_while(|(at, _)| *at <= now).map(|(_, request)| *request).collect();
         for request in late {
             let Some(known) = self.requests.get(&request) else { continue };
+            if known.is_left_to_its_lease() {
+                self.forget(request);
+                continue;
+            }
             let awaited = match &known.stage {
                 Stage::Queued => Awaited::Pairing,
                 Stage::Prefilling { .. } => Awaited::Offer,
@@ -400,7 +411,9 @@ impl Scheduler {
         if !self.prefill.get(&group).is_some_and(|group| group.is_led_by(from)) {
             return;
         }
-        self.offers.push_back(offer.request);
+        if !known.adopted {
+            self.offers.push_back(offer.request);
+        }
         known.stage = Stage::Offered { group, offer };
         known.wait(&mut self.deadlines, Deadline::after(now, self.terms.pair_within));
         self.pump(now);
@@ -484,6 +497,7 @@ impl Scheduler {
         for (request, known) in &self.requests {
             if let Stage::Prefilling { group } | Stage::Offered { group, .. } | Stage::Paired { group, .. } =
                 &known.stage
+                && !known.is_left_to_its_lease()
                 // A group that formed anew has nothing of what its predecessor offered.
                 && self.prefill.get(group).is_some_and(|group| group.has(*request))
             {

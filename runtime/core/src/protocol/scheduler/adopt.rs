@@ -17,13 +17,34 @@ impl Scheduler {
             self.outbox.event(Event::Ignored { from, what: "offers of a node that leads no prefill group" });
             return;
         };
+        let mut standing = Vec::new();
         for offer in offers {
-            self.adopt_offer(now, from, group, offer);
+            let request = offer.spec.request;
+            if self.adopt_offer(now, from, group, offer) {
+                standing.push(request);
+            }
+        }
+        if !standing.is_empty() {
+            // Their leases have run since the last scheduler's time. Those that nobody asks for while this one runs lapse with it.
+            self.outbox.send(from, Message::Renew { requests: standing });
+            self.renew_at.get_or_insert(now + self.terms.leases.renewal());
         }
         self.pump(now);
     }
 
-    fn adopt_offer(&mut self, now: Moment, from: NodeId, group: GroupId, offer: StandingOffer) {
+    /// Somebody asks for a request that was adopted.
+    pub(super) fn claim(&mut self, now: Moment, request: RequestId) {
+        let offered = self.requests.get(&request).is_some_and(|known| matches!(known.stage, Stage::Offered { .. }));
+        if offered && !self.resting.iter().any(|(_, resting)| *resting == request) {
+            self.offers.push_back(request);
+        }
+        // It was left to its lease.
+        self.renew_at = Some(now);
+        self.pump(now);
+    }
+
+    /// Says whether the offer stands here, too.
+    fn adopt_offer(&mut self, now: Moment, from: NodeId, group: GroupId, offer: StandingOffer) -> bool {
         let (request, tokens) = (offer.spec.request, offer.spec.tokens);
         let ended = self.ended.contains_key(&request) && !self.requests.contains_key(&request);
         let known = self.requests.get(&request);
@@ -39,7 +60,7 @@ impl Scheduler {
         };
         if !wanted {
             self.outbox.send(from, Message::Release { request, view: PrefillView::Ended });
-            return;
+            return false;
         }
         if let Some(group) = self.prefill.get_mut(&group) {
             group.adopt(request, tokens);
@@ -60,8 +81,7 @@ impl Scheduler {
                 self.resting.insert((now + self.terms.adopt_after, request));
             }
         }
-        // Its lease has run since the last scheduler's time.
-        self.renew_at = Some(now);
+        true
     }
 
     /// A decode leader announces its handovers.

@@ -1,6 +1,6 @@
 //! How requests end, or begin again.
 
-use super::{Held, REST, Stage};
+use super::{Held, REST, Request, Stage};
 use crate::protocol::scheduler_group::DecodeGroup;
 use crate::protocol::{
     Awaited, Deadline, Event, FailReason, Finished, Message, OfferSummary, Outcome, PathReport, PrefillView,
@@ -42,6 +42,9 @@ impl Scheduler {
         {
             known.stage = Stage::Offered { group, offer };
             known.wait(&mut self.deadlines, Deadline::after(now, self.terms.pair_within));
+            if known.adopted {
+                return;
+            }
             let known_cause = match &reason {
                 FailReason::Engine(_) => true,
                 FailReason::RankLost { role: Role::Decode, group, .. } => {
@@ -55,6 +58,8 @@ impl Scheduler {
                 // Ranks notice a loss before the directory does: tried at once, every attempt would meet the same dead rank.
                 self.resting.insert((now + REST * (1 << known.attempts.min(5)), request));
             }
+        } else if known.adopted {
+            self.forget(request);
         } else if again && may_prefill && may_decode {
             self.release(request, view_of(&reason));
             if let Some(known) = self.requests.get_mut(&request) {
@@ -136,8 +141,31 @@ impl Scheduler {
             Outcome::Failed { reason } => view_of(reason),
             Outcome::Cancelled => PrefillView::Ended,
         };
+        let Some(known) = self.strike(request, view) else { return };
+        let attempts = known.attempts + 1;
+        let finished = Finished { request, outcome, attempts, ready_at: known.ready_at, settled_at, paths };
+        let until = now + self.terms.leases.duration * 2;
+        if let Some((earlier, _)) = self.ended.insert(request, (until, known.adopted.then(|| finished.clone()))) {
+            self.ended_order.remove(&(earlier, request));
+        }
+        self.ended_order.insert((until, request));
+        if self.ended.len() > ENDED_MAX
+            && let Some((_, oldest)) = self.ended_order.pop_first()
+        {
+            self.ended.remove(&oldest);
+        }
+        self.outbox.event(Event::Finished(finished));
+    }
+
+    /// A request that nobody here has asked for, and of which there is nothing to give: whoever asks for it after all begins anew.
+    pub(super) fn forget(&mut self, request: RequestId) {
+        self.strike(request, PrefillView::Ended);
+    }
+
+    /// Takes a request out of every list.
+    fn strike(&mut self, request: RequestId, view: PrefillView) -> Option<Request> {
         self.release(request, view);
-        let Some(known) = self.requests.remove(&request) else { return };
+        let known = self.requests.remove(&request)?;
         self.deadlines.remove(&(known.deadline.at, request));
         self.resting.retain(|(_, resting)| *resting != request);
         match &known.stage {
@@ -152,19 +180,7 @@ impl Scheduler {
                 }
             }
         }
-        let attempts = known.attempts + 1;
-        let finished = Finished { request, outcome, attempts, ready_at: known.ready_at, settled_at, paths };
-        let until = now + self.terms.leases.duration * 2;
-        if let Some((earlier, _)) = self.ended.insert(request, (until, known.adopted.then(|| finished.clone()))) {
-            self.ended_order.remove(&(earlier, request));
-        }
-        self.ended_order.insert((until, request));
-        if self.ended.len() > ENDED_MAX
-            && let Some((_, oldest)) = self.ended_order.pop_first()
-        {
-            self.ended.remove(&oldest);
-        }
-        self.outbox.event(Event::Finished(finished));
+        Some(known)
     }
 
     /// The prefill side may let go, and its credit comes back.

@@ -34,6 +34,7 @@ fn an_offer_of_an_incomplete_group_can_end() {
     fixture.scheduler.handle_member(at(0), &member(5, Role::Prefill, group, 0, &geometry(2)));
     let opening = StandingOffer { spec: spec(1), dp: 0, steps: None, ready_at: None };
     fixture.say(5, Message::StandingOffers(vec![opening]));
+    fixture.scheduler.handle_submit(at(1), spec(1)).expect("its client asks again");
     let cause = "nothing was heard".to_owned();
     let reason = FailReason::RankLost { role: Role::Prefill, group, rank: Rank(1), node: NodeId(6), cause };
     let commands = fixture.say(5, Message::OfferFailed { request: RequestId(1), reason });
@@ -47,6 +48,7 @@ fn an_offer_of_an_incomplete_group_can_stand() {
     fixture.scheduler.handle_member(at(0), &member(5, Role::Prefill, GroupId(5), 0, &geometry(2)));
     let opening = StandingOffer { spec: spec(1), dp: 0, steps: None, ready_at: None };
     fixture.say(5, Message::StandingOffers(vec![opening]));
+    fixture.scheduler.handle_submit(at(1), spec(1)).expect("its client asks again");
     let offer = OfferSummary { request: RequestId(1), dp: 0, steps: vec![4] };
     let early = fixture.say(5, Message::Offered(offer));
     fixture.scheduler.handle_member(at(2), &member(6, Role::Prefill, GroupId(5), 1, &geometry(2)));

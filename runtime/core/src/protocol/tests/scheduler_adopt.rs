@@ -57,6 +57,10 @@ fn superseded(to: u64, handover: u64, newer: u64) -> Command {
     send(to, Message::Abort { handover: HandoverId(handover), reason })
 }
 
+fn renewed(to: u64, request: u64) -> Command {
+    send(to, Message::Renew { requests: vec![RequestId(request)] })
+}
+
 fn assert_quiet(fixture: &Fixture) {
     assert!(fixture.scheduler.vitals().is_quiet(), "{:?}", fixture.scheduler.vitals());
 }
@@ -115,28 +119,88 @@ fn a_handover_under_way_is_adopted_in_every_order() {
 }
 
 #[test]
-fn an_adopted_offer_rests_is_renewed_and_is_then_paired() {
+fn an_adopted_offer_rests_until_somebody_asks_for_it_and_is_then_paired() {
+    let adopt_after = SchedulerTerms::default().adopt_after;
+    for asks_late in [false, true] {
+        let mut fixture = restarted(1, 1);
+        let said = fixture.say(0, offers(1, Some(vec![4])));
+        assert_eq!(said, [renewed(0, 1)], "its lease has run since its last scheduler's time");
+        let ask = |fixture: &mut Fixture, now| {
+            assert_eq!(fixture.scheduler.handle_submit(now, spec(1)), Ok(Submitted::Taken), "this is who asked for it");
+            assert_eq!(fixture.scheduler.handle_submit(now, spec(1)), Err(Refusal::Duplicate(R1)), "and this is not");
+            pairs(&fixture.commands())
+        };
+        if !asks_late {
+            assert_eq!(ask(&mut fixture, at(1)), [], "its decode leader may be about to announce it");
+            assert_eq!(fixture.scheduler.poll_timeout(), Some(at(1)), "it is wanted");
+            fixture.scheduler.handle_timeout(at(1));
+            assert_eq!(fixture.commands(), [renewed(0, 1)]);
+            assert_eq!(fixture.scheduler.poll_timeout(), Some(at(1) + adopt_after));
+        }
+        fixture.scheduler.handle_timeout(at(1) + adopt_after);
+        let rested = pairs(&fixture.commands());
+        assert_eq!(rested, if asks_late { vec![] } else { vec![(10, NEW, 1)] });
+        if asks_late {
+            assert_eq!(ask(&mut fixture, at(5)), [(10, NEW, 1)]);
+        }
+        fixture.outcome(10, NEW, Outcome::Delivered);
+        assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+    }
     let mut fixture = restarted(1, 1);
-    assert_eq!(fixture.say(0, offers(1, Some(vec![4]))), []);
-    assert_eq!(fixture.scheduler.poll_timeout(), Some(at(1)), "its lease has run since its last scheduler's time");
-    fixture.scheduler.handle_timeout(at(1));
-    assert_eq!(fixture.commands(), [send(0, Message::Renew { requests: vec![R1] })]);
-    let rested = at(1) + SchedulerTerms::default().adopt_after;
-    assert_eq!(fixture.scheduler.poll_timeout(), Some(rested), "its decode leader may be about to announce it");
-    fixture.scheduler.handle_timeout(rested);
-    assert_eq!(pairs(&fixture.commands()), [(10, NEW, 1)]);
-    assert_eq!(fixture.scheduler.handle_submit(at(5), spec(1)), Ok(Submitted::Taken), "this is who asked for it");
-    assert_eq!(fixture.scheduler.handle_submit(at(5), spec(1)), Err(Refusal::Duplicate(R1)), "and this is not");
-    let other = RequestSpec { tokens: TOKENS + 1, ..spec(2) };
     fixture.say(0, offers(2, Some(vec![4])));
+    let other = RequestSpec { tokens: TOKENS + 1, ..spec(2) };
     let refused = fixture.scheduler.handle_submit(at(5), other);
     assert_eq!(refused, Err(Refusal::Duplicate(RequestId(2))), "another request under the same number");
 }
 
 #[test]
+fn an_adopted_offer_that_nobody_asks_for_is_left_to_its_lease() {
+    // Its request may have been answered long ago. What nobody asked for leaves nothing behind: whoever comes later begins anew.
+    let lapsed = FailReason::Refused(Refusal::LeaseExpired(R1));
+    for how in 0..4 {
+        let mut fixture = restarted(1, 1);
+        fixture.say(0, offers(1, (how != 3).then(|| vec![4])));
+        if how == 3 {
+            let offered = Message::Offered(OfferSummary { request: R1, dp: 0, steps: vec![4] });
+            assert_eq!(fixture.say(0, offered), []);
+        }
+        for second in 1..=90 {
+            fixture.scheduler.handle_timeout(at(second));
+        }
+        assert_eq!(fixture.commands(), [], "neither paired nor renewed");
+        match how {
+            1 => fixture.scheduler.handle_lost(at(91), &lost(0)),
+            2 => fixture.scheduler.handle_timeout(at(3600)),
+            _ => drop(fixture.say(0, Message::OfferFailed { request: R1, reason: lapsed.clone() })),
+        }
+        assert_eq!((fixture.finished(), fixture.scheduler.unfinished()), (vec![], 0));
+        assert_quiet(&fixture);
+        if how != 1 {
+            fixture.commands();
+            assert_eq!(jobs(&fixture.submit(1)), [(0, 1)]);
+        }
+    }
+}
+
+#[test]
+fn an_adopted_handover_that_nobody_asked_for_is_not_begun_again() {
+    let mut fixture = restarted(1, 2);
+    fixture.say(0, offers(1, Some(vec![4])));
+    fixture.say(10, under_way(7, 1, 0));
+    fixture.outcome(10, 7, Outcome::Failed { reason: FailReason::Engine("no".into()) });
+    fixture.freed(10, 7);
+    fixture.scheduler.handle_timeout(at(5));
+    assert_eq!(pairs(&fixture.commands()), []);
+    assert_eq!(fixture.finished(), []);
+    assert_eq!(fixture.scheduler.handle_submit(at(6), spec(1)), Ok(Submitted::Taken));
+    assert_eq!(pairs(&fixture.commands()), [(11, NEW, 1)], "its offer still stands");
+}
+
+#[test]
 fn a_prefill_under_way_is_adopted_and_paired_as_soon_as_it_is_offered() {
     let mut fixture = restarted(1, 1);
-    assert_eq!(fixture.say(0, offers(1, None)), []);
+    assert_eq!(fixture.say(0, offers(1, None)), [renewed(0, 1)]);
+    assert_eq!(fixture.scheduler.handle_submit(at(1), spec(1)), Ok(Submitted::Taken));
     let offered = Message::Offered(OfferSummary { request: R1, dp: 0, steps: vec![4] });
     assert_eq!(pairs(&fixture.say(0, offered)), [(10, NEW, 1)], "nobody can have it yet");
     fixture.outcome(10, NEW, Outcome::Delivered);
@@ -294,7 +358,8 @@ fn a_group_that_is_not_complete_again_is_heard_already() {
     // The same for offers: they wait for their decode side only.
     let mut fixture = restarted(0, 1);
     fixture.scheduler.handle_member(at(0), &member(0, Role::Prefill, GroupId(0), 0, &pair));
-    assert_eq!(fixture.say(0, offers(1, Some(vec![4]))), []);
+    assert_eq!(fixture.say(0, offers(1, Some(vec![4]))), [renewed(0, 1)]);
+    fixture.scheduler.handle_submit(at(1), spec(1)).expect("it is wanted");
     fixture.scheduler.handle_lost(at(2), &lost(0));
     assert_eq!(fixture.finished(), [], "groups may still be about to join");
     fixture.join(1, Role::Prefill);
