@@ -2,7 +2,8 @@
 //!
 //! Every run must end by itself, with nothing mismatched, every request accounted for, nothing held, leaked or quarantined by survivors,
 //! every group whole that can be, no descriptor and no mapping more than before, and no process left. `KVFERRY_FAULT_RUNS` says how many
-//! runs there are, `KVFERRY_FAULT_SEED` which, `KVFERRY_FAULT_JOBS` how many at once, `KVFERRY_FAULT_ONLY` that only one of them runs.
+//! runs there are, `KVFERRY_FAULT_SEED` which, `KVFERRY_FAULT_JOBS` how many at once, `KVFERRY_FAULT_ONLY` that only one of them runs;
+//! `KVFERRY_CLUSTER` is the example's path where it is not beside this test.
 
 #[allow(dead_code, reason = "other tests use the rest")]
 mod cluster;
