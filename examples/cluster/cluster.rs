@@ -222,6 +222,7 @@ impl<'a> Cluster<'a> {
                 rank.census = report.census.take().or(rank.census.take());
                 rank.report = *report;
             }
+            Word::Said(rank::Said::Lost(cause)) => self.complain(index, &cause),
             Word::Said(rank::Said::Failed(reason)) => rank.failed = Some(reason),
             Word::Ended => {
                 rank.ended = true;
@@ -247,6 +248,12 @@ impl<'a> Cluster<'a> {
             }
             return;
         }
+        self.complain(index, cause);
+    }
+
+    /// An incarnation of a rank that lives is over.
+    fn complain(&mut self, index: usize, cause: &str) {
+        let Some(rank) = self.record.ranks.get_mut(index) else { return };
         if !rank.hurt && !self.record.scheduler_hurt && self.stood {
             rank.hurt = true;
             let complaint = format!("{} was lost, which nobody had asked for: {cause}", self.name(index));

@@ -93,6 +93,8 @@ pub(crate) enum Order {
 pub(crate) enum Said {
     /// Something was checked or asked for.
     Report(Box<RankReport>),
+    /// An incarnation is over, for that reason; the next one follows.
+    Lost(String),
     /// It cannot go on.
     Failed(String),
 }
@@ -129,7 +131,7 @@ pub(crate) enum RankError {
     Node(#[from] NodeError),
     #[error("it has no runtime: {0}")]
     Runtime(std::io::Error),
-    #[error("its node has stopped: an actor panicked")]
+    #[error("its node has stopped and did not say why")]
     NodeStopped,
 }
 
@@ -177,7 +179,10 @@ async fn live(
         let _ = tokio::time::timeout(Duration::from_secs(10), worker.shutdown()).await;
         match ended? {
             Ended::Told => return Ok(()),
-            Ended::Lost => report = runner.close(),
+            Ended::Lost(cause) => {
+                say(Said::Lost(cause));
+                report = runner.close();
+            }
         }
         // Whoever refuses this node again and again is not asked all the time.
         tokio::time::sleep(REST).await;
@@ -219,12 +224,20 @@ fn make_engine(config: &RankConfig, pool: Pool) -> Result<Box<dyn Engine>, RankE
     })
 }
 
+/// Why that node is over, if the event says so.
+fn loss_of(node: NodeId, event: Event) -> Option<String> {
+    match event {
+        Event::NodeLost { node: gone, cause } if gone == node => Some(cause),
+        _ => None,
+    }
+}
+
 /// How an incarnation ended.
 enum Ended {
     /// As it was told to.
     Told,
-    /// The others had declared it lost.
-    Lost,
+    /// The others had declared it lost, or something in it panicked.
+    Lost(String),
 }
 
 /// Carries calls to the engine and its answers back.
@@ -245,7 +258,7 @@ impl Runner<'_> {
         let (_keep, nothing) = mpsc::unbounded_channel();
         let mut events = worker.events().unwrap_or(nothing);
         let node = self.ledger.config.node;
-        let mut lost = false;
+        let mut lost = None;
         // The first report says that the engine has been over its pool.
         let mut news = true;
         loop {
@@ -262,7 +275,7 @@ impl Runner<'_> {
             }
             while let Ok(event) = events.try_recv() {
                 tracing::debug!(%node, ?event);
-                lost |= matches!(event, Event::NodeLost { node: gone, .. } if gone == node);
+                lost = lost.or(loss_of(node, event));
             }
             let Runner { port, engine, ledger, .. } = self;
             if engine.work(&mut |event| ledger.emit(port, event)) {
@@ -281,9 +294,9 @@ impl Runner<'_> {
                     }
                     None => {
                         while let Ok(event) = events.try_recv() {
-                            lost |= matches!(event, Event::NodeLost { node: gone, .. } if gone == node);
+                            lost = lost.or(loss_of(node, event));
                         }
-                        return if lost { Ok(Ended::Lost) } else { Err(RankError::NodeStopped) };
+                        return lost.map(Ended::Lost).ok_or(RankError::NodeStopped);
                     }
                 },
                 order = orders.recv() => match order {

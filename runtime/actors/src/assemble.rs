@@ -1,12 +1,14 @@
 //! Puts one node together from its seams: the same code in production and in the simulator.
 
 use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use actix::prelude::*;
 use kvferry_core::protocol::{
-    self, DeadlineTerms, DecodeLeader, DecodeRank, Directory, EngineCall, Identity, LeaseTerms, Member, Place, Policy,
-    PrefillLeader, PrefillRank, Profile, Protocols, QuarantineTerms, Role, SchedulerTerms, SessionTerms, WorkerProfile,
+    self, DeadlineTerms, DecodeLeader, DecodeRank, Directory, EngineCall, Event, Identity, LeaseTerms, Member, Place,
+    Policy, PrefillLeader, PrefillRank, Profile, Protocols, QuarantineTerms, Role, SchedulerTerms, SessionTerms,
+    WorkerProfile,
 };
 use kvferry_core::{Direction, Epoch, GroupGeometry, GroupId, NodeId, Rank};
 use kvferry_transport::Pool;
@@ -20,7 +22,7 @@ use crate::router::{Incoming, Router};
 use crate::scheduler::{DirectoryActor, Scheduler};
 use crate::seams::{Environment, ListenError, NicPort, OpenNic};
 use crate::shell::{Inspect, Observer, Shell};
-use crate::supervise::{self, OnPanic};
+use crate::supervise::{self, OnEnd};
 use crate::worker::{Answer, DecodeWorker, PrefillWorker};
 
 /// Sessions that a node makes before anything needs them: the first handover between two ranks then does not wait for a handshake.
@@ -155,13 +157,23 @@ pub struct Surroundings {
     pub environment: Environment,
     /// Where events go.
     pub observer: Observer,
-    /// Told of panics.
-    pub on_panic: OnPanic,
+    /// Told why the node's incarnation is over; it is to be taken down then.
+    pub on_end: OnEnd,
 }
 
 impl Surroundings {
     fn shell(&self, router: &Router) -> Shell {
         Shell::new(self.environment.clock.clone(), router.clone(), self.observer.clone())
+    }
+
+    /// The same for one node, whose end is an event.
+    fn of(&self, node: NodeId) -> Surroundings {
+        let (observer, on_end) = (self.observer.clone(), self.on_end.clone());
+        let told: OnEnd = Rc::new(move |why| {
+            observer(Event::NodeLost { node, cause: why.to_owned() });
+            on_end(why);
+        });
+        Surroundings { on_end: told, ..self.clone() }
     }
 }
 
@@ -173,6 +185,7 @@ pub async fn assemble_worker(
     pool: Pool,
     nics: Vec<OpenNic>,
 ) -> Result<WorkerParts, NodeError> {
+    let around = &around.of(node.identity.node);
     config.geometry.validate().map_err(|error| NodeError::Config(error.to_string()))?;
     let shard = config.geometry.shard(config.rank).map_err(|error| NodeError::Config(error.to_string()))?;
     if config.blocks.len() != config.geometry.model.groups.len() {
@@ -240,7 +253,7 @@ where
     let (calls, engine_calls) = mpsc::unbounded_channel();
     let keep = calls.clone();
     let shell = around.shell(&router).with_worker(ports, calls);
-    supervise::start("worker", &around.on_panic, context, make(config.group, profile.clone(), shell));
+    supervise::start("worker", &around.on_end, context, make(config.group, profile.clone(), shell));
     router.connect(|ports| ports.worker = Some(address.clone().recipient()));
     let mut listeners = vec![address.clone().recipient()];
     let mut inspect = vec![address.clone().recipient()];
@@ -253,7 +266,7 @@ where
             Role::Decode => LeaderCore::Decode(DecodeLeader::new(group, geometry, scheduler, node.deadlines)),
         };
         let leader = GroupLeader::new(core, around.shell(&router), group);
-        let leader = supervise::start("group leader", &around.on_panic, Context::new(), leader);
+        let leader = supervise::start("group leader", &around.on_end, Context::new(), leader);
         listeners.push(leader.clone().recipient());
         inspect.push(leader.clone().recipient());
         router.connect(|ports| ports.leader = Some(leader.recipient()));
@@ -278,13 +291,14 @@ pub fn assemble_scheduler(
     terms: SchedulerTerms,
     policy: Box<dyn Policy>,
 ) -> Result<SchedulerParts, NodeError> {
+    let around = &around.of(node.identity.node);
     let router = Router::new(node.identity.node, node.identity.node);
     // Handover numbers must ascend over restarts: the epoch stands in their upper half.
     let core = protocol::Scheduler::new(terms, policy, node.identity.epoch.0 << 32);
     let scheduler = Scheduler::new(core, around.shell(&router), node.identity.epoch <= Epoch(1));
-    let scheduler = supervise::start("scheduler", &around.on_panic, Context::new(), scheduler);
+    let scheduler = supervise::start("scheduler", &around.on_end, Context::new(), scheduler);
     let directory = DirectoryActor::new(Directory::default(), around.shell(&router), scheduler.clone());
-    let directory = supervise::start("directory", &around.on_panic, Context::new(), directory);
+    let directory = supervise::start("directory", &around.on_end, Context::new(), directory);
     // The directory hands on what is the scheduler's, after the joins that came before it.
     let port = directory.clone().recipient();
     router.connect(|all| (all.scheduler, all.directory) = (Some(port.clone()), Some(port)));
@@ -351,9 +365,9 @@ fn start_mesh(
         router.clone(),
         listeners,
         around.observer.clone(),
-        around.on_panic.clone(),
+        around.on_end.clone(),
     );
-    supervise::start("mesh", &around.on_panic, context, actor);
+    supervise::start("mesh", &around.on_end, context, actor);
     router.connect(|ports| (ports.mesh, ports.meet) = (Some(mesh.clone().recipient()), Some(mesh.recipient())));
     Ok(address)
 }

@@ -24,6 +24,6 @@ pub use node::{EnginePort, Handover, HandoverError, SchedulerNode, WorkerNode};
 pub use scheduler::{CancelRequest, Scheduler, Submit};
 pub use seams::{Clock, Environment, Host, Link, LinkInput, LinkUp, ListenError, Network, NicPort, OpenNic, Tick};
 pub use shell::{Inspect, Observer};
-pub use supervise::OnPanic;
+pub use supervise::OnEnd;
 pub use threads::{MonotonicClock, NicThreads, ThreadOptions, environment, local_runtime};
 pub use worker::Answer;

@@ -14,7 +14,7 @@ use crate::peer_session::{Admit, Hangup, PeerSession, Refuse};
 use crate::router::{Incoming, Router};
 use crate::seams::{Environment, LinkUp, Tick};
 use crate::shell::Observer;
-use crate::supervise::{self, OnPanic};
+use crate::supervise::{self, OnEnd};
 
 const REDIAL_FIRST: Duration = Duration::from_millis(20);
 const REDIAL_MAX: Duration = Duration::from_secs(2);
@@ -152,7 +152,7 @@ pub(crate) struct Mesh {
     router: Router,
     listeners: Vec<Recipient<PeerDown>>,
     observer: Observer,
-    on_panic: OnPanic,
+    on_end: OnEnd,
     targets: BTreeMap<NodeId, Target>,
     /// Targets of other groups that are wanted.
     wanted: usize,
@@ -177,7 +177,7 @@ impl Mesh {
         router: Router,
         listeners: Vec<Recipient<PeerDown>>,
         observer: Observer,
-        on_panic: OnPanic,
+        on_end: OnEnd,
     ) -> Self {
         let (mut targets, mut to_dial) = (BTreeMap::new(), BTreeSet::new());
         if let Some((node, address)) = &config.scheduler {
@@ -190,7 +190,7 @@ impl Mesh {
             router,
             listeners,
             observer,
-            on_panic,
+            on_end,
             targets,
             wanted: 0,
             to_dial,
@@ -383,7 +383,7 @@ impl Handler<Linked> for Mesh {
         };
         let (clock, router, mesh) = (self.environment.clock.clone(), self.router.clone(), ctx.address());
         let session = PeerSession::new(session, link, clock, router, mesh, dialed);
-        supervise::start("peer session", &self.on_panic, Context::new(), session);
+        supervise::start("peer session", &self.on_end, Context::new(), session);
     }
 }
 
@@ -483,8 +483,7 @@ impl Handler<Incoming> for Mesh {
             Wire::Lost(lost) => self.lost(&lost),
             Wire::JoinRefused(error) => {
                 tracing::error!(%error, "this node may not join");
-                (self.observer)(Event::NodeLost { node: self.config.member.node, cause: error.to_string() });
-                (self.on_panic)("mesh: this incarnation is over");
+                (self.on_end)(&error.to_string());
             }
             _ => {}
         }

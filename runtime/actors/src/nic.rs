@@ -306,6 +306,13 @@ impl NicActor {
     }
 }
 
+impl Drop for NicActor {
+    fn drop(&mut self) {
+        // Nobody commands it any more: its host need not wait until it looks by itself.
+        self.wake.notify_one();
+    }
+}
+
 impl Actor for NicActor {
     type Context = Context<Self>;
 }

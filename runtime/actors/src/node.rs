@@ -6,10 +6,11 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context as Poller, Poll};
+use std::thread::JoinHandle;
 
 use actix::prelude::*;
 use kvferry_core::protocol::{EngineCall, EngineEvent, Event, Finished, Policy, Refusal, RequestSpec, SchedulerTerms};
-use kvferry_core::{HandoverId, RequestId, Tables};
+use kvferry_core::{HandoverId, NodeId, RequestId, Tables};
 use kvferry_transport::Pool;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -17,6 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use crate::assemble::{NodeConfig, NodeError, Surroundings, WorkerConfig, assemble_scheduler, assemble_worker};
 use crate::scheduler::{CancelRequest, Scheduler, Submit};
 use crate::seams::OpenNic;
+use crate::shell::Observer;
 use crate::threads::{ThreadOptions, environment, local_runtime};
 use crate::worker::Answer;
 
@@ -36,12 +38,16 @@ pub struct SchedulerNode {
 impl SchedulerNode {
     /// Starts a scheduler on a thread of its own.
     pub async fn start(config: NodeConfig, terms: SchedulerTerms, policy: Box<dyn Policy>) -> Result<Self, NodeError> {
-        let (parts, events, thread) =
-            NodeThread::start("kvferry-scheduler", ThreadOptions::default(), move |around| async move {
+        let (parts, events, thread) = NodeThread::start(
+            "kvferry-scheduler",
+            config.identity.node,
+            ThreadOptions::default(),
+            move |around| async move {
                 let parts = assemble_scheduler(&around, config, terms, policy)?;
                 Ok(((parts.scheduler, parts.address), None))
-            })
-            .await?;
+            },
+        )
+        .await?;
         let (scheduler, address) = parts;
         Ok(SchedulerNode {
             scheduler,
@@ -153,7 +159,8 @@ impl WorkerNode {
         threads: ThreadOptions,
     ) -> Result<Self, NodeError> {
         let name = format!("kvferry-{}-{}", worker.role, worker.rank.0);
-        let (parts, events, thread) = NodeThread::start(&name, threads, move |around| async move {
+        let node = config.identity.node;
+        let (parts, events, thread) = NodeThread::start(&name, node, threads, move |around| async move {
             let parts = assemble_worker(&around, config, worker, pool, nics).await?;
             Ok(((parts.calls, parts.answers, parts.address), Some(parts.keep)))
         })
@@ -188,7 +195,8 @@ impl WorkerNode {
         self.port.clone()
     }
 
-    /// Stops the node and waits for its threads: afterwards nothing of it touches any memory.
+    /// Stops the node and waits for its threads: afterwards nothing of it touches any memory. Dropping the node does the same, and blocks
+    /// its thread meanwhile.
     pub async fn shutdown(self) {
         self.thread.shutdown().await;
     }
@@ -254,11 +262,18 @@ impl EventTap {
 struct NodeThread {
     stop: Option<oneshot::Sender<()>>,
     ended: oneshot::Receiver<()>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl NodeThread {
-    /// Runs `assemble` on a new thread with a local runtime of its own, which then serves until it is told to stop or an actor panics.
-    async fn start<T, A, F>(name: &str, threads: ThreadOptions, assemble: A) -> Result<(T, EventTap, Self), NodeError>
+    /// Runs `assemble` on a new thread with a local runtime of its own, which then serves until it is told to stop, or its
+    /// incarnation is over.
+    async fn start<T, A, F>(
+        name: &str,
+        node: NodeId,
+        threads: ThreadOptions,
+        assemble: A,
+    ) -> Result<(T, EventTap, Self), NodeError>
     where
         T: Send + 'static,
         A: FnOnce(Surroundings) -> F + Send + 'static,
@@ -280,13 +295,14 @@ impl NodeThread {
                 }
             };
             let keep = runtime.block_on(async move {
-                let panicked = Rc::new(tokio::sync::Notify::new());
+                let over = Rc::new(tokio::sync::Notify::new());
+                let observer: Observer = Rc::new(move |event| tap.pass(event));
                 let around = Surroundings {
                     environment,
-                    observer: Rc::new(move |event| tap.pass(event)),
-                    on_panic: {
-                        let panicked = Rc::clone(&panicked);
-                        Rc::new(move |_| panicked.notify_one())
+                    observer: Rc::clone(&observer),
+                    on_end: {
+                        let over = Rc::clone(&over);
+                        Rc::new(move |_| over.notify_one())
                     },
                 };
                 let keep = match assemble(around).await {
@@ -299,9 +315,10 @@ impl NodeThread {
                 tokio::select! {
                     biased;
                     _ = stopped => {}
-                    () = panicked.notified() => {}
+                    () = over.notified() => {}
                     Some(nic) = nic_failures.recv() => {
                         tracing::error!(nic, "a NIC thread panicked; its node's incarnation ends");
+                        observer(Event::NodeLost { node, cause: format!("the thread of its NIC {nic} panicked") });
                     }
                 }
                 keep
@@ -314,13 +331,13 @@ impl NodeThread {
             drop(keep);
             let _ = end.send(());
         };
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(body)
             .map_err(|error| NodeError::Thread(format!("did not start: {error}")))?;
         let parts =
             assembled.await.unwrap_or_else(|_| Err(NodeError::Thread("ended before the node stood".to_owned())))?;
-        Ok((parts, events, NodeThread { stop: Some(stop), ended }))
+        Ok((parts, events, NodeThread { stop: Some(stop), ended, thread: Some(thread) }))
     }
 
     async fn shutdown(mut self) {
@@ -328,6 +345,20 @@ impl NodeThread {
             // A thread that has ended already needs no word.
             let _ = stop.send(());
         }
-        let _ = self.ended.await;
+        let _ = (&mut self.ended).await;
+    }
+}
+
+impl Drop for NodeThread {
+    fn drop(&mut self) {
+        // Whoever has asked it to end waits as long as it likes.
+        if let Some(stop) = self.stop.take() {
+            drop(stop);
+            // An engine that panics drops its node without asking. Nothing may touch its pool after that either: the next incarnation's
+            // blocks lie there.
+            if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
+                tracing::error!("a node's thread panicked");
+            }
+        }
     }
 }

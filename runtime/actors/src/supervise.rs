@@ -8,14 +8,14 @@ use std::task::{Context as Poller, Poll};
 
 use actix::prelude::*;
 
-/// Told the name of an actor that panicked.
-pub type OnPanic = Rc<dyn Fn(&'static str)>;
+/// Told why this incarnation of a node is over: an actor panicked, or others have declared it lost.
+pub type OnEnd = Rc<dyn Fn(&str)>;
 
-/// Runs an actor; when it panics, it is dropped and `on_panic` is told its name.
+/// Runs an actor; when it panics, it is dropped and `on_end` is told.
 struct Supervised<A: Actor<Context = Context<A>>> {
     name: &'static str,
     running: Option<actix::dev::ContextFut<A, Context<A>>>,
-    on_panic: OnPanic,
+    on_end: OnEnd,
 }
 
 impl<A: Actor<Context = Context<A>>> Unpin for Supervised<A> {}
@@ -31,7 +31,7 @@ impl<A: Actor<Context = Context<A>>> Future for Supervised<A> {
             Err(_) => {
                 tracing::error!(actor = this.name, "an actor panicked; its node's incarnation ends");
                 this.running = None;
-                (this.on_panic)(this.name);
+                (this.on_end)(&format!("its {} panicked", this.name));
                 Poll::Ready(())
             }
         }
@@ -41,12 +41,12 @@ impl<A: Actor<Context = Context<A>>> Future for Supervised<A> {
 /// Starts an actor under supervision, on the current thread's local set, in a context whose address may be known already.
 pub(crate) fn start<A: Actor<Context = Context<A>>>(
     name: &'static str,
-    on_panic: &OnPanic,
+    on_end: &OnEnd,
     context: Context<A>,
     actor: A,
 ) -> Addr<A> {
     let running = context.into_future(actor);
     let address = running.address();
-    tokio::task::spawn_local(Supervised { name, running: Some(running), on_panic: Rc::clone(on_panic) });
+    tokio::task::spawn_local(Supervised { name, running: Some(running), on_end: Rc::clone(on_end) });
     address
 }

@@ -19,7 +19,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::nic::{Nic, NicActor, NicOpened, NicReport, NicStartError};
 use crate::seams::{Clock, Environment, Host, OpenNic, Tick};
-use crate::supervise::{self, OnPanic};
+use crate::supervise::{self, OnEnd};
 use crate::tcp_link::TcpNetwork;
 
 /// How NIC threads use their processor.
@@ -162,12 +162,12 @@ impl Host for Threads {
                         let (nic, wake) = (Rc::new(RefCell::new(nic)), Rc::new(Notify::new()));
                         // A panic in the actor must end the thread, not only its task.
                         let panicked = Rc::new(Cell::new(false));
-                        let on_panic: OnPanic = {
+                        let on_end: OnEnd = {
                             let panicked = Rc::clone(&panicked);
                             Rc::new(move |_| panicked.set(true))
                         };
                         let actor = NicActor::new(Rc::clone(&nic), Rc::clone(&wake));
-                        let port = supervise::start("nic", &on_panic, actix::Context::new(), actor);
+                        let port = supervise::start("NIC", &on_end, actix::Context::new(), actor);
                         let alive = port.downgrade();
                         if opened.send(Ok(NicOpened { advert, port: port.recipient() })).is_ok() {
                             drive(&nic, &wake, spin, || alive.upgrade().is_some() && !panicked.get()).await;

@@ -62,8 +62,8 @@ pub enum What {
     Started,
     /// A node died.
     Crashed,
-    /// An actor ended its node's incarnation: it panicked, or was told that the incarnation is over.
-    Ended(&'static str),
+    /// Its incarnation is over: an actor panicked, or others had declared it lost.
+    Ended(String),
     /// A node did not come up.
     NoStart(String),
     /// A fault began or was mended.

@@ -113,7 +113,7 @@ impl Story {
             What::Fault(fault, false) => format!("      ~ no longer: {fault}"),
             What::Started => "      ~ starts".to_owned(),
             What::Crashed => "      ~ dies".to_owned(),
-            What::Ended(name) => format!("      ~ its incarnation ends: {name}"),
+            What::Ended(why) => format!("      ~ its incarnation ends: {why}"),
             What::Healed => "      ~ all is mended".to_owned(),
             _ => return None,
         })

@@ -4,7 +4,7 @@ use std::cell::{Ref, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use kvferry_actors::{Environment, Inspect, Observer, OnPanic, Surroundings};
+use kvferry_actors::{Environment, Inspect, Observer, OnEnd, Surroundings};
 use kvferry_core::Epoch;
 use kvferry_core::protocol::Vitals;
 use kvferry_fabric_sim::{Fabric, FabricOptions, NicId, OnTheWire, Pacing};
@@ -82,8 +82,8 @@ pub struct World {
     woken: Woken,
     chronicle: Chronicle,
     skies: Skies,
-    /// Incarnations that an actor has ended, and its name.
-    ended: Rc<RefCell<Vec<(Life, &'static str)>>>,
+    /// Incarnations that are over, and why.
+    ended: Rc<RefCell<Vec<(Life, String)>>>,
     on_end: Option<WithNode>,
     happened: u64,
     panics_before: u64,
@@ -188,8 +188,8 @@ impl World {
             chronicle.put(at, life, What::Observed(event));
         });
         let ended = Rc::clone(&self.ended);
-        let on_panic: OnPanic = Rc::new(move |name| ended.borrow_mut().push((life, name)));
-        Some(Surroundings { environment, observer, on_panic })
+        let on_end: OnEnd = Rc::new(move |why| ended.borrow_mut().push((life, why.to_owned())));
+        Some(Surroundings { environment, observer, on_end })
     }
 
     /// Runs `body` as if it were called on that node, so that actors start there. `None` when it is down.

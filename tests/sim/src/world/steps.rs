@@ -46,12 +46,12 @@ impl World {
         self.stuck = true;
     }
 
-    /// Crashes the nodes whose actors have ended their incarnation.
+    /// Crashes the nodes whose incarnation is over.
     pub(super) fn bury(&mut self) {
         let ended = std::mem::take(&mut *self.ended.borrow_mut());
-        for (life, name) in ended {
+        for (life, why) in ended {
             if self.lives(life) {
-                self.chronicle.put(self.timeline.now(), life, What::Ended(name));
+                self.chronicle.put(self.timeline.now(), life, What::Ended(why));
                 self.crash(life.node);
                 if let Some(on_end) = self.on_end.clone() {
                     on_end(self, life.node);
