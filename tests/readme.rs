@@ -16,10 +16,18 @@ fn the_commands_run() {
     for options in commands.filter(|options| !options.contains("--help")) {
         tried += 1;
         let options: Vec<&str> = options.split_whitespace().collect();
-        let quick = ["--in-process", "--requests", "3", "--isl", "40"];
-        // Ranks to kill must be processes.
-        let extra = if options.contains(&"--kill") { &quick[1..] } else { &quick[..] };
-        let run = std::process::Command::new(cluster()).args(&options).args(extra).output();
+        // Commands that say how much they do are quick as they stand.
+        let mut extra = Vec::new();
+        for quick in [["--requests", "3"], ["--isl", "40"]] {
+            if !options.contains(&quick[0]) {
+                extra.extend(quick);
+            }
+        }
+        // Ranks to hurt must be processes.
+        if !["--kill", "--stop", "--pause"].iter().any(|fault| options.contains(fault)) {
+            extra.push("--in-process");
+        }
+        let run = std::process::Command::new(cluster()).args(&options).args(&extra).output();
         let run = run.expect("the cluster example is built beside the tests");
         assert!(run.status.success(), "{options:?}: {}", String::from_utf8_lossy(&run.stderr));
     }
