@@ -107,3 +107,18 @@ async fn a_scheduler_that_starts_again_adopts_standing_offers() {
     assert_eq!(prefill.prefills.load(std::sync::atomic::Ordering::Relaxed), 1, "it was not computed again");
     assert!(submit(&second, 8).await.unwrap().outcome.is_delivered());
 }
+
+#[tokio::test]
+async fn what_happened_before_anybody_asked_is_told() {
+    let scheduler = scheduler(&None).await;
+    let _prefill = rank(1, Role::Prefill, SPEC, scheduler.address(), &None).await;
+    let _decode = rank(2, Role::Decode, SPEC, scheduler.address(), &None).await;
+    assert!(submit(&scheduler, 1).await.unwrap().outcome.is_delivered());
+    // As with a scheduler that starts again at an address that workers dial all the time.
+    let (mut events, mut ready) = (scheduler.events().unwrap(), 0);
+    while let Ok(event) = events.try_recv() {
+        ready += u32::from(matches!(event, Event::GroupReady { .. }));
+    }
+    assert_eq!(ready, 2);
+    assert!(scheduler.events().is_none());
+}

@@ -183,6 +183,7 @@ impl<'a> Cluster<'a> {
                 }
             }
             Word::Said(scheduler::Said::GroupReady { group }) => {
+                tracing::debug!(%group, "ready");
                 self.standing.insert(group);
             }
             Word::Said(scheduler::Said::Started) => {
@@ -193,6 +194,7 @@ impl<'a> Cluster<'a> {
                 }
             }
             Word::Said(scheduler::Said::NodeLost { node, cause }) => {
+                tracing::debug!(%node, cause, "lost");
                 if let Some(index) = self.setup.ranks.iter().position(|rank| rank.node == node) {
                     self.rank_lost(index, &cause);
                 }

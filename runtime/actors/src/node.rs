@@ -4,7 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context as Poller, Poll};
 use std::thread::JoinHandle;
 
@@ -24,6 +24,8 @@ use crate::worker::Answer;
 
 /// Requests that may be submitted and not finished at once.
 const REQUESTS_MAX: usize = 65_536;
+/// Events that are kept for whoever has not asked for them yet.
+const EVENTS_KEPT_MAX: usize = 1024;
 
 /// A scheduler's node.
 pub struct SchedulerNode {
@@ -64,8 +66,8 @@ impl SchedulerNode {
         &self.address
     }
 
-    /// What happens at the scheduler, from now on; `None` the second time. Nothing is kept for those who never ask, everything for those
-    /// who do: keep reading.
+    /// What happens at the scheduler, from its start on; `None` the second time. Ask soon: what happens before is kept, but not for ever
+    /// (1024 events). Afterwards everything is: keep reading.
     pub fn events(&self) -> Option<mpsc::UnboundedReceiver<Event>> {
         self.events.open()
     }
@@ -174,8 +176,7 @@ impl WorkerNode {
         &self.address
     }
 
-    /// What happens at this rank, from now on; `None` the second time. Nothing is kept for those who never ask, everything for those who
-    /// do: keep reading.
+    /// What happens at this rank, as [`SchedulerNode::events`] has it.
     pub fn events(&self) -> Option<mpsc::UnboundedReceiver<Event>> {
         self.events.open()
     }
@@ -241,19 +242,50 @@ impl EnginePort {
 }
 
 /// Where a node's events go, once somebody wants them.
-#[derive(Clone, Default)]
-struct EventTap(Arc<OnceLock<mpsc::UnboundedSender<Event>>>);
+#[derive(Clone)]
+struct EventTap(Arc<Mutex<Tap>>);
+
+enum Tap {
+    /// Nobody has asked yet: others may have joined before whoever starts a node gets to it.
+    Early { kept: mpsc::UnboundedReceiver<Event>, sender: mpsc::UnboundedSender<Event> },
+    /// Somebody has.
+    Open(mpsc::UnboundedSender<Event>),
+    /// Nobody did while the first events were kept.
+    Unasked,
+}
 
 impl EventTap {
+    fn new() -> EventTap {
+        let (sender, kept) = mpsc::unbounded_channel();
+        EventTap(Arc::new(Mutex::new(Tap::Early { kept, sender })))
+    }
+
     fn open(&self) -> Option<mpsc::UnboundedReceiver<Event>> {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        self.0.set(sender).is_ok().then_some(receiver)
+        let mut tap = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *tap, Tap::Unasked) {
+            Tap::Early { kept, sender } => {
+                *tap = Tap::Open(sender);
+                Some(kept)
+            }
+            Tap::Open(sender) => {
+                *tap = Tap::Open(sender);
+                None
+            }
+            Tap::Unasked => {
+                let (sender, events) = mpsc::unbounded_channel();
+                *tap = Tap::Open(sender);
+                Some(events)
+            }
+        }
     }
 
     fn pass(&self, event: Event) {
-        if let Some(sender) = self.0.get() {
+        let mut tap = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*tap {
+            Tap::Early { kept, .. } if kept.len() >= EVENTS_KEPT_MAX => *tap = Tap::Unasked,
             // Whoever has stopped reading does not want it.
-            let _ = sender.send(event);
+            Tap::Early { sender, .. } | Tap::Open(sender) => drop(sender.send(event)),
+            Tap::Unasked => {}
         }
     }
 }
@@ -279,7 +311,7 @@ impl NodeThread {
         A: FnOnce(Surroundings) -> F + Send + 'static,
         F: Future<Output = Result<(T, Option<mpsc::UnboundedSender<EngineCall>>), NodeError>>,
     {
-        let events = EventTap::default();
+        let events = EventTap::new();
         let tap = events.clone();
         let (started, assembled) = oneshot::channel();
         let (stop, stopped) = oneshot::channel::<()>();
@@ -360,5 +392,42 @@ impl Drop for NodeThread {
                 tracing::error!("a node's thread panicked");
             }
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod tests {
+    use super::*;
+
+    fn pass(tap: &EventTap, from: u64, to: u64) {
+        (from..to).for_each(|request| tap.pass(Event::Freed { request: RequestId(request) }));
+    }
+
+    fn first(events: &mut mpsc::UnboundedReceiver<Event>) -> Event {
+        events.try_recv().unwrap()
+    }
+
+    #[test]
+    fn the_first_events_wait_for_whoever_asks() {
+        let tap = EventTap::new();
+        pass(&tap, 0, EVENTS_KEPT_MAX as u64);
+        let mut events = tap.open().unwrap();
+        assert!(tap.open().is_none());
+        assert_eq!(first(&mut events), Event::Freed { request: RequestId(0) });
+        // Whoever reads gets all from then on.
+        pass(&tap, 0, 2 * EVENTS_KEPT_MAX as u64);
+        assert_eq!(events.len(), 3 * EVENTS_KEPT_MAX - 1);
+    }
+
+    #[test]
+    fn nothing_is_kept_for_ever_for_nobody() {
+        let tap = EventTap::new();
+        pass(&tap, 0, EVENTS_KEPT_MAX as u64 + 1);
+        let mut events = tap.open().unwrap();
+        assert!(events.try_recv().is_err());
+        pass(&tap, 7, 8);
+        assert_eq!(first(&mut events), Event::Freed { request: RequestId(7) });
+        assert!(tap.open().is_none());
     }
 }
