@@ -299,16 +299,13 @@ impl DecodeRank {
                 }
             }
             NicEvent::Fenced { node, proof } => {
+                // The proof is about what was there when it was asked for. Whatever else it ended fails by itself.
                 for handover in self.handovers() {
-                    // A fence ends transfers; none of them completed.
-                    if self.leg(handover, node).is_some_and(|leg| !leg.in_flight.is_empty()) {
-                        let reason = self.transport_failure(node, "the peer was fenced".to_owned());
-                        self.fail(now, handover, reason);
-                    }
-                    if let Some(leg) = self.fetches.get_mut(&handover).and_then(|fetch| fetch.legs.get_mut(&node)) {
+                    if let Some(leg) = self.leg(handover, node).filter(|leg| leg.fencing) {
+                        leg.fencing = false;
                         leg.in_flight.clear();
+                        self.drain(handover, proof);
                     }
-                    self.drain(handover, proof);
                 }
             }
             NicEvent::Connected { .. } => {}

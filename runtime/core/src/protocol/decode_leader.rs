@@ -147,10 +147,18 @@ impl DecodeLeader {
     }
 
     /// A rank is met and says what it has: what it heard and said before may be lost, and an earlier leader may have given it work.
-    fn resume_with(&mut self, from: NodeId, handovers: Vec<(HandoverId, RequestId, u64)>) {
+    fn resume_with(&mut self, now: Moment, from: NodeId, handovers: Vec<(HandoverId, RequestId, u64)>) {
         let Some(rank) = self.ranks.rank_of(from) else { return };
         let mut held: BTreeMap<HandoverId, (RequestId, u64)> =
             handovers.into_iter().map(|(handover, request, tokens)| (handover, (request, tokens))).collect();
+        // What it had reported and no longer has died with an earlier incarnation, of whose loss nobody may ever tell.
+        let gone = |handover: &Handover| handover.owners.contains(&rank) && !handover.pending.contains(&rank);
+        let gone = |(id, handover): &(&HandoverId, &Handover)| gone(handover) && !held.contains_key(id);
+        for id in self.handovers.iter().filter(gone).map(|(id, _)| *id).collect::<Vec<_>>() {
+            let (role, group, cause) = (Role::Decode, self.group, "it has started over without what it had".to_owned());
+            let reason = FailReason::RankLost { role, group, rank, node: from, cause };
+            self.decide(now, id, Outcome::Failed { reason });
+        }
         for handover in self.holding.keys().copied().filter(|id| !held.contains_key(id)).collect::<Vec<_>>() {
             self.freed(handover, rank);
         }
@@ -213,7 +221,7 @@ impl DecodeLeader {
                     self.freed(handover, rank);
                 }
             }
-            Message::Holding { handovers } => self.resume_with(from, handovers),
+            Message::Holding { handovers } => self.resume_with(now, from, handovers),
             Message::Health { trouble } => {
                 if self.ranks.hear(from, trouble) {
                     self.ranks.report(self.scheduler, &mut self.outbox);

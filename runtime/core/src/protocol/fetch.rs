@@ -50,6 +50,8 @@ pub(super) struct Leg {
     /// Steps posted (pull) or expected (push).
     pub(super) posted: u32,
     pub(super) in_flight: BTreeSet<TransferId>,
+    /// A fence was asked for that covers all of `in_flight`; nothing was posted since.
+    pub(super) fencing: bool,
     pub(super) bytes: u64,
     pub(super) pieces: u64,
 }
@@ -126,6 +128,7 @@ impl Leg {
             ready: 0,
             posted: 0,
             in_flight: BTreeSet::new(),
+            fencing: false,
             bytes: 0,
             pieces: 0,
         }

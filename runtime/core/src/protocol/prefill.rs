@@ -73,6 +73,8 @@ struct Reader {
     posted: u32,
     /// Pushes that our NIC still reads blocks for.
     in_flight: BTreeSet<TransferId>,
+    /// A fence was asked for that covers all of `in_flight`; nothing was posted since.
+    fencing: bool,
     /// No new transfers: the reader gave up or was lost.
     stopped: bool,
     /// It has every byte, and was told that the lease was good: only its leader's word is missing.
@@ -205,7 +207,11 @@ impl PrefillRank {
                     self.renew(now, request);
                 }
             }
-            Message::Release { request, view } => self.close(now, request, view),
+            Message::Release { request, view } => {
+                // Where nobody knows, this rank may: without its confirmation nothing was delivered.
+                let view = if view == PrefillView::InDoubt { self.unreleased_view(request) } else { view };
+                self.close(now, request, view);
+            }
             Message::Open(open) => {
                 let handover = open.handover;
                 if let Err(refusal) = self.open(now, from, open) {
@@ -272,16 +278,15 @@ impl PrefillRank {
                 }
             }
             NicEvent::Fenced { node, .. } => {
+                // The proof is about what was there when it was asked for. Whatever else it ended fails by itself.
                 for request in self.offers.keys().copied().collect::<Vec<_>>() {
-                    // A fence ends transfers; none of them completed.
-                    self.fail_reader(request, node, "this reader was fenced");
                     let held = self.offers.get_mut(&request).and_then(|offer| offer.held.as_mut());
-                    if let Some(reader) =
-                        held.and_then(|held| held.readers.get_mut(&node)).filter(|reader| reader.stopped)
-                    {
+                    let reader = held.and_then(|held| held.readers.get_mut(&node));
+                    if let Some(reader) = reader.filter(|reader| reader.fencing) {
+                        reader.fencing = false;
                         reader.in_flight.clear();
+                        self.finish_closing(request);
                     }
-                    self.finish_closing(request);
                 }
             }
             NicEvent::Connected { .. } => {}
@@ -329,6 +334,11 @@ impl PrefillRank {
             }
         }
         for (node, (nic, address)) in due {
+            for held in self.offers.values_mut().filter_map(|offer| offer.held.as_mut()) {
+                if let Some(reader) = held.readers.get_mut(&node).filter(|reader| reader.stopped) {
+                    reader.fencing = true;
+                }
+            }
             self.outbox.nic(nic, NicCommand::Fence { node, address });
         }
     }

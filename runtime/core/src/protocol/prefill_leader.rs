@@ -254,7 +254,8 @@ impl PrefillLeader {
 
     fn fail(&mut self, request: RequestId, reason: FailReason) {
         if self.offers.contains_key(&request) {
-            self.release(request, PrefillView::Ended);
+            // It may have been read, and delivered, before it failed here.
+            self.release(request, PrefillView::InDoubt);
             self.outbox.send(self.scheduler, Message::OfferFailed { request, reason });
         }
     }

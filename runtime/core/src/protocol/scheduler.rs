@@ -67,8 +67,6 @@ pub struct Scheduler {
     offers: VecDeque<RequestId>,
     prefill: BTreeMap<GroupId, PrefillGroup>,
     decode: BTreeMap<GroupId, DecodeGroup>,
-    /// Leaders of decode groups that lost a rank: they still owe outcomes.
-    broken: BTreeMap<GroupId, NodeId>,
     handovers: BTreeMap<HandoverId, RequestId>,
     /// Decided handovers whose blocks are not the engines' again: their credits are out.
     held: BTreeMap<HandoverId, Held>,
@@ -156,7 +154,6 @@ impl Scheduler {
             offers: VecDeque::new(),
             prefill: BTreeMap::new(),
             decode: BTreeMap::new(),
-            broken: BTreeMap::new(),
             handovers: BTreeMap::new(),
             held: BTreeMap::new(),
             ended: BTreeMap::new(),
@@ -323,18 +320,10 @@ impl Scheduler {
             if leader.is_none() {
                 self.held.retain(|_, held| held.group != group);
             }
-            match leader {
-                // It will decide by itself.
-                Some(leader) => {
-                    self.broken.insert(group, leader);
-                }
-                None => self.fail_decode(now, group, &reason(Role::Decode, group, rank)),
+            // A leader that lives decides by itself.
+            if leader.is_none() {
+                self.fail_decode(now, group, &reason(Role::Decode, group, rank));
             }
-        } else if let Some(group) =
-            self.broken.iter().find(|(_, leader)| **leader == lost.node).map(|(group, _)| *group)
-        {
-            self.broken.remove(&group);
-            self.fail_decode(now, group, &reason(Role::Decode, group, crate::Rank(0)));
         }
         self.pump(now);
     }
@@ -450,9 +439,7 @@ impl Scheduler {
 
     fn outcome(&mut self, now: Moment, from: NodeId, report: OutcomeReport) {
         // Only the group that has it may decide it.
-        let decides = |group: &GroupId| {
-            self.decode.get(group).is_some_and(|group| group.is_led_by(from)) || self.broken.get(group) == Some(&from)
-        };
+        let decides = |group: &GroupId| self.decode.get(group).is_some_and(|group| group.is_led_by(from));
         let stage = self.handovers.get(&report.handover).and_then(|request| Some(&self.requests.get(request)?.stage));
         if let Some(Stage::Paired { decode, .. }) = stage
             && !decides(decode)

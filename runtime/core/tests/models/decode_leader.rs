@@ -96,6 +96,10 @@ impl Naive {
             Operation::Abort(handover) => self.decide(*handover, End::Cancelled),
             Operation::Freed(rank, handover) => self.let_go(*rank, *handover),
             Operation::Holding(rank, held) => {
+                let lost = |(handover, done): &(&u64, &[bool; 2])| done[*rank] && !held.contains(handover);
+                for handover in self.open.iter().filter(lost).map(|(handover, _)| *handover).collect::<Vec<_>>() {
+                    self.decide(handover, End::Failed);
+                }
                 let gone = self.out.keys().copied().filter(|handover| !held.contains(handover));
                 for handover in gone.collect::<Vec<_>>() {
                     self.let_go(*rank, handover);

@@ -85,6 +85,8 @@ struct Entry {
 struct Books {
     entries: BTreeMap<u64, Entry>,
     flights: BTreeMap<TransferId, usize>,
+    /// Transfers that a fence was asked for.
+    fencing: BTreeSet<TransferId>,
     /// Every transfer that was ever started.
     started: BTreeSet<TransferId>,
     /// Handovers that the leader has called delivered.
@@ -136,6 +138,14 @@ impl Books {
                 self.starts(id, source);
             }
             Command::Nic { command: NicCommand::Expect { id, .. }, .. } => self.starts(id, id.source().0 as usize),
+            Command::Nic { command: NicCommand::Fence { node, .. }, .. } => {
+                let source = SOURCES.iter().position(|known| NodeId(*known) == node).expect("a source");
+                let quarantined = |id: &TransferId| {
+                    self.entries.get(&id.handover().0).is_some_and(|entry| entry.state == State::Quarantined)
+                };
+                let asked = self.flights.iter().filter(|(id, with)| **with == source && quarantined(id));
+                self.fencing.extend(asked.map(|(id, _)| *id));
+            }
             Command::Send { to: NodeId(LEADER), message } => self.report(message),
             Command::Send { to, message: Message::Fetched { handover } } => {
                 let source = SOURCES.iter().position(|known| NodeId(*known) == to).expect("a source");
@@ -258,7 +268,11 @@ impl Subject {
             }
             Operation::Ends(which, well) => self.ends(which, well),
             Operation::Fenced(source) => {
-                self.books.flights.retain(|_, with| *with != source);
+                let fenced = std::mem::take(&mut self.books.fencing);
+                let (ended, others): (BTreeSet<TransferId>, BTreeSet<TransferId>) =
+                    fenced.into_iter().partition(|id| self.books.flights.get(id) == Some(&source));
+                self.books.fencing = others;
+                self.books.flights.retain(|id, _| !ended.contains(id));
                 let proof = FenceProof::EndpointDestroyed;
                 self.nic(NicEvent::Fenced { node: NodeId(SOURCES[source]), proof });
             }
@@ -309,6 +323,7 @@ impl Subject {
             return;
         };
         self.books.flights.remove(&id);
+        self.books.fencing.remove(&id);
         if let Some(entry) = self.books.entries.get_mut(&id.handover().0).filter(|_| well) {
             *entry.arrived.entry(source).or_default() += 1;
         }

@@ -430,14 +430,14 @@ impl World {
                 .get(&transfer.handover())
                 .is_some_and(|group| self.places.get(&peer) == Some(&(*group, transfer.source()))),
         };
-        let ended: Vec<TransferId> =
-            node.nic.flights.iter().filter(|(id, flight)| with(flight, **id)).map(|(id, _)| *id).collect();
-        for transfer in &ended {
+        let ended = node.nic.flights.iter().filter(|(id, flight)| with(flight, **id));
+        let ended: Vec<(TransferId, bool)> = ended.map(|(id, flight)| (*id, flight.cancelled)).collect();
+        for (transfer, _) in &ended {
             node.nic.flights.remove(transfer);
         }
-        // Some transports say so of each transfer, some only of the peer.
-        if self.random.one_in(2) {
-            for transfer in ended {
+        // What was cancelled before may end in the proof alone.
+        for (transfer, cancelled) in ended {
+            if !cancelled || self.random.one_in(2) {
                 self.nic_says(id, NicEvent::Failed { id: transfer, reason: "fenced".to_owned() });
             }
         }

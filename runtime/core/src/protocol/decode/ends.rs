@@ -93,6 +93,11 @@ impl DecodeRank {
             }
         }
         for (node, (nic, address)) in due {
+            for fetch in self.fetches.values_mut().filter(|fetch| fetch.settled.is_some()) {
+                if let Some(leg) = fetch.legs.get_mut(&node) {
+                    leg.fencing = true;
+                }
+            }
             self.outbox.nic(nic, NicCommand::Fence { node, address });
         }
     }

@@ -66,8 +66,16 @@ impl PrefillRank {
         };
         let Some(held) = self.held(request) else { return Err(Refusal::UnknownRequest(request)) };
         let carried = held.readers.remove(&from).map(|old| old.in_flight).unwrap_or_default();
-        let reader =
-            Reader { open, expecting: false, posted: 0, in_flight: carried, stopped: false, confirmed: false, path };
+        let reader = Reader {
+            open,
+            expecting: false,
+            posted: 0,
+            in_flight: carried,
+            fencing: false,
+            stopped: false,
+            confirmed: false,
+            path,
+        };
         held.readers.insert(from, reader);
         let source = match direction {
             Direction::Pull => held.tables.clone(),

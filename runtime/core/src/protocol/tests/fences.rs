@@ -103,6 +103,7 @@ fn a_quarantine_beyond_its_budget_keeps_new_work_away() {
     fixture.rank.handle_leader_up(at(3), NodeId(decode::LEADER));
     let holding = send(decode::LEADER, Message::Holding { handovers: vec![(H1, R1, TOKENS)] });
     assert_eq!(commands(fixture.rank.outbox()), [holding, health(Some(trouble))]);
+    fixture.rank.handle_timeout(at(4));
     fixture.drain();
     let [freed, told] = returned(H1, FenceProof::EndpointDestroyed);
     assert_eq!(fixture.nic(fenced(1)), [freed, told, health(None)]);
@@ -167,14 +168,14 @@ fn a_nic_that_goes_on_reading_an_offer_is_fenced() {
 }
 
 #[test]
-fn a_fence_under_a_running_push_is_that_readers_end() {
+fn a_fence_that_was_not_asked_for_ends_no_push() {
     let mut fixture = prefill::Fixture::offered(Direction::Push);
     let (one, two) = (fixture.pushing(0, H1), fixture.pushing(1, H1));
-    let refusal = Refusal::Transport("this reader was fenced".into());
-    let told = [cancel(0, one), prefill::refused(prefill::READERS[0], H1, refusal)];
-    assert_eq!(fixture.nic(fenced(prefill::READERS[0])), told);
+    assert_eq!(fixture.nic(fenced(prefill::READERS[0])), [], "a push that it ended says so itself");
     let ended = Message::Release { request: R1, view: PrefillView::Ended };
-    assert_eq!(fixture.message(1, prefill::LEADER, ended), [cancel(0, two)], "the other is still written to");
+    assert_eq!(fixture.message(1, prefill::LEADER, ended), [cancel(0, one), cancel(0, two)]);
+    assert_eq!(fixture.nic(fenced(prefill::READERS[0])), []);
+    assert_eq!(fixture.nic(prefill::failed(one)), []);
     assert_eq!(fixture.nic(prefill::done(two)), [prefill::release(PrefillView::Ended)]);
 }
 
@@ -220,10 +221,31 @@ fn an_offer_that_nobody_released_is_in_doubt_only_if_a_reader_has_everything() {
         }
         assert_eq!(said.last(), Some(&prefill::release(view)), "{number}");
     }
+    // A leader that does not know asks this rank.
+    for (mut fixture, view) in [(pull(false), PrefillView::Ended), (pull(true), PrefillView::InDoubt)] {
+        fixture.drain();
+        let unknown = Message::Release { request: R1, view: PrefillView::InDoubt };
+        assert_eq!(fixture.message(1, prefill::LEADER, unknown).last(), Some(&prefill::release(view)));
+    }
     // A lease that lapses leaves the same doubt, and does not tell a reader that it failed which knows better.
     let mut fixture = pull(true);
     fixture.drain();
     fixture.rank.handle_timeout(at(30));
     let lapsed = prefill::rank_failed(FailReason::Refused(Refusal::LeaseExpired(R1)));
     assert_eq!(commands(fixture.rank.outbox()), [lapsed, prefill::release(PrefillView::InDoubt)]);
+}
+
+#[test]
+fn a_fence_says_nothing_of_what_was_posted_after_it() {
+    let mut fixture = decode::Fixture::moving(Direction::Pull, 1);
+    fixture.message(2, decode::LEADER, settle(H1, Outcome::Cancelled));
+    fixture.rank.handle_timeout(at(4));
+    assert_eq!(commands(fixture.rank.outbox()), [fence(1), fence(2)]);
+    // The next handover of the same pair begins while the proof is awaited.
+    fixture.fetch(H2, &[2, 4]);
+    fixture.place(H2);
+    assert_eq!(posts(&fixture.opened(0, H2, 1)).len(), 1);
+    assert_eq!(fixture.nic(fenced(1)), [], "that one goes on");
+    let said = fixture.message(5, decode::LEADER, settle(H2, Outcome::Cancelled));
+    assert_eq!(said.last(), Some(&settled(H2, Outcome::Cancelled, true)), "its transfer has not ended");
 }

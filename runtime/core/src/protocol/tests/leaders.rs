@@ -118,7 +118,7 @@ fn a_group_offers_when_every_rank_does() {
 
 #[test]
 fn one_rank_that_fails_fails_the_offer_once() {
-    let ended = |to| send(to, Message::Release { request: R1, view: PrefillView::Ended });
+    let ended = |to| send(to, Message::Release { request: R1, view: PrefillView::InDoubt });
     let failed = |reason| send(SCHEDULER, Message::OfferFailed { request: R1, reason });
     let start = || {
         let mut leader = prefill_leader(geometry(2));

@@ -68,7 +68,7 @@ fn a_prefill_rank_that_cannot_be_reached_fails_what_was_offered_and_gets_nothing
     leader.handle_peer_down(at(1), NodeId(99), "the cable");
     assert_eq!(commands(leader.outbox()), [], "not one of ours");
     leader.handle_peer_down(at(1), NodeId(21), "the cable");
-    let ended = |to| send(to, Message::Release { request: R1, view: PrefillView::Ended });
+    let ended = |to| send(to, Message::Release { request: R1, view: PrefillView::InDoubt });
     let failed = |request, reason| send(SCHEDULER, Message::OfferFailed { request: RequestId(request), reason });
     let heard = commands(leader.outbox());
     assert_eq!(heard, [ended(20), ended(21), failed(1, parted(Role::Prefill)), health(UNREACHED)]);
@@ -277,4 +277,35 @@ fn a_scheduler_that_is_met_hears_of_every_handover() {
     let fetch = Message::Fetch(FetchJob { pairing: pairing(HandoverId(4), &[4]), dp: 0 });
     leader.handle_message(at(4), NodeId(SCHEDULER), Message::Pair(pairing(HandoverId(4), &[4])));
     assert_eq!(commands(leader.outbox()), [send(20, fetch.clone()), send(21, fetch)]);
+}
+
+#[test]
+fn what_a_rank_had_reported_is_gone_with_the_incarnation_that_had_it() {
+    let mut leader = decode_leader();
+    leader.handle_message(at(0), NodeId(SCHEDULER), Message::Pair(pairing(H1, &[4])));
+    leader.handle_message(at(1), NodeId(21), Message::RankDone { handover: H1, result: Ok(vec![]) });
+    // Its process dies; its next incarnation is met before the directory tells of the loss, or without.
+    leader.handle_peer_down(at(2), NodeId(21), "another session replaced it");
+    leader.handle_rank(Rank(1), NodeId(21));
+    events(leader.outbox());
+    leader.handle_message(at(2), NodeId(21), Message::Holding { handovers: Vec::new() });
+    let settled = events(leader.outbox());
+    assert!(
+        matches!(settled.as_slice(), [Event::Settled { report }, ..] if matches!(report.outcome, Outcome::Failed { .. })),
+        "{settled:?}"
+    );
+    leader.handle_message(at(3), NodeId(20), Message::RankDone { handover: H1, result: Ok(vec![]) });
+    assert_eq!(events(leader.outbox()), [], "it is decided");
+
+    // The same incarnation still has it.
+    let mut leader = decode_leader();
+    leader.handle_message(at(0), NodeId(SCHEDULER), Message::Pair(pairing(H2, &[4])));
+    leader.handle_message(at(1), NodeId(21), Message::RankDone { handover: H2, result: Ok(vec![]) });
+    leader.handle_peer_down(at(2), NodeId(21), "the cable");
+    leader.handle_rank(Rank(1), NodeId(21));
+    leader.handle_message(at(2), NodeId(21), Message::Holding { handovers: vec![(H2, R1, TOKENS)] });
+    leader.handle_message(at(3), NodeId(20), Message::RankDone { handover: H2, result: Ok(vec![]) });
+    let settled = events(leader.outbox());
+    let delivered = |event: &Event| matches!(event, Event::Settled { report } if report.outcome.is_delivered());
+    assert!(settled.last().is_some_and(delivered), "{settled:?}");
 }

@@ -327,3 +327,29 @@ fn nonsense_is_ignored() {
     fixture.say(10, Message::Confirmed { handover: H1 });
     assert!(matches!(fixture.events().as_slice(), [Event::Ignored { from: NodeId(10), .. }]));
 }
+
+#[test]
+fn a_leader_that_was_lost_is_forgotten_with_its_group() {
+    let mut fixture = Fixture::new(1, 0);
+    let join = |fixture: &mut Fixture, node, rank| {
+        let member = member(node, Role::Decode, DECODE, rank, &geometry(2));
+        fixture.scheduler.handle_member(at(0), &member);
+    };
+    join(&mut fixture, 20, 0);
+    join(&mut fixture, 21, 1);
+    fixture.scheduler.handle_lost(at(1), &lost(21));
+    fixture.scheduler.handle_lost(at(1), &lost(20));
+    // Other nodes are that group now, and the old leader's node serves as a prefill group.
+    join(&mut fixture, 30, 0);
+    join(&mut fixture, 31, 1);
+    fixture.join(20, Role::Prefill);
+    fixture.commands();
+    fixture.submit(1);
+    let said = fixture.offer(0, 1);
+    let said = pairs(&said);
+    assert_eq!(said.len(), 1);
+    fixture.scheduler.handle_lost(at(2), &lost(20));
+    fixture.scheduler.handle_timeout(at(5));
+    let again = pairs(&fixture.commands());
+    assert_eq!(again, [], "its group is whole and works on it");
+}
