@@ -196,7 +196,10 @@ impl Nic {
                     self.transport.fence(*peer);
                     return;
                 }
-                let peer = match self.peers.remove(&node) {
+                // The node may have started over since: then it is not its present connection that has to be fenced.
+                let present = self.known.get(&node).is_none_or(|reach| reach.address == address);
+                let standing = if present { self.peers.remove(&node) } else { None };
+                let peer = match standing {
                     Some((peer, _)) => Ok(peer),
                     None => self.transport.connect(&address),
                 };
@@ -207,6 +210,15 @@ impl Nic {
                     }
                     // It is asked for again.
                     Err(error) => tracing::warn!(%node, %error, "a peer cannot be fenced yet"),
+                }
+            }
+            // What is posted now must not be taken for what the fence was asked for, nor be ended by it.
+            NicCommand::Post { id, .. } if self.is_fencing(&command) => {
+                if self.backlog.len() < BACKLOG_MAX {
+                    self.backlog.push_back(command);
+                } else {
+                    let reason = "too many transfers wait for the peer to be fenced".to_owned();
+                    self.outgoing.push(NicEvent::Failed { id, reason });
                 }
             }
             NicCommand::Post { id, node, direction, program } => {
@@ -251,6 +263,10 @@ impl Nic {
             }
             _ => {}
         }
+    }
+
+    fn is_fencing(&self, command: &NicCommand) -> bool {
+        matches!(command, NicCommand::Post { node, .. } if self.fencing.values().any(|fenced| fenced == node))
     }
 
     /// Connects to a known peer, anew if it was connected; posts queue until the connection is up.

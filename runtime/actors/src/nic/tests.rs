@@ -194,3 +194,28 @@ fn a_fence_whose_proof_got_lost_is_asked_for_again() {
     assert_eq!(fixture.happens(fenced(1)).1, proved(5));
     assert_eq!(fixture.happens(fenced(1)), (vec![], vec![]), "the answer to the second");
 }
+
+#[test]
+fn what_is_posted_while_a_fence_is_awaited_waits_for_it() {
+    let mut fixture = Fixture::new();
+    fixture.connect(5);
+    fixture.connect(6);
+    assert_eq!(fixture.fence(5), ["fence 1"]);
+    assert_eq!(fixture.post(5), Vec::<String>::new());
+    assert_eq!(fixture.post(6), ["post to 2"], "another peer's");
+    fixture.nic.pump();
+    assert_eq!(std::mem::take(&mut fixture.script.borrow_mut().asked), Vec::<String>::new());
+    assert_eq!(fixture.happens(fenced(1)).1, proved(5));
+    fixture.nic.pump();
+    assert_eq!(std::mem::take(&mut fixture.script.borrow_mut().asked), ["connect there", "post to 3"]);
+}
+
+#[test]
+fn a_node_that_started_over_keeps_its_new_connection() {
+    let mut fixture = Fixture::new();
+    let (node, earlier) = (NodeId(5), Bytes::from_static(b"earlier"));
+    fixture.connect(5);
+    assert_eq!(fixture.command(NicCommand::Fence { node, address: earlier }), ["connect earlier", "fence 2"]);
+    assert_eq!(fixture.happens(fenced(2)), (vec!["disconnect 2".to_owned()], proved(5)));
+    assert_eq!(fixture.post(5), ["post to 1"], "nothing was wrong with that one");
+}
