@@ -59,8 +59,9 @@ impl Actor for GroupLeader {
 impl Handler<Incoming> for GroupLeader {
     type Result = ();
 
-    fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
+    fn handle(&mut self, Incoming { from, talk, message }: Incoming, ctx: &mut Context<Self>) {
         let now = self.shell.now();
+        self.shell.hear(from, talk);
         match (message, &mut self.core) {
             (Wire::Members(list), core) => {
                 for member in &list.members {
@@ -109,6 +110,7 @@ impl Handler<PeerDown> for GroupLeader {
 
     fn handle(&mut self, PeerDown { node, cause, .. }: PeerDown, ctx: &mut Context<Self>) {
         let now = self.shell.now();
+        self.shell.part(node);
         match &mut self.core {
             LeaderCore::Prefill(core) => core.handle_peer_down(now, node, &cause),
             LeaderCore::Decode(core) => core.handle_peer_down(now, node, &cause),

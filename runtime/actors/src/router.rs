@@ -20,6 +20,8 @@ const WAITING_MAX: usize = 4096;
 pub(crate) struct Incoming {
     /// The sender; authenticated by its session, or this node itself.
     pub from: NodeId,
+    /// In which conversation it was said; 0 on this node itself.
+    pub talk: u64,
     /// What it said.
     pub message: Wire,
 }
@@ -61,6 +63,7 @@ pub(crate) struct Router {
 
 /// What this node and one incarnation of another have to say to each other.
 struct Talk {
+    name: u64,
     epoch: Epoch,
     conversation: Conversation,
     /// The session over the present link.
@@ -95,7 +98,8 @@ impl Router {
     /// Begins a conversation with an incarnation of a node.
     pub(crate) fn begin(&self, node: NodeId, epoch: Epoch, name: u64) {
         self.met.insert(node);
-        self.talks.insert(node, Talk { epoch, conversation: Conversation::new(name), session: None, told: false });
+        let conversation = Conversation::new(name);
+        self.talks.insert(node, Talk { name, epoch, conversation, session: None, told: false });
     }
 
     /// The session over which a node is reached from now on; `None` until there is another.
@@ -148,6 +152,17 @@ impl Router {
         self.met.remove(&node);
     }
 
+    /// Sends to a node as long as the conversation is the one in which the sender has heard it, if it has. In a later one there may be another
+    /// incarnation, for which this was not meant; the sender is about to hear that the peer is down.
+    pub(crate) fn send_within(&self, to: NodeId, talk: Option<u64>, message: Wire) {
+        let goes_on = |talk| self.talks.get(&to).is_some_and(|current| current.name == talk);
+        if talk.is_none_or(goes_on) {
+            self.send(to, message);
+        } else {
+            tracing::debug!(%to, "the conversation is over; a message is dropped");
+        }
+    }
+
     /// Sends to a node; to this one, without a session. A message for a node that had a conversation and has none is dropped: whoever waits
     /// for its answer hears that the peer is down.
     pub(crate) fn send(&self, to: NodeId, message: Wire) {
@@ -173,7 +188,10 @@ impl Router {
     /// This incarnation was told that it is over.
     pub(crate) fn refuse(&self, from: NodeId, message: Wire, dialed: bool) {
         if dialed || from == self.scheduler {
-            give(&self.ports.borrow().mesh, from, message);
+            // It is no part of any conversation.
+            if let Some(mesh) = &self.ports.borrow().mesh {
+                mesh.do_send(Incoming { from, talk: 0, message });
+            }
         } else {
             tracing::warn!(%from, "a node that was not asked says that this incarnation is over; ignored");
         }
@@ -182,6 +200,11 @@ impl Router {
     /// Gives a message to the local actors that it concerns.
     pub(crate) fn deliver(&self, from: NodeId, message: Wire) {
         let ports = self.ports.borrow();
+        let talk = self.talks.get(&from).map_or(0, |talk| talk.name);
+        let give = |port: &Option<Recipient<Incoming>>, from, message| match port {
+            Some(port) => port.do_send(Incoming { from, talk, message }),
+            None => tracing::debug!(%from, "nobody here takes that message"),
+        };
         let from_scheduler = from == self.scheduler || from == self.node;
         match &message {
             // Of a loss that an earlier scheduler had declared.
@@ -229,9 +252,45 @@ impl Router {
     }
 }
 
-fn give(port: &Option<Recipient<Incoming>>, from: NodeId, message: Wire) {
-    match port {
-        Some(port) => port.do_send(Incoming { from, message }),
-        None => tracing::debug!(%from, "nobody here takes that message"),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HERE: NodeId = NodeId(1);
+    const RANK: NodeId = NodeId(2);
+
+    fn said(router: &Router) -> usize {
+        router.talks.get(&RANK).map_or(0, |talk| talk.conversation.unacknowledged())
+    }
+
+    /// A leader that had not heard yet that a rank was lost gave it work, which waited for the rank's next incarnation: that held blocks for it, unknown to
+    /// the leader.
+    #[test]
+    fn what_was_meant_for_one_incarnation_is_not_said_to_the_next() {
+        let router = Router::new(HERE, NodeId(3));
+        let word = || Wire::Health { trouble: None };
+        router.begin(RANK, Epoch(1), 1);
+        router.send_within(RANK, Some(1), word());
+        assert_eq!(said(&router), 1);
+        // The mesh has heard of the loss; whoever speaks has not.
+        router.end(RANK);
+        router.forget(RANK);
+        router.send_within(RANK, Some(1), word());
+        router.begin(RANK, Epoch(2), 2);
+        router.flush(RANK);
+        router.send_within(RANK, Some(1), word());
+        assert_eq!(said(&router), 0);
+        router.send_within(RANK, Some(2), word());
+        assert_eq!(said(&router), 1);
+    }
+
+    /// A group may get work before all its ranks have met.
+    #[test]
+    fn what_is_said_before_anything_was_heard_waits() {
+        let router = Router::new(HERE, NodeId(3));
+        router.send_within(RANK, None, Wire::Health { trouble: None });
+        router.begin(RANK, Epoch(1), 1);
+        router.flush(RANK);
+        assert_eq!(said(&router), 1);
     }
 }

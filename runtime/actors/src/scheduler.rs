@@ -115,7 +115,8 @@ impl Handler<CancelRequest> for Scheduler {
 impl Handler<Incoming> for Scheduler {
     type Result = ();
 
-    fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
+    fn handle(&mut self, Incoming { from, talk, message }: Incoming, ctx: &mut Context<Self>) {
+        self.shell.hear(from, talk);
         self.core.handle_message(self.shell.now(), from, message);
         self.turn(ctx);
     }
@@ -135,8 +136,14 @@ impl Handler<Membership> for Scheduler {
     fn handle(&mut self, change: Membership, ctx: &mut Context<Self>) {
         let now = self.shell.now();
         match change {
-            Membership::Joined(member) => self.core.handle_member(now, &member),
-            Membership::Lost(lost) => self.core.handle_lost(now, &lost),
+            Membership::Joined { member, talk } => {
+                self.shell.hear(member.node, talk);
+                self.core.handle_member(now, &member);
+            }
+            Membership::Lost(lost) => {
+                self.shell.part(lost.node);
+                self.core.handle_lost(now, &lost);
+            }
         }
         self.turn(ctx);
     }
@@ -155,8 +162,8 @@ impl Handler<Tick> for Scheduler {
 /// What the directory tells the scheduler.
 #[derive(Debug)]
 pub(crate) enum Membership {
-    /// A member joined.
-    Joined(std::sync::Arc<Member>),
+    /// A member joined, in this conversation.
+    Joined { member: std::sync::Arc<Member>, talk: u64 },
     /// A member is gone.
     Lost(Lost),
 }
@@ -199,7 +206,8 @@ impl Actor for DirectoryActor {
 impl Handler<Incoming> for DirectoryActor {
     type Result = ();
 
-    fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
+    fn handle(&mut self, Incoming { from, talk, message }: Incoming, ctx: &mut Context<Self>) {
+        self.shell.hear(from, talk);
         let member = match message {
             Wire::Join(member) => member,
             Wire::Lost(lost) => {
@@ -209,7 +217,7 @@ impl Handler<Incoming> for DirectoryActor {
             }
             message => {
                 // What a node says to the scheduler must not overtake its own join.
-                self.scheduler.do_send(Incoming { from, message });
+                self.scheduler.do_send(Incoming { from, talk, message });
                 return;
             }
         };
@@ -222,7 +230,7 @@ impl Handler<Incoming> for DirectoryActor {
             Ok(member) => {
                 // The newcomer's group hears of it before any work that it makes possible.
                 self.turn(ctx);
-                self.scheduler.do_send(Membership::Joined(member));
+                self.scheduler.do_send(Membership::Joined { member, talk });
             }
             Err(error) => {
                 tracing::warn!(%from, %error, "a join was refused");
@@ -236,6 +244,7 @@ impl Handler<PeerDown> for DirectoryActor {
     type Result = ();
 
     fn handle(&mut self, PeerDown { node, epoch, cause }: PeerDown, ctx: &mut Context<Self>) {
+        self.shell.part(node);
         let lost = self.core.handle_lost(node, epoch, &cause);
         self.lose(lost, ctx);
     }

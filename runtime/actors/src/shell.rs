@@ -1,10 +1,11 @@
 //! What every protocol actor does around its core: run commands, pass events on, arm one timer.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use actix::prelude::*;
-use kvferry_core::Moment;
 use kvferry_core::protocol::{Command, EngineCall, Event, Outbox, Vitals};
+use kvferry_core::{Moment, NodeId};
 use tokio::sync::mpsc;
 
 use crate::nic::NicRequest;
@@ -39,13 +40,15 @@ pub(crate) struct Shell {
     nics: Vec<NicPort>,
     engine: Option<mpsc::UnboundedSender<EngineCall>>,
     observer: Observer,
+    /// In which conversation this actor has heard something of a node: what it says is meant for that one. The mesh is ahead of it.
+    heard: BTreeMap<NodeId, u64>,
     armed: Option<Moment>,
 }
 
 impl Shell {
     /// A shell for an actor without NICs or engine.
     pub(crate) fn new(clock: Rc<dyn Clock>, router: Router, observer: Observer) -> Self {
-        Shell { clock, router, nics: Vec::new(), engine: None, observer, armed: None }
+        Shell { clock, router, nics: Vec::new(), engine: None, observer, heard: BTreeMap::new(), armed: None }
     }
 
     /// With the NICs and the engine of a worker.
@@ -65,6 +68,18 @@ impl Shell {
         &self.router
     }
 
+    /// The actor hears something of a node in this conversation; 0 of its own node.
+    pub(crate) fn hear(&mut self, from: NodeId, talk: u64) {
+        if talk > 0 {
+            self.heard.insert(from, talk);
+        }
+    }
+
+    /// The actor hears that the conversation with a node is over.
+    pub(crate) fn part(&mut self, node: NodeId) {
+        self.heard.remove(&node);
+    }
+
     /// Tells whoever watches.
     pub(crate) fn observe(&self, event: Event) {
         (self.observer)(event);
@@ -74,7 +89,7 @@ impl Shell {
     pub(crate) fn run(&mut self, outbox: &mut Outbox, mut each: impl FnMut(&Event)) {
         while let Some(command) = outbox.poll_command() {
             match command {
-                Command::Send { to, message } => self.router.send(to, message),
+                Command::Send { to, message } => self.router.send_within(to, self.heard.get(&to).copied(), message),
                 Command::Meet { node } => self.router.meet(node),
                 Command::Engine(call) => {
                     if let Some(engine) = &self.engine {

@@ -70,8 +70,9 @@ impl<C: RankCore> Actor for Worker<C> {
 impl<C: RankCore> Handler<Incoming> for Worker<C> {
     type Result = ();
 
-    fn handle(&mut self, Incoming { from, message }: Incoming, ctx: &mut Context<Self>) {
+    fn handle(&mut self, Incoming { from, talk, message }: Incoming, ctx: &mut Context<Self>) {
         let now = self.shell.now();
+        self.shell.hear(from, talk);
         match message {
             Wire::Members(list) => {
                 self.roster.update(&list, self.group);
@@ -127,6 +128,7 @@ impl<C: RankCore> Handler<PeerDown> for Worker<C> {
 
     fn handle(&mut self, PeerDown { node, cause, .. }: PeerDown, ctx: &mut Context<Self>) {
         let now = self.shell.now();
+        self.shell.part(node);
         self.core.handle_peer_down(now, node, &cause);
         if self.leader.part(node) {
             self.core.handle_leader_down(now, node, &cause);

@@ -44,3 +44,11 @@ fn a_node_that_somebody_was_told_to_be_lost_is_lost() {
 fn a_request_is_not_given_up_before_its_groups_were_met() {
     holds(2876, &Shape::default());
 }
+
+/// A leader that was about to hear that a rank was lost gave it work, which the rank's next incarnation got: it held blocks that nobody had counted.
+#[test]
+fn what_was_meant_for_a_lost_rank_is_not_said_to_its_next_incarnation() {
+    for seed in [858, 1611, 1810, 3489, 3943, 229_472_139] {
+        holds(seed, &Shape::default());
+    }
+}
