@@ -80,6 +80,8 @@ pub struct Scheduler {
     next_handover: u64,
     /// Leaders may still be about to announce what a predecessor gave them: until then requests wait.
     listens_until: Option<Moment>,
+    /// There may have been a scheduler before this one.
+    succeeds: bool,
     /// Which roles have had a complete group: without one so far, requests wait; after the last is gone, they fail.
     seen: BTreeSet<Role>,
     renew_at: Option<Moment>,
@@ -161,6 +163,7 @@ impl Scheduler {
             resting: BTreeSet::new(),
             next_handover: first_handover,
             listens_until: None,
+            succeeds: false,
             seen: BTreeSet::new(),
             renew_at: None,
             outbox: Outbox::default(),
@@ -168,9 +171,11 @@ impl Scheduler {
     }
 
     /// There may have been a scheduler before this one: nothing is begun before leaders had [`SchedulerTerms::adopt_after`] to announce what they
-    /// have of it, so that it is neither computed nor delivered again.
+    /// have of it, so that it is neither computed nor delivered again. A decode group takes nothing, whenever it joins, before its leader has said
+    /// that it is whole: its survivors may hold what an earlier leader gave them.
     pub fn expect_announcements(&mut self, now: Moment) {
         self.listens_until = Some(now + self.terms.adopt_after);
+        self.succeeds = true;
     }
 
     /// Commands and events to drain.
@@ -284,7 +289,10 @@ impl Scheduler {
                 group.join(place, member.node)
             }
             Role::Decode => {
-                let group = self.decode.entry(place.group).or_insert_with(|| DecodeGroup::new(place));
+                let group = self.decode.entry(place.group).or_insert_with(|| match self.succeeds {
+                    true => DecodeGroup::inherited(place),
+                    false => DecodeGroup::new(place),
+                });
                 group.join(place, member.node)
             }
         };

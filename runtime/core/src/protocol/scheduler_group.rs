@@ -9,6 +9,9 @@ use crate::{GroupGeometry, GroupId, HandoverId, NodeId, Rank, RequestId};
 /// Hashes remembered per decode group; beyond that the scheduler forgets the largest, and only chooses less well.
 const HELD_HASHES_MAX: usize = 1 << 20;
 
+/// Of a decode group that a predecessor may have given work: its leader says what that was, and that all ranks have told it what they hold.
+const UNHEARD: &str = "it may hold what an earlier scheduler gave it, and its leader has yet to say that it is whole";
+
 /// Of a group that has lost a rank: its leader says so when it has met all of them again, and what they still hold.
 const NOT_WHOLE: &str = "it has lost a rank, and its leader has yet to say that it is whole";
 
@@ -178,6 +181,11 @@ impl DecodeGroup {
             load_tokens: 0,
             held: BTreeSet::new(),
         }
+    }
+
+    /// One that a predecessor of this scheduler may have given work.
+    pub(super) fn inherited(place: &Place) -> Self {
+        DecodeGroup { trouble: Some(UNHEARD.to_owned()), ..DecodeGroup::new(place) }
     }
 
     /// What is left of it when a rank is gone and its leader is not: the leader still says of everything when its blocks are back.

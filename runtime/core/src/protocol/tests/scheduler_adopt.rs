@@ -401,3 +401,23 @@ fn a_request_that_ended_does_not_end_again_however_late_its_delivery_is_announce
     assert_eq!(fixture.finished(), []);
     assert_quiet(&fixture);
 }
+
+#[test]
+fn a_decode_group_that_comes_late_takes_nothing_before_its_leader_has_said_what_it_holds() {
+    // Its leader starts again while there is no scheduler, and comes back last: the other rank still holds what the earlier leader gave it.
+    let pair = geometry(2);
+    let mut fixture = restarted(1, 0);
+    fixture.scheduler.expect_announcements(at(0));
+    fixture.submit(1);
+    fixture.scheduler.handle_member(at(0), &member(11, Role::Decode, GroupId(10), 1, &pair));
+    fixture.scheduler.handle_timeout(at(8));
+    fixture.commands();
+    fixture.offer(0, 1);
+    fixture.scheduler.handle_member(at(9), &member(10, Role::Decode, GroupId(10), 0, &pair));
+    assert_eq!(pairs(&fixture.commands()), []);
+    assert_eq!(pairs(&fixture.say(10, Message::Health { trouble: Some("1 of 2 ranks are met".into()) })), []);
+    let held = vec![(HandoverId(7), spec(9), true)];
+    let standing = StandingHandovers { held, ..StandingHandovers::default() };
+    assert_eq!(pairs(&fixture.say(10, Message::StandingHandovers(Box::new(standing)))), []);
+    assert_eq!(pairs(&fixture.say(10, Message::Health { trouble: None })), [(10, NEW, 1)]);
+}
