@@ -48,7 +48,13 @@ fn a_request_is_not_given_up_before_its_groups_were_met() {
 /// A leader that was about to hear that a rank was lost gave it work, which the rank's next incarnation got: it held blocks that nobody had counted.
 #[test]
 fn what_was_meant_for_a_lost_rank_is_not_said_to_its_next_incarnation() {
-    for seed in [858, 1611, 1810, 3489, 3943, 229_472_139] {
+    for seed in [858, 1611, 1810, 3489, 3943, 31_612, 32_254, 229_472_139] {
         holds(seed, &Shape::default());
     }
+}
+
+/// No fault of the runtime: a node that had stood still for longer than the observer allows found the welcome of an incarnation that was over.
+#[test]
+fn last_words_wait_for_whoever_stands_still() {
+    holds(32159, &Shape::default());
 }
