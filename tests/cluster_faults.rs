@@ -132,6 +132,14 @@ fn a_short_pause_is_only_a_delay() {
 }
 
 #[test]
+fn a_scheduler_that_slept_knows_that_it_was_not_the_others() {
+    let sides = ["--prefill", "tp=2", "--decode", "tp=2", "--pause", "scheduler@3+4000"];
+    let ran = processes(&[&BRISK[..], &sides].concat());
+    ran.check_sound();
+    assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
+}
+
+#[test]
 fn killed_ranks_are_a_group_again_once_they_are_back() {
     let sides = ["--prefill", "tp=2", "--decode", "tp=2", "--restart", "--kill", "prefill:1@2", "--kill", "decode:0@4"];
     processes(&[&BRISK[..], &sides].concat()).check_sound();

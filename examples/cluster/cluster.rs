@@ -7,7 +7,7 @@ use kvferry::{Epoch, GroupId, RequestId, RequestSpec};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::fault::{Fault, When};
+use crate::fault::{Fault, Target, When};
 use crate::harm::Deed;
 use crate::launch::{LaunchError, Launched, Word};
 use crate::options::{RANK_WORKER, SCHEDULER_WORKER};
@@ -207,6 +207,11 @@ impl<'a> Cluster<'a> {
                 }
             }
             Word::Said(scheduler::Said::Report { census }) => self.scheduler_census = Some(census),
+            // One that was away knows it, and its next incarnation asks the ranks.
+            Word::Said(scheduler::Said::Failed(reason)) if self.record.scheduler_hurt && !self.ending => {
+                tracing::debug!(reason, "the scheduler ended");
+                self.fence(Target::Scheduler);
+            }
             Word::Said(scheduler::Said::Failed(reason)) => self.scheduler_failed = Some(reason),
             Word::Ended => {
                 let how = self.scheduler.as_mut().map(Launched::ending).unwrap_or_default();

@@ -73,8 +73,8 @@ pub(crate) enum SchedulerError {
     Node(#[from] NodeError),
     #[error("it has no runtime: {0}")]
     Runtime(std::io::Error),
-    #[error("its node has stopped: an actor panicked")]
-    NodeStopped,
+    #[error("its node has stopped: {0}")]
+    NodeStopped(String),
 }
 
 /// What runs as `--scheduler-worker`.
@@ -101,6 +101,8 @@ impl Worker for SchedulerWorker {
     }
 }
 
+const SCHEDULER: NodeId = NodeId(0);
+
 type Ended = (RequestId, Result<Finished, HandoverError>);
 
 async fn serve(
@@ -108,7 +110,7 @@ async fn serve(
     mut orders: mpsc::UnboundedReceiver<Order>,
     say: &mut dyn FnMut(Said),
 ) -> Result<(), SchedulerError> {
-    let mut node = NodeConfig::new(NodeId(0), config.epoch);
+    let mut node = NodeConfig::new(SCHEDULER, config.epoch);
     node.listen = config.listen;
     config.terms.apply(&mut node);
     let terms = SchedulerTerms { leases: node.leases, ..SchedulerTerms::default() };
@@ -130,13 +132,14 @@ async fn serve(
             Some(event) = events.recv() => match event {
                 Event::GroupReady { group } => say(Said::GroupReady { group }),
                 Event::Started { .. } => say(Said::Started),
+                Event::NodeLost { node: SCHEDULER, cause } => return Err(SchedulerError::NodeStopped(cause)),
                 Event::NodeLost { node, cause } => say(Said::NodeLost { node, cause }),
                 event => tracing::debug!(?event),
             },
             Some(Ok((request, end))) = handovers.join_next() => match end {
                 Ok(finished) => say(Said::Finished { request, end: Ok(finished) }),
                 Err(HandoverError::Refused(refusal)) => say(Said::Finished { request, end: Err(refusal) }),
-                Err(_) => return Err(SchedulerError::NodeStopped),
+                Err(error) => return Err(SchedulerError::NodeStopped(error.to_string())),
             },
         }
     }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use actix::prelude::*;
 use kvferry_core::protocol::{
-    Event, Identity, JoinError, Lost, Member, MemberList, Message as Wire, Profile, RESUMING_PROTOCOL, Session,
+    Attendance, Away, Event, Identity, JoinError, Lost, Member, MemberList, Message as Wire, Profile, RESUMING_PROTOCOL, Session,
     SessionTerms, are_peers, dials,
 };
 use kvferry_core::{Epoch, Moment, NodeId};
@@ -49,6 +49,8 @@ pub(crate) struct SessionDown {
     pub session: Addr<PeerSession>,
     /// Why.
     pub cause: String,
+    /// Nothing was heard of the peer any more.
+    pub silent: bool,
 }
 
 impl Message for SessionDown {
@@ -166,6 +168,10 @@ pub(crate) struct Mesh {
     up: BTreeMap<NodeId, Standing>,
     /// The newest incarnation that was declared lost: nothing of it, or older, is believed.
     fenced: BTreeMap<NodeId, Epoch>,
+    /// Whether this node was away itself, where it judges others: at the scheduler.
+    attendance: Option<Attendance>,
+    /// It was: nobody is judged any more.
+    away: bool,
     armed: Option<Moment>,
 }
 
@@ -180,6 +186,8 @@ impl Mesh {
         on_end: OnEnd,
     ) -> Self {
         let (mut targets, mut to_dial) = (BTreeMap::new(), BTreeSet::new());
+        let judges = config.scheduler.is_none();
+        let attendance = judges.then(|| Attendance::new(environment.clock.now(), config.terms));
         if let Some((node, address)) = &config.scheduler {
             targets.insert(*node, Target::new(address.clone(), true));
             to_dial.insert(*node);
@@ -198,6 +206,8 @@ impl Mesh {
             conversations: 0,
             up: BTreeMap::new(),
             fenced: BTreeMap::new(),
+            attendance,
+            away: false,
             armed: None,
         }
     }
@@ -223,7 +233,8 @@ impl Mesh {
         }
         let resume_within = self.config.terms.resume_within;
         let broken = self.broken.iter().filter_map(|node| self.up.get(node)?.session.as_ref().err());
-        due = due.into_iter().chain(broken.map(|(since, _)| *since + resume_within)).min();
+        let attend = self.attendance.as_ref().map(Attendance::poll_timeout);
+        due = due.into_iter().chain(broken.map(|(since, _)| *since + resume_within)).chain(attend).min();
         if let Some(due) = due
             && self.armed.is_none_or(|armed| due < armed)
         {
@@ -243,6 +254,26 @@ impl Mesh {
             .map(|(node, (_, cause))| (node, cause.clone()))
             .collect();
         for (node, cause) in late {
+            self.judge(node, cause);
+        }
+    }
+
+    /// Whether this node was away and its incarnation is over: then others are right who have given it up.
+    fn was_away(&mut self, look: impl FnOnce(&mut Attendance, Moment) -> Result<(), Away>) -> bool {
+        if let Some(attendance) = self.attendance.as_mut().filter(|_| !self.away)
+            && let Err(away) = look(attendance, self.environment.clock.now())
+        {
+            tracing::error!(%away, "this node's incarnation ends");
+            self.away = true;
+            (self.on_end)(&away.to_string());
+        }
+        self.away
+    }
+
+    /// Ends a conversation because the peer is gone, unless it is this node that was.
+    fn judge(&mut self, node: NodeId, cause: String) {
+        let peers = self.up.len();
+        if !self.was_away(|attendance, now| attendance.handle_loss(now, node, peers)) {
             self.give_up(node, cause);
         }
     }
@@ -391,6 +422,9 @@ impl Handler<SessionUp> for Mesh {
     type Result = ();
 
     fn handle(&mut self, up: SessionUp, ctx: &mut Context<Self>) {
+        if self.was_away(Attendance::handle_present) {
+            return;
+        }
         let SessionUp { node, epoch, protocol, session, dialed } = up;
         if let Some(target) = self.targets.get_mut(&node).filter(|_| dialed) {
             target.dialing = false;
@@ -435,11 +469,17 @@ impl Handler<SessionUp> for Mesh {
 impl Handler<SessionDown> for Mesh {
     type Result = ();
 
-    fn handle(&mut self, SessionDown { peer, dialed, session, cause }: SessionDown, ctx: &mut Context<Self>) {
+    fn handle(&mut self, SessionDown { peer, dialed, session, cause, silent }: SessionDown, ctx: &mut Context<Self>) {
+        if self.was_away(Attendance::handle_present) {
+            return;
+        }
         let now = self.environment.clock.now();
         if let Some((node, _)) = peer
             && let Some(standing) = self.up.get_mut(&node).filter(|standing| standing.session.as_ref() == Ok(&session))
         {
+            if let Some(attendance) = self.attendance.as_mut().filter(|_| silent) {
+                attendance.handle_silence(now, node);
+            }
             // Only a session that lasted shows that dialing at once is worth it.
             if now.since(standing.since) > REDIAL_MAX
                 && let Some(target) = self.targets.get_mut(&node)
@@ -452,7 +492,7 @@ impl Handler<SessionDown> for Mesh {
                 self.to_dial.insert(node);
                 self.router.link(node, None);
             } else {
-                self.give_up(node, cause);
+                self.judge(node, cause);
             }
         }
         if let Some(node) = dialed {
@@ -467,9 +507,9 @@ impl Handler<StartedOver> for Mesh {
 
     fn handle(&mut self, StartedOver { node, epoch, session, why }: StartedOver, _: &mut Context<Self>) {
         let current = self.up.get(&node).is_some_and(|standing| standing.session.as_ref() == Ok(&session));
-        if current {
+        if current && !self.was_away(Attendance::handle_present) {
             tracing::warn!(%node, %epoch, why, "a conversation is over");
-            self.give_up(node, why.to_owned());
+            self.judge(node, why.to_owned());
         }
     }
 }
@@ -511,6 +551,9 @@ impl Handler<Tick> for Mesh {
     fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
         let now = self.environment.clock.now();
         self.armed = self.armed.filter(|armed| now < *armed);
+        if self.was_away(Attendance::handle_present) {
+            return;
+        }
         self.give_up_broken();
         self.dial_all(ctx);
     }

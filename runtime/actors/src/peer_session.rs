@@ -4,7 +4,7 @@ use core::time::Duration;
 use std::rc::Rc;
 
 use actix::prelude::*;
-use kvferry_core::protocol::{Heard, JoinError, Message as Wire, Session, SessionEvent};
+use kvferry_core::protocol::{Heard, JoinError, Message as Wire, Session, SessionError, SessionEvent};
 use kvferry_core::{Epoch, Moment, NodeId};
 
 use crate::mesh::{Mesh, SessionDown, SessionUp, StartedOver};
@@ -115,6 +115,7 @@ impl PeerSession {
                         dialed: self.dialed,
                         session: ctx.address(),
                         cause: error.to_string(),
+                        silent: matches!(error, SessionError::Silent(_)),
                     });
                     self.transmit();
                     if let Some(mut link) = self.link.take() {

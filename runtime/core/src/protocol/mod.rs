@@ -5,6 +5,7 @@
 //! every rank, [`PrefillLeader`] and [`DecodeLeader`] beside rank 0 of a group, [`Scheduler`] and [`Directory`] once, and a
 //! [`Session`] under every link.
 
+mod attendance;
 mod command;
 mod conversation;
 mod credit;
@@ -32,6 +33,7 @@ mod sources;
 mod tests;
 mod vitals;
 
+pub use attendance::{Attendance, Away};
 pub use command::{Command, EngineCall, EngineEvent, Event, Finished, NicCommand, NicEvent, Outbox};
 pub use conversation::{Conversation, Heard, RESUMING_PROTOCOL, Unheard};
 pub use credit::{Credit, CreditError};
