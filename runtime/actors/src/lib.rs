@@ -10,6 +10,7 @@ mod router;
 mod scheduler;
 mod seams;
 mod shell;
+mod strangers;
 mod supervise;
 mod tcp_link;
 mod threads;

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use actix::prelude::*;
 use kvferry_core::protocol::{
-    Attendance, Away, Event, Identity, JoinError, Lost, Member, MemberList, Message as Wire, Profile, RESUMING_PROTOCOL, Session,
-    SessionTerms, are_peers, dials,
+    Attendance, Away, Event, Identity, JoinError, Lost, Member, MemberList, Message as Wire, Profile,
+    RESUMING_PROTOCOL, Session, SessionError, SessionTerms, are_peers, dials,
 };
 use kvferry_core::{Epoch, Moment, NodeId};
 
@@ -14,6 +14,7 @@ use crate::peer_session::{Admit, Hangup, PeerSession, Refuse};
 use crate::router::{Incoming, Router};
 use crate::seams::{Environment, LinkUp, Tick};
 use crate::shell::Observer;
+use crate::strangers::Strangers;
 use crate::supervise::{self, OnEnd};
 
 const REDIAL_FIRST: Duration = Duration::from_millis(20);
@@ -48,9 +49,7 @@ pub(crate) struct SessionDown {
     /// The actor.
     pub session: Addr<PeerSession>,
     /// Why.
-    pub cause: String,
-    /// Nothing was heard of the peer any more.
-    pub silent: bool,
+    pub cause: SessionError,
 }
 
 impl Message for SessionDown {
@@ -166,6 +165,7 @@ pub(crate) struct Mesh {
     conversations: u64,
     /// Those that stand.
     up: BTreeMap<NodeId, Standing>,
+    strangers: Strangers<Addr<PeerSession>>,
     /// The newest incarnation that was declared lost: nothing of it, or older, is believed.
     fenced: BTreeMap<NodeId, Epoch>,
     /// Whether this node was away itself, where it judges others: at the scheduler.
@@ -205,6 +205,7 @@ impl Mesh {
             broken: BTreeSet::new(),
             conversations: 0,
             up: BTreeMap::new(),
+            strangers: Strangers::new(),
             fenced: BTreeMap::new(),
             attendance,
             away: false,
@@ -228,8 +229,14 @@ impl Mesh {
                 continue;
             }
             target.dialing = true;
+            // While there is something to resume, a packet that is lost must not take all the time that there is.
+            let within = match self.up.contains_key(&node) {
+                true => self.config.terms.resume_within / 4,
+                false => self.config.terms.handshake_within,
+            };
             let (mesh, dialed) = (ctx.address(), Some(node));
-            self.environment.network.dial(&target.address, Box::new(move |link| mesh.do_send(Linked { link, dialed })));
+            let answer = Box::new(move |link| mesh.do_send(Linked { link, dialed }));
+            self.environment.network.dial(&target.address, within, answer);
         }
         let resume_within = self.config.terms.resume_within;
         let broken = self.broken.iter().filter_map(|node| self.up.get(node)?.session.as_ref().err());
@@ -414,7 +421,12 @@ impl Handler<Linked> for Mesh {
         };
         let (clock, router, mesh) = (self.environment.clock.clone(), self.router.clone(), ctx.address());
         let session = PeerSession::new(session, link, clock, router, mesh, dialed);
-        supervise::start("peer session", &self.on_end, Context::new(), session);
+        let session = supervise::start("peer session", &self.on_end, Context::new(), session);
+        if dialed.is_none()
+            && let Some(oldest) = self.strangers.come(session)
+        {
+            oldest.do_send(Hangup);
+        }
     }
 }
 
@@ -426,8 +438,10 @@ impl Handler<SessionUp> for Mesh {
             return;
         }
         let SessionUp { node, epoch, protocol, session, dialed } = up;
-        if let Some(target) = self.targets.get_mut(&node).filter(|_| dialed) {
-            target.dialing = false;
+        if dialed {
+            self.targets.get_mut(&node).into_iter().for_each(|target| target.dialing = false);
+        } else {
+            self.strangers.leave(&session);
         }
         let fenced = self.is_fenced(node, epoch);
         let older = self.up.get(&node).is_some_and(|standing| epoch < standing.epoch);
@@ -469,15 +483,18 @@ impl Handler<SessionUp> for Mesh {
 impl Handler<SessionDown> for Mesh {
     type Result = ();
 
-    fn handle(&mut self, SessionDown { peer, dialed, session, cause, silent }: SessionDown, ctx: &mut Context<Self>) {
+    fn handle(&mut self, SessionDown { peer, dialed, session, cause }: SessionDown, ctx: &mut Context<Self>) {
         if self.was_away(Attendance::handle_present) {
             return;
         }
         let now = self.environment.clock.now();
+        if dialed.is_none() {
+            self.strangers.leave(&session);
+        }
         if let Some((node, _)) = peer
             && let Some(standing) = self.up.get_mut(&node).filter(|standing| standing.session.as_ref() == Ok(&session))
         {
-            if let Some(attendance) = self.attendance.as_mut().filter(|_| silent) {
+            if let Some(attendance) = self.attendance.as_mut().filter(|_| matches!(cause, SessionError::Silent(_))) {
                 attendance.handle_silence(now, node);
             }
             // Only a session that lasted shows that dialing at once is worth it.
@@ -486,13 +503,14 @@ impl Handler<SessionDown> for Mesh {
             {
                 target.backoff = REDIAL_FIRST;
             }
-            if standing.resumes {
-                standing.session = Err((now, cause));
+            // What cannot cross would be said again over every other link.
+            if standing.resumes && !matches!(cause, SessionError::CannotCross(_)) {
+                standing.session = Err((now, cause.to_string()));
                 self.broken.insert(node);
                 self.to_dial.insert(node);
                 self.router.link(node, None);
             } else {
-                self.judge(node, cause);
+                self.judge(node, cause.to_string());
             }
         }
         if let Some(node) = dialed {

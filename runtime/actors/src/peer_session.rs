@@ -4,7 +4,7 @@ use core::time::Duration;
 use std::rc::Rc;
 
 use actix::prelude::*;
-use kvferry_core::protocol::{Heard, JoinError, Message as Wire, Session, SessionError, SessionEvent};
+use kvferry_core::protocol::{Heard, JoinError, Message as Wire, Session, SessionEvent};
 use kvferry_core::{Epoch, Moment, NodeId};
 
 use crate::mesh::{Mesh, SessionDown, SessionUp, StartedOver};
@@ -93,6 +93,19 @@ impl PeerSession {
     }
 
     fn turn(&mut self, ctx: &mut Context<Self>) {
+        self.react(ctx);
+        self.speak(false, ctx);
+        // What was said may not have been a message that can cross.
+        self.react(ctx);
+        if let Some(due) = self.session.poll_timeout()
+            && self.armed.is_none_or(|armed| due < armed)
+        {
+            self.armed = Some(due);
+            self.clock.wake(due, ctx.address().recipient());
+        }
+    }
+
+    fn react(&mut self, ctx: &mut Context<Self>) {
         self.transmit();
         while let Some(event) = self.session.poll_event() {
             match event {
@@ -114,8 +127,7 @@ impl PeerSession {
                         peer: self.peer,
                         dialed: self.dialed,
                         session: ctx.address(),
-                        cause: error.to_string(),
-                        silent: matches!(error, SessionError::Silent(_)),
+                        cause: error,
                     });
                     self.transmit();
                     if let Some(mut link) = self.link.take() {
@@ -124,14 +136,6 @@ impl PeerSession {
                     ctx.stop();
                 }
             }
-        }
-        self.speak(false, ctx);
-        self.transmit();
-        if let Some(due) = self.session.poll_timeout()
-            && self.armed.is_none_or(|armed| due < armed)
-        {
-            self.armed = Some(due);
-            self.clock.wake(due, ctx.address().recipient());
         }
     }
 
@@ -154,26 +158,33 @@ impl PeerSession {
         }
         match self.router.converse(node, &ctx.address(), |conversation| conversation.handle_message(message)) {
             Some(Heard::Message(message)) => self.router.deliver(node, message),
-            Some(Heard::StartedOver(why)) => {
-                self.mesh.do_send(StartedOver { node, epoch, session: ctx.address(), why });
-                self.session.handle_link_closed(why);
-            }
+            Some(Heard::StartedOver(why)) => self.start_over(node, epoch, why, ctx),
             Some(Heard::Nothing) | None => {}
         }
     }
 
     /// Says what there is to say; an acknowledgement, too, if one is `due`.
     fn speak(&mut self, due: bool, ctx: &mut Context<Self>) {
-        let (Some((node, _)), None) = (self.peer, &self.early) else { return };
+        let (Some((node, epoch)), None) = (self.peer, &self.early) else { return };
         let (now, session) = (self.clock.now(), &mut self.session);
-        self.router.converse(node, &ctx.address(), |conversation| {
+        let over = self.router.converse(node, &ctx.address(), |conversation| {
             while let Some(message) = conversation.next_message() {
                 session.send(now, message);
             }
             if let Some(heard) = conversation.acknowledgement(due) {
                 session.send(now, &heard);
             }
+            conversation.over()
         });
+        // A peer that acknowledges nothing may say nothing either.
+        if let Some(why) = over.flatten() {
+            self.start_over(node, epoch, why, ctx);
+        }
+    }
+
+    fn start_over(&mut self, node: NodeId, epoch: Epoch, why: &'static str, ctx: &mut Context<Self>) {
+        self.mesh.do_send(StartedOver { node, epoch, session: ctx.address(), why });
+        self.session.handle_link_closed(why);
     }
 }
 

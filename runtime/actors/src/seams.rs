@@ -1,5 +1,6 @@
 //! The four seams: everything that differs between production and simulation.
 
+use core::time::Duration;
 use std::rc::Rc;
 
 use actix::prelude::*;
@@ -55,8 +56,8 @@ impl Message for LinkInput {
 
 /// Control links. One per node.
 pub trait Network {
-    /// Dials an address; `answer` gets the link, or why there is none.
-    fn dial(&self, address: &str, answer: Box<dyn FnOnce(Result<LinkUp, String>)>);
+    /// Dials an address; `answer` gets the link, or why there is none, `within` so long.
+    fn dial(&self, address: &str, within: Duration, answer: Box<dyn FnOnce(Result<LinkUp, String>)>);
 
     /// Starts to accept links; each is given to `accept`. Returns the address to advertise.
     fn listen(&self, address: &str, accept: Box<dyn Fn(LinkUp)>) -> Result<String, ListenError>;

@@ -1,6 +1,7 @@
 //! Control links over TCP, on tokio.
 #![allow(clippy::disallowed_methods, reason = "the production side of a seam")]
 
+use core::time::Duration;
 use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
@@ -19,19 +20,24 @@ use crate::seams::{Link, LinkInput, LinkUp, ListenError, Network};
 const READ_BYTES: usize = 64 << 10;
 
 /// How long one frame may take to leave.
-const WRITE_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
+const WRITE_WITHIN: Duration = Duration::from_secs(30);
 /// How long a closed link is kept for the peer to read why.
-const LINGER: std::time::Duration = std::time::Duration::from_secs(1);
+const LINGER: Duration = Duration::from_secs(1);
 
 /// The network of real hosts.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct TcpNetwork;
 
 impl Network for TcpNetwork {
-    fn dial(&self, address: &str, answer: Box<dyn FnOnce(Result<LinkUp, String>)>) {
+    fn dial(&self, address: &str, within: Duration, answer: Box<dyn FnOnce(Result<LinkUp, String>)>) {
         let address = address.to_owned();
         spawn_local(async move {
-            let stream = TcpStream::connect(&address).await;
+            // By itself the system goes on for minutes, with pauses that double.
+            let stream = tokio::time::timeout(within, TcpStream::connect(&address)).await;
+            let stream = stream.unwrap_or_else(|_| {
+                let why = format!("it did not answer within {within:?}");
+                Err(std::io::Error::new(std::io::ErrorKind::TimedOut, why))
+            });
             answer(stream.and_then(link_up).map_err(|error| format!("{address}: {error}")));
         });
     }
@@ -52,7 +58,7 @@ impl Network for TcpNetwork {
                     Err(error) => {
                         // Out of descriptors, or a peer that left at once: neither may spin.
                         tracing::warn!(%error, "a link could not be accepted");
-                        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                        tokio::time::sleep(Duration::from_millis(10)).await;
                     }
                 }
             }
@@ -181,4 +187,34 @@ async fn linger(mut read: tokio::net::tcp::OwnedReadHalf, closed: &Notify) {
     let drained = async { while read.read(&mut scratch).await.is_ok_and(|count| count > 0) {} };
     // Whoever has not closed by then gets the reset.
     let _ = tokio::time::timeout(LINGER, drained).await;
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_does_not_answer_is_not_waited_for() {
+        // A listener that accepts nothing: once its queue is full, further dials are not even refused.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(1).unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let within = Duration::from_millis(100);
+        let local = tokio::task::LocalSet::new();
+        let failure = local.run_until(async {
+            let mut links = Vec::new();
+            loop {
+                let (told, answer) = tokio::sync::oneshot::channel();
+                TcpNetwork.dial(&address, within, Box::new(move |link| drop(told.send(link))));
+                match answer.await.unwrap() {
+                    Ok(link) => links.push(link),
+                    Err(reason) => break reason,
+                }
+            }
+        });
+        let failure = tokio::time::timeout(Duration::from_secs(30), failure).await.unwrap();
+        assert!(failure.contains("did not answer within 100ms") && failure.contains(&address), "{failure}");
+    }
 }

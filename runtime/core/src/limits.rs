@@ -24,6 +24,10 @@ pub const TABLE_BLOCKS_MAX: usize = 1 << 22;
 pub const TOKENS_MAX: u64 = 1 << 28;
 /// Prefix hashes of one request.
 pub const PREFIX_HASHES_MAX: usize = 1 << 20;
+/// Requests or handovers that one message names.
+pub const NAMED_MAX: usize = 1 << 20;
+/// Offers or handovers that one message describes.
+pub const STANDING_MAX: usize = 1 << 16;
 /// Steps in which one offer becomes ready.
 pub const STEPS_MAX: u32 = LAYERS_MAX;
 /// Segments of one program.

@@ -334,6 +334,22 @@ fn frames_out_of_place_and_garbage_end_the_session_with_a_reason() {
 }
 
 #[test]
+fn a_message_that_cannot_cross_is_told_from_a_broken_link() {
+    let (mut dialer, mut acceptor) = established(None);
+    let most = kvferry_core::limits::FRAME_BYTES_MAX;
+    let handovers = vec![kvferry_core::HandoverId(u64::MAX); most / 10 + 1];
+    dialer.send(at(1), &Message::OutcomesKnown { handovers });
+    let SessionError::CannotCross(WireError::Oversized { bytes, limit }) = closed(&mut dialer) else {
+        panic!("it is too long");
+    };
+    assert!(bytes > most as u64 && limit == most);
+    let unknown = Frame::Sealed { sequence: 0, mac: [0; 16], body: Bytes::from_static(&[0x7f]) };
+    acceptor.handle_frame(at(1), unknown.encode().expect("encodes").slice(4..));
+    let error = closed(&mut acceptor);
+    assert!(matches!(error, SessionError::CannotCross(WireError::Malformed { .. })), "{error:?}");
+}
+
+#[test]
 fn a_secret_stays_out_of_logs() {
     let text = format!("{:?} {:?}", identity(DIALER, Some("hunter2")), dial(Some("hunter2"), false));
     let bytes = format!("{:?}", "hunter2".as_bytes());

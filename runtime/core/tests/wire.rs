@@ -255,3 +255,49 @@ proptest! {
         prop_assert!(most <= 4 << 20, "{} bytes", most);
     }
 }
+
+#[test]
+fn more_than_anything_stands_for_is_refused() {
+    use kvferry_core::limits::{NAMED_MAX, PREFIX_HASHES_MAX, STANDING_MAX, TOKENS_MAX};
+    use kvferry_core::protocol::{RequestSpec, StandingOffer};
+    use kvferry_core::{HandoverId, RequestId};
+    let spec = |tokens, hashes| RequestSpec {
+        request: RequestId(1),
+        tokens,
+        prefix: std::sync::Arc::new(vec![0; hashes]),
+        prefix_tokens: 1,
+    };
+    let offers = |count, tokens, hashes| {
+        let offer = StandingOffer { spec: spec(tokens, hashes), dp: 0, steps: None, ready_at: None };
+        Message::StandingOffers(vec![offer; count])
+    };
+    let holding = |count, tokens| Message::Holding { handovers: vec![(HandoverId(1), RequestId(1), tokens); count] };
+    let renew = |count| Message::Renew { requests: vec![RequestId(1); count] };
+    let known = |count| Message::OutcomesKnown { handovers: vec![HandoverId(1); count] };
+    let reading = |count| Message::Reading { handovers: vec![HandoverId(1); count] };
+    let read = |message: &Message| decode_message(&encode_message(message).expect("encodes"));
+    let most = [
+        offers(1, TOKENS_MAX, PREFIX_HASHES_MAX),
+        offers(STANDING_MAX, 1, 0),
+        holding(NAMED_MAX, TOKENS_MAX),
+        renew(NAMED_MAX),
+        known(NAMED_MAX),
+        reading(NAMED_MAX),
+    ];
+    for message in most {
+        assert!(read(&message).is_ok_and(|read| read == message));
+    }
+    let more = [
+        offers(1, TOKENS_MAX + 1, 0),
+        offers(1, 1, PREFIX_HASHES_MAX + 1),
+        offers(STANDING_MAX + 1, 1, 0),
+        holding(1, TOKENS_MAX + 1),
+        holding(NAMED_MAX + 1, 1),
+        renew(NAMED_MAX + 1),
+        known(NAMED_MAX + 1),
+        reading(NAMED_MAX + 1),
+    ];
+    for message in more {
+        assert!(matches!(read(&message), Err(WireError::Malformed { .. })));
+    }
+}

@@ -109,7 +109,7 @@ pub(crate) struct SimNetwork {
 }
 
 impl Network for SimNetwork {
-    fn dial(&self, address: &str, answer: Answer) {
+    fn dial(&self, address: &str, _within: Duration, answer: Answer) {
         let happening = Happening::Dialed { dialer: self.life, address: address.to_owned(), answer };
         self.timeline.after(self.latency.draw(), happening);
     }

@@ -9,6 +9,8 @@ const UNACKNOWLEDGED_MAX: usize = 65_536;
 /// Messages after which the peer is told at once how far this side has heard; fewer are told with time.
 const UNTOLD_MAX: u64 = 32;
 
+const HEARS_TOO_SLOWLY: &str = "the peer hears too slowly";
+
 /// The first protocol with [`Message::Resume`]; with an older peer a conversation ends with its link.
 pub const RESUMING_PROTOCOL: u16 = 2;
 
@@ -112,7 +114,7 @@ impl Conversation {
     /// A message came on the link.
     pub fn handle_message(&mut self, message: Message) -> Heard {
         match message {
-            _ if self.overflowed => Heard::StartedOver("the peer hears too slowly"),
+            _ if self.overflowed => Heard::StartedOver(HEARS_TOO_SLOWLY),
             Message::Resume { name, peer, heard } if self.link == Link::Resuming => self.resume(name, peer, heard),
             Message::Resume { .. } => Heard::StartedOver("the peer resumes in the middle of a link"),
             Message::Heard { messages } => {
@@ -161,6 +163,11 @@ impl Conversation {
         }
         self.told = self.heard;
         Some(Message::Heard { messages: self.heard })
+    }
+
+    /// Why it is over: too much was said that the peer has not heard. Hang up; the next link belongs to a new one.
+    pub fn over(&self) -> Option<&'static str> {
+        self.overflowed.then_some(HEARS_TOO_SLOWLY)
     }
 
     /// Whether the link stands and the peer has yet to say where it goes on.
@@ -339,7 +346,9 @@ mod tests {
         for number in 0..UNACKNOWLEDGED_MAX as u64 {
             one.say(message(number)).unwrap();
         }
+        assert_eq!(one.over(), None);
         assert_eq!(one.say(message(0)), Err(Unheard));
+        assert!(one.over().is_some(), "also when the peer says nothing");
         one.handle_link(RESUMING_PROTOCOL);
         assert!(matches!(one.handle_message(Message::Resume { name: 2, peer: 0, heard: 0 }), Heard::StartedOver(_)));
     }

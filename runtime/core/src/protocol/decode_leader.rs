@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::roll::Roll;
 use super::{
     Awaited, Deadline, DeadlineTerms, Event, FailReason, FetchJob, Lost, Message, Outbox, Outcome, OutcomeReport,
-    Pairing, PathReport, RequestSpec, Role, StandingHandovers, Vitals,
+    Pairing, PathReport, RequestSpec, Role, StandingHandovers, Vitals, standing,
 };
 use crate::{GroupGeometry, GroupId, HandoverId, Moment, NodeId, Rank, RequestId};
 
@@ -131,9 +131,7 @@ impl DecodeLeader {
             decided: self.untold.values().cloned().collect(),
             held: self.held(),
         };
-        if standing != StandingHandovers::default() {
-            self.outbox.send(self.scheduler, Message::StandingHandovers(Box::new(standing)));
-        }
+        self.announce(standing);
         self.ranks.report_anew(self.scheduler, &mut self.outbox);
     }
 
@@ -186,10 +184,12 @@ impl DecodeLeader {
     }
 
     fn announce_held(&mut self) {
-        let held = self.held();
-        if !held.is_empty() {
-            let standing = StandingHandovers { held, ..StandingHandovers::default() };
-            self.outbox.send(self.scheduler, Message::StandingHandovers(Box::new(standing)));
+        self.announce(StandingHandovers { held: self.held(), ..StandingHandovers::default() });
+    }
+
+    fn announce(&mut self, standing: StandingHandovers) {
+        for message in standing::handovers(standing) {
+            self.outbox.send(self.scheduler, message);
         }
     }
 

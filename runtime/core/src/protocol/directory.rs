@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Lost, Member, MemberList, Message, Outbox, Role};
-use crate::{Epoch, GroupGeometry, GroupId, Moment, NodeId, Rank};
+use crate::{Epoch, GroupGeometry, GroupId, Moment, NodeId, Rank, limits};
 
 /// The least time between two rounds of news.
 const ANNOUNCE_EVERY: Duration = Duration::from_millis(20);
@@ -25,6 +25,8 @@ pub struct Directory {
     fresh: Vec<Arc<Member>>,
     /// Until when they are kept, so that many joins are told at once.
     quiet_until: Moment,
+    /// There was a directory before this one, which may have declared nodes lost.
+    succeeds: bool,
     /// The newest epoch ever seen of a node: older ones are fenced.
     epochs: BTreeMap<NodeId, Epoch>,
     outbox: Outbox,
@@ -68,9 +70,26 @@ pub enum JoinError {
         /// Why not.
         why: String,
     },
+    /// There are as many as one list of all members can carry.
+    #[error(
+        "{node} cannot join: there are {most} {what} already, and there cannot be more; let it join another scheduler"
+    )]
+    Full {
+        /// Who.
+        node: NodeId,
+        /// Of what there are so many.
+        what: String,
+        /// How many there are.
+        most: u64,
+    },
 }
 
 impl Directory {
+    /// A directory that knows nobody, as [`Directory::default`], but follows another that did.
+    pub fn successor() -> Self {
+        Directory { succeeds: true, ..Directory::default() }
+    }
+
     /// Commands and events to drain.
     pub fn outbox(&mut self) -> &mut Outbox {
         &mut self.outbox
@@ -162,10 +181,11 @@ impl Directory {
     }
 
     /// A member says that an earlier directory had declared a worker lost: its incarnation is over for whoever heard that, so it is over for all.
-    /// `None` when that incarnation is no member, or whoever says so is none.
+    /// Nobody can tell when the last one who heard that meets the node again. `None` when there was no earlier directory, that incarnation is no member,
+    /// or whoever says so is none.
     pub fn handle_report(&mut self, from: NodeId, lost: &Lost) -> Option<Lost> {
         let is_worker = self.members.get(&lost.node).is_some_and(|member| member.place.is_some());
-        if !is_worker || !self.members.contains_key(&from) {
+        if !self.succeeds || !is_worker || !self.members.contains_key(&from) {
             return None;
         }
         self.handle_lost(lost.node, lost.epoch, &lost.cause)
@@ -187,6 +207,17 @@ impl Directory {
         if let Some(newest) = self.epochs.get(&node).copied().filter(|newest| *newest >= epoch) {
             return Err(JoinError::StaleEpoch { node, epoch, newest });
         }
+        let full = |what: &str, most| Err(JoinError::Full { node, what: what.to_owned(), most: most as u64 });
+        if self.members.len() >= limits::MEMBERS_MAX && !self.members.contains_key(&node) {
+            return full("members", limits::MEMBERS_MAX);
+        }
+        if member.address.len() > limits::NAME_BYTES_MAX {
+            let (bytes, most) = (member.address.len(), limits::NAME_BYTES_MAX);
+            return Err(JoinError::BadPlace {
+                node,
+                why: format!("an address of {bytes} bytes; at most {most} are taken"),
+            });
+        }
         let Some(place) = &member.place else { return Ok(()) };
         place.geometry.validate().map_err(|error| JoinError::BadPlace { node, why: error.to_string() })?;
         if place.rank.0 >= place.geometry.ranks() {
@@ -197,6 +228,10 @@ impl Directory {
             let why =
                 format!("{} pool sizes for {} layer groups", place.blocks.len(), place.geometry.model.groups.len());
             return Err(JoinError::BadPlace { node, why });
+        }
+        let in_use = || self.geometries.iter().filter(|known| Arc::strong_count(known) > 1).count();
+        if !self.geometries.contains(&place.geometry) && in_use() >= limits::GEOMETRIES_MAX {
+            return full("different geometries", limits::GEOMETRIES_MAX);
         }
         let group = self.groups.get(&place.group).into_iter().flat_map(BTreeMap::values);
         for other in group.filter(|other| **other != node).filter_map(|other| self.members.get(other)) {
@@ -254,5 +289,58 @@ pub fn dials(one: &Member, other: &Member) -> bool {
         (Some(_), None) => true,
         (None, Some(_)) => false,
         _ => one.node > other.node,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Format, Model, Parallel};
+
+    fn member(node: u64, geometry: Option<GroupGeometry>) -> Member {
+        let place = geometry.map(|geometry| super::super::Place {
+            role: Role::Prefill,
+            group: GroupId(node as u32),
+            rank: Rank(0),
+            blocks: vec![1; geometry.model.groups.len()],
+            geometry: Arc::new(geometry),
+            handovers_max: 1,
+        });
+        Member { node: NodeId(node), epoch: Epoch(1), address: String::new(), place }
+    }
+
+    fn geometry(block_tokens: u32) -> GroupGeometry {
+        let (model, format) = (Model::preset("tiny").expect("a preset"), Format { block_tokens, ..Format::default() });
+        GroupGeometry { model, format, parallel: Parallel::default() }
+    }
+
+    #[test]
+    fn no_more_members_join_than_a_list_can_carry() {
+        let mut directory = Directory::default();
+        let earlier = Arc::new(Member { epoch: Epoch(0), ..member(0, None) });
+        directory.members.extend((0..limits::MEMBERS_MAX as u64).map(|node| (NodeId(node), Arc::clone(&earlier))));
+        let node = limits::MEMBERS_MAX as u64;
+        let refused = directory.handle_join(Moment(0), member(node, None));
+        assert!(matches!(refused, Err(JoinError::Full { .. })), "{refused:?}");
+        assert_eq!(directory.check(&member(7, None)), Ok(()), "in its own place");
+    }
+
+    #[test]
+    fn no_more_geometries_are_served_than_a_list_can_carry() {
+        let mut directory = Directory::default();
+        let held: Vec<_> = (1..=limits::GEOMETRIES_MAX as u32).map(|tokens| Arc::new(geometry(tokens))).collect();
+        directory.geometries.clone_from(&held);
+        assert_eq!(directory.check(&member(1, Some(geometry(1)))), Ok(()), "a known one");
+        let refused = directory.check(&member(1, Some(geometry(5000))));
+        assert!(matches!(refused, Err(JoinError::Full { .. })), "{refused:?}");
+        drop(held);
+        assert_eq!(directory.check(&member(1, Some(geometry(5000)))), Ok(()), "once nobody has the others any more");
+    }
+
+    #[test]
+    fn an_address_is_as_short_as_a_name() {
+        let long = Member { address: "x".repeat(limits::NAME_BYTES_MAX + 1), ..member(1, None) };
+        let refused = Directory::default().handle_join(Moment(0), long);
+        assert!(matches!(refused, Err(JoinError::BadPlace { .. })), "{refused:?}");
     }
 }

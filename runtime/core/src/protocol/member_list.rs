@@ -1,13 +1,11 @@
 //! What the directory tells a node of others: members, with the geometries that they share said once.
 
-use core::fmt;
-use core::marker::PhantomData;
 use std::sync::Arc;
 
-use serde::de::{Error as _, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::bounds::capped;
 use super::{Member, Place, Role};
 use crate::{Epoch, GroupGeometry, GroupId, NodeId, Rank, limits};
 
@@ -107,39 +105,6 @@ impl TryFrom<Packed> for MemberList {
         };
         Ok(MemberList { whole, members: members.into_iter().map(unpack).collect::<Result<_, _>>()? })
     }
-}
-
-/// A sequence of at most `MAX` elements: a longer one is refused by the length that it announces.
-fn capped<'de, D, T, const MAX: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Deserialize<'de>,
-{
-    struct Capped<T, const MAX: usize>(PhantomData<T>);
-
-    impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Capped<T, MAX> {
-        type Value = Vec<T>;
-
-        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-            write!(formatter, "at most {MAX} elements")
-        }
-
-        fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Vec<T>, A::Error> {
-            if let Some(announced) = sequence.size_hint().filter(|announced| *announced > MAX) {
-                return Err(A::Error::invalid_length(announced, &self));
-            }
-            let mut elements = Vec::new();
-            while let Some(element) = sequence.next_element()? {
-                if elements.len() == MAX {
-                    return Err(A::Error::invalid_length(MAX + 1, &self));
-                }
-                elements.push(element);
-            }
-            Ok(elements)
-        }
-    }
-
-    deserializer.deserialize_seq(Capped::<T, MAX>(PhantomData))
 }
 
 #[cfg(test)]

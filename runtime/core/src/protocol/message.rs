@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{FailReason, MemberList, Outcome, PrefillView, Refusal, Role};
+use super::{FailReason, MemberList, Outcome, PrefillView, Refusal, Role, bounds};
 use crate::{
     Direction, Epoch, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PoolLayout, Rank, RequestId, Tables,
     TransportKind,
@@ -68,6 +68,7 @@ pub enum Message {
     /// Scheduler → prefill leader → ranks: these offers are still wanted.
     Renew {
         /// Which.
+        #[serde(deserialize_with = "bounds::named")]
         requests: Vec<RequestId>,
     },
     /// Scheduler → prefill leader → ranks: nobody needs it any more.
@@ -113,11 +114,13 @@ pub enum Message {
     /// Scheduler → decode leader: these outcomes are known, they need not be told again.
     OutcomesKnown {
         /// Of which handovers.
+        #[serde(deserialize_with = "bounds::named")]
         handovers: Vec<HandoverId>,
     },
     /// Rank → decode leader, whenever they meet: handovers whose outcome it awaits or whose blocks are not the engine's again.
     Holding {
         /// Which, each of which request and of how many tokens; of all others this rank has nothing.
+        #[serde(deserialize_with = "bounds::holding")]
         handovers: Vec<(HandoverId, RequestId, u64)>,
     },
     /// Rank → leader → scheduler: whether new work is welcome.
@@ -126,7 +129,7 @@ pub enum Message {
         trouble: Option<String>,
     },
     /// Prefill leader → a scheduler that it meets: what its group offers already.
-    StandingOffers(Vec<StandingOffer>),
+    StandingOffers(#[serde(deserialize_with = "bounds::standing")] Vec<StandingOffer>),
     /// Decode leader → a scheduler that it meets: what its group works on already, and what became of the rest.
     StandingHandovers(Box<StandingHandovers>),
     /// Rank → decode leader → scheduler: its blocks are the engine's again, whatever the outcome was.
@@ -168,6 +171,7 @@ pub enum Message {
     /// Decode rank → prefill rank: still at it (renews the lease).
     Reading {
         /// Which handovers.
+        #[serde(deserialize_with = "bounds::named")]
         handovers: Vec<HandoverId>,
     },
     /// Decode rank → prefill rank, pull: the last byte is here; was the lease good throughout?
@@ -290,8 +294,10 @@ pub struct RequestSpec {
     /// Its name.
     pub request: RequestId,
     /// Tokens of its prompt.
+    #[serde(deserialize_with = "bounds::tokens")]
     pub tokens: u64,
     /// Hashes of its prefix blocks, `prefix_tokens` tokens each, first block first; may be empty.
+    #[serde(deserialize_with = "bounds::prefix")]
     pub prefix: Arc<Vec<u64>>,
     /// Tokens per prefix hash.
     pub prefix_tokens: u32,
@@ -384,10 +390,13 @@ pub struct StandingOffer {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StandingHandovers {
     /// Not decided.
+    #[serde(deserialize_with = "bounds::standing")]
     pub under_way: Vec<Pairing>,
     /// Decided, and no scheduler has said that it knows.
+    #[serde(deserialize_with = "bounds::standing")]
     pub decided: Vec<(Pairing, OutcomeReport)>,
     /// Decided, and some rank's engine does not have its blocks back; whether they were delivered.
+    #[serde(deserialize_with = "bounds::standing")]
     pub held: Vec<(HandoverId, RequestSpec, bool)>,
 }
 

@@ -6,6 +6,7 @@
 //! [`Session`] under every link.
 
 mod attendance;
+mod bounds;
 mod command;
 mod conversation;
 mod credit;
@@ -29,6 +30,7 @@ mod scheduler;
 mod scheduler_group;
 mod session;
 mod sources;
+mod standing;
 #[cfg(test)]
 mod tests;
 mod vitals;

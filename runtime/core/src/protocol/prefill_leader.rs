@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::roll::Roll;
 use super::{
     Awaited, Deadline, Event, FailReason, Lost, Message, OfferSummary, Outbox, PrefillJob, PrefillView, Refusal,
-    RequestSpec, Role, StandingOffer, Vitals,
+    RequestSpec, Role, StandingOffer, Vitals, standing,
 };
 use crate::{GroupGeometry, GroupId, Moment, NodeId, Rank, RequestId};
 
@@ -108,18 +108,14 @@ impl PrefillLeader {
 
     /// A scheduler is met that may know nothing of this group's work.
     pub fn handle_scheduler(&mut self) {
-        let offers: Vec<StandingOffer> = self
-            .offers
-            .values()
-            .map(|offer| StandingOffer {
-                spec: offer.spec.clone(),
-                dp: offer.dp,
-                steps: offer.steps.clone().filter(|_| offer.unopened.is_empty()),
-                ready_at: offer.unready.is_empty().then_some(offer.ready_at),
-            })
-            .collect();
-        if !offers.is_empty() {
-            self.outbox.send(self.scheduler, Message::StandingOffers(offers));
+        let offers = self.offers.values().map(|offer| StandingOffer {
+            spec: offer.spec.clone(),
+            dp: offer.dp,
+            steps: offer.steps.clone().filter(|_| offer.unopened.is_empty()),
+            ready_at: offer.unready.is_empty().then_some(offer.ready_at),
+        });
+        for message in standing::offers(offers) {
+            self.outbox.send(self.scheduler, message);
         }
         self.ranks.report_anew(self.scheduler, &mut self.outbox);
     }

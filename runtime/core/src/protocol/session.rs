@@ -46,6 +46,9 @@ pub enum SessionError {
     /// The bytes make no sense.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// A message cannot cross: too long, or one that the receiver does not know. Over the next link it could not either.
+    #[error("a message cannot cross: {0}")]
+    CannotCross(WireError),
     /// A frame came where another was due.
     #[error("a {got} came where {due} was due")]
     OutOfPlace {
@@ -391,7 +394,8 @@ impl Session {
         }
         self.received += 1;
         if !body.is_empty() {
-            self.events.push_back(SessionEvent::Message(wire::decode_message(body)?));
+            self.events
+                .push_back(SessionEvent::Message(wire::decode_message(body).map_err(SessionError::CannotCross)?));
         }
         Ok(())
     }
@@ -399,7 +403,7 @@ impl Session {
     fn encode(&mut self, now: Moment, message: &Message) {
         match wire::encode_message(message) {
             Ok(body) => self.seal(now, body),
-            Err(error) => self.reject(now, SessionError::Wire(error)),
+            Err(error) => self.reject(now, SessionError::CannotCross(error)),
         }
     }
 
@@ -415,7 +419,8 @@ impl Session {
         self.spoke = now;
         match frame.encode() {
             Ok(bytes) => self.transmit.push_back(bytes),
-            Err(error) => self.close(SessionError::Wire(error)),
+            // No other frame can be too long.
+            Err(error) => self.reject(now, SessionError::CannotCross(error)),
         }
     }
 

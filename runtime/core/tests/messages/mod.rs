@@ -116,7 +116,9 @@ fn build(parts: &Parts) -> Message {
         30 => Message::Resume { name: one, peer: two, heard: three },
         31 => Message::Heard { messages: four },
         32 => Message::OutcomesKnown { handovers: list.into_iter().map(HandoverId).collect() },
-        33 => Message::Holding { handovers: list.into_iter().map(|id| (HandoverId(id), request, three)).collect() },
+        33 => Message::Holding {
+            handovers: list.into_iter().map(|id| (HandoverId(id), request, parts.tokens())).collect(),
+        },
         34 => Message::Health { trouble: (!parts.choice.is_multiple_of(3)).then(|| parts.text.clone()) },
         35 => Message::StandingOffers(vec![parts.standing_offer(); usize::from(parts.choice) % 3]),
         _ => Message::StandingHandovers(Box::new(parts.standing_handovers())),
@@ -137,7 +139,8 @@ impl Parts {
     }
 
     fn geometry(&self) -> Arc<GroupGeometry> {
-        let preset = Model::PRESETS[usize::from(self.choice) % Model::PRESETS.len()];
+        // By name: a further preset changes no message.
+        let preset = ["llama-3.1-8b", "llama-3.1-70b", "qwen3-235b", "tiny"][usize::from(self.choice) % 4];
         let mut parallel = Parallel { tp: self.small[0], ..Parallel::default() };
         if self.choice % 2 == 1 {
             parallel.stages = vec![vec![0..self.small[1]], Vec::new()];
@@ -188,19 +191,24 @@ impl Parts {
 
     fn join_error(&self) -> JoinError {
         let (node, text) = (NodeId(self.numbers[0]), self.text.clone());
-        match self.choice % 4 {
+        match self.choice % 5 {
             0 => JoinError::StaleEpoch { node, epoch: Epoch(self.numbers[1]), newest: Epoch(self.numbers[2]) },
             1 => JoinError::PlaceTaken { node, holder: NodeId(self.numbers[1]) },
             2 => JoinError::GeometryDiffers { node, fields: text },
-            _ => JoinError::BadPlace { node, why: text },
+            3 => JoinError::BadPlace { node, why: text },
+            _ => JoinError::Full { node, what: text, most: self.numbers[2] },
         }
     }
 
+    fn tokens(&self) -> u64 {
+        self.numbers[1] % (kvferry_core::limits::TOKENS_MAX + 1)
+    }
+
     fn spec(&self) -> RequestSpec {
-        let [request, tokens, ..] = self.numbers;
+        let request = self.numbers[0];
         RequestSpec {
             request: RequestId(request),
-            tokens,
+            tokens: self.tokens(),
             prefix: Arc::new(self.list.clone()),
             prefix_tokens: self.small[3],
         }

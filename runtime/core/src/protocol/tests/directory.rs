@@ -37,7 +37,13 @@ fn joins_and_losses_are_heard_of() {
 
 #[test]
 fn a_loss_that_an_earlier_directory_declared_is_believed_of_members() {
-    let mut directory = Directory::default();
+    for (mut directory, believes) in [(Directory::default(), false), (Directory::successor(), true)] {
+        let geometry = geometry(2);
+        directory.handle_join(at(0), member(1, Role::Prefill, PREFILL, 0, &geometry)).expect("joins");
+        directory.handle_join(at(0), member(2, Role::Decode, DECODE, 0, &geometry)).expect("joins");
+        assert_eq!(directory.handle_report(NodeId(2), &lost(1)).is_some(), believes, "only of an earlier one");
+    }
+    let mut directory = Directory::successor();
     let geometry = geometry(2);
     directory.handle_join(at(0), scheduler()).expect("joins");
     directory.handle_join(at(0), member(1, Role::Prefill, PREFILL, 0, &geometry)).expect("joins");
