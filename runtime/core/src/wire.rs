@@ -10,9 +10,11 @@ use thiserror::Error;
 use crate::protocol::Message;
 use crate::{Epoch, NodeId, limits};
 
-/// Oldest protocol that this build speaks.
+/// Oldest protocol that this build speaks: everything but what a later one adds. What was written before the first release has no number; two builds
+/// of that time do not understand each other.
 pub const PROTOCOL_MIN: u16 = 1;
-/// Newest protocol that this build speaks.
+/// Newest protocol that this build speaks. 2 adds resumption (`Resume`, `Heard`). `tests/encoding.rs` pins how each is written: a new message is
+/// appended to its enum, belongs to a new protocol, and is not said to peers of older ones.
 pub const PROTOCOL_MAX: u16 = 2;
 
 const HEADER_BYTES: usize = 4;
