@@ -6,18 +6,20 @@ mod support;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use kvferry::{
-    Epoch, FailReason, GroupGeometry, HandoverError, HandoverId, LeastLoaded, NodeConfig, NodeError, NodeId, Outcome,
-    Rank, Refusal, RequestId, Role, SchedulerNode, SchedulerTerms, Tables,
+    Epoch, Event, FailReason, GroupGeometry, HandoverError, HandoverId, LeastLoaded, NodeConfig, NodeError, NodeId,
+    Outcome, Rank, Refusal, RequestId, Role, SchedulerNode, SchedulerTerms, Tables,
 };
 use kvferry_core::protocol::{
-    Identity, Member, Message, OpenFetch, Place, Protocols, Session, SessionEvent, SessionTerms,
+    Identity, Member, Message, OpenFetch, Place, PrefillJob, Profile, Protocols, Session, SessionEvent, SessionTerms,
+    WorkerProfile,
 };
 use kvferry_core::wire::{Frame, FrameReader};
 use kvferry_core::{Direction, GroupId, Moment};
-use support::{PATIENCE, Secret, rank, scheduler, submit};
+use support::{PATIENCE, Secret, node_config, rank, scheduler, submit};
 
 /// Strangers speak the first protocol, without resumption: what they say stands alone.
 const PLAIN: Protocols = Protocols { min: 1, max: 1 };
@@ -71,7 +73,17 @@ impl Stranger {
 
     /// A real handshake as `node`, meant for `expects`.
     fn shake_hands(&mut self, node: u64, expects: u64, secret: &Secret) -> Result<Session, String> {
-        let identity = Identity { node: NodeId(node), epoch: Epoch(1), secret: secret.clone(), protocols: PLAIN };
+        self.shake_hands_in(PLAIN, node, expects, secret)
+    }
+
+    fn shake_hands_in(
+        &mut self,
+        protocols: Protocols,
+        node: u64,
+        expects: u64,
+        secret: &Secret,
+    ) -> Result<Session, String> {
+        let identity = Identity { node: NodeId(node), epoch: Epoch(1), secret: secret.clone(), protocols };
         let mut session = Session::dial(Moment(0), identity, NodeId(expects), true, [7; 16], SessionTerms::default());
         loop {
             while let Some(frame) = session.poll_transmit() {
@@ -196,6 +208,71 @@ async fn strangers_disturb_nobody() {
         Ok(finished) => assert!(finished.outcome.is_delivered()),
         Err(error) => panic!("{error}"),
     }
+    scheduler.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_message_that_cannot_cross_ends_the_conversation() {
+    let mut config = node_config(0, &None);
+    // Nobody would give it up otherwise.
+    config.session.resume_within = Duration::from_secs(3600);
+    let scheduler = SchedulerNode::start(config, SchedulerTerms::default(), Box::new(LeastLoaded)).await.unwrap();
+    let (mut events, address) = (scheduler.events().unwrap(), scheduler.address().to_owned());
+    let stranger = tokio::task::spawn_blocking(move || {
+        let mut stranger = Stranger::dial(&address);
+        let mut session = stranger.shake_hands_in(Protocols::default(), 8, 0, &None).unwrap();
+        stranger.say(&mut session, Message::Resume { name: 1, peer: 0, heard: 0 });
+        let unknown = Frame::Sealed { sequence: 1, mac: [0; 16], body: Bytes::from_static(&[0x7f]) };
+        stranger.send(&unknown.encode().unwrap());
+        stranger.rejection()
+    });
+    let parted = async {
+        loop {
+            if let Some(Event::Parted { node, cause, .. }) = events.recv().await {
+                return (node, cause);
+            }
+        }
+    };
+    let (node, cause) = tokio::time::timeout(PATIENCE, parted).await.unwrap();
+    assert_eq!(node, NodeId(8));
+    assert!(cause.contains("cannot cross") && cause.contains("does not decode"), "{cause}");
+    assert_eq!(stranger.await.unwrap(), Some(cause));
+    scheduler.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_stranger_does_not_become_the_leader_by_saying_so() {
+    let scheduler = scheduler(&None).await;
+    let mut prefill = rank(1, Role::Prefill, SPEC, scheduler.address(), &None).await;
+    let _decode = rank(2, Role::Decode, SPEC, scheduler.address(), &None).await;
+    assert!(submit(&scheduler, 1).await.unwrap().outcome.is_delivered());
+    let address = prefill.address.clone();
+    let stranger = tokio::task::spawn_blocking(move || {
+        let geometry = support::geometry(SPEC);
+        let layout = Arc::new(geometry.shard(Rank(0)).unwrap().layout(&[16]));
+        let (role, group, rank) = (Role::Prefill, GroupId(1), Rank(0));
+        let worker = WorkerProfile { role, group, rank, geometry, layout, nics: Vec::new(), direction: None };
+        let mut stranger = Stranger::dial(&address);
+        let mut session = stranger.shake_hands(9, 1, &None).unwrap();
+        stranger.say(&mut session, Message::Profile(Box::new(Profile { worker: Some(worker) })));
+        let spec =
+            kvferry::RequestSpec { request: RequestId(99), tokens: 40, prefix: Arc::default(), prefix_tokens: 512 };
+        stranger.say(&mut session, Message::Prefill(PrefillJob { spec, dp: 0 }));
+        stranger
+    });
+    let ignored = async {
+        loop {
+            if let Some(Event::Ignored { from, what }) = prefill.events.recv().await
+                && what.contains("does not lead")
+            {
+                return from;
+            }
+        }
+    };
+    assert_eq!(tokio::time::timeout(PATIENCE, ignored).await.unwrap(), NodeId(9));
+    drop(stranger.await.unwrap());
+    assert_eq!(prefill.prefills.load(std::sync::atomic::Ordering::Relaxed), 1, "its work is not taken");
+    assert!(submit(&scheduler, 2).await.unwrap().outcome.is_delivered());
     scheduler.shutdown().await;
 }
 

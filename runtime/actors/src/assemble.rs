@@ -295,9 +295,11 @@ pub fn assemble_scheduler(
     let router = Router::new(node.identity.node, node.identity.node);
     // Handover numbers must ascend over restarts: the epoch stands in their upper half.
     let core = protocol::Scheduler::new(terms, policy, node.identity.epoch.0 << 32);
-    let scheduler = Scheduler::new(core, around.shell(&router), node.identity.epoch <= Epoch(1));
+    let first = node.identity.epoch <= Epoch(1);
+    let scheduler = Scheduler::new(core, around.shell(&router), first);
     let scheduler = supervise::start("scheduler", &around.on_end, Context::new(), scheduler);
-    let directory = DirectoryActor::new(Directory::default(), around.shell(&router), scheduler.clone());
+    let directory = if first { Directory::default() } else { Directory::successor() };
+    let directory = DirectoryActor::new(directory, around.shell(&router), scheduler.clone());
     let directory = supervise::start("directory", &around.on_end, Context::new(), directory);
     // The directory hands on what is the scheduler's, after the joins that came before it.
     let port = directory.clone().recipient();

@@ -7,7 +7,7 @@ use kvferry_core::protocol::{
     DecodeRank, EngineEvent, Event, Lost, MemberList, Message as Wire, NicEvent, Outbox, PrefillRank, Vitals,
     WorkerProfile,
 };
-use kvferry_core::{GroupId, Moment, NodeId, Rank};
+use kvferry_core::{Epoch, GroupId, Moment, NodeId, Rank};
 
 use crate::mesh::PeerDown;
 use crate::nic::NicReport;
@@ -77,19 +77,26 @@ impl<C: RankCore> Handler<Incoming> for Worker<C> {
             Wire::Members(list) => {
                 self.roster.update(&list, self.group);
                 self.core.handle_members(now, &list);
+                if let Some(leader) = self.leader.believe(&self.roster) {
+                    self.core.handle_leader_up(now, leader);
+                }
             }
             Wire::Lost(lost) => {
                 // The loss of an earlier incarnation is no news once a later one is here. What the loss of another rank of this group means its
                 // leader says: work that it gave since may have been given with that rank's next incarnation.
                 let mine = self.roster.rank_of(lost.node).filter(|rank| *rank == Rank(0));
                 if !self.shell.router().is_newer(lost.node, lost.epoch) {
+                    self.roster.vacate(&lost);
                     self.core.handle_lost(now, &lost, mine);
                 }
             }
             Wire::Profile(profile) => {
                 if let Some(profile) = profile.worker {
-                    if self.leader.meet(self.group, from, &profile) {
-                        self.core.handle_leader_up(now, from);
+                    if profile.group == self.group && profile.rank == Rank(0) {
+                        match self.leader.meet(from, &self.roster) {
+                            true => self.core.handle_leader_up(now, from),
+                            false => self.shell.observe(Event::Ignored { from, what: NOT_ITS_PLACE }),
+                        }
                     }
                     self.core.handle_peer(now, from, profile);
                 }
@@ -246,10 +253,15 @@ impl Message for Answer {
     type Result = ();
 }
 
+/// Of a node that says to be a rank that the directory gives to another.
+pub(crate) const NOT_ITS_PLACE: &str = "a place that the directory gives to another node";
+
 /// Which node is which rank of this rank's own group, remembered beyond its loss: its earlier incarnations may be lost later than it came.
 #[derive(Debug, Default)]
 pub(crate) struct Roster {
     ranks: BTreeMap<NodeId, Rank>,
+    /// Those whose place may be another node's by now.
+    vacated: BTreeMap<NodeId, Epoch>,
 }
 
 impl Roster {
@@ -259,11 +271,29 @@ impl Roster {
                 Some(place) => self.ranks.insert(member.node, place.rank),
                 None => self.ranks.remove(&member.node),
             };
+            if self.vacated.get(&member.node).is_some_and(|lost| *lost < member.epoch) {
+                self.vacated.remove(&member.node);
+            }
+        }
+    }
+
+    /// A node is gone, and has not come back already.
+    pub(crate) fn vacate(&mut self, lost: &Lost) {
+        if self.ranks.contains_key(&lost.node) {
+            self.vacated.insert(lost.node, lost.epoch);
         }
     }
 
     pub(crate) fn rank_of(&self, node: NodeId) -> Option<Rank> {
         self.ranks.get(&node).copied()
+    }
+
+    /// Whether a node may be believed to be that rank. It may say so before the directory does, but not against it.
+    pub(crate) fn allows(&self, node: NodeId, rank: Rank) -> bool {
+        match self.rank_of(node) {
+            Some(known) => known == rank,
+            None => !self.ranks.iter().any(|(holder, known)| *known == rank && !self.vacated.contains_key(holder)),
+        }
     }
 }
 
@@ -272,29 +302,92 @@ impl Roster {
 pub(crate) struct Leader {
     here: NodeId,
     elsewhere: Option<NodeId>,
+    /// Says that it leads, which the directory has yet to confirm.
+    doubted: Option<NodeId>,
 }
 
 impl Leader {
     pub(crate) fn new(here: NodeId) -> Self {
-        Leader { here, elsewhere: None }
+        Leader { here, elsewhere: None, doubted: None }
     }
 
-    /// A peer introduced itself. Says whether it leads this rank's group.
-    pub(crate) fn meet(&mut self, group: GroupId, from: NodeId, profile: &WorkerProfile) -> bool {
-        let leads = profile.group == group && profile.rank == Rank(0);
-        if leads {
-            self.elsewhere = Some(from);
-        }
+    /// A peer introduced itself as the leader. Says whether it may be that.
+    pub(crate) fn meet(&mut self, from: NodeId, roster: &Roster) -> bool {
+        let leads = roster.allows(from, Rank(0));
+        *(if leads { &mut self.elsewhere } else { &mut self.doubted }) = Some(from);
         leads
+    }
+
+    /// The directory has spoken. Says who is the leader after all.
+    pub(crate) fn believe(&mut self, roster: &Roster) -> Option<NodeId> {
+        let leader = self.doubted.take_if(|node| roster.allows(*node, Rank(0)))?;
+        self.elsewhere = Some(leader);
+        Some(leader)
     }
 
     /// A node cannot be reached any more. Says whether it led this rank's group.
     pub(crate) fn part(&mut self, node: NodeId) -> bool {
+        self.doubted.take_if(|doubted| *doubted == node);
         self.elsewhere.take_if(|leader| *leader == node).is_some()
     }
 
     /// Whether a message of `node` is the leader's; a leader on this node has no session.
     pub(crate) fn is(&self, node: NodeId) -> bool {
         node == self.here || self.elsewhere == Some(node)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use kvferry_core::GroupGeometry;
+    use kvferry_core::protocol::{Member, Place, Role};
+
+    use super::*;
+
+    const GROUP: GroupId = GroupId(3);
+
+    fn member(node: u64, epoch: u64, rank: u32) -> Option<MemberList> {
+        let model = kvferry_core::Model::preset("tiny")?;
+        let geometry = GroupGeometry { model, format: Default::default(), parallel: Default::default() };
+        let place = Place {
+            role: Role::Decode,
+            group: GROUP,
+            rank: Rank(rank),
+            geometry: Arc::new(geometry),
+            blocks: vec![1],
+            handovers_max: 1,
+        };
+        let member = Member { node: NodeId(node), epoch: Epoch(epoch), address: String::new(), place: Some(place) };
+        Some(MemberList { whole: false, members: vec![Arc::new(member)] })
+    }
+
+    #[test]
+    fn nobody_takes_a_place_against_the_directorys_word() {
+        let (mut roster, mut leader) = (Roster::default(), Leader::new(NodeId(2)));
+        assert!(leader.meet(NodeId(1), &roster), "it may be sooner than the directory's word");
+        roster.update(&member(1, 1, 0).unwrap_or_default(), GROUP);
+        roster.update(&member(2, 1, 1).unwrap_or_default(), GROUP);
+        assert!(!leader.meet(NodeId(9), &roster) && !leader.is(NodeId(9)), "a stranger");
+        assert!(!leader.meet(NodeId(2), &roster), "another rank");
+        assert!(leader.is(NodeId(1)));
+        assert_eq!(leader.believe(&roster), None);
+        let lost = Lost { node: NodeId(1), epoch: Epoch(1), cause: String::new() };
+        roster.vacate(&lost);
+        assert!(roster.allows(NodeId(9), Rank(0)), "the place is free");
+        roster.update(&member(1, 2, 0).unwrap_or_default(), GROUP);
+        assert!(!leader.meet(NodeId(9), &roster), "it has come back");
+    }
+
+    #[test]
+    fn who_was_doubted_is_believed_once_the_directory_says_so() {
+        let (mut roster, mut leader) = (Roster::default(), Leader::new(NodeId(2)));
+        roster.update(&member(1, 1, 0).unwrap_or_default(), GROUP);
+        assert!(!leader.meet(NodeId(9), &roster));
+        roster.update(&member(9, 1, 0).unwrap_or_default(), GROUP);
+        assert_eq!(leader.believe(&roster), Some(NodeId(9)));
+        assert!(leader.is(NodeId(9)));
+        assert_eq!(leader.believe(&roster), None, "once");
     }
 }
