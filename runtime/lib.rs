@@ -33,9 +33,9 @@ pub use kvferry_actors::{
     ThreadOptions, WorkerConfig, WorkerNode,
 };
 pub use kvferry_core::protocol::{
-    DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, Finished, GroupView, Identity, LeaseTerms, LeastLoaded,
-    LongestHeldPrefix, Outcome, PathReport, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms, Refusal,
-    RequestSpec, Role, SchedulerTerms, SessionTerms,
+    Away, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, Finished, GroupView, Identity, LeaseTerms,
+    LeastLoaded, LongestHeldPrefix, Outcome, PathReport, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms,
+    Refusal, RequestSpec, Role, SchedulerTerms, SessionTerms,
 };
 pub use kvferry_core::{
     BlockTable, Direction, Dtype, Epoch, Extent, FenceProof, Format, GeometryError, GeometrySpec, GroupGeometry,

@@ -207,11 +207,15 @@ impl<'a> Cluster<'a> {
                 }
             }
             Word::Said(scheduler::Said::Report { census }) => self.scheduler_census = Some(census),
-            // One that was away knows it, and its next incarnation asks the ranks.
-            Word::Said(scheduler::Said::Failed(reason)) if self.record.scheduler_hurt && !self.ending => {
-                tracing::debug!(reason, "the scheduler ended");
+            // Its next incarnation learns from the ranks what stands.
+            Word::Said(scheduler::Said::Away(why)) if !self.ending => {
+                if self.setup.faults.is_empty() {
+                    self.record.complaints.push(format!("the scheduler was away, which nobody had asked for: {why}"));
+                }
+                self.record.scheduler_hurt = true;
                 self.fence(Target::Scheduler);
             }
+            Word::Said(scheduler::Said::Away(why)) => self.scheduler_failed = Some(why),
             Word::Said(scheduler::Said::Failed(reason)) => self.scheduler_failed = Some(reason),
             Word::Ended => {
                 let how = self.scheduler.as_mut().map(Launched::ending).unwrap_or_default();

@@ -52,6 +52,8 @@ pub(crate) enum Said {
         node: NodeId,
         cause: String,
     },
+    /// It was asleep or cut off, and is to be started again.
+    Away(String),
     /// A request is over.
     Finished {
         request: RequestId,
@@ -132,6 +134,10 @@ async fn serve(
             Some(event) = events.recv() => match event {
                 Event::GroupReady { group } => say(Said::GroupReady { group }),
                 Event::Started { .. } => say(Said::Started),
+                Event::WasAway(away) => {
+                    say(Said::Away(away.to_string()));
+                    return Ok(());
+                }
                 Event::NodeLost { node: SCHEDULER, cause } => return Err(SchedulerError::NodeStopped(cause)),
                 Event::NodeLost { node, cause } => say(Said::NodeLost { node, cause }),
                 event => tracing::debug!(?event),

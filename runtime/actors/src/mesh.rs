@@ -188,6 +188,7 @@ impl Mesh {
         {
             tracing::error!(%away, "this node's incarnation ends");
             self.away = true;
+            (self.observer)(Event::WasAway(away.clone()));
             (self.on_end)(&away.to_string());
         }
         self.away

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{FailReason, Message, Outcome, OutcomeReport, PathReport, PrefillJob, PrefillView, Refusal, RequestSpec};
+use super::{
+    Away, FailReason, Message, Outcome, OutcomeReport, PathReport, PrefillJob, PrefillView, Refusal, RequestSpec,
+};
 use crate::{
     Direction, Epoch, FenceProof, GroupId, HandoverId, Moment, NodeId, PoolLayout, Program, RequestId, Tables,
     TransferId,
@@ -273,6 +275,8 @@ pub enum Event {
         /// How that was noticed.
         cause: String,
     },
+    /// This node was away, and its incarnation ends: whatever supervises it is to start it again in its next epoch.
+    WasAway(Away),
     /// A prefill rank opened an offer.
     OfferOpened {
         /// Which request.
