@@ -81,8 +81,9 @@ impl PrefillLeader {
     /// A rank of this group is gone, and with it every offer.
     pub fn handle_lost(&mut self, _now: Moment, lost: &Lost) {
         if let Some(rank) = self.ranks.remove(lost.node) {
-            self.fail_all(rank, lost.node, &lost.cause);
+            // First: what fails is given to another group.
             self.ranks.report(self.scheduler, &mut self.outbox);
+            self.fail_all(rank, lost.node, &lost.cause);
         }
     }
 
@@ -94,8 +95,8 @@ impl PrefillLeader {
     /// A rank cannot be reached any more, while both live: what it was told last may not have arrived.
     pub fn handle_peer_down(&mut self, _now: Moment, node: NodeId, cause: &str) {
         if let Some(rank) = self.ranks.part(node, cause) {
-            self.fail_all(rank, node, cause);
             self.ranks.report(self.scheduler, &mut self.outbox);
+            self.fail_all(rank, node, cause);
         }
     }
 

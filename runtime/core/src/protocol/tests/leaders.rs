@@ -156,7 +156,7 @@ fn one_rank_that_fails_fails_the_offer_once() {
     let (role, group, rank, node) = (Role::Prefill, PREFILL, Rank(1), NodeId(21));
     let reason = FailReason::RankLost { role, group, rank, node, cause: "it crashed".into() };
     let unmet = send(SCHEDULER, Message::Health { trouble: Some("1 of 2 ranks are met".into()) });
-    assert_eq!(commands(leader.outbox()), [ended(20), failed(reason), unmet]);
+    assert_eq!(commands(leader.outbox()), [unmet, ended(20), failed(reason)], "or it would get the request again");
     leader.handle_message(at(1), NodeId(SCHEDULER), job(1));
     assert_eq!(commands(leader.outbox()), [failed(FailReason::NoGroup(Role::Prefill))]);
 }

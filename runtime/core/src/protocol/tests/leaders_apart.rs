@@ -71,7 +71,7 @@ fn a_prefill_rank_that_cannot_be_reached_fails_what_was_offered_and_gets_nothing
     let ended = |to| send(to, Message::Release { request: R1, view: PrefillView::InDoubt });
     let failed = |request, reason| send(SCHEDULER, Message::OfferFailed { request: RequestId(request), reason });
     let heard = commands(leader.outbox());
-    assert_eq!(heard, [ended(20), ended(21), failed(1, parted(Role::Prefill)), health(UNREACHED)]);
+    assert_eq!(heard, [health(UNREACHED), ended(20), ended(21), failed(1, parted(Role::Prefill))]);
     assert_eq!(troubles(leader.outbox()), [UNREACHED.map(str::to_owned)]);
     assert!(leader.vitals().is_quiet(), "{:?}", leader.vitals());
     leader.handle_message(at(2), NodeId(SCHEDULER), job(2));
