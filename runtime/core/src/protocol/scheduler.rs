@@ -117,7 +117,7 @@ struct Request {
     withdrawn: bool,
     /// Nobody here has asked for it: it was announced by a leader. Its offer is left to its lease.
     adopted: bool,
-    /// Decode groups that failed it: others are tried first.
+    /// Groups that failed it: others are tried first.
     avoid: BTreeSet<GroupId>,
 }
 

@@ -66,6 +66,10 @@ impl Scheduler {
                 known.stage = Stage::Queued;
                 known.ready_at = None;
                 known.withdrawn = false;
+                // Its peers know before the directory does that it lacks a rank.
+                if matches!(reason, FailReason::RankLost { role: Role::Prefill, .. }) {
+                    known.avoid.insert(group);
+                }
                 known.wait(&mut self.deadlines, Deadline::after(now, self.terms.queue_within));
             }
             self.arrivals.push_front(request);

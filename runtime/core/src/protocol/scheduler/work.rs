@@ -43,7 +43,10 @@ impl Scheduler {
             self.finish(now, request, Outcome::Failed { reason: FailReason::NoGroup(Role::Prefill) }, None, Vec::new());
             return true;
         }
-        let candidates: Vec<GroupView> = self.prefill.iter().filter_map(|(id, group)| group.view(*id)).collect();
+        let mut candidates: Vec<GroupView> = self.prefill.iter().filter_map(|(id, group)| group.view(*id)).collect();
+        if candidates.iter().any(|view| !known.avoid.contains(&view.group)) {
+            candidates.retain(|view| !known.avoid.contains(&view.group));
+        }
         if candidates.is_empty() {
             return false;
         }

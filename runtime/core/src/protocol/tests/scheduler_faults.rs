@@ -127,6 +127,22 @@ fn a_lost_prefill_group_is_replaced_or_named() {
 }
 
 #[test]
+fn a_group_that_lacks_a_rank_does_not_get_the_request_again() {
+    // Readers notice before the directory does, and so does the group's leader.
+    let mut fixture = Fixture::new(2, 1);
+    fixture.submit(1);
+    fixture.offer(0, 1);
+    fixture.commands();
+    assert_eq!(jobs(&fixture.outcome(10, 1, failed(rank_lost(Role::Prefill, 0)))), [(1, 1)], "the other one");
+    // The only one is tried all the same: it may be whole again.
+    let mut fixture = Fixture::new(1, 1);
+    fixture.submit(1);
+    fixture.offer(0, 1);
+    fixture.commands();
+    assert_eq!(jobs(&fixture.outcome(10, 1, failed(rank_lost(Role::Prefill, 0)))), [(0, 1)]);
+}
+
+#[test]
 fn the_last_decode_group_takes_waiting_requests_with_it() {
     let mut fixture = paired(1, 1);
     fixture.scheduler.handle_lost(at(1), &lost(10));
