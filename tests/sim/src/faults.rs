@@ -50,7 +50,7 @@ kinds! {
     LeaderLoss = "leader-loss",
     /// The scheduler crashes and comes back.
     SchedulerCrash = "scheduler-crash",
-    /// Worker nodes stand still for a while; their NICs go on.
+    /// Nodes, the scheduler among them, stand still for a while; their NICs go on.
     Pauses = "pauses",
     /// NICs die, with errors or without a word, and come back.
     NicDeath = "nic-death",

@@ -18,6 +18,8 @@ use crate::trace::Record;
 /// How often in the first phase all actors are asked what they have in hand.
 const LOOKS: u32 = 8;
 
+/// The requests that follow once all is mended have no deadline to wait for: whatever takes this long stands still.
+const SECOND_WAVE: Duration = Duration::from_secs(20);
 /// From the end of a node's incarnation to its next one's place in its group.
 const REJOIN: Duration = Duration::from_secs(4);
 
@@ -68,7 +70,7 @@ impl Run {
         let mut cluster = Cluster::new(config.cluster.clone())?;
         let judge = Judge::new(cluster.yard());
         let (yard, back) = (cluster.yard().clone(), cluster.bring_back());
-        storm::brew(cluster.world(), &yard, &config.plan, &back);
+        storm::brew(cluster.world(), &yard, &config.plan, config.heal_at, &back);
         let mut dice = Dice::new(config.seed, "cancels", 0);
         let (ppm, within) = (u64::from(config.cancelled_ppm), nanos(config.cancelled_within));
         cluster.submit_each(config.shape.requests, config.spread, |cluster, request, at| {
@@ -103,7 +105,7 @@ impl Run {
             let first = self.answers.len();
             let second = (self.config.shape.requests / 4).clamp(1, 64);
             self.cluster.submit(second, Duration::from_millis(second));
-            vitals = self.end_of("the second wave", bound, &mut each);
+            vitals = self.end_of("the second wave", SECOND_WAVE, &mut each);
             let late = self.answers.iter().skip(first).filter(|(_, outcome)| !outcome.is_delivered());
             let undelivered: Vec<String> =
                 late.map(|(request, outcome)| format!("{request} without any fault: {outcome:?}")).collect();

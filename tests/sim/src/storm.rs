@@ -1,5 +1,7 @@
 //! When what goes wrong, and how it is done and undone.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -75,13 +77,17 @@ fn plan_kind(config: &Config, kind: FaultKind, dice: &mut Dice, plan: &mut Vec<P
                 (Fault::Down { node, late_writes: dice.below(2) == 0 }, 4_000)
             }
             FaultKind::SchedulerCrash => (Fault::Down { node: SCHEDULER, late_writes: false }, 4_000),
-            FaultKind::Pauses => (Fault::Pause { node: worker }, 10_000),
+            // The scheduler's among them.
+            FaultKind::Pauses => (Fault::Pause { node: dice.below(workers + 1) as usize }, 10_000),
             FaultKind::NicDeath => (Fault::NicDead { node: worker, nic, silent: dice.below(2) == 0 }, 4_000),
             FaultKind::SlowNics => (Fault::NicSlow { node: worker, nic, factor: 2 << dice.below(12) }, 4_000),
             FaultKind::CompletionErrors => (Fault::CompletionErrors(dice.within(1_000..100_000) as u32), 1_000),
             FaultKind::DataCuts => {
-                let to = 1 + dice.below(workers) as usize;
-                (Fault::DataCut { from: worker, to }, 4_000)
+                // Bytes go between the two sides only.
+                let prefill = u64::from(config.shape.prefill);
+                let from = 1 + dice.below(prefill) as usize;
+                let to = 1 + (prefill + dice.below(workers - prefill)) as usize;
+                (Fault::DataCut { from, to }, 4_000)
             }
             FaultKind::ClockDrift
             | FaultKind::Cancels
@@ -105,20 +111,72 @@ fn late(dice: &mut Dice) -> Duration {
     log_uniform(dice, 500)
 }
 
-/// Lets a cluster's plan happen. `back` brings a node back.
-pub(crate) fn brew(world: &mut World, yard: &Rc<Yard>, plan: &[Planned], back: &WithNode) {
-    for planned in plan {
-        let (fault, of) = (planned.fault.clone(), Rc::clone(yard));
+/// Lets a cluster's plan happen, until it is healed at `heal_at`. `back` brings a node back.
+pub(crate) fn brew(world: &mut World, yard: &Rc<Yard>, plan: &[Planned], heal_at: Duration, back: &WithNode) {
+    let heal_at = u64::try_from(heal_at.as_nanos()).unwrap_or(u64::MAX);
+    let ongoing: Rc<RefCell<BTreeMap<usize, Fault>>> = Rc::default();
+    for (number, planned) in plan.iter().enumerate() {
+        let (fault, of, on) = (planned.fault.clone(), Rc::clone(yard), Rc::clone(&ongoing));
         world.at(planned.at, move |world| {
             world.note(What::Fault(fault.clone(), true));
             begin(world, &of, &fault);
+            on.borrow_mut().insert(number, fault.clone());
+            blend(world, &on.borrow());
         });
         let until = planned.at.saturating_add(u64::try_from(planned.lasts.as_nanos()).unwrap_or(u64::MAX));
-        let (fault, back) = (planned.fault.clone(), Rc::clone(back));
-        world.at(until, move |world| {
-            world.note(What::Fault(fault.clone(), false));
-            mend(world, &fault, &*back);
-        });
+        let (fault, back, on) = (planned.fault.clone(), Rc::clone(back), Rc::clone(&ongoing));
+        if until < heal_at {
+            world.at(until, move |world| {
+                world.note(What::Fault(fault.clone(), false));
+                on.borrow_mut().remove(&number);
+                let others: Vec<Fault> = on.borrow().values().cloned().collect();
+                if !others.iter().any(|other| covers(other, &fault)) {
+                    mend(world, &fault, &*back);
+                }
+                // What it had in common with others goes on.
+                for other in &others {
+                    if let Fault::Partition { from, to, both_ways } = other {
+                        cut(world, from, to, *both_ways, true);
+                    }
+                }
+                blend(world, &on.borrow());
+            });
+        }
+    }
+}
+
+/// Whether all that `other` does is done as long as `fault` lasts.
+fn covers(fault: &Fault, other: &Fault) -> bool {
+    match (fault, other) {
+        (Fault::Down { node, .. }, Fault::Down { node: same, .. }) => node == same,
+        (Fault::Pause { node }, Fault::Pause { node: same }) => node == same,
+        (Fault::NicDead { node, nic, .. }, Fault::NicDead { node: same, nic: one, .. }) => (node, nic) == (same, one),
+        (Fault::DataCut { from, to }, Fault::DataCut { from: one, to: other }) => {
+            (from, to) == (one, other) || (from, to) == (other, one)
+        }
+        _ => false,
+    }
+}
+
+/// Where faults of one kind meet in one place, the worst of them counts.
+fn blend(world: &mut World, ongoing: &BTreeMap<usize, Fault>) {
+    let (mut weather, mut errors_ppm) = (Weather::default(), 0);
+    let mut slow_nics: BTreeMap<(usize, usize), u32> = BTreeMap::new();
+    for fault in ongoing.values() {
+        match fault {
+            Fault::Weather(one) => weather = weather.and(*one),
+            Fault::CompletionErrors(ppm) => errors_ppm = errors_ppm.max(*ppm),
+            Fault::NicSlow { node, nic, factor } => {
+                let slowest = slow_nics.entry((*node, *nic)).or_default();
+                *slowest = (*slowest).max(*factor);
+            }
+            _ => {}
+        }
+    }
+    world.change_weather(weather);
+    world.fabric().fail_completions(errors_ppm);
+    for ((node, nic), factor) in slow_nics {
+        slow(world, node, nic, factor);
     }
 }
 
@@ -142,7 +200,8 @@ fn begin(world: &mut World, yard: &Yard, fault: &Fault) {
         }
         Fault::Pause { node } => world.pause(*node),
         Fault::Partition { from, to, both_ways } => cut(world, from, to, *both_ways, true),
-        Fault::Weather(weather) => world.change_weather(*weather),
+        // All that there is of these counts together: `blend`.
+        Fault::Weather(_) | Fault::CompletionErrors(_) => {}
         Fault::NicDead { node, nic, silent } => {
             let death = if *silent { NicDeath::BlackHole } else { NicDeath::Error };
             each_nic(world, *node, |index, id| {
@@ -153,7 +212,6 @@ fn begin(world: &mut World, yard: &Yard, fault: &Fault) {
         }
         Fault::NicSlow { node, nic, factor } => slow(world, *node, *nic, *factor),
         Fault::DataCut { from, to } => cut_data(world, *from, *to, true),
-        Fault::CompletionErrors(ppm) => world.fabric().fail_completions(*ppm),
     }
 }
 

@@ -20,6 +20,19 @@ pub struct Weather {
     pub late_by: Duration,
 }
 
+impl Weather {
+    /// Both at once.
+    pub(crate) fn and(self, other: Weather) -> Weather {
+        Weather {
+            lost_ppm: self.lost_ppm.max(other.lost_ppm),
+            doubled_ppm: self.doubled_ppm.max(other.doubled_ppm),
+            late_ppm: self.late_ppm.max(other.late_ppm),
+            overtaken_ppm: self.overtaken_ppm.max(other.overtaken_ppm),
+            late_by: self.late_by.max(other.late_by),
+        }
+    }
+}
+
 /// The way of one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Way {
