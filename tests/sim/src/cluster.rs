@@ -165,7 +165,7 @@ impl Cluster {
         for node in 0..world.nodes() {
             yard.start(&mut world, node)?;
         }
-        let users = Rc::default();
+        let users = Rc::new(RefCell::new(Users::new(yard.options.world.plant)));
         restart_the_ended(&mut world, &yard, bring_back(&yard, &users));
         Ok(Cluster { world, yard, workload, submitted: 0, users, tally: Tally::default() })
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use kvferry_core::protocol::{Event, Outcome, OutcomeReport};
+use kvferry_core::protocol::{Event, Finished, Outcome, OutcomeReport, Refusal};
 
 /// A bug. Production code knows nothing of it: it lives in the simulated clock, network, transports, engines and observers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -14,6 +14,8 @@ pub enum Plant {
     HalfNic,
     /// Decode leaders report a second, other outcome of some handovers (I3).
     TwoOutcomes,
+    /// Users hear of some requests that are delivered that they failed (I3).
+    FalseAnswers,
     /// Decode engines never say that they have let some handovers' blocks go (I4).
     SilentEngine,
     /// Some alarms never ring (I5).
@@ -32,10 +34,11 @@ pub enum Plant {
 
 impl Plant {
     /// All of them, in the order of the invariants that they break.
-    pub const ALL: [Plant; 10] = [
+    pub const ALL: [Plant; 11] = [
         Plant::HastyEngine,
         Plant::HalfNic,
         Plant::TwoOutcomes,
+        Plant::FalseAnswers,
         Plant::SilentEngine,
         Plant::LostAlarms,
         Plant::OldEpoch,
@@ -52,6 +55,7 @@ impl fmt::Display for Plant {
             Plant::HastyEngine => "engines take quarantined blocks back at once",
             Plant::HalfNic => "NICs report half a pull as the whole",
             Plant::TwoOutcomes => "leaders report a second outcome",
+            Plant::FalseAnswers => "delivered requests are answered with failures",
             Plant::SilentEngine => "engines do not say that blocks are free",
             Plant::LostAlarms => "alarms are lost",
             Plant::OldEpoch => "nodes restart in their old epoch",
@@ -81,6 +85,16 @@ pub(crate) fn other_outcome(event: &Event) -> Option<Event> {
     }
     let outcome = if report.outcome.is_delivered() { Outcome::Cancelled } else { Outcome::Delivered };
     Some(Event::Settled { report: OutcomeReport { outcome, ..report.clone() } })
+}
+
+/// What a user hears instead of an answer: every eighth delivery is a failure.
+pub(crate) fn other_answer(answer: Result<Finished, Refusal>) -> Result<Finished, Refusal> {
+    match answer {
+        Ok(finished) if finished.outcome.is_delivered() && finished.request.0.is_multiple_of(8) => {
+            Err(Refusal::UnknownRequest(finished.request))
+        }
+        answer => answer,
+    }
 }
 
 /// The order of a randomly keyed hash map: what the simulator must never depend on.

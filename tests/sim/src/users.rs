@@ -8,6 +8,7 @@ use kvferry_core::protocol::{Event, Finished, Refusal, RequestSpec};
 use tokio::sync::oneshot;
 
 use crate::chronicle::{Entry, What};
+use crate::plant::{self, Plant};
 use crate::world::World;
 use crate::yard::Yard;
 
@@ -18,6 +19,7 @@ pub(crate) struct Users {
     /// Asked since answers were last looked for: refusals come at once.
     fresh: Vec<RequestId>,
     answered: u64,
+    plant: Option<Plant>,
 }
 
 struct Asked {
@@ -29,6 +31,10 @@ struct Asked {
 }
 
 impl Users {
+    pub(crate) fn new(plant: Option<Plant>) -> Self {
+        Users { plant, ..Users::default() }
+    }
+
     /// Asks for a request.
     pub(crate) fn submit(&mut self, world: &World, yard: &Yard, spec: RequestSpec) {
         let asked = Asked { spec, answer: None, ticket: 0, answered: false, cancelled: false };
@@ -72,6 +78,10 @@ impl Users {
                     asked.answer = None;
                     asked.answered = true;
                     self.answered += 1;
+                    let answer = match self.plant {
+                        Some(Plant::FalseAnswers) => plant::other_answer(answer),
+                        _ => answer,
+                    };
                     heard.push(What::Answered(request, answer));
                 }
                 // It may come in the scheduler's next turn.

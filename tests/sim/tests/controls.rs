@@ -44,6 +44,11 @@ fn i3_finds_leaders_of_two_minds() {
 }
 
 #[test]
+fn i3_finds_answers_that_nobody_decided() {
+    caught(Plant::FalseAnswers, "none", "I3");
+}
+
+#[test]
 fn i4_finds_engines_that_keep_silent() {
     caught(Plant::SilentEngine, "none", "I4");
 }

@@ -58,3 +58,12 @@ fn what_was_meant_for_a_lost_rank_is_not_said_to_its_next_incarnation() {
 fn last_words_wait_for_whoever_stands_still() {
     holds(32159, &Shape::default());
 }
+
+/// A scheduler that had started again took a cancel at its word before it had met the leader that had delivered the request meanwhile: an answer
+/// that contradicts what all engines were told.
+#[test]
+fn a_cancel_is_not_answered_before_leaders_were_heard() {
+    for seed in [53, 116] {
+        holds(seed, &Shape::default());
+    }
+}

@@ -252,6 +252,7 @@ impl Scheduler {
 
     /// Nobody wants the request any more. It still ends in one [`Event::Finished`].
     pub fn handle_cancel(&mut self, now: Moment, request: RequestId) {
+        let listens = self.listens(now);
         let Some(known) = self.requests.get_mut(&request) else { return };
         known.cancelled = true;
         match &known.stage {
@@ -261,6 +262,8 @@ impl Scheduler {
                     self.outbox.send(leader, Message::Abort { handover, reason: None });
                 }
             }
+            // A leader may be about to announce that it is delivered.
+            _ if listens => {}
             _ => {
                 self.finish(now, request, Outcome::Cancelled, None, Vec::new());
                 self.pump(now);

@@ -75,10 +75,12 @@ const BROKEN_MAX: usize = 50;
 impl Judge {
     pub(crate) fn new(yard: &Yard) -> Self {
         let groups = Groups::of(yard);
+        // Whatever its clock's drift.
+        let listens = yard.options.scheduler.adopt_after.mul_f64(0.99);
         let rules: Vec<Box<dyn Invariant>> = vec![
             Box::new(fences::Fences),
             Box::new(bytes::Bytes::new(groups.clone())),
-            Box::new(outcomes::Outcomes::default()),
+            Box::new(outcomes::Outcomes::new(groups.clone(), listens)),
             Box::new(back::Back),
             Box::new(progress::Progress),
             Box::new(epochs::Epochs::default()),

@@ -117,6 +117,8 @@ impl Scheduler {
                 self.adopt_held(group, handover, pairing.spec, false);
                 let reason = Some(FailReason::Refused(Refusal::Superseded { request, newer }));
                 self.outbox.send(from, Message::Abort { handover, reason });
+            } else if self.requests.get(&request).is_some_and(|known| known.cancelled) {
+                self.outbox.send(from, Message::Abort { handover, reason: None });
             }
         }
         self.pump(now);

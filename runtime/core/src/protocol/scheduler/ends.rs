@@ -24,9 +24,11 @@ impl Scheduler {
         reason: FailReason,
     ) {
         let (may_prefill, may_decode) = (self.may_have(Role::Prefill), self.may_have(Role::Decode));
+        let listens = self.listens(now);
         let Some(known) = self.requests.get_mut(&request) else { return };
         known.attempts += 1;
-        if known.cancelled {
+        // A decode leader may be about to announce that it is delivered.
+        if known.cancelled && !listens {
             self.finish(now, request, Outcome::Cancelled, None, Vec::new());
             return;
         }
@@ -159,6 +161,16 @@ impl Scheduler {
             self.ended.remove(&oldest);
         }
         self.outbox.event(Event::Finished(finished));
+    }
+
+    /// What was cancelled while leaders were listened to, and no decode leader has announced.
+    pub(super) fn finish_cancelled(&mut self, now: Moment) {
+        let waits = |known: &Request| known.cancelled && !matches!(known.stage, Stage::Paired { .. });
+        let cancelled: Vec<RequestId> =
+            self.requests.iter().filter(|(_, known)| waits(known)).map(|(request, _)| *request).collect();
+        for request in cancelled {
+            self.finish(now, request, Outcome::Cancelled, None, Vec::new());
+        }
     }
 
     /// A request that nobody here has asked for, and of which there is nothing to give: whoever asks for it after all begins anew.

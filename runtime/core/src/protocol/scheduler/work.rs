@@ -7,9 +7,11 @@ use crate::{HandoverId, Moment, RequestId};
 impl Scheduler {
     /// Hands out work while there is room, oldest first; nothing overtakes.
     pub(super) fn pump(&mut self, now: Moment) {
-        self.listens_until = self.listens_until.filter(|until| now < *until);
-        if self.listens_until.is_some() {
+        if self.listens(now) {
             return;
+        }
+        if self.listens_until.take().is_some() {
+            self.finish_cancelled(now);
         }
         while let Some(request) = self.arrivals.front().copied() {
             if !self.start_prefill(now, request) {
@@ -24,6 +26,11 @@ impl Scheduler {
             }
             self.offers.pop_front_if(|waiting| *waiting == request);
         }
+    }
+
+    /// Whether leaders may still be about to announce what a predecessor gave them.
+    pub(super) fn listens(&self, now: Moment) -> bool {
+        self.listens_until.is_some_and(|until| now < until)
     }
 
     /// Whether there is a complete group of a role, or one may be about to join: then work waits for it.

@@ -421,3 +421,41 @@ fn a_decode_group_that_comes_late_takes_nothing_before_its_leader_has_said_what_
     assert_eq!(pairs(&fixture.say(10, Message::StandingHandovers(Box::new(standing)))), []);
     assert_eq!(pairs(&fixture.say(10, Message::Health { trouble: None })), [(10, NEW, 1)]);
 }
+
+#[test]
+fn a_scheduler_that_listens_does_not_take_a_cancel_at_its_word() {
+    let cancelled = || {
+        let mut fixture = restarted(1, 1);
+        fixture.scheduler.expect_announcements(at(0));
+        fixture.submit(1);
+        fixture.scheduler.handle_cancel(at(0), R1);
+        assert_eq!(fixture.finished(), []);
+        fixture
+    };
+    // Its leader may have delivered it;
+    let mut fixture = cancelled();
+    fixture.say(10, decided(7, 0, Outcome::Delivered, false));
+    assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+    assert_quiet(&fixture);
+    let mut fixture = cancelled();
+    fixture.say(0, offers(1, Some(vec![4])));
+    let reason = FailReason::Refused(Refusal::LeaseExpired(R1));
+    fixture.say(0, Message::OfferFailed { request: R1, reason });
+    fixture.say(10, decided(7, 0, Outcome::Delivered, false));
+    assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+    assert_quiet(&fixture);
+    // or be about to;
+    let mut fixture = cancelled();
+    let abort = send(10, Message::Abort { handover: HandoverId(7), reason: None });
+    assert!(fixture.say(10, under_way(7, 1, 0)).contains(&abort));
+    fixture.say(10, Message::Outcome(report(7, Outcome::Cancelled)));
+    assert_eq!(fixture.finished(), [(1, Outcome::Cancelled)]);
+    // or nobody has it.
+    let mut fixture = cancelled();
+    fixture.say(0, offers(1, Some(vec![4])));
+    fixture.commands();
+    fixture.scheduler.handle_timeout(at(4));
+    assert!(fixture.commands().contains(&send(0, Message::Release { request: R1, view: PrefillView::Ended })));
+    assert_eq!(fixture.finished(), [(1, Outcome::Cancelled)]);
+    assert_quiet(&fixture);
+}
