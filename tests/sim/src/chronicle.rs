@@ -50,6 +50,8 @@ pub enum What {
         id: TransferId,
         /// Who reads and who writes.
         direction: Direction,
+        /// All that it moves.
+        bytes: u64,
     },
     /// A transfer that was posted or expected here ended, or not well.
     Landed {

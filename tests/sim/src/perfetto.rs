@@ -51,7 +51,7 @@ impl Timeline {
                 self.end(node, handover.0, "held", at);
                 self.end(node, handover.0, "quarantine", at);
             }
-            What::Posted { id, direction } => {
+            What::Posted { id, direction, .. } => {
                 self.transfers.insert((node, *id), (at, *direction));
             }
             What::Landed { id, bytes } => {

@@ -89,7 +89,7 @@ impl Story {
                 format!("{handover}: no room: {reason}")
             }
             What::Observed(Event::Started { handover }) if ours(handover) => format!("{handover}: the first transfer"),
-            What::Posted { id, direction } if ours(&id.handover()) => {
+            What::Posted { id, direction, .. } if ours(&id.handover()) => {
                 let verb = if *direction == Direction::Pull { "reads" } else { "writes" };
                 format!("{id}: posted, {verb}")
             }

@@ -70,14 +70,14 @@ impl Transport for WatchedNic {
     }
 
     fn post(&mut self, mut transfer: Transfer) -> Result<(), PostError> {
-        let (id, direction) = (transfer.id, transfer.direction);
+        let (id, direction, bytes) = (transfer.id, transfer.direction, transfer.program.bytes());
         if self.plant == Some(Plant::HalfNic) && direction == Direction::Pull {
             let UnitRange { start, end } = transfer.range;
             transfer.range = UnitRange { start, end: start + (end - start).div_ceil(2) };
             self.halved.insert(id, transfer.program.bytes());
         }
         self.inner.post(transfer)?;
-        self.note(What::Posted { id, direction });
+        self.note(What::Posted { id, direction, bytes });
         Ok(())
     }
 

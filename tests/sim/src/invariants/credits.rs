@@ -1,27 +1,68 @@
 //! I7: bytes in flight and queue depths stay within credits.
 //!
-//! From the desks, which know what each decode engine really holds: never more handovers than its group takes at once. And from the NICs:
-//! never more transfers posted than the queue's depth.
+//! From the desks, which know what each decode engine is asked for and when it has really let it go: what is out of the credits of a rank at any
+//! time is never more than the handovers that its group takes at once, nor more blocks than its pool has. Only a handover that is out of them
+//! pulls anything, and the bytes of all that a rank pulls at once fit into the blocks that are out. The queue's depth is the transport's to keep: what
+//! is checked of it is the simulated fabric.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use kvferry_core::HandoverId;
-use kvferry_core::protocol::EngineEvent;
+use kvferry_core::protocol::{EngineCall, Role};
+use kvferry_core::{Direction, GroupGeometry, HandoverId, Rank, TransferId};
 
 use super::{Invariant, Scene};
 use crate::chronicle::{Entry, What};
 use crate::world::World;
+use crate::yard::Yard;
 
 pub(super) struct Credits {
     handovers_max: usize,
     depth: usize,
     /// By node.
-    held: BTreeMap<usize, BTreeMap<HandoverId, u64>>,
+    ranks: BTreeMap<usize, DecodeRank>,
+}
+
+struct DecodeRank {
+    geometry: Arc<GroupGeometry>,
+    rank: Rank,
+    /// Blocks of its pool, per layer group.
+    blocks: Vec<u64>,
+    /// Bytes of one, over all of its planes.
+    block_bytes: Vec<u64>,
+    /// What each handover takes of them.
+    out: BTreeMap<HandoverId, Vec<u64>>,
+    /// Bytes of the transfers that it has posted and that have not ended.
+    posted: BTreeMap<TransferId, u64>,
+}
+
+impl DecodeRank {
+    fn blocks_out(&self) -> Vec<u64> {
+        (0..self.blocks.len()).map(|group| self.out.values().filter_map(|costs| costs.get(group)).sum()).collect()
+    }
 }
 
 impl Credits {
-    pub(super) fn new(handovers_max: u32, depth: usize) -> Self {
-        Credits { handovers_max: handovers_max as usize, depth, held: BTreeMap::new() }
+    pub(super) fn new(yard: &Yard) -> Self {
+        let decode = yard.workers.iter().filter(|worker| worker.role == Role::Decode).map(|worker| {
+            let shard = worker.geometry.shard(worker.rank).map(|shard| shard.groups).unwrap_or_default();
+            let block_bytes =
+                shard.iter().map(|group| group.layers.len() as u64 * group.plane_bytes.iter().sum::<u64>()).collect();
+            let rank = DecodeRank {
+                geometry: Arc::clone(&worker.geometry),
+                rank: worker.rank,
+                blocks: worker.blocks.iter().map(|blocks| u64::from(*blocks)).collect(),
+                block_bytes,
+                out: BTreeMap::new(),
+                posted: BTreeMap::new(),
+            };
+            (worker.node, rank)
+        });
+        Credits {
+            handovers_max: yard.options.handovers_max as usize,
+            depth: yard.options.world.fabric.depth,
+            ranks: decode.collect(),
+        }
     }
 }
 
@@ -31,22 +72,48 @@ impl Invariant for Credits {
     }
 
     fn see(&mut self, _: &World, entry: &Entry, broken: &mut Vec<String>) {
+        let node = entry.node;
+        let Some(rank) = self.ranks.get_mut(&node) else { return };
         match &entry.what {
-            What::Told(EngineEvent::Placed { handover, .. }) => {
-                let held = self.held.entry(entry.node).or_default();
-                held.insert(*handover, entry.at);
-                if held.len() > self.handovers_max {
-                    let (node, count, most) = (entry.node, held.len(), self.handovers_max);
-                    broken.push(format!("n{node} holds {count} handovers at once, where {most} are allowed"));
+            What::Called(EngineCall::Place { handover, spec }) => {
+                let cost = |group| u64::from(rank.geometry.blocks_for(group, spec.tokens, rank.rank).blocks);
+                let costs = (0..rank.blocks.len()).map(cost).collect();
+                rank.out.insert(*handover, costs);
+                if rank.out.len() > self.handovers_max {
+                    let (count, most) = (rank.out.len(), self.handovers_max);
+                    broken.push(format!("n{node} has {count} handovers at once, where {most} are allowed"));
+                }
+                let out = rank.blocks_out();
+                if out.iter().zip(&rank.blocks).any(|(out, blocks)| out > blocks) {
+                    broken.push(format!("n{node} is to find {out:?} blocks at once, and has {:?}", rank.blocks));
                 }
             }
-            What::LetGo(handover) => {
-                if let Some(held) = self.held.get_mut(&entry.node) {
-                    held.remove(handover);
+            What::Called(EngineCall::Settled { handover, outcome, quarantined, .. }) => {
+                if !outcome.is_delivered() && !quarantined {
+                    rank.out.remove(handover);
                 }
+            }
+            What::Called(EngineCall::Returned { handover, .. }) | What::LetGo(handover) => {
+                rank.out.remove(handover);
+            }
+            What::Posted { id, direction: Direction::Pull, bytes } => {
+                if !rank.out.contains_key(&id.handover()) {
+                    broken.push(format!("n{node} pulls {id}, for which it has no credit"));
+                }
+                rank.posted.insert(*id, *bytes);
+                let posted: u64 = rank.posted.values().sum();
+                let room: u64 =
+                    rank.blocks_out().iter().zip(&rank.block_bytes).map(|(blocks, bytes)| blocks * bytes).sum();
+                if posted > room {
+                    broken.push(format!("n{node} has {posted} bytes in flight, and its credits cover {room}"));
+                }
+            }
+            What::Landed { id, .. } => {
+                rank.posted.remove(id);
             }
             What::Crashed => {
-                self.held.remove(&entry.node);
+                rank.out.clear();
+                rank.posted.clear();
             }
             _ => {}
         }
