@@ -19,10 +19,8 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let work = || -> Result<(), SimulateError> {
         loop {
-            let seed = next.fetch_add(1, Ordering::Relaxed);
-            if seed >= seeds.end {
-                return Ok(());
-            }
+            let taken = |seed: u64| (seed < seeds.end).then(|| seed + 1);
+            let Ok(seed) = next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken) else { return Ok(()) };
             let (report, seconds) = simulate(options.config(seed)?)?;
             let thrice = seed - seeds.start < options.thrice;
             let same = !thrice || is_the_same_thrice(options, &report)?;

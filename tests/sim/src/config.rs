@@ -74,7 +74,7 @@ pub enum ShapeError {
         tp: u32,
     },
     /// Groups are too wide for the simulated model.
-    #[error("the simulated model has 8 heads: groups of {0} ranks cannot share them; choose 1, 2, 4 or 8")]
+    #[error("the simulated model has 4 heads, which {0} ranks cannot share evenly; choose 1, 2, 4 or 8 ranks")]
     TooWide(u32),
 }
 
