@@ -88,10 +88,10 @@ impl Invariant for Credits {
                     broken.push(format!("n{node} is to find {out:?} blocks at once, and has {:?}", rank.blocks));
                 }
             }
-            What::Called(EngineCall::Settled { handover, outcome, quarantined, .. }) => {
-                if !outcome.is_delivered() && !quarantined {
-                    rank.out.remove(handover);
-                }
+            What::Called(EngineCall::Settled { handover, outcome, quarantined, .. })
+                if !outcome.is_delivered() && !quarantined =>
+            {
+                rank.out.remove(handover);
             }
             What::Called(EngineCall::Returned { handover, .. }) | What::LetGo(handover) => {
                 rank.out.remove(handover);
