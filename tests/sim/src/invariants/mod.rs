@@ -12,8 +12,8 @@ mod progress;
 
 use std::fmt;
 
+use kvferry_core::GroupId;
 use kvferry_core::protocol::{Role, Vitals};
-use kvferry_core::{GroupId, Rank};
 
 use crate::chronicle::Entry;
 use crate::report::RankReport;
@@ -85,8 +85,8 @@ impl Judge {
             Box::new(progress::Progress),
             Box::new(epochs::Epochs::default()),
             Box::new(credits::Credits::new(yard)),
-            Box::new(consumers::Consumers::new(groups.clone())),
-            Box::new(leases::Leases::new(groups.clone(), yard.options.leases)),
+            Box::new(consumers::Consumers::new(groups)),
+            Box::new(leases::Leases::new(yard.options.leases)),
         ];
         Judge { rules, broken: Vec::new(), found: Vec::new() }
     }
@@ -134,11 +134,6 @@ impl Groups {
     /// The group of a node.
     pub(crate) fn group(&self, node: usize) -> Option<GroupId> {
         self.places.get(node.checked_sub(1)?).map(|(_, group, _)| *group)
-    }
-
-    /// The rank of a node in its group.
-    pub(crate) fn rank(&self, node: usize) -> Option<Rank> {
-        self.places.get(node.checked_sub(1)?).map(|(_, _, rank)| Rank(*rank))
     }
 
     /// The nodes of a group, by rank.
