@@ -9,7 +9,8 @@ use kvferry_sim::{CapacityOptions, PolicyName, PolicyReport, Quantiles, SimError
 use serde_json::json;
 use thiserror::Error;
 
-use crate::options::Options;
+use crate::options::{Options, SimulateError};
+use crate::say::say;
 
 /// Virtual time after which whatever is not finished is reported as it is, counted from the start of the trace.
 const LIMIT: Duration = Duration::from_secs(48 * 3600);
@@ -96,13 +97,10 @@ pub(crate) enum CapacityError {
         #[source]
         source: TraceError,
     },
-    /// The cluster could not be set up.
-    #[error(transparent)]
-    Cluster(#[from] SimError),
 }
 
 /// Answers, one row per policy. Says whether every request was delivered.
-pub(crate) fn run(asked: &Options) -> Result<bool, CapacityError> {
+pub(crate) fn run(asked: &Options) -> Result<bool, SimulateError> {
     let question = &asked.question;
     let Some(file) = &question.trace else { return Ok(true) };
     let model = Model::preset(&question.model).ok_or_else(|| CapacityError::Model(question.model.clone()))?;
@@ -113,7 +111,7 @@ pub(crate) fn run(asked: &Options) -> Result<bool, CapacityError> {
         ("decode-tokens-per-second", question.decode_tokens_per_second),
     ] {
         if !(rate.is_finite() && rate > 0.0) {
-            return Err(CapacityError::Rate(name, rate));
+            return Err(CapacityError::Rate(name, rate).into());
         }
     }
     let text = std::fs::read_to_string(file).map_err(|source| CapacityError::File { file: file.clone(), source })?;
@@ -151,21 +149,18 @@ pub(crate) fn run(asked: &Options) -> Result<bool, CapacityError> {
                 })
             })
             .collect();
-        println!(
-            "{}",
-            json!({
-                "model": question.model,
-                "prefill": asked.prefill,
-                "decode": asked.decode,
-                "nics": asked.nics,
-                "nic_gbps": question.nic_gbps,
-                "direction": format!("{:?}", question.direction).to_lowercase(),
-                "speed": question.speed,
-                "policies": rows,
-            })
-        );
+        say(json!({
+            "model": question.model,
+            "prefill": asked.prefill,
+            "decode": asked.decode,
+            "nics": asked.nics,
+            "nic_gbps": question.nic_gbps,
+            "direction": format!("{:?}", question.direction).to_lowercase(),
+            "speed": question.speed,
+            "policies": rows,
+        }))?;
     } else {
-        rows.iter().for_each(|(report, seconds)| tell(report, *seconds));
+        rows.iter().try_for_each(|(report, seconds)| tell(report, *seconds))?;
     }
     Ok(complete)
 }
@@ -177,8 +172,8 @@ fn timed(ask: impl FnOnce() -> Result<PolicyReport, SimError>) -> Result<(Policy
     ask().map(|report| (report, since.elapsed().as_secs_f64()))
 }
 
-fn tell(report: &PolicyReport, wall_seconds: f64) {
-    println!(
+fn tell(report: &PolicyReport, wall_seconds: f64) -> Result<(), SimulateError> {
+    say(format_args!(
         "{}: {} of {} delivered in {:.1} s ({:.2} a second, {:.2} GB/s), prefix hits {:.1} %",
         report.policy,
         report.delivered,
@@ -187,16 +182,16 @@ fn tell(report: &PolicyReport, wall_seconds: f64) {
         report.requests_per_second,
         report.gigabytes_per_second,
         report.prefix_hit_rate * 100.0
-    );
+    ))?;
     if let Some(failure) = &report.first_failure {
-        println!("  {} failed; the first: {failure}", report.failed);
+        say(format_args!("  {} failed; the first: {failure}", report.failed))?;
     }
     for (side, nics) in [("prefill, out", report.prefill_nics), ("decode, in", report.decode_nics)] {
-        println!(
+        say(format_args!(
             "  NICs ({side}): busy {:.2} % of the time, the busiest {:.2} %",
             nics.mean_utilisation * 100.0,
             nics.max_utilisation * 100.0
-        );
+        ))?;
     }
     for (what, Quantiles { p50, p99, max }) in [
         ("queue", report.queue_ms),
@@ -207,8 +202,8 @@ fn tell(report: &PolicyReport, wall_seconds: f64) {
         ("notice", report.notice_ms),
         ("first decode token", report.first_decode_token_ms),
     ] {
-        println!("  {what:>18}: p50 {p50:10.3} ms, p99 {p99:10.3} ms, max {max:10.3} ms");
+        say(format_args!("  {what:>18}: p50 {p50:10.3} ms, p99 {p99:10.3} ms, max {max:10.3} ms"))?;
     }
     let events = report.events as f64;
-    println!("  {events} events in {wall_seconds:.1} s, {:.0} thousand a second", events / wall_seconds / 1e3);
+    say(format_args!("  {events} events in {wall_seconds:.1} s, {:.0} thousand a second", events / wall_seconds / 1e3))
 }

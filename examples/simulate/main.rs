@@ -6,17 +6,19 @@ mod capacity;
 mod many;
 mod one;
 mod options;
+mod say;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
 use crate::options::{Options, SimulateError};
+use crate::say::warn;
 
 fn main() -> ExitCode {
     let options = Options::parse();
     let held = match options.seeds {
-        _ if options.question.trace.is_some() => capacity::run(&options).map_err(SimulateError::from),
+        _ if options.question.trace.is_some() => capacity::run(&options),
         Some(_) => many::run(&options),
         None => one::run(&options),
     };
@@ -24,7 +26,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("simulate: {error}");
+            warn(format_args!("simulate: {error}"));
             ExitCode::from(if matches!(error, SimulateError::Cluster(_) | SimulateError::Io { .. }) { 1 } else { 2 })
         }
     }

@@ -8,6 +8,7 @@ use kvferry_sim::{RunReport, rerun};
 
 use crate::one::{simulate, tell};
 use crate::options::{Options, Seeds, SimulateError};
+use crate::say::{say, warn};
 
 /// Runs a range of seeds. Says whether every invariant held in all of them.
 pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
@@ -26,7 +27,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
             let same = !thrice || is_the_same_thrice(options, &report)?;
             let mut sum = sum.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             if options.json || !report.broken.is_empty() {
-                tell(options, &report, seconds);
+                tell(options, &report, seconds)?;
             }
             sum.add(&report, seconds, same);
         }
@@ -40,7 +41,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
     })?;
     let sum = sum.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     if !options.json {
-        sum.tell();
+        sum.tell()?;
     }
     Ok(sum.broken.is_empty())
 }
@@ -49,7 +50,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
 pub(crate) fn is_the_same_thrice(options: &Options, report: &RunReport) -> Result<bool, SimulateError> {
     let seed = report.seed;
     if let Some(divergence) = rerun(&options.config(seed)?, report)? {
-        eprintln!("seed {seed}: {divergence}\n  again: {} --thrice 1", options.command(seed));
+        warn(format_args!("seed {seed}: {divergence}\n  again: {} --thrice 1", options.command(seed)));
         return Ok(false);
     }
     let failed = |source| SimulateError::Io { what: "starting another process".to_owned(), source };
@@ -60,7 +61,10 @@ pub(crate) fn is_the_same_thrice(options: &Options, report: &RunReport) -> Resul
     let hash = format!("\"trace_hash\":\"{:016x}\"", report.trace_hash);
     let same = String::from_utf8_lossy(&output.stdout).contains(&hash);
     if !same {
-        eprintln!("seed {seed}: I8: another process runs it otherwise\n  again: {} --thrice 1", options.command(seed));
+        warn(format_args!(
+            "seed {seed}: I8: another process runs it otherwise\n  again: {} --thrice 1",
+            options.command(seed)
+        ));
     }
     Ok(same)
 }
@@ -91,17 +95,17 @@ impl Sum {
         }
     }
 
-    fn tell(&self) {
+    fn tell(&self) -> Result<(), SimulateError> {
         let Sum { runs, requests, delivered, failed, cancelled, events, seconds, broken } = self;
-        println!(
+        say(format_args!(
             "{runs} runs, {requests} requests: {delivered} delivered, {failed} failed, {cancelled} cancelled; {events} events in {seconds:.1} s \
              of the cores, {:.0} thousand a second and core",
             *events as f64 / seconds / 1e3
-        );
+        ))?;
         if broken.is_empty() {
-            println!("every invariant held");
+            say("every invariant held")
         } else {
-            println!("{} runs broke an invariant: seeds {broken:?}", broken.len());
+            say(format_args!("{} runs broke an invariant: seeds {broken:?}", broken.len()))
         }
     }
 }

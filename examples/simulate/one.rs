@@ -5,6 +5,7 @@ use kvferry_sim::{Config, Run, RunReport, Story, Timeline};
 use serde_json::json;
 
 use crate::options::{Options, SimulateError};
+use crate::say::{say, warn};
 
 /// Records of the end of a run that are printed when it is wrong.
 const LAST: usize = 24;
@@ -13,7 +14,7 @@ const LAST: usize = 24;
 pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
     let config = options.config(options.seed)?;
     if options.explain {
-        println!("{config:#?}");
+        say(format_args!("{config:#?}"))?;
         return Ok(true);
     }
     if let Some(request) = options.request.filter(|request| !(1..=options.requests).contains(request)) {
@@ -21,24 +22,28 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
     }
     let mut story = options.request.filter(|_| options.replay).map(|request| Story::new(RequestId(request)));
     let mut timeline = options.timeline.as_ref().map(|_| Timeline::default());
+    // A run does not stop half-way; what cannot be printed is told at its end.
+    let mut said = Ok(());
     let (report, seconds) = timed(|| {
         Ok(Run::new(config)?.to_end(|entry| {
-            if let Some(line) = story.as_mut().and_then(|story| story.tell(entry)) {
-                println!("{line}");
-            }
-            if options.log {
-                println!("{entry}");
+            let line = story.as_mut().and_then(|story| story.tell(entry));
+            let log = options.log.then(|| entry.to_string());
+            for line in line.into_iter().chain(log) {
+                if said.is_ok() {
+                    said = say(line);
+                }
             }
             if let Some(timeline) = &mut timeline {
                 timeline.take_in(entry);
             }
         }))
     })?;
+    said?;
     if let (Some(timeline), Some(path)) = (timeline, &options.timeline) {
         std::fs::write(path, timeline.to_json())
             .map_err(|source| SimulateError::Io { what: format!("writing {}", path.display()), source })?;
     }
-    tell(options, &report, seconds);
+    tell(options, &report, seconds)?;
     if options.thrice > 0 && !crate::many::is_the_same_thrice(options, &report)? {
         return Ok(false);
     }
@@ -59,7 +64,7 @@ pub(crate) fn simulate(config: Config) -> Result<(RunReport, f64), SimulateError
 }
 
 /// Prints what came of a run.
-pub(crate) fn tell(options: &Options, report: &RunReport, seconds: f64) {
+pub(crate) fn tell(options: &Options, report: &RunReport, seconds: f64) -> Result<(), SimulateError> {
     let RunReport { seed, requests, delivered, failed, cancelled, virtual_seconds, events, trace_hash, .. } = report;
     let events_per_second = *events as f64 / seconds;
     if options.json {
@@ -76,32 +81,33 @@ pub(crate) fn tell(options: &Options, report: &RunReport, seconds: f64) {
             "trace_hash": format!("{trace_hash:016x}"),
             "violations": violations,
         });
-        println!("{object}");
+        say(object)?;
     } else {
-        println!(
+        say(format_args!(
             "seed {seed}: {requests} requests: {delivered} delivered, {failed} failed, {cancelled} cancelled in {virtual_seconds:.3} virtual \
              seconds; {events} events, {:.0} thousand a second; trace {trace_hash:016x}",
             events_per_second / 1e3
-        );
+        ))?;
         if options.seeds.is_none() {
             for (reason, times) in &report.reasons {
-                println!("  {times} failed: {reason}");
+                say(format_args!("  {times} failed: {reason}"))?;
             }
         }
     }
     if !report.broken.is_empty() {
         accuse(options, report);
     }
+    Ok(())
 }
 
 fn accuse(options: &Options, report: &RunReport) {
-    eprintln!("seed {}: invariants are broken:", report.seed);
+    warn(format_args!("seed {}: invariants are broken:", report.seed));
     for broken in &report.broken {
-        eprintln!("  {broken}");
+        warn(format_args!("  {broken}"));
     }
-    eprintln!("  the last events:");
+    warn(format_args!("  the last events:"));
     for record in report.recent.iter().skip(report.recent.len().saturating_sub(LAST)) {
-        eprintln!("    {record}");
+        warn(format_args!("    {record}"));
     }
-    eprintln!("  again: {}", options.command(report.seed));
+    warn(format_args!("  again: {}", options.command(report.seed)));
 }
