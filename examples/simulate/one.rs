@@ -1,5 +1,9 @@
 //! One run, and what is printed of it.
 
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
 use kvferry_core::RequestId;
 use kvferry_sim::{Config, Run, RunReport, Story, Timeline};
 use serde_json::json;
@@ -21,7 +25,13 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
         return Err(SimulateError::NoSuchRequest(request, options.requests));
     }
     let mut story = options.request.filter(|_| options.replay).map(|request| Story::new(RequestId(request)));
-    let mut timeline = options.timeline.as_ref().map(|_| Timeline::default());
+    let writing = |path: &Path| {
+        let what = format!("writing {}", path.display());
+        move |source| SimulateError::Io { what: what.clone(), source }
+    };
+    // Where it cannot be written, that is told before the run.
+    let file = options.timeline.as_deref().map(|path| File::create(path).map_err(writing(path))).transpose()?;
+    let mut timeline = file.is_some().then(Timeline::default);
     // A run does not stop half-way; what cannot be printed is told at its end.
     let mut said = Ok(());
     let (report, seconds) = timed(|| {
@@ -39,11 +49,10 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
         }))
     })?;
     said?;
-    if let (Some(timeline), Some(path)) = (timeline, &options.timeline) {
-        std::fs::write(path, timeline.to_json())
-            .map_err(|source| SimulateError::Io { what: format!("writing {}", path.display()), source })?;
-    }
     tell(options, &report, seconds)?;
+    if let (Some(timeline), Some(path), Some(mut file)) = (timeline, &options.timeline, file) {
+        file.write_all(timeline.to_json().as_bytes()).map_err(writing(path))?;
+    }
     if options.thrice > 0 && !crate::many::is_the_same_thrice(options, &report)? {
         return Ok(false);
     }

@@ -74,18 +74,24 @@ pub(crate) struct Seeds(pub(crate) Range<u64>);
 
 /// Something that is no range of seeds.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{0:?} is no range of seeds; give two numbers, as in 0..100")]
-pub(crate) struct BadSeeds(String);
+pub(crate) enum BadSeeds {
+    /// Not two numbers.
+    #[error("{0:?} is no range of seeds; give two numbers, as in 0..100")]
+    Malformed(String),
+    /// None.
+    #[error("{0:?} holds no seed; the second number is the first seed that does not run, as in 5..6")]
+    Empty(String),
+}
 
 impl FromStr for Seeds {
     type Err = BadSeeds;
 
     fn from_str(word: &str) -> Result<Self, BadSeeds> {
-        let bad = || BadSeeds(word.to_owned());
+        let bad = || BadSeeds::Malformed(word.to_owned());
         let (from, to) = word.split_once("..").ok_or_else(bad)?;
         let (from, to) = (from.parse().map_err(|_| bad())?, to.parse().map_err(|_| bad())?);
         if from >= to {
-            return Err(bad());
+            return Err(BadSeeds::Empty(word.to_owned()));
         }
         Ok(Seeds(from..to))
     }
