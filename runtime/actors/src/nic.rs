@@ -213,7 +213,7 @@ impl Nic {
                 }
             }
             // What is posted now must not be taken for what the fence was asked for, nor be ended by it.
-            NicCommand::Post { id, .. } if self.is_fencing(&command) => {
+            NicCommand::Post { id, node, .. } if self.is_fencing(node) => {
                 if self.backlog.len() < BACKLOG_MAX {
                     self.backlog.push_back(command);
                 } else {
@@ -265,8 +265,8 @@ impl Nic {
         }
     }
 
-    fn is_fencing(&self, command: &NicCommand) -> bool {
-        matches!(command, NicCommand::Post { node, .. } if self.fencing.values().any(|fenced| fenced == node))
+    fn is_fencing(&self, node: NodeId) -> bool {
+        self.fencing.values().any(|fenced| *fenced == node)
     }
 
     /// Connects to a known peer, anew if it was connected; posts queue until the connection is up.

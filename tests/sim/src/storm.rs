@@ -151,9 +151,7 @@ fn covers(fault: &Fault, other: &Fault) -> bool {
         (Fault::Down { node, .. }, Fault::Down { node: same, .. }) => node == same,
         (Fault::Pause { node }, Fault::Pause { node: same }) => node == same,
         (Fault::NicDead { node, nic, .. }, Fault::NicDead { node: same, nic: one, .. }) => (node, nic) == (same, one),
-        (Fault::DataCut { from, to }, Fault::DataCut { from: one, to: other }) => {
-            (from, to) == (one, other) || (from, to) == (other, one)
-        }
+        (Fault::DataCut { from, to }, Fault::DataCut { from: same, to: one }) => (from, to) == (same, one),
         _ => false,
     }
 }

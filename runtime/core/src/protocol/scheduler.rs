@@ -30,7 +30,8 @@ pub struct SchedulerTerms {
     pub prefill_jobs_max: u64,
     /// Leases of offers; the scheduler renews what it still wants.
     pub leases: LeaseTerms,
-    /// How long an offer that a leader announced rests before it is paired: a decode leader may be about to announce that it has it. Longer than nodes take to find a scheduler that has started again.
+    /// How long an offer that a leader announced rests before it is paired: a decode leader may be about to announce that it has it. Longer than
+    /// nodes take to find a scheduler that has started again.
     pub adopt_after: core::time::Duration,
 }
 
@@ -328,11 +329,9 @@ impl Scheduler {
             if let Some(left) = left.filter(|left| !left.is_empty()) {
                 self.decode.insert(group, left);
             }
-            if leader.is_none() {
-                self.held.retain(|_, held| held.group != group);
-            }
             // A leader that lives decides by itself.
             if leader.is_none() {
+                self.held.retain(|_, held| held.group != group);
                 self.fail_decode(now, group, &reason(Role::Decode, group, rank));
             }
         }

@@ -256,19 +256,18 @@ fn reads_that_are_not_allowed_are_refused_and_the_stream_goes_on() {
     assert_well(&mut victim);
 }
 
+/// The announcement of a push of one unit.
+fn unexpected(victim: &Party, number: u64) -> WriteRequest {
+    let token = keys(victim).token;
+    WriteRequest { id: id(number), pool: PoolId(1), token, fingerprint: 0, parts: vec![(0, 1)], notice: None }
+}
+
 #[test]
 fn a_tag_that_is_used_twice_ends_the_connection() {
     let mut victim = victim();
     let mut socket = intrude(&mut victim);
-    let request = WriteRequest {
-        id: id(5),
-        pool: PoolId(1),
-        token: keys(&victim).token,
-        fingerprint: 0,
-        parts: vec![(0, 1)],
-        notice: None,
-    };
-    let other = WriteRequest { id: id(6), ..request.clone() };
+    let request = unexpected(&victim, 5);
+    let other = unexpected(&victim, 6);
     // In one piece: a push that nobody expects within 50 ms is refused, and its tag is free again then.
     let both = [frame(Kind::Write, 4, &encode(&request)), frame(Kind::Write, 4, &encode(&other))].concat();
     socket.write_all(&both).unwrap();
@@ -280,14 +279,7 @@ fn a_tag_that_is_used_twice_ends_the_connection() {
 fn the_tag_of_a_push_that_was_refused_is_free_again() {
     let mut victim = victim();
     let mut socket = intrude(&mut victim);
-    let request = WriteRequest {
-        id: id(5),
-        pool: PoolId(1),
-        token: keys(&victim).token,
-        fingerprint: 0,
-        parts: vec![(0, 1)],
-        notice: None,
-    };
+    let request = unexpected(&victim, 5);
     for _ in 0..2 {
         socket.write_all(&frame(Kind::Write, 4, &encode(&request))).unwrap();
         assert!(matches!(refusal(&mut victim, &mut socket, 4), Refusal::Text(_)));
@@ -301,14 +293,7 @@ fn the_tag_of_a_push_that_arrives_is_not_given_away() {
     let mut victim = victim();
     // Past the go no deadline frees its tag.
     let mut socket = pushing(&mut victim);
-    let request = WriteRequest {
-        id: id(6),
-        pool: PoolId(1),
-        token: keys(&victim).token,
-        fingerprint: 0,
-        parts: vec![(0, 1)],
-        notice: None,
-    };
+    let request = unexpected(&victim, 6);
     socket.write_all(&frame(Kind::Write, 1, &encode(&request))).unwrap();
     assert_closed(&mut victim, &mut socket);
     assert!(victim.failed(id(5)));
