@@ -65,6 +65,7 @@ pub enum FenceProof {
     PeerProcessDead,
     /// The endpoint was destroyed and the library says that nothing is outstanding.
     EndpointDestroyed,
-    /// The memory was registered anew: old keys are refused.
+    /// The memory was registered anew: old keys are refused. What peers have imported names the pool, not the key: new keys reach those that
+    /// were not meant when they connect again, and their connections ended with the old ones.
     PoolRekeyed,
 }

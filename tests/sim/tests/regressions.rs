@@ -67,3 +67,11 @@ fn a_cancel_is_not_answered_before_leaders_were_heard() {
         holds(seed, &Shape::default());
     }
 }
+
+/// A fence that gave a NIC's pools new keys did not let those in again who were meant no harm: they were refused from then on.
+#[test]
+fn new_keys_reach_those_that_a_fence_did_not_mean() {
+    for seed in [2466, 115_903_740] {
+        holds(seed, &Shape::default());
+    }
+}

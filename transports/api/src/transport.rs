@@ -57,6 +57,9 @@ pub trait Transport {
     fn cancel(&mut self, id: TransferId);
 
     /// Ends every transfer with a peer and proves that nothing of it can touch local memory any more: [`Event::Fenced`].
+    ///
+    /// A transport that can only do so by renewing keys ends the connections of all peers that hold the old ones ([`Event::PeerLost`] there), and
+    /// hands the new ones over when they connect again: what they have imported names the pool, not the key.
     fn fence(&mut self, peer: PeerId);
 
     /// Lets a peer go; its unfinished transfers end in [`Event::Failed`].

@@ -152,24 +152,15 @@ impl State {
         self.later(Due::Report { nic, event: Box::new(Event::Fenced { peer, proof }) });
     }
 
-    /// Gives all pools of a NIC new keys: everything that names them by the old ones ends, and so does everything with `remote`.
+    /// Gives all pools of a NIC new keys. Keys are handed over where connections begin, so those through which peers hold the old ones end,
+    /// and so does everything with `remote`; peers that are meant no harm connect again.
     fn rekey(&mut self, nic: NicId, remote: NicId, error: &TransferError) {
-        let stale = TransferError::Refused("the pool has new keys; import it again".to_owned());
-        for id in self.flows_of(nic) {
-            let Some(flow) = self.flows.get(id.0) else { continue };
-            let ends = flow.nics;
-            for end in [INITIATOR, OWNER] {
-                if ends[end] == nic && (end == OWNER || ends[OWNER] == remote) {
-                    self.fail_end(id, end, if ends[1 - end] == remote { error } else { &stale });
-                    self.tell(id, 1 - end, stale.clone());
-                }
-            }
-        }
-        let pools: Vec<_> = self.nic(nic).map(|state| state.pools.keys().copied().collect()).unwrap_or_default();
-        for pool in pools {
-            let key = self.fresh_key();
-            if let Some(bound) = self.nic_mut(nic).and_then(|state| state.pools.get_mut(&pool)) {
-                bound.key = key;
+        self.close_all(nic, Some(remote), error, Some("the peer fenced this NIC"));
+        let stale = TransferError::PeerLost("the pools here have new keys".to_owned());
+        let links: Vec<LinkId> = self.nic(nic).map(|state| state.links.iter().copied().collect()).unwrap_or_default();
+        for id in links {
+            if self.links.get(id.0).is_some_and(|link| link.sides[OWNER].nic == nic) {
+                self.close_side(id, OWNER, &stale, Some("the pools there have new keys; connect again"));
             }
         }
     }
