@@ -53,6 +53,13 @@ pub enum What {
         /// All that it moves.
         bytes: u64,
     },
+    /// A worker expects a push.
+    Expected {
+        /// Its name.
+        id: TransferId,
+        /// All that it moves.
+        bytes: u64,
+    },
     /// A transfer that was posted or expected here ended, or not well.
     Landed {
         /// Its name.
@@ -124,6 +131,7 @@ fn words(what: &What) -> [u64; 2] {
         What::Told(event) => engine_words(event),
         What::LetGo(handover) => [0x2100, handover.0],
         What::Posted { id, .. } => [0x3000, id.0 as u64 ^ (id.0 >> 64) as u64],
+        What::Expected { id, .. } => [0x3001, id.0 as u64 ^ (id.0 >> 64) as u64],
         What::Landed { id, bytes } => [0x3100 | u64::from(bytes.is_some()), id.0 as u64 ^ (id.0 >> 64) as u64],
         What::Started => [0x4000, 0],
         What::Crashed => [0x4001, 0],

@@ -197,6 +197,9 @@ impl Config {
             let count = 1 + dice.below(1 + nodes / 8);
             cluster.old_peers = (0..count).map(|_| dice.below(nodes) as usize).collect::<BTreeSet<usize>>();
         }
+        if faults.has(FaultKind::LateAlarms) {
+            cluster.world.alarms_late_by = millis(1 << Dice::new(seed, "alarms", 0).below(9));
+        }
         let spread = Duration::from_micros(shape.requests.saturating_mul(dice.within(500..8_000)));
         let heal_at = millis(50) + spread + millis(dice.within(10..1_500));
         let mut config = Config {

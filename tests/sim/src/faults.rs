@@ -70,6 +70,8 @@ kinds! {
     ShortLeases = "short-leases",
     /// Some nodes speak the protocol before this one.
     OldPeers = "old-peers",
+    /// Alarms ring late, as on nodes that have too much to do: what ran out at its time is met before anybody has noticed.
+    LateAlarms = "late-alarms",
 }
 
 impl fmt::Display for FaultKind {

@@ -18,6 +18,7 @@ pub(crate) struct SimClock {
     pub(crate) timeline: Timeline,
     pub(crate) life: Life,
     pub(crate) rate: ClockRate,
+    pub(crate) late: Late,
     pub(crate) plant: Option<Plant>,
 }
 
@@ -58,7 +59,25 @@ impl Clock for SimClock {
         if self.plant == Some(Plant::LostAlarms) && plant::is_lost(self.life.node, at.0) {
             return;
         }
-        self.timeline.at(self.rate.when(at.0), Happening::Tick { life: self.life, to });
+        let due = self.rate.when(at.0).max(self.timeline.now());
+        self.timeline.at(due.saturating_add(self.late.draw()), Happening::Tick { life: self.life, to });
+    }
+}
+
+/// By how much alarms ring late.
+pub(crate) struct Late {
+    /// Nanoseconds; zero on a node whose alarms are in time.
+    at_most: u64,
+    dice: RefCell<Dice>,
+}
+
+impl Late {
+    pub(crate) fn new(at_most: Duration, dice: Dice) -> Self {
+        Late { at_most: u64::try_from(at_most.as_nanos()).unwrap_or(u64::MAX), dice: RefCell::new(dice) }
+    }
+
+    fn draw(&self) -> u64 {
+        if self.at_most == 0 { 0 } else { self.dice.borrow_mut().below(self.at_most) }
     }
 }
 

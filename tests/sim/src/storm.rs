@@ -93,7 +93,8 @@ fn plan_kind(config: &Config, kind: FaultKind, dice: &mut Dice, plan: &mut Vec<P
             | FaultKind::Cancels
             | FaultKind::NoRoom
             | FaultKind::ShortLeases
-            | FaultKind::OldPeers => return,
+            | FaultKind::OldPeers
+            | FaultKind::LateAlarms => return,
         };
         let at = dice.below(u64::try_from(config.heal_at.as_nanos()).unwrap_or(u64::MAX));
         plan.push(Planned { at, lasts: log_uniform(dice, longest_ms), fault });

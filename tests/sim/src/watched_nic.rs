@@ -66,7 +66,10 @@ impl Transport for WatchedNic {
     }
 
     fn expect(&mut self, transfer: Expected) -> Result<(), PostError> {
-        self.inner.expect(transfer)
+        let (id, bytes) = (transfer.id, transfer.program.bytes());
+        self.inner.expect(transfer)?;
+        self.note(What::Expected { id, bytes });
+        Ok(())
     }
 
     fn post(&mut self, mut transfer: Transfer) -> Result<(), PostError> {

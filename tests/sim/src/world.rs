@@ -16,7 +16,7 @@ use crate::chronicle::{Chronicle, Entry, What};
 use crate::desk::Desk;
 use crate::dice::Dice;
 use crate::host::{Nics, SimHost};
-use crate::network::{ClockRate, Latency, Listeners, SimClock, SimNetwork};
+use crate::network::{ClockRate, Late, Latency, Listeners, SimClock, SimNetwork};
 use crate::node::{Seat, SimNode, Woken};
 use crate::panics;
 use crate::plant::{self, Plant};
@@ -44,6 +44,8 @@ pub struct WorldOptions {
     pub engine_slice: (Duration, Duration),
     /// How far clocks are from the world's rate at most, in parts per million.
     pub clock_drift_ppm: u32,
+    /// By how much alarms ring late, at most.
+    pub alarms_late_by: Duration,
     /// A bug, to see that it is found.
     pub plant: Option<Plant>,
 }
@@ -58,6 +60,7 @@ impl Default for WorldOptions {
             crash_leaves: OnTheWire::Lands,
             engine_slice: (Duration::from_micros(20), Duration::from_micros(200)),
             clock_drift_ppm: 0,
+            alarms_late_by: Duration::ZERO,
             plant: None,
         }
     }
@@ -160,7 +163,16 @@ impl World {
         let (life, timeline, plant) = (node.life, self.timeline.clone(), self.options.plant);
         let nonces = RefCell::new(Dice::new(self.options.seed, "nonce", (life.node as u64) << 32 | life.epoch));
         let environment = Environment {
-            clock: Rc::new(SimClock { timeline: timeline.clone(), life, rate: node.clock, plant }),
+            clock: Rc::new(SimClock {
+                timeline: timeline.clone(),
+                life,
+                rate: node.clock,
+                late: Late::new(
+                    self.options.alarms_late_by,
+                    Dice::new(self.options.seed, "alarms", (life.node as u64) << 32 | life.epoch),
+                ),
+                plant,
+            }),
             network: Rc::new(SimNetwork {
                 timeline: timeline.clone(),
                 listeners: self.listeners.clone(),

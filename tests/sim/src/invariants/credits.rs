@@ -2,7 +2,7 @@
 //!
 //! From the desks, which know what each decode engine is asked for and when it has really let it go: what is out of the credits of a rank at any
 //! time is never more than the handovers that its group takes at once, nor more blocks than its pool has. Only a handover that is out of them
-//! pulls anything, and the bytes of all that a rank pulls at once fit into the blocks that are out. The queue's depth is the transport's to keep: what
+//! pulls or expects anything, and the bytes of all that a rank pulls and expects at once fit into the blocks that are out. The queue's depth is the transport's to keep: what
 //! is checked of it is the simulated fabric.
 
 use std::collections::BTreeMap;
@@ -32,8 +32,8 @@ struct DecodeRank {
     block_bytes: Vec<u64>,
     /// What each handover takes of them.
     out: BTreeMap<HandoverId, Vec<u64>>,
-    /// Bytes of the transfers that it has posted and that have not ended.
-    posted: BTreeMap<TransferId, u64>,
+    /// Bytes of the transfers that it has posted or expects and that have not ended.
+    coming: BTreeMap<TransferId, u64>,
 }
 
 impl DecodeRank {
@@ -54,7 +54,7 @@ impl Credits {
                 blocks: worker.blocks.iter().map(|blocks| u64::from(*blocks)).collect(),
                 block_bytes,
                 out: BTreeMap::new(),
-                posted: BTreeMap::new(),
+                coming: BTreeMap::new(),
             };
             (worker.node, rank)
         });
@@ -96,24 +96,24 @@ impl Invariant for Credits {
             What::Called(EngineCall::Returned { handover, .. }) | What::LetGo(handover) => {
                 rank.out.remove(handover);
             }
-            What::Posted { id, direction: Direction::Pull, bytes } => {
+            What::Posted { id, direction: Direction::Pull, bytes } | What::Expected { id, bytes } => {
                 if !rank.out.contains_key(&id.handover()) {
-                    broken.push(format!("n{node} pulls {id}, for which it has no credit"));
+                    broken.push(format!("n{node} pulls or expects {id}, for which it has no credit"));
                 }
-                rank.posted.insert(*id, *bytes);
-                let posted: u64 = rank.posted.values().sum();
+                rank.coming.insert(*id, *bytes);
+                let coming: u64 = rank.coming.values().sum();
                 let room: u64 =
                     rank.blocks_out().iter().zip(&rank.block_bytes).map(|(blocks, bytes)| blocks * bytes).sum();
-                if posted > room {
-                    broken.push(format!("n{node} has {posted} bytes in flight, and its credits cover {room}"));
+                if coming > room {
+                    broken.push(format!("n{node} has {coming} bytes in flight, and its credits cover {room}"));
                 }
             }
             What::Landed { id, .. } => {
-                rank.posted.remove(id);
+                rank.coming.remove(id);
             }
             What::Crashed => {
                 rank.out.clear();
-                rank.posted.clear();
+                rank.coming.clear();
             }
             _ => {}
         }
