@@ -62,6 +62,18 @@ fn duplicated_heads_and_latents_count_at_every_rank_that_holds_them() {
 }
 
 #[test]
+fn only_the_ranks_that_take_part_share_the_bytes() {
+    let mut parts = geometry("llama-3.1-70b", 8, 2, 16);
+    let whole = parts.bytes_expected_by_a_rank(64, 0);
+    assert_eq!(whole, parts.bytes_expected(64, 0) / 16);
+    parts.parallel.adp = 4;
+    assert_eq!(parts.owners(0).len(), 4);
+    assert_eq!(parts.bytes_expected_by_a_rank(64, 0), 4 * whole);
+    parts.parallel.adp = 0;
+    assert_eq!(parts.bytes_expected_by_a_rank(0, 0), 0, "no division by what a peer says");
+}
+
+#[test]
 fn peers_are_those_of_the_rank_formulas() {
     let peers = |from: &GroupGeometry, to: &GroupGeometry, rank| -> Vec<u32> {
         destinations(from, Rank(rank), to, 0).unwrap().into_iter().map(|rank| rank.0).collect()

@@ -282,6 +282,13 @@ impl GroupGeometry {
         }
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
+
+    /// What of [`GroupGeometry::bytes_expected`] comes to one of the ranks that take part, on average.
+    pub fn bytes_expected_by_a_rank(&self, tokens: u64, have: u64) -> u64 {
+        // Every attention-data-parallel part has as many ranks.
+        let ranks = self.ranks().checked_div(self.parallel.adp).unwrap_or(1).max(1);
+        self.bytes_expected(tokens, have) / u64::from(ranks)
+    }
 }
 
 impl Tensor {

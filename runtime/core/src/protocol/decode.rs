@@ -364,12 +364,9 @@ impl DecodeRank {
         if fetch.placed.is_some() || fetch.reported {
             return;
         }
-        let bytes = self.local.geometry.bytes_expected(fetch.pairing.spec.tokens, have)
-            / u64::from(self.local.geometry.ranks().max(1));
+        let bytes = self.local.geometry.bytes_expected_by_a_rank(fetch.pairing.spec.tokens, have);
         fetch.placed = Some(Placed { tables, have, bytes });
-        fetch.awaited = Awaited::Transfer;
-        fetch.began = now;
-        fetch.deadline = Deadline::after(now, self.pace.allowance(bytes, queued));
+        fetch.turn_to(now, Awaited::Transfer, self.pace.allowance(bytes, queued));
         self.resolve(now, handover);
     }
 
@@ -398,7 +395,7 @@ impl DecodeRank {
                 });
             }
         }
-        self.pace.observe(paths.iter().map(|path| path.bytes).sum(), now.since(fetch.began));
+        self.pace.observe(paths.iter().map(|path| path.bytes).sum(), fetch.moved_for);
         self.tell_leader(Message::RankDone { handover, result: Ok(paths) });
     }
 

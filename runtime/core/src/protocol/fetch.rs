@@ -24,7 +24,10 @@ pub(super) struct Fetch {
     pub(super) settled: Option<Outcome>,
     /// It is settled and something may still write its blocks: when whoever that is will be fenced.
     pub(super) fence_at: Option<Moment>,
-    pub(super) began: Moment,
+    /// How long it has waited for bytes, until `since`; waiting for layers that are still being computed says nothing of the rate.
+    pub(super) moved_for: Duration,
+    /// When what is waited for changed last.
+    pub(super) since: Moment,
 }
 
 /// Where the engine wants it.
@@ -89,7 +92,8 @@ impl Fetch {
             reported: false,
             settled: None,
             fence_at: None,
-            began: now,
+            moved_for: Duration::ZERO,
+            since: now,
         }
     }
 
@@ -102,11 +106,20 @@ impl Fetch {
         self.reported && self.resolved && self.legs.values().all(|leg| leg.state == LegState::Done)
     }
 
+    /// Something else is waited for from now on.
+    pub(super) fn turn_to(&mut self, now: Moment, awaited: Awaited, allowance: Duration) {
+        if self.awaited == Awaited::Transfer {
+            self.moved_for = self.moved_for.saturating_add(now.since(self.since));
+        }
+        self.awaited = awaited;
+        self.since = now;
+        self.deadline = Deadline::after(now, allowance);
+    }
+
     /// Its part has ended; from now on the leader owes an outcome.
     pub(super) fn report(&mut self, now: Moment, within: Duration) {
         self.reported = true;
-        self.awaited = Awaited::Outcome;
-        self.deadline = Deadline::after(now, within);
+        self.turn_to(now, Awaited::Outcome, within);
     }
 
     /// Whether everything that is ready is here, and the rest is not computed yet.
@@ -138,5 +151,29 @@ impl Leg {
         // A step of a push is expected from the beginning; it moves once it is ready.
         let still = self.in_flight.iter().all(|id| id.step() >= self.ready);
         self.state == LegState::Moving && self.source_tables.is_some() && self.ready < steps && still
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::RequestSpec;
+    use crate::{GroupId, HandoverId, RequestId};
+
+    #[test]
+    fn only_the_wait_for_bytes_tells_the_rate() {
+        let at = |seconds| Moment(0) + Duration::from_secs(seconds);
+        let within = Duration::from_secs(1);
+        let spec = RequestSpec { request: RequestId(1), tokens: 16, prefix: Default::default(), prefix_tokens: 0 };
+        let (handover, source) = (HandoverId(1), GroupId(0));
+        let pairing = Pairing { handover, spec, source, source_dp: 0, steps: vec![1, 2] };
+        let mut fetch = Fetch::new(pairing, Deadline::after(at(0), within), at(0));
+        fetch.turn_to(at(5), Awaited::Transfer, within);
+        fetch.turn_to(at(7), Awaited::Layers, within);
+        fetch.turn_to(at(100), Awaited::Transfer, within);
+        assert_eq!(fetch.deadline.at, at(101));
+        fetch.report(at(103), within);
+        fetch.report(at(200), within);
+        assert_eq!(fetch.moved_for, Duration::from_secs(2 + 3));
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::protocol::fetch::{Leg, LegState, Path};
 use crate::protocol::prefill::step_layers;
-use crate::protocol::{Awaited, Deadline, FailReason, Lease, Message, NicCommand, OpenFetch, Refusal};
+use crate::protocol::{Awaited, FailReason, Lease, Message, NicCommand, OpenFetch, Refusal};
 use crate::{Direction, HandoverId, Moment, NodeId, PlanRequest, TransferId};
 
 use super::DecodeRank;
@@ -169,12 +169,11 @@ impl DecodeRank {
         let Some(placed) = &fetch.placed else { return };
         let awaited = if fetch.waits_for_layers() { Awaited::Layers } else { Awaited::Transfer };
         if awaited != fetch.awaited {
-            fetch.awaited = awaited;
             let allowance = match awaited {
                 Awaited::Layers => self.deadlines.prefill,
                 _ => self.pace.allowance(placed.bytes, queued.saturating_sub(placed.bytes)),
             };
-            fetch.deadline = Deadline::after(now, allowance);
+            fetch.turn_to(now, awaited, allowance);
         }
     }
 }
