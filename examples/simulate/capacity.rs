@@ -6,9 +6,11 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use kvferry_core::{Direction, Model};
 use kvferry_sim::{CapacityOptions, PolicyName, PolicyReport, Quantiles, SimError, TraceError, capacity, parse_trace};
+use serde::Serialize;
 use serde_json::json;
 use thiserror::Error;
 
+use crate::memory::peak_bytes;
 use crate::options::{Options, SimulateError};
 use crate::say::say;
 
@@ -49,6 +51,9 @@ pub(crate) struct Question {
     /// Layers that become ready together; all of them by default
     #[arg(long, value_name = "N", requires = "trace", default_value_t = u32::MAX, hide_default_value = true)]
     pub(crate) layers_per_step: u32,
+    /// Blocks of 64 tokens of a prefill rank
+    #[arg(long, value_name = "N", requires = "trace", default_value_t = 32_768)]
+    pub(crate) prefill_blocks: u32,
     /// Blocks of 64 tokens of a decode rank
     #[arg(long, value_name = "N", requires = "trace", default_value_t = 32_768)]
     pub(crate) decode_blocks: u32,
@@ -128,7 +133,7 @@ pub(crate) fn run(asked: &Options) -> Result<bool, SimulateError> {
     options.prefill_tokens_per_second = question.prefill_tokens_per_second;
     options.decode_tokens_per_second = question.decode_tokens_per_second;
     options.layers_per_step = question.layers_per_step;
-    options.blocks[1] = question.decode_blocks;
+    options.blocks = [question.prefill_blocks, question.decode_blocks];
     let mut rows = Vec::new();
     for policy in &question.policy {
         let policy = match policy {
@@ -137,16 +142,15 @@ pub(crate) fn run(asked: &Options) -> Result<bool, SimulateError> {
         };
         rows.push(timed(|| capacity(&options, policy, &workload, LIMIT))?);
     }
+    let direction = format!("{:?}", question.direction).to_lowercase();
     let complete = rows.iter().all(|(report, _)| report.delivered == report.requests);
     if asked.json {
         let rows: Vec<_> = rows
             .iter()
-            .map(|(report, seconds)| {
-                json!({
-                    "report": report,
-                    "wall_seconds": seconds,
-                    "events_per_second": report.events as f64 / seconds,
-                })
+            .map(|(report, seconds)| Row {
+                report,
+                wall_seconds: *seconds,
+                events_per_second: report.events as f64 / seconds,
             })
             .collect();
         say(json!({
@@ -155,14 +159,34 @@ pub(crate) fn run(asked: &Options) -> Result<bool, SimulateError> {
             "decode": asked.decode,
             "nics": asked.nics,
             "nic_gbps": question.nic_gbps,
-            "direction": format!("{:?}", question.direction).to_lowercase(),
+            "direction": direction,
             "speed": question.speed,
             "policies": rows,
+            "peak_memory_bytes": peak_bytes(),
         }))?;
     } else {
+        let Options { prefill, decode, nics, .. } = asked;
+        let Question { model, nic_gbps, speed, .. } = question;
+        say(format_args!(
+            "{model}: {prefill} prefill and {decode} decode ranks with {nics} NICs of {nic_gbps} Gb/s each, {direction}; {} requests at {speed} x \
+             the speed of the trace",
+            workload.len()
+        ))?;
         rows.iter().try_for_each(|(report, seconds)| tell(report, *seconds))?;
+        if let Some(bytes) = peak_bytes() {
+            say(format_args!("peak memory of this process: {:.2} GiB", bytes as f64 / f64::from(1 << 30)))?;
+        }
     }
     Ok(complete)
+}
+
+/// An answer as it is printed.
+#[derive(Serialize)]
+struct Row<'a> {
+    #[serde(flatten)]
+    report: &'a PolicyReport,
+    wall_seconds: f64,
+    events_per_second: f64,
 }
 
 /// An answer, and how long it took.
@@ -185,6 +209,13 @@ fn tell(report: &PolicyReport, wall_seconds: f64) -> Result<(), SimulateError> {
     ))?;
     if let Some(failure) = &report.first_failure {
         say(format_args!("  {} failed; the first: {failure}", report.failed))?;
+    }
+    if report.unfinished > 0 {
+        say(format_args!(
+            "  {} were not finished after {} h of virtual time",
+            report.unfinished,
+            LIMIT.as_secs() / 3600
+        ))?;
     }
     for (side, nics) in [("prefill, out", report.prefill_nics), ("decode, in", report.decode_nics)] {
         say(format_args!(

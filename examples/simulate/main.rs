@@ -4,6 +4,7 @@
 
 mod capacity;
 mod many;
+mod memory;
 mod one;
 mod options;
 mod say;
@@ -11,6 +12,7 @@ mod say;
 use std::process::ExitCode;
 
 use clap::Parser;
+use kvferry_sim::SimError;
 
 use crate::options::{Options, SimulateError};
 use crate::say::warn;
@@ -27,7 +29,11 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             warn(format_args!("simulate: {error}"));
-            ExitCode::from(if matches!(error, SimulateError::Cluster(_) | SimulateError::Io { .. }) { 1 } else { 2 })
+            ExitCode::from(match error {
+                SimulateError::Cluster(SimError::TooSmall { .. }) => 2,
+                SimulateError::Cluster(_) | SimulateError::Io { .. } => 1,
+                _ => 2,
+            })
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! The production actors and cores run over engines that only take time and a fabric that moves no bytes, without faults. A rank here is a
 //! host: one group of one rank with all its NICs, so that a pair of ranks uses one NIC of each side, and different pairs different ones.
+//! All ranks of a side share the addresses of one pool, which nobody touches: only its layout counts.
 
 mod engine;
 mod ledger;
@@ -16,8 +17,8 @@ use std::time::Duration;
 
 use actix::{Actor, Addr};
 use kvferry_actors::{
-    NodeConfig, OpenNic, Scheduler, Submit, Surroundings, WorkerConfig, WorkerParts, assemble_scheduler,
-    assemble_worker,
+    NodeConfig, OpenNic, SESSIONS_EAGER_MAX, Scheduler, Submit, Surroundings, WorkerConfig, WorkerParts,
+    assemble_scheduler, assemble_worker,
 };
 use kvferry_core::protocol::{
     Event, LeastLoaded, LongestHeldPrefix, Policy, RequestSpec, Role, SchedulerTerms, SessionTerms,
@@ -43,6 +44,10 @@ pub use trace::{TraceError, parse_trace};
 const HASH_TOKENS: u32 = 512;
 /// How long nodes get to find each other before the first request arrives.
 const MEETING: Duration = Duration::from_secs(2);
+
+/// Up to so many sessions of decode with prefill ranks are all made before the first request; where there would be more, each is made when a
+/// handover needs it. A handshake takes some latencies of the control links, and passes while the prompt is computed.
+const SESSIONS_MAX: u64 = 1 << 14;
 
 /// One request of a workload.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -110,6 +115,11 @@ impl CapacityOptions {
             seed: 1,
         }
     }
+
+    fn sessions_eager(&self) -> usize {
+        let all = u64::from(self.prefill_ranks) * u64::from(self.decode_ranks);
+        if all <= SESSIONS_MAX { SESSIONS_EAGER_MAX } else { 0 }
+    }
 }
 
 /// A policy that can be asked about.
@@ -172,13 +182,58 @@ pub fn capacity(
     workload: &[CapacityRequest],
     limit: Duration,
 ) -> Result<PolicyReport, SimError> {
-    let mut cluster = CapacityCluster::new(options.clone(), policy)?;
+    let sides = [Side::new(Role::Prefill, options)?, Side::new(Role::Decode, options)?];
+    sides.iter().try_for_each(|side| side.holds(workload))?;
+    let mut cluster = CapacityCluster::new(options.clone(), policy, &sides)?;
     cluster.run(workload, limit);
     if let Some(failure) = cluster.failures.borrow().first() {
         return Err(SimError::Start(failure.clone()));
     }
     let ledger = cluster.ledger.borrow();
     Ok(PolicyReport { events: cluster.world.events(), ..ledger.report(policy.name(), options, cluster.world.fabric()) })
+}
+
+/// What all ranks of a side have in common.
+struct Side {
+    role: Role,
+    ranks: u32,
+    geometry: Arc<GroupGeometry>,
+    blocks: Vec<u32>,
+    pool: Pool,
+}
+
+impl Side {
+    fn new(role: Role, options: &CapacityOptions) -> Result<Self, SimError> {
+        let geometry = Arc::new(GroupGeometry {
+            model: options.model.clone(),
+            format: Format { block_tokens: options.block_tokens, ..Format::default() },
+            parallel: Parallel::default(),
+        });
+        geometry.validate()?;
+        let (ranks, blocks) = match role {
+            Role::Prefill => (options.prefill_ranks, options.blocks[0]),
+            Role::Decode => (options.decode_ranks, options.blocks[1]),
+        };
+        let blocks = vec![blocks; geometry.model.groups.len()];
+        let layout = geometry.shard(Rank(0))?.layout(&blocks);
+        let pool_options = PoolOptions { populate: false, huge_pages: false };
+        let pool = Pool::allocate_with(PoolId(1), layout, "kvferry-capacity", &pool_options)?;
+        Ok(Side { role, ranks, geometry, blocks, pool })
+    }
+
+    /// Every request must fit a rank that has nothing else.
+    fn holds(&self, workload: &[CapacityRequest]) -> Result<(), SimError> {
+        let side = if self.role == Role::Prefill { "prefill" } else { "decode" };
+        for (index, CapacityRequest { input_tokens: tokens, .. }) in workload.iter().enumerate() {
+            for (group, blocks) in self.blocks.iter().copied().enumerate() {
+                let need = self.geometry.blocks_for(group, *tokens, Rank(0)).blocks;
+                if need > blocks {
+                    return Err(SimError::TooSmall { side, blocks, request: index + 1, tokens: *tokens, need });
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 struct CapacityCluster {
@@ -190,7 +245,7 @@ struct CapacityCluster {
 }
 
 impl CapacityCluster {
-    fn new(options: CapacityOptions, policy: PolicyName) -> Result<Self, SimError> {
+    fn new(options: CapacityOptions, policy: PolicyName, sides: &[Side]) -> Result<Self, SimError> {
         let fabric = FabricOptions {
             bytes_per_second: options.nic_bytes_per_second,
             slice_bytes: options.slice_bytes,
@@ -208,34 +263,19 @@ impl CapacityCluster {
         let scheduler = parts.ok_or(SimError::NoSuchNode(node))??.scheduler;
         let (ledger, failures) = (Rc::default(), Rc::default());
         let mut cluster = CapacityCluster { world, options, scheduler, ledger, failures };
-        let sides = [(Role::Prefill, cluster.options.prefill_ranks), (Role::Decode, cluster.options.decode_ranks)];
         let mut group = 0;
-        for (role, ranks) in sides {
-            for _ in 0..ranks {
-                cluster.start_worker(role, GroupId(group))?;
+        for side in sides {
+            for _ in 0..side.ranks {
+                cluster.start_worker(side, GroupId(group))?;
                 group += 1;
             }
         }
         Ok(cluster)
     }
 
-    fn start_worker(&mut self, role: Role, group: GroupId) -> Result<(), SimError> {
-        let options = &self.options;
-        let geometry = Arc::new(GroupGeometry {
-            model: options.model.clone(),
-            format: Format { block_tokens: options.block_tokens, ..Format::default() },
-            parallel: Parallel::default(),
-        });
-        geometry.validate()?;
-        let blocks = match role {
-            Role::Prefill => options.blocks[0],
-            Role::Decode => options.blocks[1],
-        };
-        let blocks = vec![blocks; geometry.model.groups.len()];
-        // Nobody touches its memory: only its layout counts.
-        let layout = geometry.shard(Rank(0))?.layout(&blocks);
-        let pool_options = PoolOptions { populate: false, huge_pages: false };
-        let pool = Pool::allocate_with(PoolId(1), layout, "kvferry-capacity", &pool_options)?;
+    fn start_worker(&mut self, side: &Side, group: GroupId) -> Result<(), SimError> {
+        let (options, role) = (&self.options, side.role);
+        let (geometry, blocks, pool) = (Arc::clone(&side.geometry), side.blocks.clone(), side.pool.clone());
         let full = geometry.model.groups.iter().all(|group| group.extent == Extent::Full);
         let keeps = role == Role::Decode && full && HASH_TOKENS.is_multiple_of(options.block_tokens);
         let terms = EngineTerms {
@@ -256,10 +296,13 @@ impl CapacityCluster {
         let nics = (0..options.nics).map(|nic| {
             let provider = SimProvider::new(self.world.fabric().clone());
             let device = Device { kind: TransportKind::Sim, name: format!("node-{node}-nic-{nic}"), unavailable: None };
-            let open: OpenNic = Box::new(move || provider.open(&device, &Options::default()));
+            // The fabric, not the NIC, says how much travels as one.
+            let queue = Options { poll_bytes_max: options.slice_bytes, ..Options::default() };
+            let open: OpenNic = Box::new(move || provider.open(&device, &queue));
             open
         });
-        let (nics, identity) = (nics.collect(), node_config(node, epoch));
+        let (nics, mut identity) = (nics.collect(), node_config(node, epoch));
+        identity.sessions_eager_max = options.sessions_eager();
         let (ledger, failures, now) = (Rc::clone(&self.ledger), Rc::clone(&self.failures), self.world.now());
         let start = async move {
             let clock = Rc::clone(&around.environment.clock);
@@ -283,16 +326,17 @@ impl CapacityCluster {
         let nanos = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         for (index, request) in workload.iter().enumerate() {
             let (id, request) = (RequestId(index as u64), request.clone());
-            let (scheduler, ledger) = (self.scheduler.clone(), Rc::clone(&self.ledger));
+            let scheduler = self.scheduler.clone();
             let at = nanos(MEETING.saturating_add(request.after));
+            let spec = RequestSpec {
+                request: id,
+                tokens: request.input_tokens,
+                prefix: Arc::clone(&request.prefix),
+                prefix_tokens: HASH_TOKENS,
+            };
+            // Whatever is still to arrive when time is up counts, too.
+            self.ledger.borrow_mut().arrive(id, request, at);
             self.world.at(at, move |_| {
-                let spec = RequestSpec {
-                    request: id,
-                    tokens: request.input_tokens,
-                    prefix: Arc::clone(&request.prefix),
-                    prefix_tokens: HASH_TOKENS,
-                };
-                ledger.borrow_mut().arrive(id, request, at);
                 // How it ended is heard of as an event.
                 scheduler.do_send(Submit { spec, ticket: 0, answer: oneshot::channel().0 });
             });

@@ -135,6 +135,23 @@ pub enum SimError {
     /// A node did not start, as time passed.
     #[error("a node did not start: {0}")]
     Start(String),
+    /// A rank can never hold a request.
+    #[error(
+        "request {request} of {tokens} tokens takes {need} blocks, and a {side} rank has {blocks}; give --{side}-blocks {need} or more, or \
+         leave it out"
+    )]
+    TooSmall {
+        /// Which side's ranks.
+        side: &'static str,
+        /// Blocks of a rank.
+        blocks: u32,
+        /// Which request, from 1.
+        request: usize,
+        /// Tokens of its prompt.
+        tokens: u64,
+        /// Blocks that it takes.
+        need: u32,
+    },
     /// The node's number is no worker's, or it is down.
     #[error("node {0} is not a worker that is up; number workers from 1, prefill first, by group and rank")]
     NoSuchNode(usize),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvferry_core::{Direction, Model};
-use kvferry_sim::{CapacityOptions, CapacityRequest, Cluster, ClusterOptions, PolicyName, capacity};
+use kvferry_sim::{CapacityOptions, CapacityRequest, Cluster, ClusterOptions, PolicyName, SimError, capacity};
 
 #[test]
 fn sessions_are_made_when_handovers_need_them() {
@@ -72,4 +72,33 @@ fn policies_differ_in_what_they_find() {
     assert!(prefix.bytes < least.bytes, "what is held does not move");
     let again = ask(PolicyName::Prefix);
     assert_eq!((again.events, again.seconds), (prefix.events, prefix.seconds), "the same question, the same answer");
+}
+
+/// Every rank once had a pool of its own: 700 GB of address space and a descriptor each, which a few hundred ranks exhaust.
+#[test]
+fn ranks_by_the_thousand_share_what_nobody_touches() {
+    let model = Model::preset("llama-3.1-70b").expect("a preset");
+    let options = CapacityOptions { prefill_ranks: 600, decode_ranks: 600, nics: 1, ..CapacityOptions::new(model) };
+    let report = capacity(&options, PolicyName::LeastLoaded, &workload(20), Duration::from_secs(100)).expect("runs");
+    assert_eq!((report.delivered, report.unfinished), (20, 0), "{report:?}");
+}
+
+#[test]
+fn what_no_rank_can_hold_is_told_before_the_run() {
+    for (side, blocks) in [("prefill", [31, 1000]), ("decode", [1000, 31])] {
+        let options = CapacityOptions { blocks, ..options() };
+        let error =
+            capacity(&options, PolicyName::Prefix, &workload(2), Duration::from_secs(1)).expect_err("too small");
+        // 2,048 tokens in blocks of 64.
+        assert!(matches!(error, SimError::TooSmall { request: 1, need: 32, .. }), "{error}");
+        assert!(error.to_string().contains(&format!("--{side}-blocks 32")), "{error}");
+    }
+}
+
+#[test]
+fn what_is_not_finished_in_time_is_counted() {
+    let report =
+        capacity(&options(), PolicyName::LeastLoaded, &workload(50), Duration::from_millis(2_500)).expect("runs");
+    assert!(report.delivered > 0 && report.unfinished > 0 && report.failed == 0, "{report:?}");
+    assert_eq!(report.delivered + report.unfinished, 50, "{report:?}");
 }

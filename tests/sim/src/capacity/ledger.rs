@@ -124,6 +124,7 @@ impl Ledger {
             delivered: delivered.len() as u64,
             first_failure: failures.clone().next(),
             failed: failures.count() as u64,
+            unfinished: self.entries.values().filter(|entry| entry.outcome.is_none()).count() as u64,
             seconds,
             requests_per_second: rate(delivered.len() as f64),
             bytes,

@@ -16,6 +16,8 @@ pub struct PolicyReport {
     pub delivered: u64,
     /// Failed.
     pub failed: u64,
+    /// Without an end when time was up.
+    pub unfinished: u64,
     /// Why the first of those failed.
     pub first_failure: Option<String>,
     /// Virtual time from the first arrival to the last delivery.

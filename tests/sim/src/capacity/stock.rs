@@ -6,13 +6,35 @@ use kvferry_core::{BlockTable, GroupGeometry, Rank, TableShape, Tables};
 
 /// Blocks per layer group; with a prefix cache, in which whole stripes of a prefix stay until their blocks are needed.
 pub(super) struct Stock {
-    free: Vec<Vec<u32>>,
+    free: Vec<Free>,
     /// Blocks of a stripe; 0 when prefixes are not kept.
     stripe_blocks: usize,
     stripes: BTreeMap<u64, Stripe>,
     /// Stripes that nobody uses, the least recently used first; of one prefix the last first.
     idle: BTreeSet<(u64, usize, u64)>,
     uses: u64,
+}
+
+/// Free blocks of one layer group.
+struct Free {
+    /// Blocks from this one on were never used: thousands of ranks need no list of theirs.
+    unused: std::ops::Range<u32>,
+    returned: Vec<u32>,
+}
+
+impl Free {
+    fn len(&self) -> usize {
+        self.unused.len() + self.returned.len()
+    }
+
+    /// Takes so many, as far as there are any; the last that came back go first.
+    fn take(&mut self, count: usize) -> Vec<u32> {
+        let mut taken = self.returned.split_off(self.returned.len().saturating_sub(count));
+        let fresh = (count - taken.len()).min(self.unused.len()) as u32;
+        taken.extend(self.unused.start..self.unused.start + fresh);
+        self.unused.start += fresh;
+        taken
+    }
 }
 
 struct Stripe {
@@ -33,7 +55,7 @@ impl Stock {
     /// All free. `stripe_blocks` is how many blocks hold the tokens of one prefix hash, 0 to keep no prefixes.
     pub(super) fn new(blocks: &[u32], stripe_blocks: usize) -> Self {
         Stock {
-            free: blocks.iter().map(|blocks| (0..*blocks).rev().collect()).collect(),
+            free: blocks.iter().map(|blocks| Free { unused: 0..*blocks, returned: Vec::new() }).collect(),
             stripe_blocks,
             stripes: BTreeMap::new(),
             idle: BTreeSet::new(),
@@ -72,7 +94,7 @@ impl Stock {
             }
             evicted.push(hash);
         }
-        let blocks = needs.iter().zip(&mut self.free).map(|(need, free)| free.split_off(free.len() - need)).collect();
+        let blocks = needs.iter().zip(&mut self.free).map(|(need, free)| free.take(*need)).collect();
         Some(Holding { shapes, blocks, shared })
     }
 
@@ -124,7 +146,7 @@ impl Stock {
 
     fn put_back(&mut self, blocks: Vec<Vec<u32>>) {
         for (free, mut blocks) in self.free.iter_mut().zip(blocks) {
-            free.append(&mut blocks);
+            free.returned.append(&mut blocks);
         }
     }
 
