@@ -1,9 +1,11 @@
 //! Capacity questions: a trace instead of seeds, time instead of faults.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, value_parser};
 use kvferry_core::{Direction, Model};
 use kvferry_sim::{CapacityOptions, PolicyName, PolicyReport, Quantiles, SimError, TraceError, capacity, parse_trace};
 use serde::Serialize;
@@ -17,24 +19,31 @@ use crate::say::say;
 /// Virtual time after which whatever is not finished is reported as it is, counted from the start of the trace.
 const LIMIT: Duration = Duration::from_secs(48 * 3600);
 
+/// Bytes of a trace at most: more are no trace.
+const TRACE_BYTES_MAX: u64 = 256 << 20;
+/// Blocks of a rank at most.
+const BLOCKS_MAX: i64 = 1 << 20;
+
 /// What is asked, beside the shape of the cluster: every rank is a host that is a group of its own, with all its NICs.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Question {
     /// Asks a capacity question: requests arrive as in this Mooncake trace (one JSON object per line: timestamp in ms, input_length,
-    /// output_length, hash_ids, one per 512 tokens), nothing goes wrong, and no bytes move
-    #[arg(long, value_name = "FILE")]
+    /// output_length, hash_ids, one per 512 tokens), nothing goes wrong, and no bytes move. Exits with 0 only if all is delivered
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "seeds", "prefill_tp", "decode_tp", "requests", "faults", "explain", "replay", "request", "log", "timeline", "thrice",
+    ])]
     pub(crate) trace: Option<PathBuf>,
     /// Takes the first N requests of the trace only
-    #[arg(long, value_name = "N", requires = "trace", default_value_t = usize::MAX, hide_default_value = true)]
-    pub(crate) limit: usize,
+    #[arg(long, value_name = "N", requires = "trace", value_parser = value_parser!(u64).range(1..))]
+    pub(crate) limit: Option<u64>,
     /// Requests arrive so many times as fast as the trace says
-    #[arg(long, value_name = "FACTOR", requires = "trace", default_value_t = 1.0)]
+    #[arg(long, value_name = "FACTOR", requires = "trace", default_value_t = 1.0, value_parser = within(1e-6, 1e6))]
     pub(crate) speed: f64,
     /// What is served, by name
-    #[arg(long, value_name = "NAME", requires = "trace", default_value = "llama-3.1-70b")]
+    #[arg(long, value_name = "NAME", requires = "trace", default_value = "llama-3.1-70b", value_parser = Model::PRESETS)]
     pub(crate) model: String,
     /// Of every NIC, in each direction
-    #[arg(long, value_name = "GBPS", requires = "trace", default_value_t = 400.0)]
+    #[arg(long, value_name = "GBPS", requires = "trace", default_value_t = 400.0, value_parser = within(0.001, 1e6))]
     pub(crate) nic_gbps: f64,
     /// least-loaded, prefix, or both, separated by a comma: one row each
     #[arg(long, value_name = "LIST", requires = "trace", value_delimiter = ',', default_value = "least-loaded")]
@@ -43,20 +52,29 @@ pub(crate) struct Question {
     #[arg(long, value_name = "NAME", requires = "trace", default_value = "pull")]
     pub(crate) direction: AskedDirection,
     /// Prompt tokens that a prefill rank computes in a second
-    #[arg(long, value_name = "N", requires = "trace", default_value_t = 20_000.0)]
+    #[arg(long, value_name = "N", requires = "trace", default_value_t = 20_000.0, value_parser = within(1.0, 1e9))]
     pub(crate) prefill_tokens_per_second: f64,
     /// Tokens that are decoded of each sequence in a second
-    #[arg(long, value_name = "N", requires = "trace", default_value_t = 50.0)]
+    #[arg(long, value_name = "N", requires = "trace", default_value_t = 50.0, value_parser = within(0.01, 1e6))]
     pub(crate) decode_tokens_per_second: f64,
     /// Layers that become ready together; all of them by default
-    #[arg(long, value_name = "N", requires = "trace", default_value_t = u32::MAX, hide_default_value = true)]
-    pub(crate) layers_per_step: u32,
+    #[arg(long, value_name = "N", requires = "trace", value_parser = value_parser!(u32).range(1..))]
+    pub(crate) layers_per_step: Option<u32>,
     /// Blocks of 64 tokens of a prefill rank
-    #[arg(long, value_name = "N", requires = "trace", default_value_t = 32_768)]
+    #[arg(long, value_name = "N", requires = "trace", default_value_t = 32_768, value_parser = value_parser!(u32).range(1..=BLOCKS_MAX))]
     pub(crate) prefill_blocks: u32,
     /// Blocks of 64 tokens of a decode rank
-    #[arg(long, value_name = "N", requires = "trace", default_value_t = 32_768)]
+    #[arg(long, value_name = "N", requires = "trace", default_value_t = 32_768, value_parser = value_parser!(u32).range(1..=BLOCKS_MAX))]
     pub(crate) decode_blocks: u32,
+}
+
+/// Takes numbers from one to another, both included.
+fn within(least: f64, most: f64) -> impl Fn(&str) -> Result<f64, String> + Clone {
+    move |word| {
+        let number: f64 = word.parse().map_err(|_| format!("give a number from {least} to {most}"))?;
+        // Not a number is in no range.
+        if (least..=most).contains(&number) { Ok(number) } else { Err(format!("give a number from {least} to {most}")) }
+    }
 }
 
 /// A policy by its name.
@@ -77,13 +95,14 @@ pub(crate) enum AskedDirection {
 #[derive(Debug, Error)]
 pub(crate) enum CapacityError {
     /// No such model.
-    #[error(
-        "--model {0} is not known; known are llama-3.1-8b, llama-3.1-70b, qwen3-32b, qwen3-235b, deepseek-r1, gpt-oss-120b, qwen3-next and tiny"
-    )]
+    #[error("--model {0} is not known; known are {known}", known = Model::PRESETS.join(", "))]
     Model(String),
-    /// A rate that is none.
-    #[error("--{0} is {1}; give a number above 0")]
-    Rate(&'static str, f64),
+    /// There is nothing to ask about.
+    #[error("--trace {} holds no request; give a file with one JSON object per line", .0.display())]
+    Empty(PathBuf),
+    /// The trace cannot be one.
+    #[error("--trace {} has more than {} MiB; give its beginning only", .0.display(), TRACE_BYTES_MAX >> 20)]
+    Large(PathBuf),
     /// The trace cannot be read.
     #[error("--trace {}: {source}", file.display())]
     File {
@@ -109,19 +128,18 @@ pub(crate) fn run(asked: &Options) -> Result<bool, SimulateError> {
     let question = &asked.question;
     let Some(file) = &question.trace else { return Ok(true) };
     let model = Model::preset(&question.model).ok_or_else(|| CapacityError::Model(question.model.clone()))?;
-    for (name, rate) in [
-        ("speed", question.speed),
-        ("nic-gbps", question.nic_gbps),
-        ("prefill-tokens-per-second", question.prefill_tokens_per_second),
-        ("decode-tokens-per-second", question.decode_tokens_per_second),
-    ] {
-        if !(rate.is_finite() && rate > 0.0) {
-            return Err(CapacityError::Rate(name, rate).into());
-        }
+    let unread = |source| CapacityError::File { file: file.clone(), source };
+    let mut text = String::new();
+    let read = File::open(file).and_then(|opened| opened.take(TRACE_BYTES_MAX + 1).read_to_string(&mut text));
+    if read.map_err(unread)? as u64 > TRACE_BYTES_MAX {
+        return Err(CapacityError::Large(file.clone()).into());
     }
-    let text = std::fs::read_to_string(file).map_err(|source| CapacityError::File { file: file.clone(), source })?;
-    let workload = parse_trace(&text, question.limit, question.speed)
+    let limit = question.limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
+    let workload = parse_trace(&text, limit, question.speed)
         .map_err(|source| CapacityError::Trace { file: file.clone(), source })?;
+    if workload.is_empty() {
+        return Err(CapacityError::Empty(file.clone()).into());
+    }
     let mut options = CapacityOptions::new(model);
     (options.prefill_ranks, options.decode_ranks, options.nics) = (asked.prefill, asked.decode, asked.nics);
     options.seed = asked.seed;
@@ -132,7 +150,7 @@ pub(crate) fn run(asked: &Options) -> Result<bool, SimulateError> {
     });
     options.prefill_tokens_per_second = question.prefill_tokens_per_second;
     options.decode_tokens_per_second = question.decode_tokens_per_second;
-    options.layers_per_step = question.layers_per_step;
+    options.layers_per_step = question.layers_per_step.unwrap_or(u32::MAX);
     options.blocks = [question.prefill_blocks, question.decode_blocks];
     let mut rows = Vec::new();
     for policy in &question.policy {

@@ -11,19 +11,18 @@ mod say;
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use kvferry_sim::SimError;
 
 use crate::options::{Options, SimulateError};
 use crate::say::warn;
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    let held = match options.seeds {
+    let options = Options::from_command_line();
+    let held = options.check().and_then(|()| match options.seeds {
         _ if options.question.trace.is_some() => capacity::run(&options),
         Some(_) => many::run(&options),
         None => one::run(&options),
-    };
+    });
     match held {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,

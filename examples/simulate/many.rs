@@ -23,7 +23,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
             let taken = |seed: u64| (seed < seeds.end).then(|| seed + 1);
             let Ok(seed) = next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken) else { return Ok(()) };
             let (report, seconds) = simulate(options.config(seed)?)?;
-            let thrice = seed - seeds.start < options.thrice;
+            let thrice = options.thrice.is_some_and(|thrice| seed - seeds.start < thrice);
             let same = !thrice || is_the_same_thrice(options, &report)?;
             let mut sum = sum.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             if options.json || !report.broken.is_empty() {
@@ -50,7 +50,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
 pub(crate) fn is_the_same_thrice(options: &Options, report: &RunReport) -> Result<bool, SimulateError> {
     let seed = report.seed;
     if let Some(divergence) = rerun(&options.config(seed)?, report)? {
-        warn(format_args!("seed {seed}: {divergence}\n  again: {} --thrice 1", options.command(seed)));
+        warn(format_args!("seed {seed}: {divergence}\n  again: {} --thrice 1", options.again(seed)));
         return Ok(false);
     }
     let failed = |source| SimulateError::Io { what: "starting another process".to_owned(), source };
@@ -63,7 +63,7 @@ pub(crate) fn is_the_same_thrice(options: &Options, report: &RunReport) -> Resul
     if !same {
         warn(format_args!(
             "seed {seed}: I8: another process runs it otherwise\n  again: {} --thrice 1",
-            options.command(seed)
+            options.again(seed)
         ));
     }
     Ok(same)

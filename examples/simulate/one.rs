@@ -53,7 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
     if let (Some(timeline), Some(path), Some(mut file)) = (timeline, &options.timeline, file) {
         file.write_all(timeline.to_json().as_bytes()).map_err(writing(path))?;
     }
-    if options.thrice > 0 && !crate::many::is_the_same_thrice(options, &report)? {
+    if options.thrice.is_some() && !crate::many::is_the_same_thrice(options, &report)? {
         return Ok(false);
     }
     Ok(report.broken.is_empty())
@@ -118,5 +118,5 @@ fn accuse(options: &Options, report: &RunReport) {
     for record in report.recent.iter().skip(report.recent.len().saturating_sub(LAST)) {
         warn(format_args!("    {record}"));
     }
-    warn(format_args!("  again: {}", options.command(report.seed)));
+    warn(format_args!("  again: {}", options.again(report.seed)));
 }

@@ -4,11 +4,18 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::Parser;
-use kvferry_sim::{Config, FaultSet, Shape, ShapeError, SimError, UnknownFault};
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, value_parser};
+use kvferry_sim::{Config, FaultSet, Shape, ShapeError, SimError};
 use thiserror::Error;
 
 use crate::capacity::{CapacityError, Question};
+
+/// Ranks of a side at most: every node knows every other one, which takes memory by the square.
+const RANKS_MAX: i64 = 4096;
+/// NICs of a node at most.
+const NICS_MAX: i64 = 64;
+/// Requests of a run at most.
+const REQUESTS_MAX: u64 = 1_000_000;
 
 /// Simulates a cluster: the production actors, wire codec and state machines on virtual time. Exits with 0 only if every invariant held,
 /// with 1 if one did not, and with 2 if the options make no sense.
@@ -19,40 +26,40 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Runs these seeds, `A..B`, on all cores, instead of one.
-    #[arg(long, value_name = "A..B", conflicts_with_all = ["seed", "replay", "timeline"])]
+    #[arg(long, value_name = "A..B", conflicts_with_all = ["seed", "replay", "log", "timeline"])]
     pub(crate) seeds: Option<Seeds>,
     /// Prefill ranks, one node each.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = value_parser!(u32).range(1..=RANKS_MAX))]
     pub(crate) prefill: u32,
     /// Decode ranks, one node each.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = value_parser!(u32).range(1..=RANKS_MAX))]
     pub(crate) decode: u32,
-    /// Ranks of a prefill group; by default 4, 2 or 1, whichever divides.
-    #[arg(long)]
+    /// Ranks of a prefill group, 1, 2, 4 or 8; by default 4, 2 or 1, whichever divides.
+    #[arg(long, value_name = "N")]
     pub(crate) prefill_tp: Option<u32>,
-    /// Ranks of a decode group; by default 4, 2 or 1, whichever divides.
-    #[arg(long)]
+    /// Ranks of a decode group, 1, 2, 4 or 8; by default 4, 2 or 1, whichever divides.
+    #[arg(long, value_name = "N")]
     pub(crate) decode_tp: Option<u32>,
     /// NICs of every node.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = value_parser!(u32).range(1..=NICS_MAX))]
     pub(crate) nics: u32,
     /// Requests submitted while things go wrong; a quarter as many, at most 64, follow once all is mended.
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = value_parser!(u64).range(1..=REQUESTS_MAX))]
     pub(crate) requests: u64,
     /// `all`, `none`, or kinds of fault, separated by commas. A seed switches about half of them off.
-    #[arg(long, default_value = "all")]
-    pub(crate) faults: String,
+    #[arg(long, value_name = "LIST", default_value = "all")]
+    pub(crate) faults: FaultSet,
     /// Prints one JSON object for every run.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["explain", "replay", "log"])]
     pub(crate) json: bool,
     /// Prints what is derived from the seed, and runs nothing.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["seeds", "replay", "log", "timeline", "thrice"])]
     pub(crate) explain: bool,
-    /// Prints the story of one request.
-    #[arg(long, requires = "request")]
+    /// Prints the story of one request of one seed.
+    #[arg(long, requires_all = ["seed", "request"], conflicts_with = "log")]
     pub(crate) replay: bool,
-    /// Which request `--replay` tells of.
-    #[arg(long)]
+    /// Which request `--replay` tells of, from 1; those that follow once all is mended have the numbers after `--requests`.
+    #[arg(long, value_name = "N", requires = "replay", value_parser = value_parser!(u64).range(1..))]
     pub(crate) request: Option<u64>,
     /// Prints everything that happens, one line each.
     #[arg(long)]
@@ -60,9 +67,9 @@ pub(crate) struct Options {
     /// Writes the run in Chrome's trace format, which Perfetto opens.
     #[arg(long, value_name = "FILE")]
     pub(crate) timeline: Option<PathBuf>,
-    /// Runs so many of the seeds three times, twice in this process and once in another, and compares.
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    pub(crate) thrice: u64,
+    /// Runs the first so many of the seeds three times, twice in this process and once in another, and compares.
+    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
+    pub(crate) thrice: Option<u64>,
     /// A capacity question instead.
     #[command(flatten)]
     pub(crate) question: Question,
@@ -100,9 +107,9 @@ impl FromStr for Seeds {
 /// Why nothing was simulated.
 #[derive(Debug, Error)]
 pub(crate) enum SimulateError {
-    /// No such fault.
-    #[error(transparent)]
-    Faults(#[from] UnknownFault),
+    /// More seeds are to be run three times than there are.
+    #[error("--thrice {0}: {1}")]
+    Thrice(u64, String),
     /// No such cluster.
     #[error(transparent)]
     Shape(#[from] ShapeError),
@@ -127,23 +134,43 @@ pub(crate) enum SimulateError {
 }
 
 impl Options {
+    /// What the process was started with; it ends here if that makes no sense.
+    pub(crate) fn from_command_line() -> Self {
+        // So that a number below 0 is told to be out of range, and not to be another option.
+        let negative = |arg: Arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
+        let matches = Options::command().mut_args(negative).get_matches();
+        Options::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+
+    /// What options say together that none says alone.
+    pub(crate) fn check(&self) -> Result<(), SimulateError> {
+        let seeds = self.seeds.as_ref().map_or(1, |Seeds(seeds)| seeds.end - seeds.start);
+        match self.thrice.filter(|thrice| *thrice > seeds) {
+            None => Ok(()),
+            Some(thrice) if self.seeds.is_none() => {
+                Err(SimulateError::Thrice(thrice, "there is one seed; give 1, or more seeds with --seeds".to_owned()))
+            }
+            Some(thrice) => Err(SimulateError::Thrice(thrice, format!("--seeds are {seeds}; give that or less"))),
+        }
+    }
+
     /// What is to be simulated.
-    pub(crate) fn shape(&self) -> Result<Shape, SimulateError> {
-        Ok(Shape {
+    pub(crate) fn shape(&self) -> Shape {
+        Shape {
             prefill: self.prefill,
             decode: self.decode,
             prefill_tp: self.prefill_tp,
             decode_tp: self.decode_tp,
             nics: self.nics,
             requests: self.requests,
-            faults: self.faults.parse::<FaultSet>()?,
+            faults: self.faults.clone(),
             plant: None,
-        })
+        }
     }
 
     /// The run of one seed.
     pub(crate) fn config(&self, seed: u64) -> Result<Config, SimulateError> {
-        Ok(Config::from_seed(seed, &self.shape()?)?)
+        Ok(Config::from_seed(seed, &self.shape())?)
     }
 
     /// The options, other than the seed, that make the same run again.
@@ -159,12 +186,12 @@ impl Options {
         }
         put("--nics", self.nics.to_string());
         put("--requests", self.requests.to_string());
-        put("--faults", self.faults.clone());
+        put("--faults", self.faults.to_string());
         arguments
     }
 
     /// The one command that makes a seed's run again.
-    pub(crate) fn command(&self, seed: u64) -> String {
+    pub(crate) fn again(&self, seed: u64) -> String {
         format!("cargo run --release --example simulate -- --seed {seed} {}", self.arguments().join(" "))
     }
 }

@@ -74,8 +74,15 @@ pub enum ShapeError {
         tp: u32,
     },
     /// Groups are too wide for the simulated model.
-    #[error("the simulated model has 4 heads, which {0} ranks cannot share evenly; choose 1, 2, 4 or 8 ranks")]
-    TooWide(u32),
+    #[error(
+        "--{side}-tp {tp}: the simulated model has 4 heads, which {tp} ranks cannot share evenly; give 1, 2, 4 or 8"
+    )]
+    TooWide {
+        /// Which side.
+        side: &'static str,
+        /// Ranks of a group.
+        tp: u32,
+    },
 }
 
 /// One run, derived from its seed.
@@ -239,7 +246,7 @@ fn group_size(side: &'static str, ranks: u32, tp: Option<u32>) -> Result<u32, Sh
     let fitting = || [4, 2, 1].into_iter().find(|tp| ranks.is_multiple_of(*tp)).unwrap_or(1);
     let tp = tp.unwrap_or_else(fitting);
     if ![1, 2, 4, 8].contains(&tp) {
-        return Err(ShapeError::TooWide(tp));
+        return Err(ShapeError::TooWide { side, tp });
     }
     if !ranks.is_multiple_of(tp) {
         return Err(ShapeError::Uneven { side, ranks, tp });

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use serde_json::Value;
+
 #[test]
 fn whoever_has_read_enough_misses_no_verdict() {
     let quick = ["--seed", "7", "--requests", "20", "--log"];
@@ -16,6 +18,156 @@ fn whoever_has_read_enough_misses_no_verdict() {
     let run = simulate(&quick).stdout(full).output().expect("runs");
     let error = text(&run.stderr);
     assert!(run.status.code() == Some(1) && error.contains("writing to standard output"), "{error}");
+}
+
+/// What a user may mistake: every error names the value and what to do instead, nothing runs, and nothing panics.
+#[test]
+fn options_that_make_no_sense_are_told() {
+    for (options, words) in [
+        ("--prefill 0", "'0' for '--prefill <N>': 0 is not in 1..=4096"),
+        ("--decode 5000", "5000 is not in 1..=4096"),
+        ("--nics 0", "0 is not in 1..=64"),
+        ("--nics -1", "-1 is not in 1..=64"),
+        ("--requests 0", "0 is not in 1..=1000000"),
+        ("--requests 99999999999999999999", "number too large"),
+        (
+            "--prefill-tp 0",
+            "--prefill-tp 0: the simulated model has 4 heads, which 0 ranks cannot share evenly; give 1, 2, 4 or 8",
+        ),
+        (
+            "--decode 6 --decode-tp 4",
+            "6 decode ranks make no whole groups of 4; give a multiple of 4, or another --decode-tp",
+        ),
+        ("--faults loss,,delay", "no fault called \"\"; there are all, none, or a list of loss,"),
+        ("--seeds 5..5", "\"5..5\" holds no seed"),
+        ("--seeds 0..2 --seed 1", "'--seeds <A..B>' cannot be used with '--seed <SEED>'"),
+        ("--seeds 0..2 --log", "cannot be used with '--log'"),
+        ("--seeds 0..2 --timeline x", "cannot be used with '--timeline <FILE>'"),
+        ("--replay --request 1", "--seed <SEED>"),
+        ("--replay --seed 1", "--request <N>"),
+        ("--seed 1 --request 1", "--replay"),
+        ("--replay --seed 1 --request 0", "0 is not in 1.."),
+        ("--replay --seed 1 --request 1 --json", "'--replay' cannot be used with '--json'"),
+        ("--replay --seed 1 --request 1 --log", "cannot be used with '--log'"),
+        ("--log --json", "'--log' cannot be used with '--json'"),
+        ("--explain --json", "cannot be used with '--json'"),
+        ("--explain --timeline x", "cannot be used with '--timeline <FILE>'"),
+        ("--thrice 0", "0 is not in 1.."),
+        ("--thrice 2", "--thrice 2: there is one seed; give 1, or more seeds with --seeds"),
+        ("--thrice 3 --seeds 0..2", "--thrice 3: --seeds are 2; give that or less"),
+        ("--nic-gbps 100", "--trace <FILE>"),
+        ("--model tiny", "--trace <FILE>"),
+        ("--trace FILE --faults all", "'--trace <FILE>' cannot be used with '--faults <LIST>'"),
+        ("--trace FILE --requests 5", "cannot be used with '--requests <N>'"),
+        ("--trace FILE --seeds 0..2", "cannot be used with '--seeds <A..B>'"),
+        ("--trace FILE --prefill-tp 2", "cannot be used with '--prefill-tp <N>'"),
+        ("--trace FILE --log", "cannot be used with '--log'"),
+        ("--trace FILE --timeline x", "cannot be used with '--timeline <FILE>'"),
+        ("--trace FILE --thrice 1", "cannot be used with '--thrice <N>'"),
+        ("--trace FILE --limit 0", "0 is not in 1.."),
+        ("--trace FILE --nic-gbps 0", "'0' for '--nic-gbps <GBPS>': give a number from 0.001 to 1000000"),
+        ("--trace FILE --nic-gbps nan", "give a number from"),
+        ("--trace FILE --speed -3", "'-3' for '--speed <FACTOR>': give a number from"),
+        ("--trace FILE --decode-tokens-per-second 1e-300", "give a number from 0.01"),
+        ("--trace FILE --prefill-tokens-per-second inf", "give a number from 1"),
+        ("--trace FILE --layers-per-step 0", "0 is not in 1.."),
+        ("--trace FILE --decode-blocks 4294967295", "4294967295 is not in 1..=1048576"),
+        (
+            "--trace FILE --decode-blocks 2",
+            "request 1 of 1000 tokens takes 16 blocks, and a decode rank has 2; give --decode-blocks 16 or more",
+        ),
+        ("--trace FILE --prefill-blocks 2", "give --prefill-blocks 16 or more"),
+        ("--trace FILE --model gpt-5", "possible values: llama-3.1-8b"),
+        ("--trace FILE --policy best", "possible values: least-loaded, prefix"),
+        ("--trace nowhere", "--trace nowhere: No such file"),
+        ("--trace /dev/null", "--trace /dev/null holds no request; give"),
+        ("--trace /dev/zero", "--trace /dev/zero has more than 256 MiB; give"),
+    ] {
+        let file = trace("nonsense.jsonl", 1);
+        let options: Vec<&str> = options.split(' ').map(|word| if word == "FILE" { &*file } else { word }).collect();
+        let run = simulate(&options).output().expect("runs");
+        let error = text(&run.stderr);
+        assert!(run.status.code() == Some(2) && error.contains(words), "{options:?}: {:?} {error}", run.status);
+        assert!(run.stdout.is_empty(), "{options:?}: nothing runs");
+    }
+}
+
+/// Where every number is as extreme as it may be, there is an answer all the same.
+#[test]
+fn extremes_are_answered() {
+    let file = trace("extremes.jsonl", 3);
+    for options in [
+        "--speed 0.000001 --nic-gbps 1 --prefill-tokens-per-second 1 --decode-tokens-per-second 0.01",
+        "--speed 1000000 --nic-gbps 1000000 --prefill-tokens-per-second 1000000000 --decode-tokens-per-second 1000000",
+        "--prefill 1 --decode 1 --nics 64 --layers-per-step 1 --prefill-blocks 1048576 --decode-blocks 1048576 --limit 1",
+        "--policy prefix,least-loaded --direction push --model tiny",
+    ] {
+        let run = simulate(&["--trace", &file, "--json"]).args(options.split(' ')).output().expect("runs");
+        assert!(run.status.success(), "{options}: {}{}", text(&run.stdout), text(&run.stderr));
+        let answer: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+        for policy in answer["policies"].as_array().expect("a list") {
+            assert_eq!(policy["requests"], policy["delivered"], "{options}: {policy}");
+        }
+    }
+    let run = simulate(&["--prefill", "1", "--decode", "1", "--nics", "64", "--requests", "1"]).output().expect("runs");
+    assert!(run.status.success(), "{}", text(&run.stderr));
+}
+
+#[test]
+fn a_capacity_question_is_answered_in_quantiles() {
+    let file = trace("capacity.jsonl", 50);
+    let options = [
+        "--trace",
+        &file,
+        "--model",
+        "llama-3.1-70b",
+        "--prefill",
+        "8",
+        "--decode",
+        "4",
+        "--nics",
+        "8",
+        "--nic-gbps",
+        "400",
+        "--policy",
+        "least-loaded,prefix",
+    ];
+    let run = simulate(&options).arg("--json").output().expect("runs");
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    let answer: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+    let policies = answer["policies"].as_array().expect("a list");
+    let names: Vec<_> = policies.iter().map(|row| row["policy"].as_str()).collect();
+    assert_eq!(names, [Some("least-loaded"), Some("prefix")]);
+    for row in policies {
+        assert_eq!((&row["requests"], &row["delivered"], &row["unfinished"]), (&50.into(), &50.into(), &0.into()));
+        for stage in ["queue_ms", "post_ms", "wire_ms", "notice_ms", "first_decode_token_ms"] {
+            let at = |quantile: &str| row[stage][quantile].as_f64().expect("a number");
+            assert!(at("p50") > 0.0 && at("p50") <= at("p99") && at("p99") <= at("max"), "{stage}: {row}");
+        }
+        assert!(row["events_per_second"].as_f64() > Some(0.0), "{row}");
+    }
+    assert!(answer["peak_memory_bytes"].as_u64() > Some(0), "{answer}");
+    let told = simulate(&options).output().expect("runs");
+    let told = text(&told.stdout);
+    for words in
+        ["8 prefill and 4 decode ranks with 8 NICs of 400 Gb/s each, pull; 50 requests", "wire: p50", "peak memory"]
+    {
+        assert!(told.contains(words), "{words}: {told}");
+    }
+}
+
+/// A trace of so many requests, one every 50 ms, in a file of that name.
+fn trace(name: &str, requests: u64) -> String {
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let line = |request: u64| {
+        let (at, tokens) = (request * 50, 1000 + request * 10);
+        format!(
+            "{{\"timestamp\": {at}, \"input_length\": {tokens}, \"output_length\": 9, \"hash_ids\": [{}, 7]}}\n",
+            request % 4
+        )
+    };
+    std::fs::write(&file, (0..requests).map(line).collect::<String>()).expect("the target folder takes files");
+    file.to_str().expect("a path in UTF-8").to_owned()
 }
 
 fn simulate(options: &[&str]) -> Command {

@@ -37,6 +37,9 @@ pub fn parse_trace(text: &str, limit: usize, speed: f64) -> Result<Vec<CapacityR
         if !(1..=TOKENS_MAX).contains(&line.input_length) {
             return Err(wrong(format!("input_length is {}, allowed is 1 to {TOKENS_MAX}", line.input_length)));
         }
+        if line.output_length > TOKENS_MAX {
+            return Err(wrong(format!("output_length is {}, allowed is 0 to {TOKENS_MAX}", line.output_length)));
+        }
         let most = line.input_length.div_ceil(u64::from(HASH_TOKENS));
         if line.hash_ids.len() as u64 > most {
             return Err(wrong(format!("{} hash_ids, allowed are {most}", line.hash_ids.len())));
@@ -72,6 +75,10 @@ mod tests {
         for (bad, word) in [
             ("{\"timestamp\": 0, \"input_length\": 5, \"output_length\": 5}", "hash_ids"),
             ("{\"timestamp\": 0, \"input_length\": 0, \"output_length\": 5, \"hash_ids\": []}", "input_length is 0"),
+            (
+                "{\"timestamp\": 0, \"input_length\": 5, \"output_length\": 99999999999, \"hash_ids\": []}",
+                "output_length is 99999999999",
+            ),
             ("{\"timestamp\": 0, \"input_length\": 512, \"output_length\": 5, \"hash_ids\": [1, 2]}", "2 hash_ids"),
         ] {
             let error = parse_trace(bad, 1, 1.0).expect_err("no request");
