@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 
 use kvferry_core::RequestId;
-use kvferry_sim::{Config, Run, RunReport, Story, Timeline};
+use kvferry_sim::{Config, GroupOptions, Run, RunReport, Story, Timeline};
 use serde_json::json;
 
 use crate::options::{Options, SimulateError};
@@ -21,10 +21,14 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
         say(format_args!("{config:#?}"))?;
         return Ok(true);
     }
-    if let Some(request) = options.request.filter(|request| !(1..=options.requests).contains(request)) {
-        return Err(SimulateError::NoSuchRequest(request, options.requests));
+    let (first, all) = (options.requests, options.requests + config.shape.second_wave());
+    if let Some(request) = options.request.filter(|request| *request > all) {
+        return Err(SimulateError::NoSuchRequest { request, first, all });
     }
-    let mut story = options.request.filter(|_| options.replay).map(|request| Story::new(RequestId(request)));
+    let mut story = options.request.map(|request| Story::new(RequestId(request)));
+    if let Some(request) = options.request {
+        say(format_args!("request {request} of seed {}; {}", options.seed, places(&config)))?;
+    }
     let writing = |path: &Path| {
         let what = format!("writing {}", path.display());
         move |source| SimulateError::Io { what: what.clone(), source }
@@ -49,6 +53,11 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
         }))
     })?;
     said?;
+    if let (Some(request), Some(false)) = (options.request, story.map(|story| story.is_told())) {
+        say(format_args!(
+            "request {request} was never asked for: it belongs to those that follow once requests 1 to {first} have ended, which they did not"
+        ))?;
+    }
     tell(options, &report, seconds)?;
     if let (Some(timeline), Some(path), Some(mut file)) = (timeline, &options.timeline, file) {
         file.write_all(timeline.to_json().as_bytes()).map_err(writing(path))?;
@@ -57,6 +66,18 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
         return Ok(false);
     }
     Ok(report.broken.is_empty())
+}
+
+/// Which nodes are what.
+fn places(config: &Config) -> String {
+    let mut first = 1;
+    let mut side = |name: &str, GroupOptions { groups, tp, .. }: &GroupOptions| {
+        let last = first + groups * tp - 1;
+        let place = format!("n{first}..n{last} {name} in groups of {tp}");
+        first = last + 1;
+        place
+    };
+    format!("n0 schedules, {}, {}", side("prefill", &config.cluster.prefill), side("decode", &config.cluster.decode))
 }
 
 /// Runs a configuration and says how long that took, in seconds of the wall clock.

@@ -114,8 +114,17 @@ pub(crate) enum SimulateError {
     #[error(transparent)]
     Shape(#[from] ShapeError),
     /// The request is not one of the run's.
-    #[error("--request {0}: requests are numbered from 1 to {1}")]
-    NoSuchRequest(u64, u64),
+    #[error(
+        "--request {request}: there are {all}; give 1 to {first}, or up to {all} for those that follow once all is mended"
+    )]
+    NoSuchRequest {
+        /// Which.
+        request: u64,
+        /// The last that is asked for while things go wrong.
+        first: u64,
+        /// The last.
+        all: u64,
+    },
     /// The cluster could not be set up.
     #[error(transparent)]
     Cluster(#[from] SimError),

@@ -56,6 +56,13 @@ impl Default for Shape {
     }
 }
 
+impl Shape {
+    /// Requests that follow once all is mended.
+    pub fn second_wave(&self) -> u64 {
+        (self.requests / 4).clamp(1, 64)
+    }
+}
+
 /// Why there is no such run.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]

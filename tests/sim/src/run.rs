@@ -103,7 +103,7 @@ impl Run {
             let session = self.config.cluster.session;
             self.pass(session.silence_max * 2 + session.handshake_within + REJOIN, false, &mut each);
             let first = self.answers.len();
-            let second = (self.config.shape.requests / 4).clamp(1, 64);
+            let second = self.config.shape.second_wave();
             self.cluster.submit(second, Duration::from_millis(second));
             vitals = self.end_of("the second wave", SECOND_WAVE, &mut each);
             let late = self.answers.iter().skip(first).filter(|(_, outcome)| !outcome.is_delivered());

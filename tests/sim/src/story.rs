@@ -1,9 +1,9 @@
 //! What happened to one request, in words: what `simulate --replay` prints.
 
 use std::collections::BTreeSet;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
-use kvferry_core::protocol::{EngineCall, EngineEvent, Event};
+use kvferry_core::protocol::{EngineCall, EngineEvent, Event, Outcome};
 use kvferry_core::{Direction, HandoverId, RequestId};
 
 use crate::chronicle::{Entry, What};
@@ -13,6 +13,8 @@ use crate::chronicle::{Entry, What};
 pub struct Story {
     request: RequestId,
     handovers: BTreeSet<HandoverId>,
+    /// Faults that have begun and are not mended.
+    standing: BTreeSet<String>,
     /// Whether it is under way: only then faults belong to it.
     told: bool,
     ended: bool,
@@ -21,16 +23,23 @@ pub struct Story {
 impl Story {
     /// Of that request.
     pub fn new(request: RequestId) -> Self {
-        Story { request, handovers: BTreeSet::new(), told: false, ended: false }
+        Story { request, handovers: BTreeSet::new(), standing: BTreeSet::new(), told: false, ended: false }
     }
 
-    /// The next line of it, if an entry belongs to it.
+    /// Whether there is such a request, as far as the run has come.
+    pub fn is_told(&self) -> bool {
+        self.told
+    }
+
+    /// What belongs to it of an entry: one line, and under the first those faults that have begun before.
     pub fn tell(&mut self, entry: &Entry) -> Option<String> {
         if let What::Observed(Event::Paired { request, handover, .. }) = &entry.what
             && *request == self.request
         {
             self.handovers.insert(*handover);
         }
+        let begins = !self.told;
+        self.note_fault(&entry.what);
         let what = self.words(&entry.what)?;
         self.told = true;
         let mut line = format!("{:>4}.{:09}  ", entry.at / 1_000_000_000, entry.at % 1_000_000_000);
@@ -39,7 +48,22 @@ impl Story {
             0 => write!(line, "{:<8}{what}", ""),
             epoch => write!(line, "{:<8}{what}", format!("n{}/{epoch}", entry.node)),
         };
+        for fault in self.standing.iter().filter(|_| begins) {
+            let _ = write!(line, "\n{:28}~ since before: {fault}", "");
+        }
         Some(line)
+    }
+
+    fn note_fault(&mut self, what: &What) {
+        match what {
+            What::Fault(fault, true) => self.standing.insert(fault.to_string()),
+            What::Fault(fault, false) => self.standing.remove(&fault.to_string()),
+            What::Healed => {
+                self.standing.clear();
+                false
+            }
+            _ => false,
+        };
     }
 
     fn words(&mut self, what: &What) -> Option<String> {
@@ -52,7 +76,10 @@ impl Story {
             What::Answered(request, answer) if mine(request) => {
                 self.ended = true;
                 match answer {
-                    Ok(finished) => format!("answered after {} attempts: {:?}", finished.attempts, finished.outcome),
+                    Ok(finished) if finished.attempts == 1 => format!("answered: {}", Ended(&finished.outcome)),
+                    Ok(finished) => {
+                        format!("answered after {} attempts: {}", finished.attempts, Ended(&finished.outcome))
+                    }
                     Err(refusal) => format!("refused: {refusal}"),
                 }
             }
@@ -60,7 +87,7 @@ impl Story {
                 "prefill: the engine is asked".to_owned()
             }
             What::Told(EngineEvent::Opened { request, steps, .. }) if mine(request) => {
-                format!("prefill: blocks found, {} steps to come", steps.len())
+                format!("prefill: blocks found, steps to come: {}", steps.len())
             }
             What::Told(EngineEvent::Ready { request, steps }) if mine(request) => format!("step {steps} is ready"),
             What::Told(EngineEvent::Unable { request, reason }) if mine(request) => {
@@ -96,11 +123,11 @@ impl Story {
             What::Landed { id, bytes: Some(bytes) } if ours(&id.handover()) => format!("{id}: {bytes} bytes landed"),
             What::Landed { id, bytes: None } if ours(&id.handover()) => format!("{id}: failed"),
             What::Observed(Event::Settled { report }) if ours(&report.handover) => {
-                format!("{}: decided: {:?}", report.handover, report.outcome)
+                format!("{}: decided: {}", report.handover, Ended(&report.outcome))
             }
             What::Called(EngineCall::Settled { handover, outcome, quarantined, .. }) if ours(handover) => {
                 let quarantined = if *quarantined { ", its blocks are quarantined" } else { "" };
-                format!("{handover}: the engine is told: {outcome:?}{quarantined}")
+                format!("{handover}: the engine is told: {}{quarantined}", Ended(outcome))
             }
             What::Called(EngineCall::Returned { handover, proof }) if ours(handover) => {
                 format!("{handover}: nothing writes its blocks any more: {proof:?}")
@@ -117,5 +144,18 @@ impl Story {
             What::Healed => "      ~ all is mended".to_owned(),
             _ => return None,
         })
+    }
+}
+
+/// An outcome in words.
+struct Ended<'a>(&'a Outcome);
+
+impl fmt::Display for Ended<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Outcome::Delivered => f.write_str("delivered"),
+            Outcome::Failed { reason } => write!(f, "failed: {reason}"),
+            Outcome::Cancelled => f.write_str("cancelled"),
+        }
     }
 }

@@ -46,6 +46,11 @@ fn options_that_make_no_sense_are_told() {
         ("--replay --request 1", "--seed <SEED>"),
         ("--replay --seed 1", "--request <N>"),
         ("--seed 1 --request 1", "--replay"),
+        (
+            "--replay --seed 1 --request 251",
+            "--request 251: there are 250; give 1 to 200, or up to 250 for those that follow",
+        ),
+        ("--replay --seed 1 --requests 1 --request 3", "--request 3: there are 2; give 1 to 1, or up to 2"),
         ("--replay --seed 1 --request 0", "0 is not in 1.."),
         ("--replay --seed 1 --request 1 --json", "'--replay' cannot be used with '--json'"),
         ("--replay --seed 1 --request 1 --log", "cannot be used with '--log'"),
@@ -154,6 +159,29 @@ fn a_capacity_question_is_answered_in_quantiles() {
     {
         assert!(told.contains(words), "{words}: {told}");
     }
+}
+
+#[test]
+fn the_story_of_a_request_has_a_beginning_and_an_end() {
+    let tell = |request: &str| {
+        let run =
+            simulate(&["--seed", "7", "--requests", "40", "--replay", "--request", request]).output().expect("runs");
+        assert!(run.status.success(), "{}", text(&run.stderr));
+        text(&run.stdout)
+    };
+    // The last of the first wave, and of the second, which is a quarter as many.
+    for request in ["40", "41", "50"] {
+        let story = tell(request);
+        let lines: Vec<&str> = story.lines().collect();
+        assert!(lines[0].starts_with(&format!("request {request} of seed 7; n0 schedules, n1..n8 prefill")), "{story}");
+        assert!(lines[1].contains("submitted: "), "{story}");
+        let at = |words: &str| lines.iter().position(|line| line.contains(words));
+        let (paired, told) =
+            (at("paired with").expect("a pairing"), at("the engine is told: delivered").expect("an end"));
+        assert!(paired < told && at("answered").is_some() && at("its blocks are free") > Some(told), "{story}");
+        assert!(lines.last().expect("a sum").starts_with("seed 7: 50 requests"), "{story}");
+    }
+    assert!(!tell("41").contains("~ since before"), "all is mended before the second wave");
 }
 
 /// A trace of so many requests, one every 50 ms, in a file of that name.
