@@ -35,7 +35,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
     };
     // Where it cannot be written, that is told before the run.
     let file = options.timeline.as_deref().map(|path| File::create(path).map_err(writing(path))).transpose()?;
-    let mut timeline = file.is_some().then(Timeline::default);
+    let mut timeline = file.is_some().then(|| Timeline::new(&config));
     // A run does not stop half-way; what cannot be printed is told at its end.
     let mut said = Ok(());
     let (report, seconds) = timed(|| {
