@@ -30,7 +30,7 @@ pub(crate) struct Question {
     /// Asks a capacity question: requests arrive as in this Mooncake trace (one JSON object per line: timestamp in ms, input_length,
     /// output_length, hash_ids, one per 512 tokens), nothing goes wrong, and no bytes move. Exits with 0 only if all is delivered
     #[arg(long, value_name = "FILE", conflicts_with_all = [
-        "seeds", "prefill_tp", "decode_tp", "requests", "faults", "explain", "replay", "request", "log", "timeline", "thrice",
+        "seeds", "prefill_tp", "decode_tp", "requests", "faults", "explain", "replay", "request", "log", "timeline", "thrice", "plant",
     ])]
     pub(crate) trace: Option<PathBuf>,
     /// Takes the first N requests of the trace only

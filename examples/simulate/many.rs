@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvferry_sim::{RunReport, rerun};
+use serde_json::Value;
 
 use crate::one::{simulate, tell};
 use crate::options::{Options, Seeds, SimulateError};
@@ -58,8 +59,12 @@ pub(crate) fn is_the_same_thrice(options: &Options, report: &RunReport) -> Resul
     let mut command = Command::new(binary);
     command.args(["--json", "--seed", &seed.to_string()]).args(options.arguments());
     let output = command.output().map_err(failed)?;
-    let hash = format!("\"trace_hash\":\"{:016x}\"", report.trace_hash);
-    let same = String::from_utf8_lossy(&output.stdout).contains(&hash);
+    let theirs: Value = serde_json::from_slice(&output.stdout).map_err(|error| SimulateError::Io {
+        what: format!("reading another process's report, {:?}", String::from_utf8_lossy(&output.stderr)),
+        source: error.into(),
+    })?;
+    let hash = format!("{:016x}", report.trace_hash);
+    let same = theirs["trace_hash"] == *hash && theirs["events"] == report.events;
     if !same {
         warn(format_args!(
             "seed {seed}: I8: another process runs it otherwise\n  again: {} --thrice 1",

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Arg, CommandFactory, FromArgMatches, Parser, value_parser};
-use kvferry_sim::{Config, FaultSet, Shape, ShapeError, SimError};
+use kvferry_sim::{Config, FaultSet, Plant, Shape, ShapeError, SimError};
 use thiserror::Error;
 
 use crate::capacity::{CapacityError, Question};
@@ -70,6 +70,9 @@ pub(crate) struct Options {
     /// Runs the first so many of the seeds three times, twice in this process and once in another, and compares.
     #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
     pub(crate) thrice: Option<u64>,
+    /// Plants a bug, to see that an invariant finds it: tests/README.md says which.
+    #[arg(long, value_name = "BUG")]
+    pub(crate) plant: Option<Plant>,
     /// A capacity question instead.
     #[command(flatten)]
     pub(crate) question: Question,
@@ -173,7 +176,7 @@ impl Options {
             nics: self.nics,
             requests: self.requests,
             faults: self.faults.clone(),
-            plant: None,
+            plant: self.plant,
         }
     }
 
@@ -196,6 +199,9 @@ impl Options {
         put("--nics", self.nics.to_string());
         put("--requests", self.requests.to_string());
         put("--faults", self.faults.to_string());
+        if let Some(plant) = self.plant {
+            put("--plant", plant.name().to_owned());
+        }
         arguments
     }
 

@@ -46,7 +46,7 @@ pub use dice::Dice;
 pub use faults::{Fault, FaultKind, FaultSet, Planned, UnknownFault};
 pub use invariants::Broken;
 pub use perfetto::Timeline;
-pub use plant::Plant;
+pub use plant::{Plant, UnknownPlant};
 pub use report::{ClusterReport, RankReport};
 pub use run::{Run, RunReport};
 pub use story::Story;

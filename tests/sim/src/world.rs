@@ -19,7 +19,7 @@ use crate::host::{Nics, SimHost};
 use crate::network::{ClockRate, Late, Latency, Listeners, SimClock, SimNetwork};
 use crate::node::{Seat, SimNode, Woken};
 use crate::panics;
-use crate::plant::{self, Plant};
+use crate::plant::{self, Plant, SecondConsumers};
 use crate::timeline::{Happening, Life, Timeline};
 use crate::trace::{Tag, Trace};
 use crate::weather::{Skies, Weather};
@@ -190,8 +190,14 @@ impl World {
             nonce: Rc::new(move || nonces.borrow_mut().nonce()),
         };
         let chronicle = self.chronicle.clone();
+        let second_consumers = RefCell::new(SecondConsumers::default());
         let observer: Observer = Rc::new(move |event| {
             let at = timeline.now();
+            if plant == Some(Plant::TwoConsumers)
+                && let Some(again) = second_consumers.borrow_mut().pair(&event)
+            {
+                chronicle.put(at, life, What::Observed(again));
+            }
             if plant == Some(Plant::TwoOutcomes)
                 && let Some(other) = plant::other_outcome(&event)
             {

@@ -60,6 +60,8 @@ fn options_that_make_no_sense_are_told() {
         ("--thrice 0", "0 is not in 1.."),
         ("--thrice 2", "--thrice 2: there is one seed; give 1, or more seeds with --seeds"),
         ("--thrice 3 --seeds 0..2", "--thrice 3: --seeds are 2; give that or less"),
+        ("--plant moth", "no bug called \"moth\" to plant; there are hasty-engine, half-nic,"),
+        ("--trace FILE --plant half-nic", "cannot be used with '--plant <BUG>'"),
         ("--nic-gbps 100", "--trace <FILE>"),
         ("--model tiny", "--trace <FILE>"),
         ("--trace FILE --faults all", "'--trace <FILE>' cannot be used with '--faults <LIST>'"),
@@ -182,6 +184,23 @@ fn the_story_of_a_request_has_a_beginning_and_an_end() {
         assert!(lines.last().expect("a sum").starts_with("seed 7: 50 requests"), "{story}");
     }
     assert!(!tell("41").contains("~ since before"), "all is mended before the second wave");
+}
+
+/// What two runs of one process cannot show: an order that follows from the process, as of addresses or of keys drawn once.
+#[test]
+fn another_process_shows_what_this_one_cannot() {
+    let run = |plant: &[&str]| {
+        let options =
+            ["--seed", "0", "--prefill", "4", "--decode", "4", "--requests", "40", "--faults", "none", "--thrice", "1"];
+        let run = simulate(&options).args(plant).output().expect("runs");
+        (run.status.code(), text(&run.stderr))
+    };
+    assert_eq!(run(&[]), (Some(0), String::new()), "a seed is the same run in every process");
+    let (code, error) = run(&["--plant", "process-order"]);
+    assert!(code == Some(1) && error.contains("seed 0: I8: another process runs it otherwise"), "{error}");
+    assert!(error.contains("--plant process-order --thrice 1") && !error.contains("two runs differ"), "{error}");
+    let (code, error) = run(&["--plant", "random-order"]);
+    assert!(code == Some(1) && error.contains("seed 0: I8: two runs differ from record"), "{error}");
 }
 
 /// A trace of so many requests, one every 50 ms, in a file of that name.

@@ -23,6 +23,7 @@ impl World {
             let mut woken = self.woken.take();
             match self.options.plant {
                 Some(Plant::RandomOrder) => plant::random_order(&mut woken),
+                Some(Plant::ProcessOrder) => plant::process_order(&mut woken),
                 _ => self.schedule.shuffle(&mut woken),
             }
             for index in &woken {
