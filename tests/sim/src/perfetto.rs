@@ -98,6 +98,10 @@ impl Timeline {
                 let request = self.requests.get(&id.handover()).copied().unwrap_or_default();
                 self.phase(node, Kind::Transfer, id.0, name, request);
             }
+            What::Expected { id, .. } => {
+                let request = self.requests.get(&id.handover()).copied().unwrap_or_default();
+                self.phase(node, Kind::Transfer, id.0, "expected write", request);
+            }
             What::Landed { id, bytes } => self.landed(node, *id, bytes.is_some()),
             What::Observed(event) => self.observed(node, event),
             What::Breach(violation) => {

@@ -120,6 +120,9 @@ impl Story {
                 let verb = if *direction == Direction::Pull { "reads" } else { "writes" };
                 format!("{id}: posted, {verb}")
             }
+            What::Expected { id, bytes } if ours(&id.handover()) => {
+                format!("{id}: a push of {bytes} bytes is expected")
+            }
             What::Landed { id, bytes: Some(bytes) } if ours(&id.handover()) => format!("{id}: {bytes} bytes landed"),
             What::Landed { id, bytes: None } if ours(&id.handover()) => format!("{id}: failed"),
             What::Observed(Event::Settled { report }) if ours(&report.handover) => {
