@@ -1,5 +1,6 @@
 //! The `simulate` example as its users meet it: a process with options, output and an exit status.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -201,6 +202,42 @@ fn another_process_shows_what_this_one_cannot() {
     assert!(error.contains("--plant process-order --thrice 1") && !error.contains("two runs differ"), "{error}");
     let (code, error) = run(&["--plant", "random-order"]);
     assert!(code == Some(1) && error.contains("seed 0: I8: two runs differ from record"), "{error}");
+}
+
+/// Every command that the documentation gives runs, shortened, and ends as it should.
+#[test]
+fn the_documented_commands_run() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    std::fs::create_dir_all(folder.join("target")).expect("the target folder takes folders");
+    let file = trace("documented.jsonl", 20);
+    let documents = [
+        include_str!("../../../README.md"),
+        include_str!("../../README.md"),
+        include_str!("../../../examples/README.md"),
+    ];
+    let commands = documents.iter().flat_map(|text| text.split("cargo run --release --example simulate -- ").skip(1));
+    let (mut kinds, mut tried) = (BTreeSet::new(), 0);
+    for command in commands {
+        let options = command.split(['\n', '`', '#']).next().unwrap_or_default();
+        let options: Vec<&str> =
+            options.split_whitespace().map(|word| if word == "TRACE.jsonl" { &*file } else { word }).collect();
+        let short: &[&str] =
+            if ["--trace", "--requests"].iter().any(|own| options.contains(own)) { &[] } else { &["--requests", "20"] };
+        let run = simulate(&options).args(short).current_dir(folder).output().expect("runs");
+        let code = i32::from(options.contains(&"--plant"));
+        assert_eq!(run.status.code(), Some(code), "{options:?}: {}{}", text(&run.stdout), text(&run.stderr));
+        if let Some(at) = options.iter().position(|option| *option == "--timeline") {
+            let drawn = std::fs::read(folder.join(options[at + 1])).expect("it is written");
+            let drawn: Value = serde_json::from_slice(&drawn).expect("JSON");
+            assert!(drawn["traceEvents"].as_array().is_some_and(|events| !events.is_empty()), "{options:?}");
+        }
+        kinds.extend(options.iter().filter(|option| option.starts_with("--")).map(|option| (*option).to_owned()));
+        tried += 1;
+    }
+    for kind in ["--seeds", "--replay", "--timeline", "--trace", "--plant"] {
+        assert!(kinds.contains(kind), "no document shows {kind}: {kinds:?}");
+    }
+    assert!(tried >= 6, "the documents have lost their commands");
 }
 
 /// A trace of so many requests, one every 50 ms, in a file of that name.

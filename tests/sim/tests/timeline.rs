@@ -1,5 +1,5 @@
 //! What `simulate --timeline` writes is what Chrome's trace format asks for, and what happened.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::{BTreeMap, BTreeSet};
 
