@@ -65,7 +65,7 @@ pub enum FenceProof {
     PeerProcessDead,
     /// The endpoint was destroyed and the library says that nothing is outstanding.
     EndpointDestroyed,
-    /// The memory was registered anew: old keys are refused. What peers have imported names the pool, not the key: new keys reach those that
-    /// were not meant when they connect again, and their connections ended with the old ones.
+    /// The memory was registered anew: old keys are refused. Peers that were not meant lose their connections, too, and get the new keys
+    /// when they connect again.
     PoolRekeyed,
 }

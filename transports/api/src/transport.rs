@@ -58,8 +58,8 @@ pub trait Transport {
 
     /// Ends every transfer with a peer and proves that nothing of it can touch local memory any more: [`Event::Fenced`].
     ///
-    /// A transport that can only do so by renewing keys ends the connections of all peers that hold the old ones ([`Event::PeerLost`] there), and
-    /// hands the new ones over when they connect again: what they have imported names the pool, not the key.
+    /// Where that takes new keys, all peers that hold old ones lose the connection ([`Event::PeerLost`] there) and get the new ones when they
+    /// connect again. Such a transport's [`PoolKeys`] name the pool only; the keys themselves it hands over on the connection.
     fn fence(&mut self, peer: PeerId);
 
     /// Lets a peer go; its unfinished transfers end in [`Event::Failed`].

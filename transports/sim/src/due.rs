@@ -17,6 +17,8 @@ pub(crate) enum Due {
     Welcome { link: LinkId },
     /// One side hears that the other has closed the link.
     Farewell { link: LinkId, side: usize, reason: &'static str },
+    /// The dialer hears that what it was given when it connected is no key any more.
+    Rekeyed { link: LinkId },
     /// A post reaches the other end.
     Request { flow: FlowId },
     /// The writer hears that its push is expected.
@@ -59,6 +61,7 @@ impl Due {
             Due::Unexpected { flow } => [12, flow.0],
             Due::Report { nic, .. } => [13, nic.0.into()],
             Due::GiveUp { link } => [14, link.0],
+            Due::Rekeyed { link } => [15, link.0],
         }
     }
 }

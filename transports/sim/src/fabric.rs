@@ -36,8 +36,8 @@ pub enum Delivery {
 pub enum FenceBy {
     /// It tears down all connections with that peer.
     Endpoint,
-    /// It gives the NIC's own pools new keys. **Every** peer that reads or writes them holds an old one, and is let in again, with the new
-    /// one, when it connects again.
+    /// It registers the NIC's own pools anew. Connections stand, their keys do not: **every** peer is refused, and gets new ones when it
+    /// connects again.
     Rekeying,
 }
 

@@ -11,6 +11,9 @@ use crate::flow::{FlowId, INITIATOR, OWNER};
 use crate::nic::Health;
 use crate::state::State;
 
+/// What those hear that hold old keys.
+pub(crate) const STALE: &str = "the pools there have new keys; connect again";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct LinkId(pub(crate) u64);
 
@@ -20,6 +23,8 @@ pub(crate) struct Link {
     pub(crate) sides: [Side; 2],
     /// What the dialer believes to be the acceptor's key.
     pub(crate) key: u128,
+    /// The acceptor's [`NicState::registration`](crate::nic::NicState) when it let the dialer in: which keys it handed over.
+    pub(crate) registration: u64,
     pub(crate) flows: BTreeSet<FlowId>,
 }
 
@@ -39,7 +44,8 @@ impl State {
         }
         let dialer = Side { nic, peer: None, open: true };
         let acceptor = Side { nic: remote, peer: None, open: false };
-        let link = LinkId(self.links.insert(Link { sides: [dialer, acceptor], key, flows: BTreeSet::new() }));
+        let link =
+            LinkId(self.links.insert(Link { sides: [dialer, acceptor], key, registration: 0, flows: BTreeSet::new() }));
         let state = self.nic_mut(nic)?;
         let peer = state.add_peer(remote, link);
         state.links.insert(link);
@@ -152,16 +158,45 @@ impl State {
         self.later(Due::Report { nic, event: Box::new(Event::Fenced { peer, proof }) });
     }
 
-    /// Gives all pools of a NIC new keys. Keys are handed over where connections begin, so those through which peers hold the old ones end,
-    /// and so does everything with `remote`; peers that are meant no harm connect again.
+    /// Registers a NIC's pools anew: whatever reads or writes them by the old keys ends and is refused from now on, and so does everything with
+    /// `remote`. Keys are handed over where connections begin: peers that were meant no harm connect again.
     fn rekey(&mut self, nic: NicId, remote: NicId, error: &TransferError) {
-        self.close_all(nic, Some(remote), error, Some("the peer fenced this NIC"));
-        let stale = TransferError::PeerLost("the pools here have new keys".to_owned());
-        let links: Vec<LinkId> = self.nic(nic).map(|state| state.links.iter().copied().collect()).unwrap_or_default();
-        for id in links {
-            if self.links.get(id.0).is_some_and(|link| link.sides[OWNER].nic == nic) {
-                self.close_side(id, OWNER, &stale, Some("the pools there have new keys; connect again"));
+        let stale = TransferError::Refused(STALE.to_owned());
+        for id in self.flows_of(nic) {
+            let Some(flow) = self.flows.get(id.0) else { continue };
+            let ends = flow.nics;
+            for end in [INITIATOR, OWNER] {
+                if ends[end] == nic && (end == OWNER || ends[OWNER] == remote) {
+                    self.fail_end(id, end, if ends[1 - end] == remote { error } else { &stale });
+                    self.tell(id, 1 - end, stale.clone());
+                }
             }
+        }
+        let Some(state) = self.nic_mut(nic) else { return };
+        state.registration += 1;
+        let links: Vec<LinkId> = state.links.iter().copied().collect();
+        for link in links {
+            let accepted = |link: &Link| link.sides[OWNER].nic == nic && link.sides[OWNER].open;
+            if self.links.get(link.0).is_some_and(accepted) {
+                self.send(nic, Due::Rekeyed { link });
+            }
+        }
+    }
+
+    /// Whether the dialer was let in before the pools there got new keys.
+    pub(crate) fn is_stale(&self, id: LinkId) -> bool {
+        let Some(link) = self.links.get(id.0) else { return true };
+        self.nic(link.sides[OWNER].nic).is_none_or(|owner| owner.registration != link.registration)
+    }
+
+    /// The dialer's keys are refused: it ends the link, and comes back for new ones.
+    pub(crate) fn hear_of_new_keys(&mut self, id: LinkId) {
+        let Some(dialer) = self.links.get(id.0).map(|link| link.sides[INITIATOR]).filter(|side| side.open) else {
+            return;
+        };
+        self.close_side(id, INITIATOR, &TransferError::PeerLost(STALE.to_owned()), Some("the peer connects again"));
+        if let Some(peer) = dialer.peer {
+            self.report(dialer.nic, Event::PeerLost { peer, reason: STALE.to_owned() });
         }
     }
 
@@ -174,7 +209,9 @@ impl State {
             Some(state) => {
                 let peer = state.add_peer(dialer, id);
                 state.links.insert(id);
+                let registration = state.registration;
                 if let Some(link) = self.links.get_mut(id.0) {
+                    link.registration = registration;
                     link.sides[OWNER] = Side { nic, peer: Some(peer), open: true };
                 }
                 self.send(nic, Due::Welcome { link: id });

@@ -19,6 +19,8 @@ pub(crate) struct NicState {
     /// How many times longer its bytes take.
     pub(crate) slowness: u32,
     pub(crate) pools: BTreeMap<PoolId, Bound>,
+    /// How often all pools were registered anew.
+    pub(crate) registration: u64,
     /// Closed ones too, so that fencing them is still answered.
     pub(crate) peers: BTreeMap<PeerId, Peer>,
     pub(crate) remotes: BTreeMap<RemotePool, Imported>,
@@ -111,6 +113,7 @@ impl NicState {
             process_died: false,
             slowness: 1,
             pools: BTreeMap::new(),
+            registration: 0,
             peers: BTreeMap::new(),
             remotes: BTreeMap::new(),
             links: BTreeSet::new(),

@@ -132,6 +132,7 @@ impl State {
             Due::Hello { link } => self.hello(link),
             Due::Welcome { link } => self.welcome(link),
             Due::Farewell { link, side, reason } => self.hear_farewell(link, side, reason),
+            Due::Rekeyed { link } => self.hear_of_new_keys(link),
             Due::Request { flow } => self.requested(flow),
             Due::Grant { flow } => self.granted(flow),
             Due::Slice { slice } => self.landed(slice),
@@ -163,7 +164,7 @@ impl State {
         };
         match due {
             Due::Hello { link } | Due::Notice { link, .. } => of_link(link, INITIATOR),
-            Due::Welcome { link } => of_link(link, OWNER),
+            Due::Welcome { link } | Due::Rekeyed { link } => of_link(link, OWNER),
             Due::Farewell { link, side, .. } => of_link(link, 1 - *side),
             Due::Request { flow } => of_flow(flow, INITIATOR),
             Due::Grant { flow } | Due::Done { flow } | Due::Stop { flow } => of_flow(flow, OWNER),
@@ -189,7 +190,9 @@ impl State {
             return self.agenda.put(again, since, due);
         }
         let link = match due {
-            Due::Hello { link } | Due::Welcome { link } | Due::Notice { link, .. } => Some(link),
+            Due::Hello { link } | Due::Welcome { link } | Due::Rekeyed { link } | Due::Notice { link, .. } => {
+                Some(link)
+            }
             Due::Slice { slice } => self.drop_slice(slice),
             Due::Request { flow } | Due::Grant { flow } | Due::Done { flow } | Due::Tell { flow, .. } => {
                 self.flows.get(flow.0).map(|flow| flow.link)

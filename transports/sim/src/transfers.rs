@@ -8,7 +8,7 @@ use kvferry_transport::{Event, Pool, Transfer, TransferError};
 use crate::due::Due;
 use crate::fabric::{NicId, Timing};
 use crate::flow::{Flow, FlowId, INITIATOR, OWNER, Running, Stage, Stop, Times};
-use crate::link::LinkId;
+use crate::link::{LinkId, STALE};
 use crate::nic::Health;
 use crate::state::State;
 
@@ -71,6 +71,10 @@ impl State {
                 let reason = "the peer has closed the connection";
                 return self.send(owner, Due::Farewell { link, side: INITIATOR, reason });
             }
+        }
+        if self.is_stale(link) {
+            self.refuse(id, STALE);
+            return self.send(owner, Due::Rekeyed { link });
         }
         let Some(pool) = self.remote_pool(id) else {
             return self.refuse(id, "the pool is not bound here (any more)");

@@ -137,12 +137,31 @@ fn new_keys_shut_everybody_out() {
     assert!(bed.error(0, id(1)).is_some() && bed.error(1, id(1)).is_some());
     // The other peer was meant no harm, and has to connect again all the same.
     assert_eq!(bed.lost(2), 1);
-    assert_eq!(bed.count(1, 2), 0);
     let again = bed.connect(2, 1);
     assert_ne!(again.peer, other.peer);
     bed.push(again, id(2), &blocks(0..4, 40..44));
     bed.run();
     assert!(matches!(bed.end(2, id(2)), Some((_, Event::Completed { .. }))), "{:?}", bed.end(2, id(2)));
+}
+
+#[test]
+fn what_was_posted_by_an_old_key_never_arrives() {
+    let mut bed = Bed::new(FabricOptions { fence_by: FenceBy::Rekeying, ..options() }, 3);
+    bed.fill(1, 0);
+    bed.fill(2, 2);
+    let other = bed.connect(2, 1);
+    let peer = bed.dial(1, 0).peer;
+    bed.transport(1).fence(peer);
+    bed.push(other, id(2), &blocks(0..4, 40..44));
+    bed.run();
+    let Some(error) = bed.error(2, id(2)) else { panic!("{:?}", bed.end(2, id(2))) };
+    assert!(error.to_string().contains("new keys"), "{error}");
+    assert_eq!((bed.lost(2), bed.count(1, 2)), (1, 0));
+    // Through a connection that begins after that it does.
+    let again = bed.connect(2, 1);
+    bed.push(again, id(3), &blocks(0..4, 40..44));
+    bed.run();
+    assert!(matches!(bed.end(2, id(3)), Some((_, Event::Completed { .. }))), "{:?}", bed.end(2, id(3)));
 }
 
 #[test]
