@@ -15,6 +15,8 @@ pub enum TransportKind {
     Tcp,
     /// The simulated fabric.
     Sim,
+    /// GPU memory of one host, over NVLink or PCIe; the destination's kernel copies.
+    Cuda,
 }
 
 impl TransportKind {
@@ -24,6 +26,7 @@ impl TransportKind {
             TransportKind::Shm => "shm",
             TransportKind::Tcp => "tcp",
             TransportKind::Sim => "sim",
+            TransportKind::Cuda => "cuda",
         }
     }
 }
@@ -42,7 +45,8 @@ impl FromStr for TransportKind {
             "shm" => Ok(TransportKind::Shm),
             "tcp" => Ok(TransportKind::Tcp),
             "sim" => Ok(TransportKind::Sim),
-            other => Err(format!("no transport is called {other:?}; there are shm and tcp")),
+            "cuda" => Ok(TransportKind::Cuda),
+            other => Err(format!("no transport is called {other:?}; there are shm, tcp and cuda")),
         }
     }
 }
@@ -59,7 +63,7 @@ pub enum Direction {
 /// How it is known that no foreign write can reach a block any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FenceProof {
-    /// Only the owner's own thread ever writes its pool, and it has stopped (shm, tcp).
+    /// Only the owner's own thread ever writes its pool, and it has stopped (shm, tcp, cuda).
     OwnerCopies,
     /// The writing process has ended (pidfd).
     PeerProcessDead,

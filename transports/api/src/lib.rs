@@ -2,12 +2,14 @@
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
+mod device;
 mod event;
 mod info;
 mod pool;
 mod region;
 mod transport;
 
+pub use device::{DeviceMemory, DeviceRegion};
 pub use event::{Event, TransferError};
 pub use info::{Device, NicInfo, Options, PoolKeys, Wait};
 pub use kvferry_core::{Direction, FenceProof, TransportKind};

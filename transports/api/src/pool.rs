@@ -8,6 +8,7 @@ use kvferry_core::{LayoutError, Location, Plane, PoolId, PoolLayout};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::device::{DeviceMemory, DeviceRegion};
 use crate::region::Region;
 
 /// The memory of one rank's KV blocks. Cheap to clone; it is unmapped when the last clone goes.
@@ -24,6 +25,7 @@ struct Inner {
     layout: PoolLayout,
     regions: Vec<Region>,
     shared: bool,
+    device: Option<(Arc<dyn DeviceMemory>, Vec<DeviceRegion>)>,
     _keep_alive: Option<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -95,6 +97,14 @@ pub enum PoolError {
         /// Bytes to copy.
         bytes: u64,
     },
+    /// The device's driver refused.
+    #[error("{device}: {reason}")]
+    Device {
+        /// Which device.
+        device: String,
+        /// Cause and remedy.
+        reason: String,
+    },
 }
 
 impl Pool {
@@ -113,7 +123,7 @@ impl Pool {
             .iter()
             .map(|&bytes| Region::allocate(bytes, name, options))
             .collect::<Result<Vec<_>, _>>()?;
-        Ok(Pool { inner: Arc::new(Inner { id, layout, regions, shared: true, _keep_alive: None }) })
+        Ok(Pool { inner: Arc::new(Inner { id, layout, regions, shared: true, device: None, _keep_alive: None }) })
     }
 
     /// A pool over memory that someone else allocated.
@@ -127,17 +137,25 @@ impl Pool {
         regions: Vec<(*mut u8, u64)>,
         keep_alive: Arc<dyn Any + Send + Sync>,
     ) -> Result<Pool, PoolError> {
-        layout.validate()?;
-        for region in 0..regions.len().max(layout.regions.len()) {
-            let given = regions.get(region).map_or(0, |r| r.1);
-            let named = layout.regions.get(region).copied().unwrap_or(0);
-            let both = region < regions.len() && region < layout.regions.len();
-            if given != named || !both {
-                return Err(PoolError::Regions { region, given, named });
-            }
-        }
+        check_regions(&layout, regions.iter().map(|region| region.1))?;
         let regions = regions.into_iter().map(|(base, bytes)| Region::foreign(base, bytes)).collect();
-        Ok(Pool { inner: Arc::new(Inner { id, layout, regions, shared: false, _keep_alive: Some(keep_alive) }) })
+        let (shared, device, _keep_alive) = (false, None, Some(keep_alive));
+        Ok(Pool { inner: Arc::new(Inner { id, layout, regions, shared, device, _keep_alive }) })
+    }
+
+    /// A pool in a device's memory.
+    ///
+    /// # Safety
+    /// Every region must be memory of `memory`'s device, readable and writable through it for as long as `memory` lives.
+    pub unsafe fn on_device(
+        id: PoolId,
+        layout: PoolLayout,
+        regions: Vec<DeviceRegion>,
+        memory: Arc<dyn DeviceMemory>,
+    ) -> Result<Pool, PoolError> {
+        check_regions(&layout, regions.iter().map(|region| region.bytes))?;
+        let (shared, device) = (false, Some((memory, regions)));
+        Ok(Pool { inner: Arc::new(Inner { id, layout, regions: Vec::new(), shared, device, _keep_alive: None }) })
     }
 
     /// Its name.
@@ -150,7 +168,27 @@ impl Pool {
         &self.inner.layout
     }
 
-    /// Its allocations, in the layout's order.
+    /// Its memory, if that is a device's.
+    pub fn device(&self) -> Option<&Arc<dyn DeviceMemory>> {
+        self.inner.device.as_ref().map(|(memory, _)| memory)
+    }
+
+    /// Its allocations in a device's memory, in the layout's order; none in host memory.
+    pub fn device_regions(&self) -> &[DeviceRegion] {
+        self.inner.device.as_ref().map_or(&[], |(_, regions)| regions)
+    }
+
+    /// Refuses memory that the processor cannot touch, for transports that copy by it.
+    pub fn require_host(&self) -> Result<(), String> {
+        self.device().map_or(Ok(()), |memory| {
+            Err(format!(
+                "its memory is on {}, which this transport cannot reach; use the cuda transport",
+                memory.device()
+            ))
+        })
+    }
+
+    /// Its allocations in host memory, in the layout's order; none in a device's memory.
     pub fn regions(&self) -> &[Region] {
         &self.inner.regions
     }
@@ -160,7 +198,7 @@ impl Pool {
         self.inner.shared
     }
 
-    /// The address of `bytes` bytes at a location, when they lie inside one region.
+    /// The address of `bytes` bytes at a location, when they lie inside one region of host memory.
     pub fn address(&self, at: Location, bytes: u64) -> Option<*mut u8> {
         let region = self.inner.regions.get(usize::try_from(at.region).ok()?)?;
         let end = at.offset.checked_add(bytes)?;
@@ -169,7 +207,10 @@ impl Pool {
 
     /// Copies `bytes` into a block, from its byte `offset` on.
     pub fn write(&self, plane: u32, block: u32, offset: u64, bytes: &[u8]) -> Result<(), PoolError> {
-        let at = self.block(plane, block, offset, bytes.len() as u64)?;
+        let at = match self.block(plane, block, offset, bytes.len() as u64)? {
+            Place::Host(at) => at,
+            Place::Device(memory, at) => return memory.write(at, bytes).map_err(|reason| on(memory, reason)),
+        };
         // SAFETY: `block` checked that the range lies inside a mapped region, which lives as long as `self`; the slice is not pool memory
         // that we may not read, and pool memory is never borrowed.
         unsafe { std::ptr::copy(bytes.as_ptr(), at, bytes.len()) };
@@ -178,7 +219,10 @@ impl Pool {
 
     /// Copies out of a block, from its byte `offset` on.
     pub fn read(&self, plane: u32, block: u32, offset: u64, bytes: &mut [u8]) -> Result<(), PoolError> {
-        let at = self.block(plane, block, offset, bytes.len() as u64)?;
+        let at = match self.block(plane, block, offset, bytes.len() as u64)? {
+            Place::Host(at) => at,
+            Place::Device(memory, at) => return memory.read(at, bytes).map_err(|reason| on(memory, reason)),
+        };
         // SAFETY: as in `write`, the other way round.
         unsafe { std::ptr::copy(at, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
@@ -187,13 +231,16 @@ impl Pool {
     /// Sets every byte of a block.
     pub fn fill(&self, plane: u32, block: u32, byte: u8) -> Result<(), PoolError> {
         let bytes = self.plane(plane, block, 0, 0)?.block_bytes;
-        let at = self.block(plane, block, 0, bytes)?;
+        let at = match self.block(plane, block, 0, bytes)? {
+            Place::Host(at) => at,
+            Place::Device(memory, at) => return memory.fill(at, byte, bytes).map_err(|reason| on(memory, reason)),
+        };
         // SAFETY: as in `write`.
         unsafe { std::ptr::write_bytes(at, byte, bytes as usize) };
         Ok(())
     }
 
-    fn block(&self, plane: u32, block: u32, offset: u64, bytes: u64) -> Result<*mut u8, PoolError> {
+    fn block(&self, plane: u32, block: u32, offset: u64, bytes: u64) -> Result<Place<'_>, PoolError> {
         let outside = PoolError::OutOfBounds { plane, block, offset, bytes };
         let shape = self.plane(plane, block, offset, bytes)?;
         if block >= shape.blocks || offset.checked_add(bytes).is_none_or(|end| end > shape.block_bytes) {
@@ -203,8 +250,14 @@ impl Pool {
             .checked_mul(shape.block_stride)
             .and_then(|b| b.checked_add(shape.offset))
             .and_then(|b| b.checked_add(offset));
-        let at = start.and_then(|offset| self.address(Location { region: shape.region, offset }, bytes));
-        at.ok_or(outside)
+        start.and_then(|offset| self.place(Location { region: shape.region, offset }, bytes)).ok_or(outside)
+    }
+
+    fn place(&self, at: Location, bytes: u64) -> Option<Place<'_>> {
+        let Some((memory, regions)) = &self.inner.device else { return self.address(at, bytes).map(Place::Host) };
+        let region = regions.get(usize::try_from(at.region).ok()?)?;
+        let end = at.offset.checked_add(bytes)?;
+        (end <= region.bytes).then(|| Place::Device(memory.as_ref(), region.address.wrapping_add(at.offset)))
     }
 
     fn plane(&self, plane: u32, block: u32, offset: u64, bytes: u64) -> Result<Plane, PoolError> {
@@ -218,8 +271,35 @@ impl fmt::Debug for Pool {
         f.debug_struct("Pool")
             .field("id", &self.inner.id)
             .field("regions", &self.inner.regions)
+            .field("device", &self.inner.device)
             .field("planes", &self.inner.layout.planes.len())
             .finish()
+    }
+}
+
+/// Where a block's bytes are.
+enum Place<'a> {
+    Host(*mut u8),
+    Device(&'a dyn DeviceMemory, u64),
+}
+
+fn on(memory: &dyn DeviceMemory, reason: String) -> PoolError {
+    PoolError::Device { device: memory.device().to_owned(), reason }
+}
+
+/// A valid layout, and regions of the lengths that it names.
+fn check_regions(layout: &PoolLayout, given: impl ExactSizeIterator<Item = u64>) -> Result<(), PoolError> {
+    layout.validate()?;
+    let (count, mut named) = (given.len(), layout.regions.iter().copied());
+    for (region, given) in given.enumerate() {
+        match named.next() {
+            Some(named) if named == given => {}
+            named => return Err(PoolError::Regions { region, given, named: named.unwrap_or(0) }),
+        }
+    }
+    match named.next() {
+        Some(named) => Err(PoolError::Regions { region: count, given: 0, named }),
+        None => Ok(()),
     }
 }
 

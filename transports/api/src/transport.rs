@@ -7,7 +7,7 @@ use kvferry_core::{Direction, Epoch, PoolId, PoolLayout, Program, TransferId, Tr
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::{Device, Event, NicInfo, Options, Pool, PoolKeys, Wait};
+use crate::{Device, Event, NicInfo, Options, Pool, PoolError, PoolKeys, Wait};
 
 /// Finds and opens devices of one kind.
 pub trait Provider: Send + Sync {
@@ -16,6 +16,12 @@ pub trait Provider: Send + Sync {
 
     /// The devices of this host, usable or not; an unusable one says why in [`Device::unavailable`].
     fn discover(&self) -> Vec<Device>;
+
+    /// Makes a pool in the memory that `device` moves best; host memory unless the transport says otherwise. `name` is for people.
+    fn allocate(&self, device: &Device, id: PoolId, layout: PoolLayout, name: &str) -> Result<Pool, PoolError> {
+        let _any = device;
+        Pool::allocate(id, layout, name)
+    }
 
     /// Opens one device on the calling thread, where it stays.
     fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError>;

@@ -54,7 +54,7 @@ impl Walk {
     }
 
     /// Copies about `budget` bytes, at least one unit, and returns what that cost: bytes, and some more for each piece.
-    pub(crate) fn step(&mut self, budget: u64) -> Result<u64, TransferError> {
+    pub(crate) fn advance(&mut self, budget: u64) -> Result<u64, TransferError> {
         let (part, bytes) = self.next_part(budget);
         let (mut copied, before) = (0, self.pieces);
         let mut copier =

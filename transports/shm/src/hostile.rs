@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvferry_core::{Direction, Plane, PoolId, PoolLayout, Program, Segment, Side, TransferId};
-use kvferry_transport::{Event, Options, Pool, PoolKeys, Provider, Transfer, TransferError, Transport};
+use kvferry_transport::{Event, Options, Pool, PoolKeys, Provider, Transfer, TransferError, Transport, TransportKind};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::ShmProvider;
-use crate::wire::{Address, Frame, Keys, MemoryKind, VERSION};
+use kvferry_local::wire::{Address, Frame, Keys, MemoryKind, VERSION};
 
 const ALL: SealFlags = SealFlags::FUTURE_WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
 const SIZE: u64 = 1 << 16;
@@ -50,7 +50,7 @@ fn closed(stream: &mut UnixStream) -> bool {
 #[test]
 fn strangers_cost_only_their_own_connection() {
     let mut victim = open();
-    let address = Address::decode(&victim.address()).unwrap();
+    let address = Address::decode(TransportKind::Shm, &victim.address()).unwrap();
     let hello = |key| Frame::Hello { version: VERSION, key, instance: [9; 16] }.encode();
     let first_byte_of_push = [200, 0, 0, 0, 2];
     let greetings: Vec<Vec<u8>> = vec![
@@ -91,7 +91,9 @@ fn strangers_cost_only_their_own_connection() {
 #[test]
 fn a_silent_stranger_is_dropped_in_time() {
     let mut victim = open();
-    let mut silent = UnixStream::connect_addr(&name(&Address::decode(&victim.address()).unwrap().socket)).unwrap();
+    let mut silent =
+        UnixStream::connect_addr(&name(&Address::decode(TransportKind::Shm, &victim.address()).unwrap().socket))
+            .unwrap();
     let start = Instant::now();
     while !closed(&mut silent) {
         assert!(start.elapsed() < Duration::from_secs(60));
@@ -116,17 +118,17 @@ fn layout() -> PoolLayout {
 /// Pulls from a peer that answers `Open` with these descriptors; returns how the pull ended.
 fn pull_from(fds: Vec<OwnedFd>, announced: u32, served: PoolLayout, kind: MemoryKind) -> Event {
     let mut victim = open();
-    let boot = Address::decode(&victim.address()).unwrap().boot;
+    let boot = Address::decode(TransportKind::Shm, &victim.address()).unwrap().boot;
     let mut socket = [0; 16];
     getrandom::fill(&mut socket).unwrap();
     let listener = UnixListener::bind_addr(&name(&socket)).unwrap();
-    let peer = victim.connect(&Address::new(boot, socket, [3; 16], [4; 16]).encode()).unwrap();
+    let peer = victim.connect(&Address::new(TransportKind::Shm, boot, socket, [3; 16], [4; 16]).encode()).unwrap();
     let (mut stream, _) = listener.accept().unwrap();
     stream.write_all(&Frame::Welcome { instance: [4; 16] }.encode()).unwrap();
 
     let pool = Pool::allocate(PoolId(1), layout(), "victim").unwrap();
     victim.bind(&pool).unwrap();
-    let keys = PoolKeys(Keys::new([4; 16], PoolId(9), 5, layout().regions).encode());
+    let keys = PoolKeys(Keys::new(TransportKind::Shm, [4; 16], PoolId(9), 5, layout().regions).encode());
     let remote = victim.import(peer, &keys, &layout()).unwrap();
     let side = Side {
         plane: 0,

@@ -49,9 +49,10 @@ impl Transport for SimTransport {
     }
 
     fn bind(&mut self, pool: &Pool) -> Result<PoolKeys, BindError> {
+        let id = pool.id();
+        pool.require_host().map_err(|reason| BindError::Unsupported { pool: id, reason })?;
         let mut state = self.fabric.state();
         let key = state.fresh_key();
-        let id = pool.id();
         let up = |nic: &&mut NicState| !matches!(nic.health, Health::Gone | Health::Dead);
         let Some(nic) = state.nic_mut(self.nic).filter(up) else {
             return Err(BindError::Unsupported { pool: id, reason: "the NIC is down".to_owned() });

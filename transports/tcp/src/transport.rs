@@ -175,6 +175,7 @@ impl Transport for TcpTransport {
         if self.pools.contains_key(&pool.id()) {
             return Err(BindError::Duplicate(pool.id()));
         }
+        pool.require_host().map_err(|reason| BindError::Unsupported { pool: pool.id(), reason })?;
         let token = random::<8>().map_err(|error| BindError::Unsupported {
             pool: pool.id(),
             reason: format!("no random token could be drawn ({error}); try again"),

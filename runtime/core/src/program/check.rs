@@ -260,7 +260,7 @@ fn check_planes(
 
 impl Side {
     /// First and last of this rank's own blocks of the request that `start..end` touches, if any.
-    pub(crate) fn blocks(&self, start: u64, end: u64) -> Option<(u64, u64)> {
+    pub fn blocks(&self, start: u64, end: u64) -> Option<(u64, u64)> {
         let (block_tokens, cp) = (u64::from(self.block_tokens), u64::from(self.cp));
         let first = self.next_held(start);
         if first >= end {

@@ -50,9 +50,9 @@ impl Peer {
 
     /// The peer's NIC that was chosen.
     /// Whether the destination reads the source's memory: then what it read counts only if the source still held it afterwards. A push
-    /// through shared memory is a doorbell to the destination, which may hear it late.
+    /// inside one host is a doorbell to the destination, which may hear it late.
     pub(crate) fn destination_reads(&self) -> bool {
-        self.direction == Direction::Pull || self.remote().is_some_and(|nic| nic.kind == TransportKind::Shm)
+        self.direction == Direction::Pull || self.remote().is_some_and(|nic| is_local(nic.kind))
     }
 
     pub(crate) fn remote(&self) -> Option<&NicAdvert> {
@@ -77,10 +77,11 @@ fn lane(source: &WorkerProfile, destination: &WorkerProfile) -> u64 {
     place(source) + place(destination)
 }
 
-/// A pair of NICs of the best kind that both sides have: shared memory of one host before anything that crosses a network. Among several of
+/// A pair of NICs of the best kind that both sides have: GPU and shared memory of one host before anything that crosses a network. Among several of
 /// that kind the lane decides, and NICs of one index meet each other, as rails are wired; where one side has fewer, its NICs serve in turn.
 fn path(source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -> Option<(usize, usize)> {
-    const PREFERENCE: [TransportKind; 3] = [TransportKind::Shm, TransportKind::Sim, TransportKind::Tcp];
+    const PREFERENCE: [TransportKind; 4] =
+        [TransportKind::Cuda, TransportKind::Shm, TransportKind::Sim, TransportKind::Tcp];
     let of_kind = |nics: &[NicAdvert], meets: &dyn Fn(&NicAdvert) -> bool| -> Vec<usize> {
         nics.iter().enumerate().filter(|(_, nic)| meets(nic)).map(|(index, _)| index).collect()
     };
@@ -98,7 +99,12 @@ fn path(source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -> Option<(u
 }
 
 fn reaches(local: &NicAdvert, remote: &NicAdvert) -> bool {
-    local.kind != TransportKind::Shm || (!local.host.is_empty() && local.host == remote.host)
+    !is_local(local.kind) || (!local.host.is_empty() && local.host == remote.host)
+}
+
+/// Whether the destination's own side copies from memory of the same host.
+fn is_local(kind: TransportKind) -> bool {
+    matches!(kind, TransportKind::Shm | TransportKind::Cuda)
 }
 
 fn kinds(nics: &[NicAdvert]) -> String {

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use kvferry_core::{Plane, PoolId, PoolLayout, Program, Segment, Side};
 
-use crate::Pool;
+use super::harness::device;
+use crate::{Pool, Provider};
 
 /// Bytes that no transfer may leave behind where it has nothing to write.
 pub(super) const SENTINEL: u8 = 0xee;
@@ -94,11 +95,12 @@ pub(super) struct Holding {
 
 impl Holding {
     /// A pool with twice the blocks that the shape needs, every byte of it [`SENTINEL`].
-    pub(super) fn new(id: u32, shape: &Shape, format: Format, seed: u64) -> Holding {
+    pub(super) fn new(provider: &dyn Provider, id: u32, shape: &Shape, format: Format, seed: u64) -> Holding {
         let first = shape.start / u64::from(format.block_tokens);
         let needed = (shape.end.div_ceil(u64::from(format.block_tokens)).max(first) - first) as u32;
         let blocks = needed * 2 + 1;
-        let pool = Pool::allocate(PoolId(id), format.layout(shape, blocks), "conformance").unwrap();
+        let layout = format.layout(shape, blocks);
+        let pool = provider.allocate(&device(provider), PoolId(id), layout, "conformance").unwrap();
         let mut ids: Vec<u32> = (0..blocks).collect();
         let mut state = seed | 1;
         for i in (1..ids.len()).rev() {

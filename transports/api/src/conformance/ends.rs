@@ -120,8 +120,8 @@ pub fn a_dropped_peer_fails_its_transfers_only(provider: &dyn Provider) {
     let mut others: Vec<Party> = (0..2).map(|_| Party::open(provider, &options)).collect();
     let mut destinations = Vec::new();
     for (i, other) in (0u32..).zip(&mut others) {
-        let source = Holding::new(10 + i, &shape, Format::plain(16), 3 + u64::from(i));
-        let destination = Holding::new(20 + i, &shape, Format::plain(32), 5 + u64::from(i));
+        let source = Holding::new(provider, 10 + i, &shape, Format::plain(16), 3 + u64::from(i));
+        let destination = Holding::new(provider, 20 + i, &shape, Format::plain(32), 5 + u64::from(i));
         source.fill(u64::from(i));
         let program = Arc::new(program(&source, &destination));
         let peer = hub.connect(other);
@@ -198,10 +198,10 @@ pub fn a_pool_outlives_its_user(provider: &dyn Provider) {
     lane.pull(1, lane.whole()).unwrap();
     lane.until_midway();
     let spare = Shape { layers: 1, heads: 1, run_bytes: 1, start: 0, end: 1 };
-    lane.source = Holding::new(70, &spare, Format::plain(1), 1);
+    lane.source = Holding::new(provider, 70, &spare, Format::plain(1), 1);
     lane.pulled(1, lane.bytes);
     lane.destination.verify(1);
     lane.pull(2, lane.whole()).unwrap();
-    lane.destination = Holding::new(71, &spare, Format::plain(1), 1);
+    lane.destination = Holding::new(provider, 71, &spare, Format::plain(1), 1);
     lane.pulled(2, lane.bytes);
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use kvferry_core::{PoolLayout, TransferId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::{Event, Options, PeerId, Pool, PoolKeys, Provider, RemotePool, Transport, Wait};
+use crate::{Device, Event, Options, PeerId, Pool, PoolKeys, Provider, RemotePool, Transport, Wait};
 
 /// No case takes longer on any machine that works.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -21,10 +21,7 @@ pub struct Party {
 impl Party {
     /// Opens the provider's first usable device, the loopback one where there is such a thing.
     pub fn open(provider: &dyn Provider, options: &Options) -> Party {
-        let devices: Vec<_> = provider.discover().into_iter().filter(|device| device.unavailable.is_none()).collect();
-        let device = devices.iter().find(|device| device.name == "lo").or(devices.first());
-        let Some(device) = device else { panic!("{} has no usable device here", provider.kind()) };
-        let transport = provider.open(device, options).unwrap_or_else(|e| panic!("{e}"));
+        let transport = provider.open(&device(provider), options).unwrap_or_else(|e| panic!("{e}"));
         Party { transport, events: Vec::new() }
     }
 
@@ -121,6 +118,16 @@ pub(super) fn turn(parties: &mut [&mut Party], patience: Duration) -> bool {
 
 fn last(events: &[Event]) -> &[Event] {
     events.get(events.len().saturating_sub(8)..).unwrap_or_default()
+}
+
+/// The device that parties open.
+pub(super) fn device(provider: &dyn Provider) -> Device {
+    let mut devices: Vec<_> = provider.discover().into_iter().filter(|device| device.unavailable.is_none()).collect();
+    let at = devices.iter().position(|device| device.name == "lo").unwrap_or(0);
+    if devices.is_empty() {
+        panic!("{} has no usable device here", provider.kind());
+    }
+    devices.swap_remove(at)
 }
 
 /// Two parties, each connected to the other.

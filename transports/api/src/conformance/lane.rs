@@ -22,8 +22,8 @@ pub(super) struct Lane {
 impl Lane {
     pub(super) fn open(provider: &dyn Provider, options: &Options, shape: &Shape, from: Format, to: Format) -> Lane {
         let mut pair = Pair::open(provider, options);
-        let source = Holding::new(1, shape, from, 7);
-        let destination = Holding::new(2, shape, to, 8);
+        let source = Holding::new(provider, 1, shape, from, 7);
+        let destination = Holding::new(provider, 2, shape, to, 8);
         source.fill(1);
         let source_keys = pair.a.bind(&source.pool);
         let destination_keys = pair.b.bind(&destination.pool);

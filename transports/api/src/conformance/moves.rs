@@ -113,8 +113,8 @@ pub fn several_peers_at_once(provider: &dyn Provider) {
     let mut others: Vec<Party> = (0..3).map(|_| Party::open(provider, &options)).collect();
     let mut lanes = Vec::new();
     for (i, other) in (0u32..).zip(&mut others) {
-        let source = Holding::new(10 + i, &shape, Format::plain(16), 3 + u64::from(i));
-        let destination = Holding::new(20 + i, &shape, Format::plain(32), 5 + u64::from(i));
+        let source = Holding::new(provider, 10 + i, &shape, Format::plain(16), 3 + u64::from(i));
+        let destination = Holding::new(provider, 20 + i, &shape, Format::plain(32), 5 + u64::from(i));
         source.fill(u64::from(i));
         let program = Arc::new(program(&source, &destination));
         let (other_at_hub, hub_at_other) = (hub.connect(other), other.connect(&hub));

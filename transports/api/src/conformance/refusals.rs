@@ -128,6 +128,7 @@ pub fn programs_outside_the_remote_pool_are_refused(provider: &dyn Provider) {
     }
     let keys = lane.pair.a.bind(
         &super::case::Holding::new(
+            provider,
             77,
             &Shape { layers: 4, heads: 4, run_bytes: 256, start: 0, end: 64 },
             Format::plain(16),
@@ -201,6 +202,7 @@ pub fn bad_addresses_are_refused(provider: &dyn Provider) {
 pub fn bad_keys_are_refused(provider: &dyn Provider) {
     let mut lane = Lane::small(provider);
     let spare = super::case::Holding::new(
+        provider,
         50,
         &Shape { layers: 1, heads: 1, run_bytes: 8, start: 0, end: 8 },
         Format::plain(4),

@@ -5,13 +5,13 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use kvferry_transport::Pool;
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
 };
 
+use crate::backend::Descriptor;
 use crate::wire::{FDS_PER_FRAME_MAX, Frame, GREETING_BYTES_MAX};
 
 /// Frames that may wait for a peer that does not read.
@@ -36,8 +36,8 @@ pub(crate) struct Connection {
 struct Outgoing {
     bytes: Vec<u8>,
     sent: usize,
-    /// The regions whose descriptors go with the first byte.
-    regions: Option<(Pool, Vec<usize>)>,
+    /// What goes with the first byte.
+    descriptors: Vec<Box<dyn Descriptor>>,
 }
 
 impl Connection {
@@ -69,12 +69,12 @@ impl Connection {
     }
 
     pub(crate) fn send(&mut self, frame: &Frame) {
-        self.outgoing.push_back(Outgoing { bytes: frame.encode(), sent: 0, regions: None });
+        self.outgoing.push_back(Outgoing { bytes: frame.encode(), sent: 0, descriptors: Vec::new() });
     }
 
-    /// Sends a frame together with the descriptors of some regions of a pool.
-    pub(crate) fn send_with(&mut self, frame: &Frame, pool: &Pool, regions: Vec<usize>) {
-        self.outgoing.push_back(Outgoing { bytes: frame.encode(), sent: 0, regions: Some((pool.clone(), regions)) });
+    /// Sends a frame together with descriptors.
+    pub(crate) fn send_with(&mut self, frame: &Frame, descriptors: Vec<Box<dyn Descriptor>>) {
+        self.outgoing.push_back(Outgoing { bytes: frame.encode(), sent: 0, descriptors });
     }
 
     /// Writes what the socket takes.
@@ -83,11 +83,10 @@ impl Connection {
             let rest = next.bytes.get(next.sent..).unwrap_or_default();
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_PER_FRAME_MAX))];
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
-            let fds: Vec<BorrowedFd<'_>> = match &next.regions {
-                Some((pool, regions)) if next.sent == 0 => {
-                    regions.iter().filter_map(|&r| pool.regions().get(r).and_then(|region| region.fd())).collect()
-                }
-                _ => Vec::new(),
+            let fds: Vec<BorrowedFd<'_>> = if next.sent == 0 {
+                next.descriptors.iter().filter_map(|descriptor| descriptor.fd()).collect()
+            } else {
+                Vec::new()
             };
             if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
                 return Err("too many descriptors for one frame".into());

@@ -3,16 +3,17 @@
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use kvferry_transport::{ConnectError, Event, PeerId, TransferError, TransportKind};
+use kvferry_transport::{ConnectError, Event, PeerId, TransferError};
 use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, connect, socket_with};
 use rustix::process::Pid;
 
-use crate::provider::abstract_name;
+use crate::backend::Backend;
+use crate::open::abstract_name;
 use crate::socket::Connection;
-use crate::transport::{LISTENER, ShmTransport};
+use crate::transport::{LISTENER, LocalTransport};
 use crate::wire::{Address, Frame, VERSION, same_key};
 
 /// How long a greeting may take.
@@ -60,10 +61,10 @@ impl Peer {
     }
 }
 
-impl ShmTransport {
+impl<B: Backend> LocalTransport<B> {
     pub(crate) fn dial(&mut self, address: &[u8]) -> Result<PeerId, ConnectError> {
-        let bad = |reason| ConnectError::BadAddress { kind: TransportKind::Shm, reason };
-        let address = Address::decode(address).map_err(bad)?;
+        let bad = |reason| ConnectError::BadAddress { kind: B::KIND, reason };
+        let address = Address::decode(B::KIND, address).map_err(bad)?;
         if address.boot != self.info.host {
             return Err(bad(format!(
                 "it is on another host (boot id {}, here {}); use a network transport",

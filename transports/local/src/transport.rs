@@ -6,17 +6,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvferry_core::{FenceProof, PoolId, PoolLayout, TransferId};
+use kvferry_core::{PoolId, PoolLayout, TransferId};
 use kvferry_transport::{
     BindError, ConnectError, Event, Expected, ImportError, NicInfo, Options, PeerId, Pool, PoolKeys, PostError,
-    RemotePool, Transfer, TransferError, Transport, TransportKind, Wait,
+    RemotePool, Transfer, TransferError, Transport, Wait,
 };
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
 use rustix::time::{Itimerspec, TimerfdTimerFlags, Timespec, timerfd_settime};
 
 use crate::arriving::{Expecting, Held};
-use crate::copy::Walk;
+use crate::backend::{Backend, Copying, Step};
+use crate::draining::{Draining, Fencing};
 use crate::peer::{Peer, Stage};
 use crate::posted::Posted;
 use crate::remote::Remote;
@@ -30,8 +31,9 @@ const SLICE_BYTES: u64 = 512 << 10;
 /// Sockets that are looked at in one poll.
 const READY_MAX: usize = 64;
 
-/// Shared memory of one host, opened.
-pub(crate) struct ShmTransport {
+/// A transport between processes of one host, opened.
+pub struct LocalTransport<B: Backend> {
+    pub(crate) backend: B,
     pub(crate) info: NicInfo,
     pub(crate) options: Options,
     pub(crate) instance: [u8; 16],
@@ -49,14 +51,19 @@ pub(crate) struct ShmTransport {
     /// Peers with something to write.
     pub(crate) unflushed: BTreeSet<PeerId>,
     pub(crate) pools: BTreeMap<PoolId, Bound>,
-    pub(crate) remotes: BTreeMap<RemotePool, Remote>,
+    pub(crate) remotes: BTreeMap<RemotePool, Remote<B::Memory>>,
     pub(crate) next_remote: u32,
     pub(crate) posted: BTreeMap<TransferId, Posted>,
     pub(crate) next_serial: u64,
     pub(crate) expecting: BTreeMap<TransferId, Expecting>,
     pub(crate) held: BTreeMap<(PeerId, TransferId), Held>,
     /// What is being copied, in turn.
-    pub(crate) jobs: VecDeque<Job>,
+    pub(crate) jobs: VecDeque<Job<B::Copy>>,
+    /// Every job waits for something that needs nobody's hand.
+    resting: bool,
+    /// What was stopped and still runs.
+    pub(crate) draining: Vec<Draining<B::Copy>>,
+    pub(crate) fencing: Vec<Fencing>,
     pub(crate) events: Vec<Event>,
 }
 
@@ -69,10 +76,10 @@ pub(crate) struct Bound {
 }
 
 /// A transfer that is being copied.
-pub(crate) struct Job {
+pub(crate) struct Job<C> {
     pub(crate) id: TransferId,
     pub(crate) role: Role,
-    pub(crate) walk: Walk,
+    pub(crate) copy: C,
 }
 
 /// Who started it.
@@ -82,10 +89,11 @@ pub(crate) enum Role {
     Arrival,
 }
 
-impl ShmTransport {
+impl<B: Backend> LocalTransport<B> {
     #[expect(clippy::too_many_arguments, reason = "the parts of one device, made in one place")]
     pub(crate) fn new(
-        host: String,
+        backend: B,
+        info: NicInfo,
         socket: [u8; 16],
         key: [u8; 16],
         instance: [u8; 16],
@@ -93,10 +101,9 @@ impl ShmTransport {
         timer: OwnedFd,
         poller: Arc<OwnedFd>,
         options: Options,
-    ) -> ShmTransport {
-        let info =
-            NicInfo { kind: TransportKind::Shm, device: "memory".into(), host, library: None, bits_per_second: None };
-        ShmTransport {
+    ) -> LocalTransport<B> {
+        LocalTransport {
+            backend,
             info,
             options,
             instance,
@@ -119,6 +126,9 @@ impl ShmTransport {
             expecting: BTreeMap::new(),
             held: BTreeMap::new(),
             jobs: VecDeque::new(),
+            resting: false,
+            draining: Vec::new(),
+            fencing: Vec::new(),
             events: Vec::new(),
         }
     }
@@ -151,35 +161,42 @@ impl ShmTransport {
         self.ready = Vec::with_capacity(READY_MAX);
     }
 
-    /// Copies in turn, a slice of each transfer.
+    /// Copies in turn, a slice of each transfer, until the budget is spent or everything waits.
     fn copy(&mut self) {
         let mut left = self.options.poll_bytes_max.max(1);
-        while left > 0 {
-            let Some(mut job) = self.jobs.pop_front() else { return };
-            match if job.walk.is_done() { Ok(0) } else { job.walk.step(SLICE_BYTES.min(left)) } {
-                Ok(cost) => left = left.saturating_sub(cost),
-                Err(error) => {
-                    self.broke(&job, error);
-                    continue;
+        let mut waiting = 0;
+        while left > 0 && waiting < self.jobs.len() {
+            let Some(mut job) = self.jobs.pop_front() else { break };
+            match job.copy.step(SLICE_BYTES.min(left)) {
+                Ok(Step::Done(cost)) => {
+                    left = left.saturating_sub(cost);
+                    let (bytes, pieces) = (job.copy.bytes(), job.copy.pieces());
+                    match job.role {
+                        Role::Pull => self.pulled(job.id, bytes, pieces),
+                        Role::Arrival => self.arrived(job.id, bytes, pieces),
+                    }
                 }
-            }
-            if !job.walk.is_done() {
-                self.jobs.push_back(job);
-                continue;
-            }
-            let (bytes, pieces) = (job.walk.bytes(), job.walk.pieces());
-            match job.role {
-                Role::Pull => self.pulled(job.id, bytes, pieces),
-                Role::Arrival => self.arrived(job.id, bytes, pieces),
+                Ok(Step::More(cost)) => {
+                    (left, waiting) = (left.saturating_sub(cost), 0);
+                    self.jobs.push_back(job);
+                }
+                Ok(Step::Waiting) => {
+                    waiting += 1;
+                    self.jobs.push_back(job);
+                }
+                Err(error) => self.broke(job, error),
             }
         }
+        self.resting = waiting >= self.jobs.len();
     }
 
-    fn broke(&mut self, job: &Job, error: TransferError) {
-        let reason = error.to_string();
-        match job.role {
-            Role::Pull => self.fail_posted(|posted| posted.transfer.id == job.id, &error),
-            Role::Arrival => self.fail_arriving_id(job.id, &error, Some(&reason)),
+    fn broke(&mut self, job: Job<B::Copy>, error: TransferError) {
+        let (id, role, reason) = (job.id, job.role, error.to_string());
+        // What it started may still run.
+        self.jobs.push_front(job);
+        match role {
+            Role::Pull => self.fail_posted(|posted| posted.transfer.id == id, &error),
+            Role::Arrival => self.fail_arriving_id(id, &error, Some(&reason)),
         }
     }
 
@@ -189,6 +206,7 @@ impl ShmTransport {
         for pool in leaving {
             if self.is_idle(pool) {
                 self.pools.remove(&pool);
+                self.backend.unbind(pool);
                 self.events.push(Event::Unbound { pool });
             }
         }
@@ -196,7 +214,7 @@ impl ShmTransport {
 
     fn is_idle(&self, pool: PoolId) -> bool {
         let posted = self.posted.values().any(|posted| posted.transfer.local == pool);
-        !posted && !self.expecting.values().any(|expecting| expecting.expected.pool == pool)
+        !posted && !self.drains_into(pool) && !self.expecting.values().any(|expecting| expecting.expected.pool == pool)
     }
 
     /// The next moment at which something has to be done unasked.
@@ -220,27 +238,27 @@ impl ShmTransport {
     }
 }
 
-impl Transport for ShmTransport {
+impl<B: Backend> Transport for LocalTransport<B> {
     fn info(&self) -> &NicInfo {
         &self.info
     }
 
     fn address(&self) -> Bytes {
-        Address::new(self.info.host.clone(), self.socket, self.key, self.instance).encode()
+        Address::new(B::KIND, self.info.host.clone(), self.socket, self.key, self.instance).encode()
     }
 
     fn bind(&mut self, pool: &Pool) -> Result<PoolKeys, BindError> {
         if self.pools.contains_key(&pool.id()) {
             return Err(BindError::Duplicate(pool.id()));
         }
+        let unsupported = |reason| BindError::Unsupported { pool: pool.id(), reason };
         let mut token = [0; 8];
-        getrandom::fill(&mut token).map_err(|error| BindError::Unsupported {
-            pool: pool.id(),
-            reason: format!("the system gives no random bytes: {error}"),
-        })?;
+        getrandom::fill(&mut token)
+            .map_err(|error| unsupported(format!("the system gives no random bytes: {error}")))?;
+        self.backend.bind(pool).map_err(unsupported)?;
         let token = u64::from_le_bytes(token);
         self.pools.insert(pool.id(), Bound { pool: pool.clone(), token, leaving: false });
-        Ok(PoolKeys(Keys::new(self.instance, pool.id(), token, pool.layout().regions.clone()).encode()))
+        Ok(PoolKeys(Keys::new(B::KIND, self.instance, pool.id(), token, pool.layout().regions.clone()).encode()))
     }
 
     fn unbind(&mut self, pool: PoolId) {
@@ -291,7 +309,8 @@ impl Transport for ShmTransport {
     }
 
     fn fence(&mut self, peer: PeerId) {
-        // Only this thread writes our pools: once its copies are off the list, nothing of that peer reaches them.
+        // Only this side writes our pools: once its copies have stopped, nothing of that peer reaches them.
+        let mut ended = BTreeSet::from([peer]);
         if let Some(instance) = self.peers.get(&peer).map(|peer| peer.instance) {
             let same: BTreeSet<PeerId> = self
                 .peers
@@ -305,8 +324,9 @@ impl Transport for ShmTransport {
                 &TransferError::Cancelled,
                 Some("its receiver fenced the source"),
             );
+            ended.extend(same);
         }
-        self.events.push(Event::Fenced { peer, proof: FenceProof::OwnerCopies });
+        self.fence_when_drained(peer, ended);
     }
 
     fn disconnect(&mut self, peer: PeerId) {
@@ -328,6 +348,7 @@ impl Transport for ShmTransport {
         self.check_held(now);
         self.flush_all();
         self.copy();
+        self.settle_draining();
         self.settle_pools();
         self.flush_all();
         events.append(&mut self.events);
@@ -335,11 +356,14 @@ impl Transport for ShmTransport {
 
     fn arm(&mut self) -> Wait {
         self.flush_all();
-        if !self.jobs.is_empty()
+        if (!self.jobs.is_empty() && !self.resting)
             || !self.events.is_empty()
             || self.pools.values().any(|bound| bound.leaving && self.is_idle(bound.pool.id()))
         {
             return Wait::Busy;
+        }
+        if !self.jobs.is_empty() || !self.draining.is_empty() {
+            return self.backend.wait();
         }
         self.set_timer(Instant::now());
         Wait::Ready(Arc::clone(&self.poller))

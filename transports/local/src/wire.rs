@@ -1,21 +1,22 @@
 //! What crosses the socket: addresses and keys (through the control link), frames (between two transports).
+#![allow(missing_docs, reason = "variants explain their fields, and constructors take them in order")]
 
 use bytes::Bytes;
 use kvferry_core::{PoolId, PoolLayout, TransferId};
-use kvferry_transport::Notice;
+use kvferry_transport::{Notice, TransportKind};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file; both ends must have the same.
-pub(crate) const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 /// Descriptors that travel with one frame; the kernel takes 253.
-pub(crate) const FDS_PER_FRAME_MAX: usize = 200;
+pub const FDS_PER_FRAME_MAX: usize = 200;
 /// Bytes of a frame before its sender has shown the key.
-pub(crate) const GREETING_BYTES_MAX: usize = 256;
+pub const GREETING_BYTES_MAX: usize = 256;
 /// Bytes of a frame without block tables; the largest carries a whole `PoolLayout`.
-pub(crate) const PLAIN_BYTES_MAX: usize = 4 << 20;
+pub const PLAIN_BYTES_MAX: usize = 4 << 20;
 /// Bytes of a frame with block tables.
-pub(crate) const PUSH_BYTES_MAX: usize = kvferry_core::limits::FRAME_BYTES_MAX;
+pub const PUSH_BYTES_MAX: usize = kvferry_core::limits::FRAME_BYTES_MAX;
 /// Bytes of an encoded address.
 const ADDRESS_BYTES_MAX: usize = 512;
 const ADDRESS_MAGIC: u32 = 0x6b76_7361;
@@ -23,34 +24,34 @@ const KEYS_MAGIC: u32 = 0x6b76_736b;
 
 /// Where a transport listens, and the key that it asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Address {
+pub struct Address {
     magic: u32,
     version: u32,
     /// Identity of the host.
-    pub(crate) boot: String,
+    pub boot: String,
     /// Name of the abstract socket.
-    pub(crate) socket: [u8; 16],
+    pub socket: [u8; 16],
     /// Session key.
-    pub(crate) key: [u8; 16],
+    pub key: [u8; 16],
     /// Which opened transport this is.
-    pub(crate) instance: [u8; 16],
+    pub instance: [u8; 16],
 }
 
 impl Address {
-    pub(crate) fn new(boot: String, socket: [u8; 16], key: [u8; 16], instance: [u8; 16]) -> Address {
-        Address { magic: ADDRESS_MAGIC, version: VERSION, boot, socket, key, instance }
+    pub fn new(kind: TransportKind, boot: String, socket: [u8; 16], key: [u8; 16], instance: [u8; 16]) -> Address {
+        Address { magic: magic(ADDRESS_MAGIC, kind), version: VERSION, boot, socket, key, instance }
     }
 
-    pub(crate) fn encode(&self) -> Bytes {
+    pub fn encode(&self) -> Bytes {
         encode(self)
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Address, String> {
+    pub fn decode(kind: TransportKind, bytes: &[u8]) -> Result<Address, String> {
         if bytes.len() > ADDRESS_BYTES_MAX {
             return Err(format!("{} bytes where at most {ADDRESS_BYTES_MAX} are sent", bytes.len()));
         }
         let address: Address = decode(bytes)?;
-        if address.magic != ADDRESS_MAGIC {
+        if address.magic != magic(ADDRESS_MAGIC, kind) {
             return Err("it begins with other bytes".into());
         }
         if address.version != VERSION {
@@ -65,39 +66,39 @@ impl Address {
 
 /// What names a pool of one transport.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Keys {
+pub struct Keys {
     magic: u32,
     /// Whose it is.
-    pub(crate) instance: [u8; 16],
+    pub instance: [u8; 16],
     /// Which pool.
-    pub(crate) pool: PoolId,
+    pub pool: PoolId,
     /// Proof that the owner told us.
-    pub(crate) token: u64,
+    pub token: u64,
     /// Bytes of each region.
-    pub(crate) regions: Vec<u64>,
+    pub regions: Vec<u64>,
 }
 
 impl Keys {
-    pub(crate) fn new(instance: [u8; 16], pool: PoolId, token: u64, regions: Vec<u64>) -> Keys {
-        Keys { magic: KEYS_MAGIC, instance, pool, token, regions }
+    pub fn new(kind: TransportKind, instance: [u8; 16], pool: PoolId, token: u64, regions: Vec<u64>) -> Keys {
+        Keys { magic: magic(KEYS_MAGIC, kind), instance, pool, token, regions }
     }
 
-    pub(crate) fn encode(&self) -> Bytes {
+    pub fn encode(&self) -> Bytes {
         encode(self)
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Keys, String> {
+    pub fn decode(kind: TransportKind, bytes: &[u8]) -> Result<Keys, String> {
         if bytes.len() > PLAIN_BYTES_MAX {
             return Err(format!("{} bytes where at most {PLAIN_BYTES_MAX} are sent", bytes.len()));
         }
         let keys: Keys = decode(bytes)?;
-        if keys.magic != KEYS_MAGIC { Err("they begin with other bytes".into()) } else { Ok(keys) }
+        if keys.magic != magic(KEYS_MAGIC, kind) { Err("they begin with other bytes".into()) } else { Ok(keys) }
     }
 }
 
 /// One message between two transports.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Frame {
+pub enum Frame {
     /// First of whoever connected. The key is compared in constant time.
     Hello { version: u32, key: [u8; 16], instance: [u8; 16] },
     /// First of whoever accepted.
@@ -124,31 +125,33 @@ pub(crate) enum Frame {
 
 /// How a pool's memory is reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum MemoryKind {
+pub enum MemoryKind {
     /// Its memfds were sent.
     Shared,
     /// At these addresses of the owner's process.
     Addresses(Vec<u64>),
+    /// As this kind of transport describes it; descriptors may have been sent.
+    Opaque(Bytes),
 }
 
 /// A push, as its source announces it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Doorbell {
-    pub(crate) id: TransferId,
+pub struct Doorbell {
+    pub id: TransferId,
     /// Tells this post from an earlier one of the same id.
-    pub(crate) serial: u64,
-    pub(crate) pool: PoolId,
-    pub(crate) token: u64,
-    pub(crate) start: u64,
-    pub(crate) end: u64,
-    pub(crate) notice: Option<Notice>,
+    pub serial: u64,
+    pub pool: PoolId,
+    pub token: u64,
+    pub start: u64,
+    pub end: u64,
+    pub notice: Option<Notice>,
     /// The encoded program, with the source's tables only.
-    pub(crate) program: Bytes,
+    pub program: Bytes,
 }
 
 /// How a push ended at its destination.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum PushOutcome {
+pub enum PushOutcome {
     /// Every byte is in place.
     Done { bytes: u64, pieces: u64 },
     /// It was refused, or stopped.
@@ -159,7 +162,7 @@ pub(crate) enum PushOutcome {
 
 impl Frame {
     /// Its bytes behind a little-endian 32-bit length.
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self) -> Vec<u8> {
         let mut out = vec![0; 4];
         match postcard::to_extend(self, out) {
             Ok(bytes) => out = bytes,
@@ -171,19 +174,24 @@ impl Frame {
         out
     }
 
-    pub(crate) fn decode(body: &[u8]) -> Result<Frame, String> {
+    pub fn decode(body: &[u8]) -> Result<Frame, String> {
         decode(body)
     }
 
     /// The most bytes that a frame with this first byte may have.
-    pub(crate) fn bytes_max(first: u8) -> usize {
+    pub fn bytes_max(first: u8) -> usize {
         // `Push` is variant 2.
         if first == 2 { PUSH_BYTES_MAX } else { PLAIN_BYTES_MAX }
     }
 }
 
+/// No two kinds of transport take each other's addresses or keys.
+fn magic(base: u32, kind: TransportKind) -> u32 {
+    kind.name().bytes().fold(base, |magic, byte| magic.rotate_left(5) ^ u32::from(byte))
+}
+
 /// Equal or not, in time that does not depend on where they differ.
-pub(crate) fn same_key(a: &[u8; 16], b: &[u8; 16]) -> bool {
+pub fn same_key(a: &[u8; 16], b: &[u8; 16]) -> bool {
     let difference = a.iter().zip(b).fold(0, |d, (x, y)| d | (x ^ y));
     std::hint::black_box(difference) == 0
 }
@@ -226,13 +234,21 @@ mod tests {
 
     #[test]
     fn every_cut_of_an_address_and_of_keys_is_refused() {
-        let address = Address::new("boot".into(), [1; 16], [2; 16], [3; 16]).encode();
-        let keys = Keys::new([3; 16], PoolId(7), 99, vec![1, 2]).encode();
-        assert!(Address::decode(&address).is_ok() && Keys::decode(&keys).is_ok());
-        assert!((0..address.len()).all(|n| Address::decode(&address[..n]).is_err()));
-        assert!((0..keys.len()).all(|n| Keys::decode(&keys[..n]).is_err()));
-        assert!(Address::decode(&keys).is_err() && Keys::decode(&address).is_err());
-        assert!(Address::decode(&[address.as_ref(), &[0]].concat()).is_err());
+        let address = Address::new(TransportKind::Shm, "boot".into(), [1; 16], [2; 16], [3; 16]).encode();
+        let keys = Keys::new(TransportKind::Shm, [3; 16], PoolId(7), 99, vec![1, 2]).encode();
+        assert!(
+            Address::decode(TransportKind::Shm, &address).is_ok() && Keys::decode(TransportKind::Shm, &keys).is_ok()
+        );
+        assert!((0..address.len()).all(|n| Address::decode(TransportKind::Shm, &address[..n]).is_err()));
+        assert!((0..keys.len()).all(|n| Keys::decode(TransportKind::Shm, &keys[..n]).is_err()));
+        assert!(
+            Address::decode(TransportKind::Shm, &keys).is_err() && Keys::decode(TransportKind::Shm, &address).is_err()
+        );
+        assert!(
+            Address::decode(TransportKind::Cuda, &address).is_err()
+                && Keys::decode(TransportKind::Cuda, &keys).is_err()
+        );
+        assert!(Address::decode(TransportKind::Shm, &[address.as_ref(), &[0]].concat()).is_err());
     }
 
     #[test]

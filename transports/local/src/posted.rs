@@ -6,9 +6,9 @@ use std::sync::Arc;
 use kvferry_core::{End, TransferId};
 use kvferry_transport::{Direction, Event, PeerId, PostError, RemotePool, Transfer, TransferError};
 
-use crate::copy::Walk;
+use crate::backend::Backend;
 use crate::remote::Access;
-use crate::transport::{Job, Role, ShmTransport};
+use crate::transport::{Job, LocalTransport, Role};
 use crate::wire::{Doorbell, Frame, PUSH_BYTES_MAX, PushOutcome};
 
 /// A transfer that this side initiated.
@@ -35,13 +35,13 @@ impl Posted {
     }
 }
 
-impl ShmTransport {
+impl<B: Backend> LocalTransport<B> {
     pub(crate) fn post_transfer(&mut self, transfer: Transfer) -> Result<(), PostError> {
         let id = transfer.id;
         if self.posted.len() >= self.options.transfers_max {
             return Err(PostError::Full);
         }
-        if self.posted.contains_key(&id) {
+        if self.posted.contains_key(&id) || self.is_draining(id, Role::Pull) {
             return Err(PostError::Duplicate(id));
         }
         if self.peers.get(&transfer.peer).is_none_or(|peer| peer.is_stranger()) {
@@ -126,9 +126,12 @@ impl ShmTransport {
             return self.fail_posted(|posted| posted.transfer.id == id, &error);
         }
         let Some(bound) = self.pools.get(&transfer.local) else { return };
-        let walk = Walk::new(Arc::clone(&transfer.program), transfer.range, layout, memory, bound.pool.clone());
+        let (program, range, pool) = (Arc::clone(&transfer.program), transfer.range, bound.pool.clone());
         posted.progress = Progress::Copying;
-        self.jobs.push_back(Job { id, role: Role::Pull, walk });
+        match self.backend.copy(program, range, layout, memory, pool) {
+            Ok(copy) => self.jobs.push_back(Job { id, role: Role::Pull, copy }),
+            Err(error) => self.fail_posted(|posted| posted.transfer.id == id, &error),
+        }
     }
 
     /// The last byte of a pull is here.
@@ -176,13 +179,12 @@ impl ShmTransport {
         }
     }
 
-    /// Fails posted transfers at once. Reading by peers, where there was any, is no danger to memory.
+    /// Fails posted transfers: at once, or when what was started has stopped. Reading by peers, where there was any, is no danger to memory.
     pub(crate) fn fail_posted(&mut self, which: impl Fn(&Posted) -> bool, error: &TransferError) {
         let ended: Vec<TransferId> =
             self.posted.iter().filter(|(_, posted)| which(posted)).map(|(&id, _)| id).collect();
         for id in ended {
             let Some(posted) = self.posted.remove(&id) else { continue };
-            self.jobs.retain(|job| job.id != id || job.role != Role::Pull);
             let error = match posted.progress {
                 Progress::Stopping(reason) => reason,
                 Progress::Announced => {
@@ -191,7 +193,8 @@ impl ShmTransport {
                 }
                 _ => error.clone(),
             };
-            self.events.push(Event::Failed { id, error });
+            let Transfer { peer, local, .. } = posted.transfer;
+            self.end_failed((id, Role::Pull), peer, local, error, None);
         }
     }
 }

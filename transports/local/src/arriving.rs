@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use kvferry_core::{End, Program, TransferId};
 use kvferry_transport::{Event, Expected, PeerId, PostError, RemotePool, TransferError};
 
-use crate::copy::Walk;
+use crate::backend::Backend;
 use crate::remote::Access;
-use crate::transport::{Job, Role, ShmTransport};
+use crate::transport::{Job, LocalTransport, Role};
 use crate::wire::{Doorbell, Frame, PushOutcome};
 
 /// Bytes of doorbells that nobody expects yet.
@@ -40,13 +40,13 @@ pub(crate) struct Held {
     pub(crate) until: Instant,
 }
 
-impl ShmTransport {
+impl<B: Backend> LocalTransport<B> {
     pub(crate) fn expect_push(&mut self, expected: Expected) -> Result<(), PostError> {
         let id = expected.id;
         if self.expecting.len() >= self.options.transfers_max.saturating_mul(EXPECTED_PER_POST) {
             return Err(PostError::Full);
         }
-        if self.expecting.contains_key(&id) {
+        if self.expecting.contains_key(&id) || self.is_draining(id, Role::Arrival) {
             return Err(PostError::Duplicate(id));
         }
         let bound = self
@@ -104,8 +104,7 @@ impl ShmTransport {
     }
 
     fn refuse(&mut self, peer: PeerId, doorbell: &Doorbell, reason: &str) {
-        let outcome = PushOutcome::Refused(reason.into());
-        self.send(peer, &Frame::PushEnd { id: doorbell.id, serial: doorbell.serial, outcome });
+        self.send(peer, &refusal(doorbell, reason));
     }
 
     fn meet(&mut self, peer: PeerId, doorbell: Doorbell) {
@@ -172,8 +171,11 @@ impl ShmTransport {
         }
         let Some(bound) = self.pools.get(&expected.pool) else { return };
         arriving.copying = true;
-        let walk = Walk::new(Arc::clone(&arriving.program), expected.range, layout, memory, bound.pool.clone());
-        self.jobs.push_back(Job { id, role: Role::Arrival, walk });
+        let (program, range, pool) = (Arc::clone(&arriving.program), expected.range, bound.pool.clone());
+        match self.backend.copy(program, range, layout, memory, pool) {
+            Ok(copy) => self.jobs.push_back(Job { id, role: Role::Arrival, copy }),
+            Err(error) => self.fail_arriving_id(id, &error, Some(&error.to_string())),
+        }
     }
 
     /// The last byte of a push is in place.
@@ -202,12 +204,14 @@ impl ShmTransport {
 
     /// Fails one expectation at once, telling the source if it came already.
     pub(crate) fn fail_arriving_id(&mut self, id: TransferId, error: &TransferError, tell: Option<&str>) {
-        let Some(expecting) = self.expecting.remove(&id) else { return };
-        self.jobs.retain(|job| job.id != id || job.role != Role::Arrival);
-        if let (Some(arriving), Some(reason)) = (&expecting.arriving, tell) {
-            self.refuse(arriving.peer, &arriving.doorbell, reason);
-        }
-        self.events.push(Event::Failed { id, error: error.clone() });
+        let Some(Expecting { expected, arriving }) = self.expecting.remove(&id) else { return };
+        let Some(Arriving { peer, doorbell, .. }) = arriving else {
+            self.events.push(Event::Failed { id, error: error.clone() });
+            return;
+        };
+        // The source may reuse its memory from then on.
+        let tell = tell.map(|reason| refusal(&doorbell, reason));
+        self.end_failed((id, Role::Arrival), peer, expected.pool, error.clone(), tell);
     }
 
     /// Fails what some peers are pushing, and drops their doorbells.
@@ -233,4 +237,9 @@ impl ShmTransport {
             self.fail_arriving_id(id, error, Some(reason));
         }
     }
+}
+
+fn refusal(doorbell: &Doorbell, reason: &str) -> Frame {
+    let outcome = PushOutcome::Refused(reason.into());
+    Frame::PushEnd { id: doorbell.id, serial: doorbell.serial, outcome }
 }

@@ -5,44 +5,42 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use kvferry_core::{PoolId, PoolLayout};
-use kvferry_transport::{ImportError, PeerId, PoolKeys, RemotePool, TransferError, TransportKind};
+use kvferry_transport::{ImportError, PeerId, PoolKeys, RemotePool, TransferError};
 
-use crate::memory::Memory;
-use crate::peer::Peer;
-use crate::process::Process;
-use crate::transport::{Bound, ShmTransport};
+use crate::backend::{Backend, Owner, Shared};
+use crate::transport::{Bound, LocalTransport};
 use crate::wire::{FDS_PER_FRAME_MAX, Frame, Keys, MemoryKind};
 
 /// A pool of a peer.
-pub(crate) struct Remote {
+pub(crate) struct Remote<M> {
     pub(crate) peer: PeerId,
     pool: PoolId,
     token: u64,
     /// From the import, else from the owner.
     pub(crate) layout: Option<Arc<PoolLayout>>,
-    pub(crate) access: Access,
+    pub(crate) access: Access<M>,
 }
 
 /// How far its memory is.
-pub(crate) enum Access {
+pub(crate) enum Access<M> {
     /// Asked for; descriptors so far.
     Asked(Vec<OwnedFd>),
     /// Readable.
-    Ready(Rc<Memory>),
+    Ready(Rc<M>),
     /// Never.
     Refused(String),
 }
 
-impl ShmTransport {
+impl<B: Backend> LocalTransport<B> {
     pub(crate) fn import_pool(
         &mut self,
         id: PeerId,
         keys: &PoolKeys,
         layout: &PoolLayout,
     ) -> Result<RemotePool, ImportError> {
-        let bad = |reason: String| ImportError::BadKeys { kind: TransportKind::Shm, reason };
+        let bad = |reason: String| ImportError::BadKeys { kind: B::KIND, reason };
         let instance = self.peers.get(&id).ok_or(ImportError::UnknownPeer(id))?.instance;
-        let keys = Keys::decode(&keys.0).map_err(bad)?;
+        let keys = Keys::decode(B::KIND, &keys.0).map_err(bad)?;
         if keys.instance != instance {
             return Err(bad("they belong to another transport than this peer's".into()));
         }
@@ -87,16 +85,18 @@ impl ShmTransport {
             let reason = format!("{pool} is not bound there, or was bound anew; exchange keys again");
             return peer.connection.send(&Frame::NotOpened { request, reason });
         };
-        let memory = if pool.is_shared() {
-            let filled: Vec<usize> =
-                (0..pool.regions().len()).filter(|&r| pool.regions().get(r).is_some_and(|r| r.bytes() > 0)).collect();
-            for part in filled.chunks(FDS_PER_FRAME_MAX) {
-                peer.connection.send_with(&Frame::Fds { request, count: part.len() as u32 }, pool, part.to_vec());
-            }
-            MemoryKind::Shared
-        } else {
-            MemoryKind::Addresses(pool.regions().iter().map(|region| region.base() as u64).collect())
+        let Shared { memory, descriptors } = match self.backend.share(pool) {
+            Ok(shared) => shared,
+            Err(reason) => return peer.connection.send(&Frame::NotOpened { request, reason }),
         };
+        let mut descriptors = descriptors.into_iter();
+        loop {
+            let part: Vec<_> = descriptors.by_ref().take(FDS_PER_FRAME_MAX).collect();
+            if part.is_empty() {
+                break;
+            }
+            peer.connection.send_with(&Frame::Fds { request, count: part.len() as u32 }, part);
+        }
         peer.connection.send(&Frame::Opened { request, layout: pool.layout().clone(), memory });
     }
 
@@ -132,12 +132,13 @@ impl ShmTransport {
             _ if known.is_some_and(|known| *known != layout) => {
                 Err("the pool's layout is not the one that was imported; exchange both again".into())
             }
-            (Ok(()), MemoryKind::Shared) => Memory::map(fds, &layout.regions),
-            (Ok(()), MemoryKind::Addresses(bases)) if bases.len() == layout.regions.len() => {
-                let regions = bases.into_iter().zip(layout.regions.iter().copied()).collect();
-                owner(self.peers.get(&peer)).map(|process| Memory::Process { process, regions })
-            }
-            (Ok(()), MemoryKind::Addresses(_)) => Err("its addresses and its regions differ in number".into()),
+            (Ok(()), kind) => match self.peers.get(&peer) {
+                Some(peer) => {
+                    let owner = Owner { socket: peer.connection.fd(), pid: peer.pid };
+                    self.backend.open(owner, &layout, kind, fds)
+                }
+                None => Err("it is gone".into()),
+            },
         };
         match memory {
             Ok(memory) => {
@@ -170,13 +171,5 @@ impl ShmTransport {
         let error = TransferError::Refused(reason.into());
         self.fail_posted(|posted| posted.reads_from(id), &error);
         self.fail_arriving_from(id, &error, reason);
-    }
-}
-
-/// The process whose addresses a peer names.
-fn owner(peer: Option<&Peer>) -> Result<Process, String> {
-    match peer.map(|peer| (&peer.connection, peer.pid)) {
-        Some((connection, Some(pid))) => Process::of_peer(&connection.fd(), pid),
-        _ => Err("its process is not visible here; share the PID namespace".to_owned()),
     }
 }

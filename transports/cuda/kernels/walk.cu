@@ -1,0 +1,332 @@
+// Walks a program on the GPU: every warp finds its own pieces from block tables and strides, so one launch moves any number of them.
+//
+// The host cuts a launch into rectangles (see src/rectangle.rs, whose structs these mirror): planes x cells of tokens. A cell lies in one block
+// on either side; its bytes, in the order of the merged nest, are cut into chunks, and one warp moves one chunk at a time. Whatever
+// the order of chunks, each destination byte is written once.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define CHUNK 4096u
+#define BATCH 8
+#define WARPS_MAX 32
+#define INLINE_BYTES 3840
+
+// One plane of a pool: block b lies at base + b * stride.
+struct Plane {
+    u64 base;
+    u64 stride;
+};
+
+struct Side {
+    const Plane *planes;
+    u64 token_pitch;
+    u64 head_pitch;
+    u64 offset;
+    u32 plane;
+    u32 plane_step;
+    // Word of the payload's tables that stands for the request's (or this rank's) block number 0; wraps.
+    u32 table;
+    u32 block_tokens;
+    u32 cp;
+    u32 cp_rank;
+};
+
+struct Rectangle {
+    Side source;
+    Side destination;
+    // Items of the launch before the end of this rectangle.
+    u32 items_end;
+    u32 plane;
+    u32 token_start;
+    u32 token_end;
+    u32 cell_tokens;
+    u32 cells;
+    u32 cells_per_block;
+    // First own block of the side whose blocks are enumerated.
+    u32 first_block;
+    u32 chunks;
+    u32 heads;
+    u32 run_bytes;
+    // Bit 0: the destination's blocks are enumerated. Bit 1: tokens are the inner dimension.
+    u32 flags;
+};
+
+struct Payload {
+    u8 bytes[INLINE_BYTES];
+};
+
+template <typename V> __device__ __forceinline__ V load(const u8 *at) { return __ldcs((const V *)at); }
+template <typename V> __device__ __forceinline__ void store(u8 *at, V value) { __stcs((V *)at, value); }
+
+// A whole aligned chunk, by one warp. Nearly every byte takes this path: it alone is inlined, so that it has the registers to itself.
+__device__ __forceinline__ void whole_chunk(const u8 *from, u8 *to, u32 lane) {
+    from += lane * sizeof(uint4);
+    to += lane * sizeof(uint4);
+    uint4 held[CHUNK / (32 * sizeof(uint4))];
+#pragma unroll
+    for (u32 j = 0; j < CHUNK / (32 * sizeof(uint4)); j++)
+        held[j] = load<uint4>(from + j * 32 * sizeof(uint4));
+#pragma unroll
+    for (u32 j = 0; j < CHUNK / (32 * sizeof(uint4)); j++)
+        store<uint4>(to + j * 32 * sizeof(uint4), held[j]);
+}
+
+// A contiguous chunk, by one warp: BATCH vectors of each lane are under way at once.
+template <typename V> __device__ __noinline__ void line(const u8 *from, u8 *to, u32 bytes, u32 lane) {
+    const u32 count = bytes / sizeof(V);
+    for (u32 base = lane; base < count; base += 32 * BATCH) {
+        V held[BATCH];
+#pragma unroll
+        for (u32 j = 0; j < BATCH; j++)
+            if (base + 32 * j < count)
+                held[j] = load<V>(from + (u64)(base + 32 * j) * sizeof(V));
+#pragma unroll
+        for (u32 j = 0; j < BATCH; j++)
+            if (base + 32 * j < count)
+                store<V>(to + (u64)(base + 32 * j) * sizeof(V), held[j]);
+    }
+}
+
+// What is left of a cell's nest after merging: outer x inner runs.
+struct Nest {
+    u64 run;
+    u32 inner;
+    u64 inner_source, inner_destination;
+    u64 outer_source, outer_destination;
+    bool is_flat;
+};
+
+// A chunk of several runs, by one warp. `within` bytes of run `first` come before it.
+template <typename V>
+__device__ __noinline__ void runs(const u8 *from, u8 *to, const Nest &nest, u32 first, u64 within, u32 bytes, u32 lane) {
+    const u32 count = bytes / sizeof(V);
+    for (u32 base = lane; base < count; base += 32 * 4) {
+        V held[4];
+        u8 *places[4];
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+            const u32 index = base + 32 * j;
+            if (index < count) {
+                const u64 at = within + (u64)index * sizeof(V);
+                // A run that is longer than a chunk ends at most once in it.
+                const u32 skipped = nest.run > CHUNK ? (u32)(at >= nest.run) : (u32)at / (u32)nest.run;
+                const u64 byte = at - skipped * nest.run;
+                const u32 run = first + skipped;
+                const u32 outer = nest.is_flat ? 0 : run / nest.inner;
+                const u32 inner = nest.is_flat ? run : run - outer * nest.inner;
+                held[j] = load<V>(from + outer * nest.outer_source + inner * nest.inner_source + byte);
+                places[j] = to + outer * nest.outer_destination + inner * nest.inner_destination + byte;
+            }
+        }
+#pragma unroll
+        for (u32 j = 0; j < 4; j++)
+            if (base + 32 * j < count)
+                store<V>(places[j], held[j]);
+    }
+}
+
+__device__ __forceinline__ void chunk(const Rectangle &rectangle, u32 tokens, u32 number, const u8 *from, u8 *to, u32 lane) {
+    const bool token_inner = rectangle.flags & 2;
+    u32 inner = token_inner ? tokens : rectangle.heads;
+    u32 outer = token_inner ? rectangle.heads : tokens;
+    Nest nest;
+    nest.run = rectangle.run_bytes;
+    nest.inner_source = token_inner ? rectangle.source.token_pitch : rectangle.source.head_pitch;
+    nest.inner_destination = token_inner ? rectangle.destination.token_pitch : rectangle.destination.head_pitch;
+    nest.outer_source = token_inner ? rectangle.source.head_pitch : rectangle.source.token_pitch;
+    nest.outer_destination = token_inner ? rectangle.destination.head_pitch : rectangle.destination.token_pitch;
+#pragma unroll
+    for (u32 pass = 0; pass < 2; pass++) {
+        if (inner == 1 || (nest.inner_source == nest.run && nest.inner_destination == nest.run)) {
+            nest.run *= inner;
+            inner = outer;
+            nest.inner_source = nest.outer_source;
+            nest.inner_destination = nest.outer_destination;
+            outer = 1;
+        }
+    }
+    nest.inner = inner;
+    nest.is_flat = outer == 1;
+    const u32 count = inner * outer;
+    const u64 total = nest.run * count;
+    const u64 start = (u64)number * CHUNK;
+    // A cell that the request fills only in part has fewer chunks.
+    if (start >= total)
+        return;
+    const u32 bytes = total - start < CHUNK ? (u32)(total - start) : CHUNK;
+    u32 first = 0;
+    u64 within = start;
+    if (count > 1) {
+        first = (total >> 32) ? (u32)(start / nest.run) : (u32)start / (u32)nest.run;
+        within = start - first * nest.run;
+    }
+    if (within + bytes <= nest.run) {
+        const u32 row = nest.is_flat ? 0 : first / inner;
+        const u32 column = first - row * inner;
+        from += row * nest.outer_source + column * nest.inner_source + within;
+        to += row * nest.outer_destination + column * nest.inner_destination + within;
+        const u32 odd = (u32)(u64)from | (u32)(u64)to | bytes;
+        if (bytes == CHUNK && !(odd & 15))
+            whole_chunk(from, to, lane);
+        else if (!(odd & 15))
+            line<uint4>(from, to, bytes, lane);
+        else if (!(odd & 7))
+            line<uint2>(from, to, bytes, lane);
+        else if (!(odd & 3))
+            line<u32>(from, to, bytes, lane);
+        else if (!(odd & 1))
+            line<u16>(from, to, bytes, lane);
+        else
+            line<u8>(from, to, bytes, lane);
+    } else {
+        u32 odd = (u32)(u64)from | (u32)(u64)to | (u32)nest.run | (u32)nest.inner_source | (u32)nest.inner_destination;
+        if (!nest.is_flat)
+            odd |= (u32)nest.outer_source | (u32)nest.outer_destination;
+        if (!(odd & 15))
+            runs<uint4>(from, to, nest, first, within, bytes, lane);
+        else if (!(odd & 7))
+            runs<uint2>(from, to, nest, first, within, bytes, lane);
+        else if (!(odd & 3))
+            runs<u32>(from, to, nest, first, within, bytes, lane);
+        else if (!(odd & 1))
+            runs<u16>(from, to, nest, first, within, bytes, lane);
+        else
+            runs<u8>(from, to, nest, first, within, bytes, lane);
+    }
+}
+
+// Where the first head of `token` lies on one side, `false` if that side does not hold it.
+__device__ __forceinline__ bool locate(const Side &side, const u32 *tables, u32 layer, u32 token, u64 *address) {
+    const u32 block = token / side.block_tokens;
+    u32 own = block;
+    if (side.cp > 1) {
+        own = block / side.cp;
+        if (block - own * side.cp != side.cp_rank)
+            return false;
+    }
+    const Plane plane = side.planes[side.plane + layer * side.plane_step];
+    const u32 slot = tables[side.table + own];
+    *address = plane.base + slot * plane.stride + side.offset + (token - block * side.block_tokens) * side.token_pitch;
+    return true;
+}
+
+__device__ __forceinline__ void walk(const u8 *payload, u32 rectangles, u32 items) {
+    __shared__ Rectangle current[WARPS_MAX];
+    const u32 lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+    Rectangle &rectangle = current[threadIdx.x >> 5];
+    const Rectangle *next = (const Rectangle *)payload;
+    const u32 *tables = (const u32 *)(payload + (u64)rectangles * sizeof(Rectangle));
+    u32 begin = 0, end = 0;
+    for (u32 item = blockIdx.x * warps + (threadIdx.x >> 5); item < items; item += gridDim.x * warps) {
+        if (item >= end) {
+            while (item >= next->items_end) {
+                begin = next->items_end;
+                next++;
+            }
+            end = next->items_end;
+            __syncwarp();
+            for (u32 word = lane; word < sizeof(Rectangle) / 4; word += 32)
+                ((u32 *)&rectangle)[word] = ((const u32 *)next)[word];
+            __syncwarp();
+        }
+        u32 rest = item - begin, number = 0;
+        if (rectangle.chunks > 1) {
+            const u32 cell = rest / rectangle.chunks;
+            number = rest - cell * rectangle.chunks;
+            rest = cell;
+        }
+        const u32 row = rest / rectangle.cells;
+        const u32 cell = rest - row * rectangle.cells;
+        const u32 layer = rectangle.plane + row;
+        const Side &driver = rectangle.flags & 1 ? rectangle.destination : rectangle.source;
+        u32 block = cell, inside = 0;
+        if (rectangle.cells_per_block > 1) {
+            block = cell / rectangle.cells_per_block;
+            inside = (cell - block * rectangle.cells_per_block) * rectangle.cell_tokens;
+        }
+        const u64 first = (u64)((rectangle.first_block + block) * driver.cp + driver.cp_rank) * driver.block_tokens + inside;
+        const u64 last = first + rectangle.cell_tokens;
+        const u32 token = first < rectangle.token_start ? rectangle.token_start : (u32)first;
+        const u32 until = last > rectangle.token_end ? rectangle.token_end : (u32)last;
+        if (first >= rectangle.token_end || until <= token)
+            continue;
+        u64 from, to;
+        if (locate(rectangle.source, tables, layer, token, &from) && locate(rectangle.destination, tables, layer, token, &to))
+            chunk(rectangle, until - token, number, (const u8 *)from, (u8 *)to, lane);
+    }
+}
+
+// Small launches bring their payload as an argument.
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    kvferry_walk_inline(const __grid_constant__ Payload payload, u32 rectangles, u32 items) {
+    walk(payload.bytes, rectangles, items);
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_walk(const u8 *payload, u32 rectangles, u32 items) {
+    walk(payload, rectangles, items);
+}
+
+// --- Verification: blocks whose every byte is known, written and compared where they lie. ---
+
+// A bijection that leaves no bit where it was (the finaliser of SplitMix64).
+__device__ __forceinline__ u64 mix(u64 number) {
+    u64 z = number + 0x9e3779b97f4a7c15ull;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
+
+struct Blocks {
+    const Plane *planes;
+    // What each block is.
+    const u64 *labels;
+    u64 block_bytes;
+    u32 plane_count;
+    u32 block_count;
+};
+
+// Word `word` of a block, little-endian: mix((plane << 48 ^ label mixed) + word).
+__device__ __forceinline__ u64 due(u32 plane, u64 label, u64 word) { return mix(mix((u64)plane << 48 ^ label) + word); }
+
+// Writes every block; the complement of what is due where the label is below `complement_below`.
+extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_fill(Blocks blocks, u64 complement_below) {
+    const u64 words = (blocks.block_bytes + 7) / 8;
+    const u64 total = words * blocks.block_count * blocks.plane_count;
+    for (u64 at = blockIdx.x * (u64)blockDim.x + threadIdx.x; at < total; at += gridDim.x * (u64)blockDim.x) {
+        const u64 word = at % words, row = at / words;
+        const u32 block = (u32)(row % blocks.block_count), plane = (u32)(row / blocks.block_count);
+        const u64 label = blocks.labels[block];
+        u64 value = due(plane, label, word);
+        if (label < complement_below)
+            value = ~value;
+        u8 *to = (u8 *)(blocks.planes[plane].base + block * blocks.planes[plane].stride) + word * 8;
+        const u64 left = blocks.block_bytes - word * 8;
+        if (left >= 8 && !((u64)to & 7))
+            *(u64 *)to = value;
+        else
+            for (u32 byte = 0; byte < 8 && byte < left; byte++)
+                to[byte] = (u8)(value >> 8 * byte);
+    }
+}
+
+// Compares every byte of every block; found[0] counts those that differ, found[1] is the first of them: (plane, block, byte) in that order.
+extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_check(Blocks blocks, u64 *found) {
+    const u64 words = (blocks.block_bytes + 7) / 8;
+    const u64 total = words * blocks.block_count * blocks.plane_count;
+    for (u64 at = blockIdx.x * (u64)blockDim.x + threadIdx.x; at < total; at += gridDim.x * (u64)blockDim.x) {
+        const u64 word = at % words, row = at / words;
+        const u32 block = (u32)(row % blocks.block_count), plane = (u32)(row / blocks.block_count);
+        const u64 value = due(plane, blocks.labels[block], word);
+        const u8 *from = (const u8 *)(blocks.planes[plane].base + block * blocks.planes[plane].stride) + word * 8;
+        const u64 left = blocks.block_bytes - word * 8;
+        for (u32 byte = 0; byte < 8 && byte < left; byte++) {
+            if (from[byte] != (u8)(value >> 8 * byte)) {
+                atomicAdd(&found[0], 1ull);
+                atomicMin(&found[1], row * blocks.block_bytes + word * 8 + byte);
+            }
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Transfers between GPUs of one host: one kernel launch walks a whole program.
+
+mod ptx;

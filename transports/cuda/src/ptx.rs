@@ -1,0 +1,27 @@
+//! The kernels, as the driver loads them. `kernels/build` makes them.
+
+/// PTX of `kernels/walk.cu`.
+pub(crate) const PTX: &str = include_str!("../kernels/walk.ptx");
+
+/// The kernels, by the names that the source gives them.
+pub(crate) const WALK_INLINE: &str = "kvferry_walk_inline";
+pub(crate) const WALK: &str = "kvferry_walk";
+pub(crate) const FILL: &str = "kvferry_fill";
+pub(crate) const CHECK: &str = "kvferry_check";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sha2::{Digest, Sha256};
+
+    #[test]
+    fn ptx_was_made_from_the_source_beside_it() {
+        let hash = Sha256::digest(include_bytes!("../kernels/walk.cu"));
+        let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+        let line = format!("// sha256 of walk.cu: {hex}");
+        assert!(PTX.lines().any(|found| found == line), "walk.cu has changed: run transports/cuda/kernels/build");
+        for name in [WALK_INLINE, WALK, FILL, CHECK] {
+            assert!(PTX.contains(&format!(".entry {name}(")), "{name}");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! The seam between the protocol of one host and the memory that it moves.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use kvferry_core::{PoolId, PoolLayout, Program, TransportKind, UnitRange};
+use kvferry_transport::{Pool, TransferError, Wait};
+use rustix::process::Pid;
+
+use crate::wire::MemoryKind;
+
+/// How pools of one kind of memory are shared with peers and copied from them.
+///
+/// Errors that are strings name cause and remedy; peers may read them.
+pub trait Backend: 'static {
+    /// The kind of transport that it makes.
+    const KIND: TransportKind;
+    /// A peer's pool, as this process reaches it. Dropped when nothing needs it any more, by copies too.
+    type Memory: 'static;
+    /// A program on its way into a local pool.
+    type Copy: Copying;
+
+    /// Takes a pool, or says why this memory cannot be shared or copied.
+    fn bind(&mut self, pool: &Pool) -> Result<(), String>;
+
+    /// A pool is let go: nothing of this transport touches it any more.
+    fn unbind(&mut self, pool: PoolId);
+
+    /// What a peer needs to read a bound pool.
+    fn share(&mut self, pool: &Pool) -> Result<Shared, String>;
+
+    /// Makes a peer's pool readable here, from what its owner shared. The layout is valid; everything else is the peer's word.
+    fn open(
+        &mut self,
+        owner: Owner<'_>,
+        layout: &PoolLayout,
+        memory: MemoryKind,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Self::Memory, String>;
+
+    /// Starts a copy into a bound pool. The caller has validated the program against both layouts.
+    fn copy(
+        &mut self,
+        program: Arc<Program>,
+        range: UnitRange,
+        layout: Arc<PoolLayout>,
+        memory: Rc<Self::Memory>,
+        pool: Pool,
+    ) -> Result<Self::Copy, TransferError>;
+
+    /// How to wait while copies run that need nobody's hand.
+    fn wait(&self) -> Wait;
+}
+
+/// A copy under way. Dropping it while it [runs](Copying::is_running) is a bug of the caller.
+pub trait Copying {
+    /// Moves about `budget` bytes, or looks how far it is. After an error nothing more is started, but what was may still run.
+    fn step(&mut self, budget: u64) -> Result<Step, TransferError>;
+
+    /// All its bytes.
+    fn bytes(&self) -> u64;
+
+    /// Contiguous pieces so far.
+    fn pieces(&self) -> u64;
+
+    /// Whether something that was started may still touch memory of either side.
+    fn is_running(&mut self) -> bool;
+}
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// It cost as much as copying so many bytes; there is more to do at once.
+    More(u64),
+    /// Nothing can be done at the moment.
+    Waiting,
+    /// Every byte is in place; the last step cost as much as copying so many bytes.
+    Done(u64),
+}
+
+/// A pool's memory, for its readers.
+pub struct Shared {
+    /// What they are told.
+    pub memory: MemoryKind,
+    /// What they are given, in order.
+    pub descriptors: Vec<Box<dyn Descriptor>>,
+}
+
+/// A descriptor that waits to be sent.
+pub trait Descriptor {
+    /// It, for as long as this value keeps it open.
+    fn fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// Who shares a pool, as the kernel told.
+#[derive(Clone, Copy, Debug)]
+pub struct Owner<'a> {
+    /// Our end of the connection.
+    pub socket: BorrowedFd<'a>,
+    /// Its process, where it is visible here.
+    pub pid: Option<Pid>,
+}
