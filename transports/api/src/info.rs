@@ -27,13 +27,21 @@ pub struct Options {
     pub transfers_max: usize,
     /// Bytes that one `poll` may copy.
     pub poll_bytes_max: u64,
+    /// Thread blocks of 1024 threads that one launch occupies at most (cuda): few leave the GPU to the model.
+    pub thread_blocks: u32,
     /// How long a push that nobody expects may wait, in milliseconds.
     pub unexpected_wait_ms: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { streams_per_peer: 2, transfers_max: 1024, poll_bytes_max: 4 << 20, unexpected_wait_ms: 5_000 }
+        Options {
+            streams_per_peer: 2,
+            transfers_max: 1024,
+            poll_bytes_max: 4 << 20,
+            thread_blocks: 16,
+            unexpected_wait_ms: 5_000,
+        }
     }
 }
 

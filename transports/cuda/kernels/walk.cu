@@ -54,7 +54,7 @@ struct Rectangle {
     u32 flags;
 };
 
-struct Payload {
+struct alignas(16) Payload {
     u8 bytes[INLINE_BYTES];
 };
 
@@ -213,6 +213,19 @@ __device__ __forceinline__ bool locate(const Side &side, const u32 *tables, u32 
     return true;
 }
 
+// Every lane brings a part of a rectangle to where all of them see it.
+__device__ __forceinline__ void share(Rectangle *to, const Rectangle *from, u32 lane) {
+#ifdef KVFERRY_EMULATED
+    // Lanes run one after another there.
+    *to = *from;
+#else
+    __syncwarp();
+    for (u32 word = lane; word < sizeof(Rectangle) / 4; word += 32)
+        ((u32 *)to)[word] = ((const u32 *)from)[word];
+    __syncwarp();
+#endif
+}
+
 __device__ __forceinline__ void walk(const u8 *payload, u32 rectangles, u32 items) {
     __shared__ Rectangle current[WARPS_MAX];
     const u32 lane = threadIdx.x & 31, warps = blockDim.x >> 5;
@@ -227,10 +240,7 @@ __device__ __forceinline__ void walk(const u8 *payload, u32 rectangles, u32 item
                 next++;
             }
             end = next->items_end;
-            __syncwarp();
-            for (u32 word = lane; word < sizeof(Rectangle) / 4; word += 32)
-                ((u32 *)&rectangle)[word] = ((const u32 *)next)[word];
-            __syncwarp();
+            share(&rectangle, next, lane);
         }
         u32 rest = item - begin, number = 0;
         if (rectangle.chunks > 1) {

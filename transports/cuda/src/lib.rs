@@ -1,3 +1,35 @@
-//! Transfers between GPUs of one host: one kernel launch walks a whole program.
+//! Transfers between GPUs of one host: one kernel launch walks a whole program, so that pieces cost nothing.
+//!
+//! **Who copies.** The destination's own GPU does every copy, in both directions: a pull reads the peer's memory, a push is a doorbell to its
+//! destination, which then reads. No foreign kernel ever writes a pool, so a fence is proved by the owner's own streams having drained
+//! ([`OwnerCopies`](kvferry_transport::FenceProof::OwnerCopies)). What two sides say to each other is `kvferry-local`'s business.
+//!
+//! **Memory.** Pools are physical memory that a descriptor stands for (the default), plain allocations shared by legacy CUDA IPC, or a serving
+//! stack's own memory ([`from_raw`]). Readers map descriptors read-only where the driver can.
+//!
+//! **Peers that die.** Memory behind a descriptor stays until its last reader unmaps it: a kernel that reads a dead peer's pool goes on, and
+//! its transfer fails because the connection is gone. Of memory behind legacy CUDA IPC the driver promises nothing once the owner has freed it;
+//! keep such pools until their readers are fenced. Nothing is unmapped or freed here before the kernels that use it have ended. A kernel that
+//! faults damages the context of its own process, never the peer's: every transfer of that process then fails, saying so.
 
+mod allocation;
+mod backend;
+mod blocks;
+mod buffer;
+mod copy;
+mod driver;
+#[cfg(test)]
+mod emulated;
+mod gpu;
+mod launch;
+mod memory;
+mod planes;
+mod provider;
 mod ptx;
+mod rectangle;
+mod shared;
+
+pub use allocation::Allocate;
+pub use blocks::{Difference, check_blocks, fill_blocks};
+pub use memory::{allocate, from_raw};
+pub use provider::CudaProvider;

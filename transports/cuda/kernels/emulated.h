@@ -1,0 +1,60 @@
+// Enough of CUDA for walk.cu to run on a processor, one lane after another: the tests compare it with the definition of a program.
+#include <stdint.h>
+#define KVFERRY_EMULATED
+#define __device__
+#define __global__
+#define __shared__ static
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(n)
+struct uint4 {
+    unsigned x, y, z, w;
+} __attribute__((aligned(16)));
+struct uint2 {
+    unsigned x, y;
+} __attribute__((aligned(8)));
+struct Dimensions {
+    unsigned x;
+};
+static Dimensions threadIdx, blockIdx, blockDim, gridDim;
+static unsigned long long misaligned;
+template <typename V> static V __ldcs(const V *at) {
+    if ((uintptr_t)at % sizeof(V))
+        misaligned++;
+    V value;
+    __builtin_memcpy(&value, at, sizeof(V));
+    return value;
+}
+template <typename V> static void __stcs(V *at, V value) {
+    if ((uintptr_t)at % sizeof(V))
+        misaligned++;
+    __builtin_memcpy(at, &value, sizeof(V));
+}
+static unsigned long long atomicAdd(unsigned long long *at, unsigned long long value) { return *at += value; }
+static void atomicMin(unsigned long long *at, unsigned long long value) {
+    if (value < *at)
+        *at = value;
+}
+
+#include "walk.cu"
+
+// Runs the walking kernel, and says how many accesses were not aligned as a GPU needs them.
+extern "C" unsigned long long emulate(const unsigned char *payload, unsigned rectangles, unsigned items, unsigned blocks, unsigned warps,
+                                      int is_inline) {
+    misaligned = 0;
+    gridDim.x = blocks;
+    blockDim.x = warps * 32;
+    static Payload argument;
+    if (is_inline)
+        __builtin_memcpy(argument.bytes, payload, INLINE_BYTES);
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+        for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) {
+            if (is_inline)
+                kvferry_walk_inline(argument, rectangles, items);
+            else
+                kvferry_walk(payload, rectangles, items);
+        }
+    return misaligned;
+}

@@ -1,0 +1,97 @@
+//! GPU memory behind the protocol of one host.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvferry_core::{PoolId, PoolLayout, Program, UnitRange};
+use kvferry_local::wire::MemoryKind;
+use kvferry_local::{Backend, Owner, Shared};
+use kvferry_transport::{Pool, TransferError, TransportKind, Wait};
+
+use crate::copy::{Kernels, Pace};
+use crate::launch::Launcher;
+use crate::memory::GpuMemory;
+use crate::planes::Planes;
+use crate::shared::{Reached, reach, share};
+
+/// So long after a launch its end is looked for all the time; later, now and then.
+const SPIN: Duration = Duration::from_millis(2);
+
+/// Pools on one GPU.
+pub(crate) struct GpuPools {
+    launcher: Rc<RefCell<Launcher>>,
+    pace: Pace,
+    bound: BTreeMap<PoolId, Rc<Planes>>,
+}
+
+impl GpuPools {
+    pub(crate) fn new(launcher: Launcher, pace: Pace) -> GpuPools {
+        GpuPools { launcher: Rc::new(RefCell::new(launcher)), pace, bound: BTreeMap::new() }
+    }
+}
+
+impl Backend for GpuPools {
+    const KIND: TransportKind = TransportKind::Cuda;
+    type Memory = Reached;
+    type Copy = Kernels;
+
+    fn bind(&mut self, pool: &Pool) -> Result<(), String> {
+        let gpu = Arc::clone(self.launcher.borrow().gpu());
+        let memory = GpuMemory::of(pool).ok_or_else(|| {
+            format!("its memory is not on {}; allocate it there, or use another transport", gpu.label())
+        })?;
+        if !Arc::ptr_eq(&memory.gpu, &gpu) {
+            return Err(format!(
+                "its memory is on {}, this transport is {}; open that one",
+                memory.gpu.label(),
+                gpu.label()
+            ));
+        }
+        let bases: Vec<u64> = pool.device_regions().iter().map(|region| region.address).collect();
+        // What cannot be shared is known now, not at the first transfer.
+        share(pool)?;
+        self.bound.insert(pool.id(), Rc::new(Planes::new(&gpu, pool.layout(), &bases)?));
+        Ok(())
+    }
+
+    fn unbind(&mut self, pool: PoolId) {
+        self.bound.remove(&pool);
+    }
+
+    fn share(&mut self, pool: &Pool) -> Result<Shared, String> {
+        share(pool)
+    }
+
+    fn open(
+        &mut self,
+        _: Owner<'_>,
+        layout: &PoolLayout,
+        memory: MemoryKind,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Reached, String> {
+        let gpu = Arc::clone(self.launcher.borrow().gpu());
+        reach(&gpu, layout, &memory, descriptors)
+    }
+
+    fn copy(
+        &mut self,
+        program: Arc<Program>,
+        range: UnitRange,
+        _: Arc<PoolLayout>,
+        memory: Rc<Reached>,
+        pool: Pool,
+    ) -> Result<Kernels, TransferError> {
+        let planes = self.bound.get(&pool.id()).cloned();
+        let planes = planes.ok_or_else(|| TransferError::Refused(format!("{} is not bound here", pool.id())))?;
+        Ok(Kernels::new(&self.launcher, self.pace, (program, range), memory, (pool, planes)))
+    }
+
+    fn wait(&self) -> Wait {
+        let recent = self.launcher.borrow().launched.is_some_and(|at| at.elapsed() < SPIN);
+        if recent { Wait::Busy } else { Wait::MustPoll }
+    }
+}

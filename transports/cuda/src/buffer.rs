@@ -1,0 +1,102 @@
+//! Small buffers of the transport's own, on a GPU and page-locked on the host.
+
+use std::sync::Arc;
+
+use crate::driver;
+use crate::gpu::Gpu;
+
+/// GPU memory. Freed when dropped: whoever launches kernels that read it waits for them first.
+pub(crate) struct Buffer {
+    gpu: Arc<Gpu>,
+    address: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    pub(crate) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Buffer, String> {
+        gpu.enter()?;
+        let bytes = bytes.max(1);
+        Ok(Buffer { gpu: Arc::clone(gpu), address: driver::allocate(bytes)?, bytes })
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Copies bytes to its start and waits until they are there.
+    pub(crate) fn upload(&self, bytes: &[u8]) -> Result<(), String> {
+        self.gpu.enter()?;
+        let stream = driver::create_stream()?;
+        // SAFETY: no more bytes than it has, from a slice that lives until the stream is done; the stream was just made.
+        let copied = unsafe {
+            let length = bytes.len().min(self.bytes);
+            let copied =
+                driver::upload(self.address, bytes.as_ptr(), length, stream).and_then(|()| driver::synchronize(stream));
+            driver::destroy_stream(stream).and(copied)
+        };
+        Ok(copied?)
+    }
+
+    /// Copies its start out.
+    pub(crate) fn download(&self, bytes: &mut [u8]) -> Result<(), String> {
+        self.gpu.enter()?;
+        let stream = driver::create_stream()?;
+        // SAFETY: as in `upload`, the other way round.
+        let copied = unsafe {
+            let length = bytes.len().min(self.bytes);
+            let copied = driver::download(bytes.as_mut_ptr(), self.address, length, stream)
+                .and_then(|()| driver::synchronize(stream));
+            driver::destroy_stream(stream).and(copied)
+        };
+        Ok(copied?)
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.gpu.enter().is_ok() {
+            // SAFETY: nobody uses it any more, by the rule above.
+            let _freed = unsafe { driver::free(self.address) };
+        }
+    }
+}
+
+/// Page-locked host memory, which the GPU fetches while the processor goes on.
+pub(crate) struct HostBuffer {
+    gpu: Arc<Gpu>,
+    base: *mut u8,
+    bytes: usize,
+}
+
+impl HostBuffer {
+    pub(crate) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<HostBuffer, String> {
+        gpu.enter()?;
+        let bytes = bytes.max(1);
+        Ok(HostBuffer { gpu: Arc::clone(gpu), base: driver::allocate_host(bytes)?, bytes })
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Copies bytes to its start and says where that is. The caller has waited for every earlier use by the GPU.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> *const u8 {
+        let length = bytes.len().min(self.bytes);
+        // SAFETY: no more than it has; it is this process's own and the GPU does not read it at the moment, as the caller knows.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base, length) };
+        self.base
+    }
+}
+
+impl Drop for HostBuffer {
+    fn drop(&mut self) {
+        if self.gpu.enter().is_ok() {
+            // SAFETY: made by `new`; whoever had the GPU read it has waited for that.
+            let _freed = unsafe { driver::free_host(self.base) };
+        }
+    }
+}

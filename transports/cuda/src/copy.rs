@@ -1,0 +1,175 @@
+//! A program on its way into a pool of ours, by kernels of the destination's own GPU.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use kvferry_core::{Program, UnitRange};
+use kvferry_local::{Copying, Step};
+use kvferry_transport::{Pool, TransferError};
+
+use crate::launch::{Launch, Launcher};
+use crate::planes::Planes;
+use crate::rectangle::{LowerError, lower};
+use crate::shared::Reached;
+
+/// What one launch moves at most: it bounds how long a cancelled transfer goes on.
+const LAUNCH_BYTES_MAX: u64 = 1 << 30;
+/// Launches of one transfer in its stream: the next one waits there when one ends.
+const AHEAD: usize = 2;
+/// What a launch costs the processor, in bytes that it could copy in that time.
+const LAUNCH_COST: u64 = 64 << 10;
+
+/// How much a launch moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// As much as it can.
+    Whole,
+    /// What one turn of the transport may copy.
+    Turn,
+}
+
+/// A transfer. Its launches hold everything that they touch, and are waited for when it is dropped.
+pub(crate) struct Kernels {
+    launches: VecDeque<Launch>,
+    launcher: Rc<RefCell<Launcher>>,
+    stream: usize,
+    pace: Pace,
+    program: Arc<Program>,
+    range: UnitRange,
+    source: Rc<Reached>,
+    destination: Rc<Planes>,
+    _pool: Pool,
+    bytes: u64,
+    left: u64,
+    pieces: u64,
+}
+
+impl Kernels {
+    /// The caller has validated the program against both layouts.
+    pub(crate) fn new(
+        launcher: &Rc<RefCell<Launcher>>,
+        pace: Pace,
+        (program, range): (Arc<Program>, UnitRange),
+        source: Rc<Reached>,
+        (pool, destination): (Pool, Rc<Planes>),
+    ) -> Kernels {
+        let units = program.units();
+        let range = UnitRange { start: range.start.min(units), end: range.end.min(units) };
+        let bytes = program.bytes_in(range);
+        let stream = launcher.borrow_mut().stream();
+        Kernels {
+            launches: VecDeque::new(),
+            launcher: Rc::clone(launcher),
+            stream,
+            pace,
+            program,
+            range,
+            source,
+            destination,
+            _pool: pool,
+            bytes,
+            left: bytes,
+            pieces: 0,
+        }
+    }
+
+    /// Lets go of what has ended.
+    fn reap(&mut self) -> Result<(), TransferError> {
+        let mut launcher = self.launcher.borrow_mut();
+        while let Some(launch) = self.launches.front() {
+            match launcher.is_done(launch) {
+                Ok(false) => break,
+                Ok(true) => {
+                    if let Some(launch) = self.launches.pop_front() {
+                        launcher.recycle(launch);
+                    }
+                }
+                Err(message) => return Err(TransferError::Io { context: "copying on the GPU", message }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the next part, and returns its bytes.
+    fn start(&mut self, budget: u64) -> Result<u64, TransferError> {
+        let planes = [self.source.planes.address(), self.destination.address()];
+        let (mut part, mut bytes) = self.next_part(budget);
+        let payload = loop {
+            match lower(&self.program, part, planes) {
+                Ok(payload) => break payload,
+                Err(LowerError::TooMany) if part.units() > 1 => {
+                    part.end = part.start + part.units() / 2;
+                    bytes = self.program.bytes_in(part);
+                }
+                Err(error) => return Err(TransferError::Refused(error.to_string())),
+            }
+        };
+        if payload.items > 0 {
+            // SAFETY: the program was validated against both layouts before this was made; the launch is kept in `launches`, which is dropped
+            // before what the fields below it hold.
+            let launch = unsafe { self.launcher.borrow_mut().launch(&payload, self.stream) };
+            let failed = |message| TransferError::Io { context: "starting the GPU's copy", message };
+            self.launches.push_back(launch.map_err(failed)?);
+        }
+        self.pieces = self.pieces.saturating_add(payload.pieces);
+        self.range.start = part.end;
+        self.left = self.left.saturating_sub(bytes);
+        Ok(bytes)
+    }
+
+    /// Units differ in size from segment to segment: take the average of the rest, and halve while it is far off.
+    fn next_part(&self, budget: u64) -> (UnitRange, u64) {
+        let units = self.range.units();
+        if self.left <= budget {
+            return (self.range, self.left);
+        }
+        let each = (self.left / units.max(1)).max(1);
+        let mut take = (budget / each).clamp(1, units.max(1));
+        loop {
+            let end = self.range.start.saturating_add(take).min(self.range.end);
+            let part = UnitRange { start: self.range.start, end };
+            let bytes = self.program.bytes_in(part);
+            if bytes <= budget.saturating_mul(2) || take == 1 {
+                return (part, bytes);
+            }
+            take /= 2;
+        }
+    }
+}
+
+impl Copying for Kernels {
+    fn step(&mut self, budget: u64) -> Result<Step, TransferError> {
+        self.reap()?;
+        if self.range.is_empty() && self.launches.is_empty() {
+            return Ok(Step::Done(0));
+        }
+        if self.range.is_empty() || self.launches.len() >= AHEAD {
+            return Ok(Step::Waiting);
+        }
+        match self.pace {
+            Pace::Whole => {
+                self.start(LAUNCH_BYTES_MAX)?;
+                Ok(Step::More(LAUNCH_COST))
+            }
+            Pace::Turn => Ok(Step::More(self.start(budget.max(1))?.max(4096))),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn pieces(&self) -> u64 {
+        self.pieces
+    }
+
+    fn is_running(&mut self) -> bool {
+        // In a damaged context nothing runs any more.
+        if self.reap().is_err() {
+            self.launches.clear();
+        }
+        !self.launches.is_empty()
+    }
+}

@@ -1,0 +1,265 @@
+//! The kernel's source, run by the processor, against the definition of a program: lowering and walking without a GPU.
+
+use std::ffi::{CString, c_uint, c_ulonglong};
+use std::process::Command;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use kvferry_core::{End, Plane, PoolLayout, Program, Segment, Side, UnitRange};
+use proptest::prelude::*;
+
+use crate::rectangle::{Payload, lower};
+
+type Emulate = unsafe extern "C" fn(*const u8, c_uint, c_uint, c_uint, c_uint, i32) -> c_ulonglong;
+
+/// The kernel as a function of the processor; `None` where there is no C++ compiler.
+fn kernel() -> Option<&'static Mutex<Emulate>> {
+    static KERNEL: OnceLock<Option<Mutex<Emulate>>> = OnceLock::new();
+    let build = || {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels");
+        let library = std::env::temp_dir().join(format!("kvferry-walk-{}.so", std::process::id()));
+        let mut compiler = Command::new("c++");
+        compiler.args(["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-x", "c++", "-o"]).arg(&library);
+        let output = compiler.arg(format!("{folder}/emulated.h")).output().ok()?;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let path = CString::new(library.to_str()?).ok()?;
+        // SAFETY: the library was just built from our own source; it has no initialisers beyond the language's.
+        let emulate = unsafe {
+            let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+            assert!(!handle.is_null(), "the emulated kernel does not load");
+            let symbol = libc::dlsym(handle, c"emulate".as_ptr());
+            assert!(!symbol.is_null(), "the emulated kernel has no entry");
+            std::mem::transmute::<*mut libc::c_void, Emulate>(symbol)
+        };
+        let _left_behind = std::fs::remove_file(&library);
+        Some(Mutex::new(emulate))
+    };
+    KERNEL.get_or_init(build).as_ref()
+}
+
+/// A side's memory, with room around it, and where its planes are.
+struct Memory {
+    bytes: Vec<u8>,
+    base: u64,
+    planes: Vec<u64>,
+}
+
+impl Memory {
+    fn new(layout: &PoolLayout, shift: usize, fill: impl Fn(usize) -> u8) -> Memory {
+        let length = layout.regions.first().copied().unwrap_or(0) as usize;
+        let mut bytes = vec![0; length + 64];
+        let start = bytes.as_ptr().align_offset(32) + shift;
+        bytes.iter_mut().skip(start).take(length).enumerate().for_each(|(at, byte)| *byte = fill(at));
+        let base = bytes.as_ptr() as u64 + start as u64;
+        let planes = layout.planes.iter().flat_map(|plane| [base + plane.offset, plane.block_stride]).collect();
+        Memory { bytes, base, planes }
+    }
+
+    fn region(&self, layout: &PoolLayout) -> &[u8] {
+        let start = (self.base - self.bytes.as_ptr() as u64) as usize;
+        &self.bytes[start..start + layout.regions[0] as usize]
+    }
+}
+
+fn run(payload: &Payload, blocks: u32, warps: u32) -> u64 {
+    let Some(kernel) = kernel() else { return 0 };
+    // Of eight-byte words, as GPU memory is aligned, and as long as what travels as an argument.
+    let mut words = vec![0u64; payload.bytes.len().max(3840).div_ceil(8)];
+    for (word, bytes) in words.iter_mut().zip(payload.bytes.chunks(8)) {
+        let mut whole = [0; 8];
+        whole[..bytes.len()].copy_from_slice(bytes);
+        *word = u64::from_le_bytes(whole);
+    }
+    let (rectangles, items, is_inline) = (payload.rectangles, payload.items, payload.bytes.len() <= 3840);
+    // Nothing in it is poisoned by a panic: it is code.
+    let emulate = kernel.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // SAFETY: the payload was lowered from a valid program over the memories that its plane tables name, which the caller holds.
+    unsafe { emulate(words.as_ptr().cast(), rectangles, items, blocks, warps, i32::from(is_inline)) }
+}
+
+#[derive(Clone, Debug)]
+struct SideSpec {
+    block_tokens: u32,
+    cp: u32,
+    cp_rank: u32,
+    plane: u32,
+    plane_step: u32,
+    head_major: bool,
+    gaps: [u64; 3],
+    seed: u64,
+    shift: usize,
+}
+
+fn side() -> impl Strategy<Value = SideSpec> {
+    let blocks = prop::sample::select(vec![1u32, 2, 3, 4, 8, 16, 24, 64]);
+    let gaps = prop::array::uniform3(prop::sample::select(vec![0u64, 0, 0, 0, 5, 16]));
+    let shift = prop::sample::select(vec![0usize, 0, 0, 1, 2, 4, 8]);
+    (blocks, 1u32..4, any::<u32>(), 0u32..3, 1u32..3, any::<bool>(), gaps, any::<u64>(), shift).prop_map(
+        |(block_tokens, cp, rank, plane, plane_step, head_major, gaps, seed, shift)| SideSpec {
+            block_tokens,
+            cp,
+            cp_rank: rank % cp,
+            plane,
+            plane_step,
+            head_major,
+            gaps,
+            seed,
+            shift,
+        },
+    )
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    program: Program,
+    layouts: [PoolLayout; 2],
+    shifts: [usize; 2],
+}
+
+fn build(spec: &SideSpec, planes: u32, tokens: (u64, u64), heads: u32, run: u32) -> (Side, Arc<[u32]>, PoolLayout) {
+    let (run, count, block) = (u64::from(run), u64::from(heads), u64::from(spec.block_tokens));
+    let narrow = run + spec.gaps[0];
+    let (token_pitch, head_pitch) =
+        if spec.head_major { (narrow, narrow * block + spec.gaps[1]) } else { (narrow * count + spec.gaps[1], narrow) };
+    let block_bytes = spec.gaps[2] + (block - 1) * token_pitch + (count - 1) * head_pitch + run;
+    let first_block = tokens.0 / (block * u64::from(spec.cp));
+    let needed = tokens.1.max(1).div_ceil(block * u64::from(spec.cp)).max(first_block) - first_block;
+    let mut ids: Vec<u32> = (0..needed as u32 + 2).collect();
+    let mut state = spec.seed | 1;
+    for index in (1..ids.len()).rev() {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ids.swap(index, (state >> 33) as usize % (index + 1));
+    }
+    let pool = ids.len() as u32;
+    ids.truncate(needed as usize);
+    let side = Side {
+        plane: spec.plane,
+        plane_step: spec.plane_step,
+        table: 0,
+        first_block,
+        block_tokens: spec.block_tokens,
+        cp: spec.cp,
+        cp_rank: spec.cp_rank,
+        token_pitch,
+        head_pitch,
+        offset: spec.gaps[2],
+    };
+    let plane_bytes = block_bytes * u64::from(pool);
+    let total = u64::from(spec.plane + (planes - 1) * spec.plane_step + 1);
+    let plane =
+        |index| Plane { region: 0, offset: index * plane_bytes, blocks: pool, block_stride: block_bytes, block_bytes };
+    let layout = PoolLayout { regions: vec![total * plane_bytes], planes: (0..total).map(plane).collect() };
+    (side, ids.into(), layout)
+}
+
+fn case() -> impl Strategy<Value = Case> {
+    let runs = prop::sample::select(vec![1u32, 2, 3, 7, 16, 64, 96, 128, 1000, 5000]);
+    (side(), side(), 1u32..4, 0u64..90, 0u64..200, 1u32..4, runs).prop_map(
+        |(from, to, planes, start, length, heads, run)| {
+            // Large runs of few tokens, small runs of many.
+            let end = start + if run > 500 { length / 8 } else { length };
+            let shifts = [from.shift, to.shift];
+            let (source, sources, source_layout) = build(&from, planes, (start, end), heads, run);
+            let (destination, destinations, destination_layout) = build(&to, planes, (start, end), heads, run);
+            let segment = Segment { source, destination, planes, start, end, heads, run_bytes: run };
+            let (sources, destinations) = (vec![Some(sources)], vec![Some(destinations)]);
+            // The same once more, as K and V are: an interrupted range then spans segments.
+            let program = Program { segments: vec![segment], sources, destinations };
+            Case { program, layouts: [source_layout, destination_layout], shifts }
+        },
+    )
+}
+
+/// Copies a range by the kernel and by the definition, and compares every byte of the destination.
+fn compare(case: &Case, range: UnitRange, (blocks, warps): (u32, u32)) {
+    let Case { program, layouts: [from, to], shifts } = case;
+    program.validate(End::Source, from).unwrap();
+    program.validate(End::Destination, to).unwrap();
+    let source = Memory::new(from, shifts[0], |at| (at as u32).wrapping_mul(2_654_435_761) as u8 ^ (at >> 9) as u8);
+    let destination = Memory::new(to, shifts[1], |_| 0xee);
+    let mut due = destination.region(to).to_vec();
+    for copy in program.copies(range, from, to) {
+        let (at, bytes) = (copy.source.offset as usize, copy.bytes as usize);
+        let place = copy.destination.offset as usize;
+        due[place..place + bytes].copy_from_slice(&source.region(from)[at..at + bytes]);
+    }
+    let planes = [source.planes.as_ptr() as u64, destination.planes.as_ptr() as u64];
+    let payload = lower(program, range, planes).unwrap();
+    assert_eq!(run(&payload, blocks, warps), 0, "accesses that a GPU refuses");
+    if kernel().is_some() {
+        let moved = destination.region(to);
+        let wrong = moved.iter().zip(&due).position(|(is, due)| is != due);
+        assert_eq!(wrong, None, "first wrong byte; {payload:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_kernel_moves_what_the_program_says(
+        case in case(),
+        cut in (any::<prop::sample::Index>(), any::<prop::sample::Index>()),
+        grid in (1u32..4, 1u32..5),
+    ) {
+        let units = case.program.units() as usize + 1;
+        let (a, b) = (cut.0.index(units) as u64, cut.1.index(units) as u64);
+        compare(&case, case.program.whole(), grid);
+        compare(&case, UnitRange { start: a.min(b), end: a.max(b) }, grid);
+    }
+
+    #[test]
+    fn parts_together_are_the_whole(case in case(), parts in 1u32..6) {
+        let Case { program, layouts: [from, to], shifts } = &case;
+        let source = Memory::new(from, shifts[0], |at| (at % 251) as u8);
+        let destination = Memory::new(to, shifts[1], |_| 0xee);
+        let mut due = destination.region(to).to_vec();
+        for copy in program.copies(program.whole(), from, to) {
+            let (at, bytes, place) = (copy.source.offset as usize, copy.bytes as usize, copy.destination.offset as usize);
+            due[place..place + bytes].copy_from_slice(&source.region(from)[at..at + bytes]);
+        }
+        let planes = [source.planes.as_ptr() as u64, destination.planes.as_ptr() as u64];
+        for range in program.split(parts) {
+            prop_assert_eq!(run(&lower(program, range, planes).unwrap(), 2, 2), 0);
+        }
+        if kernel().is_some() {
+            prop_assert!(destination.region(to) == due.as_slice());
+        }
+    }
+}
+
+#[test]
+fn several_segments_share_their_tables() {
+    let spec = |block_tokens, seed| SideSpec {
+        block_tokens,
+        cp: 1,
+        cp_rank: 0,
+        plane: 0,
+        plane_step: 2,
+        head_major: false,
+        gaps: [0; 3],
+        seed,
+        shift: 0,
+    };
+    let (tokens, heads, run) = ((0, 1000), 2, 128);
+    let (source, sources, from) = build(&spec(16, 3), 5, tokens, heads, run);
+    let (destination, destinations, to) = build(&spec(64, 9), 5, tokens, heads, run);
+    let segment = Segment { source, destination, planes: 5, start: 0, end: 1000, heads, run_bytes: run };
+    // The layouts have nine planes: 0, 2 .. 8 for K, and 1, 3, 5, 7 for V.
+    let other = Segment {
+        source: Side { plane: 1, ..source },
+        destination: Side { plane: 1, ..destination },
+        planes: 4,
+        start: 17,
+        ..segment
+    };
+    let (sources, destinations) = (vec![Some(sources)], vec![Some(destinations)]);
+    let program = Program { segments: vec![segment, other], sources, destinations };
+    let payload = lower(&program, program.whole(), [0, 0]).unwrap();
+    assert_eq!(payload.rectangles, 2);
+    assert_eq!(payload.bytes.len(), 2 * 160 + 4 * (63 + 16), "each table is there once");
+    let case = Case { program, layouts: [from, to], shifts: [0, 0] };
+    for part in case.program.split(7) {
+        compare(&case, part, (3, 4));
+    }
+    compare(&case, case.program.whole(), (1, 1));
+}

@@ -1,0 +1,164 @@
+//! One GPU in this process: its context and the kernels.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use crate::driver::{self, Attribute, Context, CudaError, DeviceHandle, Function, Module, driver};
+use crate::ptx;
+
+/// A GPU, its primary context (the one that PyTorch and the runtime API use too) and the kernels in it.
+pub(crate) struct Gpu {
+    pub(crate) ordinal: u32,
+    pub(crate) name: String,
+    pub(crate) uuid: [u8; 16],
+    pub(crate) driver_version: i32,
+    /// Multiple of physical allocations that descriptors can stand for; `None` where there is no such memory.
+    pub(crate) granularity: Option<u64>,
+    pub(crate) walk: Function,
+    pub(crate) walk_inline: Function,
+    pub(crate) fill: Function,
+    pub(crate) check: Function,
+    device: DeviceHandle,
+    context: Context,
+    module: Module,
+}
+
+// SAFETY: the driver's handles may be used from any thread that has made the context current, which every user of a `Gpu` does first.
+unsafe impl Send for Gpu {}
+// SAFETY: nothing in it changes after construction.
+unsafe impl Sync for Gpu {}
+
+/// What is known of a GPU without opening it.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    pub(crate) ordinal: u32,
+    /// Why it cannot be used, if it cannot.
+    pub(crate) unavailable: Option<String>,
+}
+
+/// The GPUs that this process may use (`CUDA_VISIBLE_DEVICES` numbers them). An error says why there are none.
+pub(crate) fn find() -> Result<Vec<Found>, String> {
+    let driver = driver()?;
+    let found = |ordinal| {
+        let major = driver::device(driver, ordinal)
+            .and_then(|device| driver::attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR));
+        let unavailable = match major {
+            Ok(major) if major >= CAPABILITY_MIN => None,
+            Ok(major) => Some(format!(
+                "its compute capability is {major}.x, at least {CAPABILITY_MIN}.0 is needed for the kernels"
+            )),
+            Err(error) => Some(error.to_string()),
+        };
+        Found { ordinal, unavailable }
+    };
+    Ok((0..driver::device_count(driver)?).map(found).collect())
+}
+
+/// What the PTX is made for.
+const CAPABILITY_MIN: i32 = 8;
+
+static OPEN: Mutex<BTreeMap<u32, Weak<Gpu>>> = Mutex::new(BTreeMap::new());
+
+impl Gpu {
+    /// Opens a GPU; the same one for everybody in this process while anybody has it.
+    pub(crate) fn open(ordinal: u32) -> Result<Arc<Gpu>, String> {
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gpu) = open.get(&ordinal).and_then(Weak::upgrade) {
+            return Ok(gpu);
+        }
+        let gpu = Arc::new(Gpu::new(ordinal)?);
+        open.insert(ordinal, Arc::downgrade(&gpu));
+        Ok(gpu)
+    }
+
+    fn new(ordinal: u32) -> Result<Gpu, String> {
+        let driver = driver()?;
+        let device = driver::device(driver, ordinal)?;
+        let (name, uuid) = (driver::device_name(device)?, driver::device_uuid(device)?);
+        let has = |attribute| driver::attribute(device, attribute).is_ok_and(|value| value != 0);
+        let granularity = (has(Attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED)
+            && has(Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED))
+        .then(|| driver::granularity(ordinal).ok())
+        .flatten()
+        .filter(|granularity| *granularity > 0);
+        let context = driver::retain_context(device)?;
+        let text = CString::new(ptx::PTX).map_err(|_| "the PTX has a zero in it".to_owned())?;
+        // SAFETY: retained just above, released by `drop` only.
+        let module = unsafe { driver::set_context(context) }.and_then(|()| driver::load_module(&text));
+        let module = module.map_err(|error| {
+            // SAFETY: retained just above; nothing was made in it.
+            let _released = unsafe { driver::release_context(device) };
+            format!("the kernels cannot be loaded: {error}")
+        })?;
+        let null = std::ptr::null_mut();
+        let mut gpu = Gpu {
+            ordinal,
+            name,
+            uuid,
+            driver_version: driver.version,
+            granularity,
+            walk: null,
+            walk_inline: null,
+            fill: null,
+            check: null,
+            device,
+            context,
+            module,
+        };
+        // SAFETY: the module is loaded for as long as `gpu` lives.
+        unsafe {
+            gpu.walk = driver::function(module, ptx::WALK)?;
+            gpu.walk_inline = driver::function(module, ptx::WALK_INLINE)?;
+            gpu.fill = driver::function(module, ptx::FILL)?;
+            gpu.check = driver::function(module, ptx::CHECK)?;
+        }
+        Ok(gpu)
+    }
+
+    /// Makes its context the calling thread's: first of all before anything in it.
+    pub(crate) fn enter(&self) -> Result<(), CudaError> {
+        // SAFETY: the context is retained for as long as this lives, and whoever works in it holds this.
+        unsafe { driver::set_context(self.context) }
+    }
+
+    /// Lets kernels here reach plain allocations of another GPU of this process.
+    pub(crate) fn reach(&self, other: &Gpu) -> Result<(), CudaError> {
+        self.enter()?;
+        // SAFETY: whoever uses the other's memory holds it, and with it the other GPU.
+        unsafe { driver::enable_peer(other.context) }
+    }
+
+    /// Whether kernels here can reach the other's memory at all.
+    pub(crate) fn can_reach(&self, other: &Gpu) -> bool {
+        self.ordinal == other.ordinal || driver::can_access(self.device, other.device).unwrap_or(false)
+    }
+
+    /// As device lists call it.
+    pub(crate) fn label(&self) -> String {
+        label(self.ordinal)
+    }
+}
+
+/// As device lists call the GPU of this number.
+pub(crate) fn label(ordinal: u32) -> String {
+    format!("gpu{ordinal}")
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.enter().is_ok() {
+            // SAFETY: everybody who launches kernels holds this, and waits for them before letting go.
+            let _unloaded = unsafe { driver::unload_module(self.module) };
+        }
+        // SAFETY: retained once in `new`; all memory, streams and events are owned by values that hold this.
+        let _released = unsafe { driver::release_context(self.device) };
+    }
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gpu").field("ordinal", &self.ordinal).field("name", &self.name).finish()
+    }
+}

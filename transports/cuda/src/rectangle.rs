@@ -1,0 +1,251 @@
+//! A range of a program as the kernel takes it: a few rectangles and the block tables, whatever the number of pieces.
+
+use kvferry_core::{End, Program, Segment, Side, UnitRange};
+
+/// Bytes that one warp moves at a time, as in `walk.cu`.
+const CHUNK_BYTES: u64 = 4096;
+/// Items are counted in 32 bits, with room for a stride.
+const ITEMS_MAX: u64 = 1 << 30;
+/// Runs of one cell are counted in 32 bits.
+const CELL_RUNS_MAX: u64 = u32::MAX as u64;
+const SIDE_BYTES: usize = 56;
+/// Bytes of an encoded rectangle, as in `walk.cu`.
+pub(crate) const RECTANGLE_BYTES: usize = 2 * SIDE_BYTES + 48;
+
+const DRIVEN_BY_DESTINATION: u32 = 1;
+const TOKENS_INNER: u32 = 2;
+
+/// What one launch is told.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Payload {
+    /// Rectangles, then the block tables.
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) rectangles: u32,
+    /// What warps take one by one.
+    pub(crate) items: u32,
+    /// Contiguous pieces that it moves, in the sense of merged runs.
+    pub(crate) pieces: u64,
+}
+
+/// Why a range is not lowered.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum LowerError {
+    /// The range has too many items for one launch: halve it.
+    #[error("more than {ITEMS_MAX} pieces in one launch")]
+    TooMany,
+    /// Not even a single token fits a launch.
+    #[error("a block of {runs} separate pieces is more than the kernel counts ({CELL_RUNS_MAX}); use smaller blocks")]
+    Shape {
+        /// Pieces of the smallest unit.
+        runs: u64,
+    },
+    /// A table is absent or short; the program was not validated.
+    #[error("a block table is absent or too short")]
+    Table,
+}
+
+/// Part of a segment: whole rows of planes, the same tokens in each.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    segment: usize,
+    plane: u32,
+    planes: u32,
+    /// Tokens, counted from the request's start.
+    start: u64,
+    end: u64,
+}
+
+/// Own blocks of one table that a launch needs, and where they are in the payload.
+#[derive(Clone, Copy, Debug)]
+struct Slice {
+    end: End,
+    table: u32,
+    /// Own block numbers, both included.
+    first: u64,
+    last: u64,
+    /// First index in the table.
+    from: usize,
+    /// Word of the payload's tables that stands for `first`.
+    word: u32,
+}
+
+/// Lowers a range of a program that was validated at both ends. `planes` are the addresses of the plane tables, source first.
+pub(crate) fn lower(program: &Program, range: UnitRange, planes: [u64; 2]) -> Result<Payload, LowerError> {
+    let parts = parts(program, range);
+    let slices = slices(program, &parts)?;
+    let mut payload = Payload::default();
+    let mut items = 0u64;
+    for part in &parts {
+        let Some(segment) = program.segments.get(part.segment) else { continue };
+        let Some(cells) = Cells::of(segment, part)? else { continue };
+        let more = cells.items(part).ok_or(LowerError::TooMany)?;
+        items = items.checked_add(more).filter(|items| *items <= ITEMS_MAX).ok_or(LowerError::TooMany)?;
+        payload.pieces = payload.pieces.saturating_add(cells.pieces(part));
+        for (end, table) in [(End::Source, planes[0]), (End::Destination, planes[1])] {
+            let side = segment.side(end);
+            let slice = slices.iter().find(|slice| slice.end == end && slice.table == side.table);
+            let slice = slice.ok_or(LowerError::Table)?;
+            // Own block `b` is word `base + b`, modulo 2^32.
+            encode_side(&mut payload.bytes, side, table, slice.word.wrapping_sub(slice.first as u32));
+        }
+        let head = [items as u32, part.plane, part.start as u32, part.end as u32];
+        let tail = [segment.heads, segment.run_bytes, cells.flags];
+        for word in head.into_iter().chain(cells.words()).chain(tail) {
+            payload.bytes.extend(word.to_le_bytes());
+        }
+        payload.rectangles += 1;
+    }
+    payload.items = items as u32;
+    for slice in &slices {
+        let blocks = program.tables(slice.end).get(slice.table as usize).and_then(Option::as_deref);
+        let count = (slice.last - slice.first) as usize + 1;
+        let blocks = blocks.and_then(|blocks| blocks.get(slice.from..slice.from.checked_add(count)?));
+        for block in blocks.ok_or(LowerError::Table)? {
+            payload.bytes.extend(block.to_le_bytes());
+        }
+    }
+    Ok(payload)
+}
+
+/// The range cut into rectangles: per segment at most a part of a row, whole rows, and a part of a row.
+fn parts(program: &Program, range: UnitRange) -> Vec<Part> {
+    let mut parts = Vec::with_capacity(program.segments.len() + 2);
+    let mut base = 0u64;
+    for (index, segment) in program.segments.iter().enumerate() {
+        let tokens = segment.end.saturating_sub(segment.start);
+        let end = base.saturating_add(tokens.saturating_mul(u64::from(segment.planes)));
+        let (mut from, to) = (range.start.max(base), range.end.min(end));
+        while from < to {
+            let (plane, token) = ((from - base) / tokens, (from - base) % tokens);
+            let rows = (to - from) / tokens;
+            let (planes, until) =
+                if token == 0 && rows > 0 { (rows, tokens) } else { (1, tokens.min(token + (to - from))) };
+            parts.push(Part {
+                segment: index,
+                plane: plane as u32,
+                planes: planes as u32,
+                start: segment.start + token,
+                end: segment.start + until,
+            });
+            from += planes * (until - token);
+        }
+        base = end;
+    }
+    parts
+}
+
+/// For every table that the parts need, the blocks of it that they need.
+fn slices(program: &Program, parts: &[Part]) -> Result<Vec<Slice>, LowerError> {
+    let mut slices: Vec<Slice> = Vec::new();
+    for part in parts {
+        let Some(segment) = program.segments.get(part.segment) else { continue };
+        for end in [End::Source, End::Destination] {
+            let side = segment.side(end);
+            let Some((first, last)) = side.blocks(part.start, part.end) else { continue };
+            let from = first.checked_sub(side.first_block).ok_or(LowerError::Table)? as usize;
+            match slices.iter_mut().find(|slice| slice.end == end && slice.table == side.table) {
+                Some(slice) => {
+                    if first < slice.first {
+                        (slice.first, slice.from) = (first, from);
+                    }
+                    slice.last = slice.last.max(last);
+                }
+                None => slices.push(Slice { end, table: side.table, first, last, from, word: 0 }),
+            }
+        }
+    }
+    let mut word = 0u32;
+    for slice in &mut slices {
+        slice.word = word;
+        let count = u32::try_from(slice.last - slice.first + 1).map_err(|_| LowerError::Table)?;
+        word = word.checked_add(count).ok_or(LowerError::Table)?;
+    }
+    Ok(slices)
+}
+
+/// How the tokens of a part are dealt out: cells that lie in one block on either side, as many tokens each as both block sizes have in common.
+#[derive(Clone, Copy, Debug)]
+struct Cells {
+    tokens: u32,
+    /// Per plane.
+    count: u32,
+    per_block: u32,
+    first_block: u32,
+    chunks: u32,
+    flags: u32,
+    /// Merged runs of a whole cell.
+    runs: u64,
+}
+
+impl Cells {
+    /// `None` when one side holds none of the tokens.
+    fn of(segment: &Segment, part: &Part) -> Result<Option<Cells>, LowerError> {
+        let (source, destination) = (&segment.source, &segment.destination);
+        let tokens = gcd(source.block_tokens, destination.block_tokens);
+        // The side that holds fewer of the tokens has fewer blocks to go through in vain.
+        let by_destination = destination.cp > source.cp;
+        let driver = if by_destination { destination } else { source };
+        let other = if by_destination { source } else { destination };
+        let Some((first, last)) = driver.blocks(part.start, part.end) else { return Ok(None) };
+        if other.blocks(part.start, part.end).is_none() {
+            return Ok(None);
+        }
+        let per_block = driver.block_tokens / tokens.max(1);
+        let inner_tokens = source.head_pitch > source.token_pitch && destination.head_pitch > destination.token_pitch;
+        let most = u64::from(tokens).min(part.end - part.start);
+        let (runs, run_bytes) = merged(segment, most, inner_tokens);
+        if runs > CELL_RUNS_MAX {
+            return Err(LowerError::Shape { runs });
+        }
+        let bytes = runs.saturating_mul(run_bytes);
+        let count = (last - first + 1).checked_mul(u64::from(per_block)).and_then(|count| u32::try_from(count).ok());
+        let chunks = u32::try_from(bytes.div_ceil(CHUNK_BYTES));
+        let (Some(count), Ok(chunks)) = (count, chunks) else { return Err(LowerError::TooMany) };
+        let mut flags = 0;
+        flags |= if by_destination { DRIVEN_BY_DESTINATION } else { 0 };
+        flags |= if inner_tokens { TOKENS_INNER } else { 0 };
+        Ok(Some(Cells { tokens, count, per_block, first_block: first as u32, chunks, flags, runs }))
+    }
+
+    fn items(&self, part: &Part) -> Option<u64> {
+        u64::from(part.planes).checked_mul(u64::from(self.count))?.checked_mul(u64::from(self.chunks))
+    }
+
+    fn pieces(&self, part: &Part) -> u64 {
+        let most = u64::from(part.planes).saturating_mul(u64::from(self.count));
+        most.saturating_mul(self.runs)
+    }
+
+    fn words(&self) -> [u32; 5] {
+        [self.tokens, self.count, self.per_block, self.first_block, self.chunks]
+    }
+}
+
+/// Runs of a cell of `tokens` tokens and bytes of each, contiguous dimensions merged, as in `walk.cu`.
+fn merged(segment: &Segment, tokens: u64, tokens_inner: bool) -> (u64, u64) {
+    let heads = (u64::from(segment.heads), segment.source.head_pitch, segment.destination.head_pitch);
+    let tokens = (tokens, segment.source.token_pitch, segment.destination.token_pitch);
+    let (mut inner, mut outer) = if tokens_inner { (tokens, heads) } else { (heads, tokens) };
+    let mut run = u64::from(segment.run_bytes);
+    for _ in 0..2 {
+        if inner.0 == 1 || (inner.1 == run && inner.2 == run) {
+            run = run.saturating_mul(inner.0);
+            inner = outer;
+            outer.0 = 1;
+        }
+    }
+    (inner.0.saturating_mul(outer.0), run)
+}
+
+fn encode_side(out: &mut Vec<u8>, side: &Side, planes: u64, table: u32) {
+    for word in [planes, side.token_pitch, side.head_pitch, side.offset] {
+        out.extend(word.to_le_bytes());
+    }
+    for word in [side.plane, side.plane_step, table, side.block_tokens, side.cp, side.cp_rank] {
+        out.extend(word.to_le_bytes());
+    }
+}
+
+fn gcd(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}

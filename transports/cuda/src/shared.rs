@@ -1,0 +1,271 @@
+//! What a reader is told of a pool's memory, and how it reaches it.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use kvferry_core::PoolLayout;
+use kvferry_core::limits::REGIONS_MAX;
+use kvferry_local::wire::MemoryKind;
+use kvferry_local::{Descriptor, Shared};
+use kvferry_transport::Pool;
+use serde::{Deserialize, Serialize};
+
+use crate::allocation::{mapped, unmapped};
+use crate::driver::{self, Physical};
+use crate::gpu::Gpu;
+use crate::memory::GpuMemory;
+use crate::planes::Planes;
+
+/// Pieces of physical memory that one region may consist of.
+const PARTS_MAX: usize = 65_536;
+const LENGTH_MAX: usize = 3 << 20;
+
+/// A pool's memory in words.
+#[derive(Debug, Serialize, Deserialize)]
+struct Described {
+    /// Names the process while it lives; `None` if no random name could be drawn.
+    process: Option<[u8; 16]>,
+    /// The memory's name in that process.
+    number: u64,
+    /// What the GPU is called there, for messages.
+    gpu: String,
+    uuid: [u8; 16],
+    /// Where its regions begin in that process.
+    addresses: Vec<u64>,
+    /// What its regions consist of; nothing for empty ones.
+    regions: Vec<Vec<Part>>,
+}
+
+/// A piece of a region.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Part {
+    /// Of the allocation that it belongs to.
+    pub(crate) bytes: u64,
+    pub(crate) how: How,
+}
+
+/// How a piece is reached from another process. The region begins `offset` bytes from the first piece's start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum How {
+    /// The next descriptor stands for it.
+    Descriptor { offset: u64 },
+    /// A legacy CUDA IPC handle.
+    Ipc { handle: Vec<u8>, offset: u64 },
+}
+
+fn process() -> Option<[u8; 16]> {
+    static NAME: OnceLock<Option<[u8; 16]>> = OnceLock::new();
+    *NAME.get_or_init(|| {
+        let mut name = [0; 16];
+        getrandom::fill(&mut name).ok().map(|()| name)
+    })
+}
+
+struct Exported(Arc<OwnedFd>);
+
+impl Descriptor for Exported {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+}
+
+/// What readers of a pool need.
+pub(crate) fn share(pool: &Pool) -> Result<Shared, String> {
+    let memory = GpuMemory::of(pool).ok_or("its memory is no GPU's")?;
+    let (mut regions, mut descriptors) = (Vec::new(), Vec::new());
+    for (index, region) in pool.device_regions().iter().enumerate() {
+        let mut parts = Vec::new();
+        let exported = if region.bytes == 0 { Vec::new() } else { memory.export(index, *region)? };
+        for (part, descriptor) in exported {
+            descriptors.extend(descriptor.map(|fd| Box::new(Exported(fd)) as Box<dyn Descriptor>));
+            parts.push(part);
+        }
+        regions.push(parts);
+    }
+    let described = Described {
+        process: process(),
+        number: memory.number,
+        gpu: memory.gpu.label(),
+        uuid: memory.gpu.uuid,
+        addresses: pool.device_regions().iter().map(|region| region.address).collect(),
+        regions,
+    };
+    let words = postcard::to_allocvec(&described).map_err(|error| error.to_string())?;
+    Ok(Shared { memory: MemoryKind::Opaque(Bytes::from(words)), descriptors })
+}
+
+/// A peer's pool, as kernels of one GPU here reach it. Closed when the last copy that reads it has let go.
+pub(crate) struct Reached {
+    pub(crate) planes: Planes,
+    _mappings: Vec<Mapping>,
+    /// Memory of this very process.
+    _owner: Option<Arc<GpuMemory>>,
+}
+
+enum Mapping {
+    Ipc { gpu: Arc<Gpu>, address: u64 },
+    Physical { gpu: Arc<Gpu>, address: u64, bytes: u64 },
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        let (Mapping::Ipc { gpu, .. } | Mapping::Physical { gpu, .. }) = self;
+        if gpu.enter().is_err() {
+            return;
+        }
+        // SAFETY: opened by `reach`; copies hold what they read until their kernels have ended. A refusal leaves it mapped, which is safe.
+        let _closed = unsafe {
+            match self {
+                Mapping::Ipc { address, .. } => driver::close_ipc(*address),
+                Mapping::Physical { address, bytes, .. } => unmapped(*address, *bytes),
+            }
+        };
+    }
+}
+
+/// Makes a peer's pool reachable for kernels of `gpu`. The layout is valid; the rest is the peer's word, which the driver checks: a reader maps
+/// whole allocations and touches no more of them than the layout names.
+pub(crate) fn reach(
+    gpu: &Arc<Gpu>,
+    layout: &PoolLayout,
+    memory: &MemoryKind,
+    descriptors: Vec<OwnedFd>,
+) -> Result<Reached, String> {
+    let MemoryKind::Opaque(words) = memory else { return Err("its memory is no GPU's".to_owned()) };
+    let described = decode(words, layout)?;
+    gpu.enter()?;
+    let own = described.process.filter(|name| Some(*name) == process()).and_then(|_| GpuMemory::find(described.number));
+    if let Some(owner) = own {
+        let reachable = if Arc::ptr_eq(&owner.gpu, gpu) {
+            true
+        } else {
+            // Plain memory is reached by enabling its GPU; memory behind descriptors is mapped once more, as from any other process.
+            let plain = described.regions.iter().flatten().all(|part| matches!(part.how, How::Ipc { .. }));
+            plain && gpu.can_reach(&owner.gpu) && gpu.reach(&owner.gpu).is_ok()
+        };
+        if reachable {
+            let planes = Planes::new(gpu, layout, &described.addresses)?;
+            return Ok(Reached { planes, _mappings: Vec::new(), _owner: Some(owner) });
+        }
+    }
+    let mut mapper = Mapper {
+        gpu,
+        from: &described.gpu,
+        descriptors: descriptors.into_iter(),
+        opened: BTreeMap::new(),
+        mappings: Vec::new(),
+    };
+    let mut bases = Vec::with_capacity(described.regions.len());
+    for (parts, &bytes) in described.regions.iter().zip(&layout.regions) {
+        bases.push(if bytes == 0 { 0 } else { mapper.region(parts, bytes)? });
+    }
+    if mapper.descriptors.next().is_some() {
+        return Err("it sent more descriptors than its memory has pieces".to_owned());
+    }
+    let mappings = mapper.mappings;
+    Ok(Reached { planes: Planes::new(gpu, layout, &bases)?, _mappings: mappings, _owner: None })
+}
+
+fn decode(words: &Bytes, layout: &PoolLayout) -> Result<Described, String> {
+    if words.len() > LENGTH_MAX {
+        return Err(format!("its memory takes {} bytes to describe, at most {LENGTH_MAX} are read", words.len()));
+    }
+    let (described, rest): (Described, _) =
+        postcard::take_from_bytes(words).map_err(|error| format!("its memory's description is malformed: {error}"))?;
+    let regions = layout.regions.len();
+    if !rest.is_empty() || regions > REGIONS_MAX {
+        return Err("its memory's description is malformed".to_owned());
+    }
+    if described.regions.len() != regions || described.addresses.len() != regions {
+        return Err(format!("it describes {} regions where its layout has {regions}", described.regions.len()));
+    }
+    Ok(described)
+}
+
+/// Opens what a peer shared.
+struct Mapper<'a> {
+    gpu: &'a Arc<Gpu>,
+    from: &'a str,
+    descriptors: std::vec::IntoIter<OwnedFd>,
+    /// Legacy handles that are open: regions may share an allocation.
+    opened: BTreeMap<[u8; 64], u64>,
+    mappings: Vec<Mapping>,
+}
+
+impl Mapper<'_> {
+    /// Where a region begins for our kernels.
+    fn region(&mut self, parts: &[Part], bytes: u64) -> Result<u64, String> {
+        let outside = || "its region is longer than the memory that it shared".to_owned();
+        let Some(first) = parts.first() else { return Err(outside()) };
+        if parts.len() > PARTS_MAX {
+            return Err(format!("its region consists of {} pieces, at most {PARTS_MAX} are mapped", parts.len()));
+        }
+        let (How::Descriptor { offset } | How::Ipc { offset, .. }) = first.how;
+        let total = parts.iter().try_fold(0u64, |sum, part| sum.checked_add(part.bytes));
+        if total.is_none_or(|total| offset.checked_add(bytes).is_none_or(|end| end > total)) {
+            return Err(outside());
+        }
+        let base = match &first.how {
+            How::Ipc { handle, .. } if parts.len() == 1 => self.ipc(handle, offset.saturating_add(bytes))?,
+            _ => self.physical(parts)?,
+        };
+        Ok(base + offset)
+    }
+
+    fn ipc(&mut self, handle: &[u8], needed: u64) -> Result<u64, String> {
+        let handle: [u8; 64] = handle.try_into().map_err(|_| "its IPC handle has another length".to_owned())?;
+        if let Some(&address) = self.opened.get(&handle) {
+            return Ok(address);
+        }
+        let address = driver::open_ipc(handle).map_err(|error| {
+            let (to, from) = (self.gpu.label(), self.from);
+            format!("its memory on {from} cannot be opened on {to}: {error}; peer access (nvidia-smi topo -p2p r), the same IPC and PID namespaces are needed")
+        })?;
+        self.mappings.push(Mapping::Ipc { gpu: Arc::clone(self.gpu), address });
+        // The driver knows how long it really is.
+        let (base, bytes) = driver::allocation_of(address)?;
+        if base.saturating_add(bytes) < address.saturating_add(needed) {
+            return Err(format!("its region needs {needed} bytes of an allocation that has {bytes}"));
+        }
+        self.opened.insert(handle, address);
+        Ok(address)
+    }
+
+    fn physical(&mut self, parts: &[Part]) -> Result<u64, String> {
+        let (to, from) = (self.gpu.label(), self.from);
+        let refused = |error: driver::CudaError| {
+            format!(
+                "its memory on {from} cannot be mapped on {to}: {error}; peer access is needed (nvidia-smi topo -p2p r)"
+            )
+        };
+        let mut pieces = Handles(Vec::with_capacity(parts.len()));
+        for part in parts {
+            if !matches!(part.how, How::Descriptor { .. }) {
+                return Err("its region mixes kinds of memory".to_owned());
+            }
+            let descriptor = self.descriptors.next().ok_or("it sent fewer descriptors than its memory has pieces")?;
+            pieces.0.push((driver::import(descriptor.as_fd()).map_err(refused)?, part.bytes));
+        }
+        let bytes = parts.iter().map(|part| part.bytes).sum();
+        // Read-only where the driver can: then not even a faulty kernel here could write it.
+        let address = mapped(&pieces.0, self.gpu.ordinal, false)
+            .or_else(|_| mapped(&pieces.0, self.gpu.ordinal, true))
+            .map_err(refused)?;
+        self.mappings.push(Mapping::Physical { gpu: Arc::clone(self.gpu), address, bytes });
+        Ok(address)
+    }
+}
+
+/// Imported handles; the mappings keep the memory.
+struct Handles(Vec<(Physical, u64)>);
+
+impl Drop for Handles {
+    fn drop(&mut self) {
+        for (physical, _) in &self.0 {
+            // SAFETY: imported once each, and used no more.
+            let _released = unsafe { driver::release_physical(*physical) };
+        }
+    }
+}
