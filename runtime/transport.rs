@@ -3,14 +3,18 @@
 use std::net::IpAddr;
 
 use kvferry_actors::OpenNic;
-use kvferry_core::TransportKind;
-use kvferry_transport::Provider;
+use kvferry_core::{PoolId, PoolLayout, TransportKind};
 pub use kvferry_transport::{Device, NicInfo, OpenError, Options, Transport};
+use kvferry_transport::{Pool, PoolError, Provider};
 use thiserror::Error;
 
 /// Every provider of this build, in order of preference.
 pub fn providers() -> Vec<Box<dyn Provider>> {
-    vec![Box::new(kvferry_shm::ShmProvider), Box::new(kvferry_tcp::TcpProvider::default())]
+    vec![
+        Box::new(kvferry_shm::ShmProvider),
+        Box::new(kvferry_tcp::TcpProvider::default()),
+        Box::new(kvferry_cuda::CudaProvider::default()),
+    ]
 }
 
 /// Why no NIC can be opened.
@@ -37,8 +41,38 @@ pub enum SelectError {
     },
 }
 
+/// Why no pool was made.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum AllocateError {
+    /// There is no such device.
+    #[error(transparent)]
+    Select(#[from] SelectError),
+    /// It has no such memory.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+}
+
 /// How to open the best device of `kind`, or the one that is named (for TCP, an address of this host will do). The returned closure opens it on the thread that calls it.
 pub fn select(kind: TransportKind, device: Option<&str>, options: &Options) -> Result<OpenNic, SelectError> {
+    let (provider, device) = find(kind, device)?;
+    let options = options.clone();
+    Ok(Box::new(move || provider.open(&device, &options)))
+}
+
+/// Makes a pool in the memory that a device moves best, named as for [`select`]: a GPU's own for cuda, the host's for others.
+pub fn allocate(
+    kind: TransportKind,
+    device: Option<&str>,
+    id: PoolId,
+    layout: PoolLayout,
+    name: &str,
+) -> Result<Pool, AllocateError> {
+    let (provider, device) = find(kind, device)?;
+    Ok(provider.allocate(&device, id, layout, name)?)
+}
+
+fn find(kind: TransportKind, device: Option<&str>) -> Result<(Box<dyn Provider>, Device), SelectError> {
     let no_device = |reason: String| SelectError::NoDevice { kind, reason };
     let provider = providers().into_iter().find(|provider| provider.kind() == kind);
     let provider = provider.ok_or_else(|| no_device("this build does not have it".to_owned()))?;
@@ -60,6 +94,5 @@ pub fn select(kind: TransportKind, device: Option<&str>, options: &Options) -> R
     if let Some(reason) = &device.unavailable {
         return Err(no_device(format!("{}: {reason}", device.name)));
     }
-    let options = options.clone();
-    Ok(Box::new(move || provider.open(&device, &options)))
+    Ok((provider, device))
 }

@@ -20,6 +20,7 @@ use kvferry::{Direction, TransportKind};
 use kvferry_core::limits::{LAYERS_MAX, TABLE_BLOCKS_MAX};
 
 use error::{BenchError, explain};
+use kv::Holds;
 
 /// Measure a transport: move the KV blocks of one request between two processes of this host, then verify every byte.
 ///
@@ -68,6 +69,18 @@ pub(crate) struct Options {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     streams: Option<u32>,
 
+    /// Where the bytes come from (cuda): the number of a GPU, in both processes the same.
+    #[arg(long, value_name = "N")]
+    from_gpu: Option<u32>,
+
+    /// Where they go to (cuda).
+    #[arg(long, value_name = "N")]
+    to_gpu: Option<u32>,
+
+    /// Thread blocks that a launch occupies at most (cuda). By default what the transport thinks best.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    thread_blocks: Option<u32>,
+
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
@@ -79,6 +92,17 @@ pub(crate) struct Options {
     /// Be the second process: answer on stdin and stdout.
     #[arg(long, hide = true)]
     peer: bool,
+}
+
+impl Options {
+    /// The device that a side opens, if one is named.
+    fn device_of(&self, holds: Holds) -> Option<String> {
+        let gpu = match holds {
+            Holds::Source => self.from_gpu,
+            Holds::Destination => self.to_gpu,
+        };
+        gpu.map(|gpu| format!("gpu{gpu}")).or_else(|| self.device.clone())
+    }
 }
 
 /// Who initiates.
@@ -95,6 +119,22 @@ impl Op {
         match self {
             Op::Pull => "pull",
             Op::Push => "push",
+        }
+    }
+
+    /// What the process that initiates holds.
+    fn here(self) -> Holds {
+        match self {
+            Op::Pull => Holds::Destination,
+            Op::Push => Holds::Source,
+        }
+    }
+
+    /// What the other one holds.
+    fn there(self) -> Holds {
+        match self {
+            Op::Pull => Holds::Source,
+            Op::Push => Holds::Destination,
         }
     }
 

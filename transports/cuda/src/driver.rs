@@ -332,6 +332,14 @@ pub(crate) unsafe fn free_host(address: *mut u8) -> Result<(), CudaError> {
     unsafe { call!(cuMemFreeHost(address.cast())) }
 }
 
+/// Bytes that nobody has allocated on the context's GPU.
+pub(crate) fn free_memory() -> Result<u64, CudaError> {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: the driver writes both.
+    unsafe { call!(cuMemGetInfo_v2(&mut free, &mut total))? };
+    Ok(free as u64)
+}
+
 /// Start and length of the allocation (or mapping) that an address lies in.
 pub(crate) fn allocation_of(address: u64) -> Result<(u64, u64), CudaError> {
     let (mut base, mut bytes) = (0, 0);

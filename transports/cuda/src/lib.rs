@@ -31,5 +31,5 @@ mod shared;
 
 pub use allocation::Allocate;
 pub use blocks::{Difference, check_blocks, fill_blocks};
-pub use memory::{allocate, from_raw};
+pub use memory::{allocate, free_bytes, from_raw};
 pub use provider::CudaProvider;

@@ -62,6 +62,13 @@ pub fn allocate(ordinal: u32, id: PoolId, layout: PoolLayout, how: Allocate) -> 
     unsafe { Pool::on_device(id, layout, regions, memory) }
 }
 
+/// Bytes of GPU `ordinal` that nobody has allocated. An error says why there is no such GPU.
+pub fn free_bytes(ordinal: u32) -> Result<u64, String> {
+    let gpu = Gpu::open(ordinal)?;
+    gpu.enter()?;
+    Ok(driver::free_memory()?)
+}
+
 /// A pool over GPU memory that a serving stack has allocated; its regions may be parts of larger allocations.
 ///
 /// Whether it can be shared shows when a transport binds it: memory of `cudaMallocAsync`, for one, cannot.

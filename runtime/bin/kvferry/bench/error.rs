@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::process::ExitStatus;
 
-use kvferry::transport::{OpenError, SelectError};
+use kvferry::transport::{AllocateError, OpenError, SelectError};
 use kvferry::{GeometryError, PoolError};
 use kvferry_core::PlanError;
 use kvferry_transport::{BindError, ConnectError, ImportError, PostError, TransferError};
@@ -18,6 +18,15 @@ pub(crate) enum BenchError {
     /// Streams are TCP's.
     #[error("--streams is for --transport tcp only; leave it out")]
     NoStreams,
+    /// GPUs are CUDA's.
+    #[error("--from-gpu, --to-gpu and --thread-blocks are for --transport cuda only; leave them out")]
+    NoGpus,
+    /// There is no memory for a pool.
+    #[error(transparent)]
+    Allocate(#[from] AllocateError),
+    /// A GPU cannot write or compare its blocks.
+    #[error("the GPU cannot write or compare its blocks: {0}")]
+    Gpu(String),
     #[error(transparent)]
     Select(#[from] SelectError),
     #[error("no request has this shape: {0}")]
@@ -72,6 +81,7 @@ impl BenchError {
         matches!(
             self,
             BenchError::NoStreams
+                | BenchError::NoGpus
                 | BenchError::Select(SelectError::UnknownDevice { .. })
                 | BenchError::Geometry(_)
                 | BenchError::Plan(_)

@@ -20,9 +20,16 @@ const SEED: u64 = 1;
 pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
     let deadline = Deadline::of(options);
     let shape = Shape::of(options)?;
-    let nic = Nic::open(options)?;
+    let nic = Nic::open(options, options.op.here())?;
     let device = nic.transport.info().device.clone();
     let mut peer = PeerProcess::start(options, &device)?;
+    let there = options.device_of(options.op.there()).unwrap_or_else(|| device.clone());
+    let device = if there == device {
+        device
+    } else {
+        let (from, to) = if options.op.here() == Holds::Source { (device, there) } else { (there, device) };
+        format!("{from} to {to}")
+    };
     match compare(options, &shape, nic, &mut peer.words, deadline) {
         Ok((samples, mismatch)) => {
             peer.finish(deadline)?;
@@ -50,7 +57,7 @@ fn compare(
     words: &mut Words,
     deadline: Deadline,
 ) -> Result<(Vec<Sample>, Option<String>), BenchError> {
-    let mut session = Session::open(options.op, shape, nic, words, deadline)?;
+    let mut session = Session::open(options, shape, nic, words, deadline)?;
     session.iterate(0)?;
     let mut samples = Vec::with_capacity(options.iters as usize);
     for handover in 1..=u64::from(options.iters) {
@@ -82,18 +89,15 @@ struct Session<'a> {
 
 impl<'a> Session<'a> {
     fn open(
-        op: Op,
+        options: &Options,
         shape: &'a Shape,
         mut nic: Nic,
         words: &'a mut Words,
         deadline: Deadline,
     ) -> Result<Session<'a>, BenchError> {
         let during = "connecting";
-        let holds = match op {
-            Op::Pull => Holds::Destination,
-            Op::Push => Holds::Source,
-        };
-        let cache = Cache::allocate(shape, holds, SEED)?;
+        let op = options.op;
+        let cache = Cache::allocate(options, shape, op.here(), SEED)?;
         nic.transport.bind(cache.pool())?;
         let mut events = Vec::new();
         let hello = hear(&mut nic, words, deadline, "the peer's start", &mut events)?;

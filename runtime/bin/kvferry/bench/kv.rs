@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvferry::{
     BlockTable, Dtype, Extent, Format, GroupGeometry, KvPlacement, LayerGroup, Model, Order, PairPlan, Parallel,
-    PlanRequest, PlanePlacement, Pool, PoolError, PoolId, Program, Rank, Sharding, Tables, Tensor,
+    PlanRequest, PlanePlacement, Pool, PoolId, Program, Rank, Sharding, Tables, Tensor, transport,
 };
 use kvferry_core::PlanError;
 
@@ -93,10 +93,11 @@ pub(crate) struct Cache {
 impl Cache {
     /// A pool of twice as many blocks as the request has; `seed` chooses which ones it gets. Its content is written: a pattern at the
     /// source, something else in every byte at the destination.
-    pub(crate) fn allocate(shape: &Shape, holds: Holds, seed: u64) -> Result<Cache, BenchError> {
+    pub(crate) fn allocate(options: &Options, shape: &Shape, holds: Holds, seed: u64) -> Result<Cache, BenchError> {
         let count = shape.blocks.saturating_mul(2);
         let layout = shape.geometry.shard(Rank(0))?.layout(&[count]);
-        let pool = Pool::allocate(PoolId(0), layout, "kvferry-bench")?;
+        let device = options.device_of(holds);
+        let pool = transport::allocate(options.transport, device.as_deref(), PoolId(0), layout, "kvferry-bench")?;
         let mut table = shuffled(count, seed);
         table.truncate(shape.blocks as usize);
         let stray = match holds {
@@ -130,7 +131,11 @@ impl Cache {
     }
 
     /// Writes every block: at the destination, the opposite of what is due in each byte of the request's.
-    pub(crate) fn write(&self) -> Result<(), PoolError> {
+    pub(crate) fn write(&self) -> Result<(), BenchError> {
+        if self.pool.device().is_some() {
+            let complement_below = if self.holds == Holds::Destination { STRAY_AT_SOURCE } else { 0 };
+            return kvferry_cuda::fill_blocks(&self.pool, &self.labels, complement_below).map_err(BenchError::Gpu);
+        }
         let mut bytes = vec![0; self.block_bytes];
         for plane in self.planes() {
             for (block, label) in (0..).zip(&self.labels) {
@@ -145,7 +150,17 @@ impl Cache {
     }
 
     /// Compares every byte of every block with what is due once the request is here. The first that differs, if any.
-    pub(crate) fn verify(&self) -> Result<Option<Mismatch>, PoolError> {
+    pub(crate) fn verify(&self) -> Result<Option<Mismatch>, BenchError> {
+        if self.pool.device().is_some() {
+            let found = kvferry_cuda::check_blocks(&self.pool, &self.labels).map_err(BenchError::Gpu)?;
+            let is_stray = |block: u32| self.labels.get(block as usize).is_none_or(|label| *label >= STRAY_AT_SOURCE);
+            return Ok(found.map(|found| Mismatch {
+                plane: found.plane,
+                block: found.block,
+                byte: found.byte as usize,
+                is_stray: is_stray(found.block),
+            }));
+        }
         let (mut due, mut found) = (vec![0; self.block_bytes], vec![0; self.block_bytes]);
         for plane in self.planes() {
             for (block, label) in (0..).zip(&self.labels) {
@@ -225,9 +240,17 @@ mod tests {
         options: Options,
     }
 
-    fn shape(block_bytes: u32) -> Shape {
+    fn options(block_bytes: u32) -> Options {
         let line = format!("bench --transport shm --layers 2 --blocks 5 --block-bytes {block_bytes}");
-        Shape::of(&Line::try_parse_from(line.split(' ')).unwrap().options).unwrap()
+        Line::try_parse_from(line.split(' ')).unwrap().options
+    }
+
+    fn shape(block_bytes: u32) -> Shape {
+        Shape::of(&options(block_bytes)).unwrap()
+    }
+
+    fn cache(shape: &Shape, holds: Holds, seed: u64) -> Cache {
+        Cache::allocate(&options(shape.block_bytes), shape, holds, seed).unwrap()
     }
 
     /// Moves the request by the definitions alone.
@@ -245,8 +268,8 @@ mod tests {
     fn any_wrong_byte_is_found() {
         for block_bytes in [1, 7, 4096] {
             let shape = shape(block_bytes);
-            let source = Cache::allocate(&shape, Holds::Source, 1).unwrap();
-            let destination = Cache::allocate(&shape, Holds::Destination, 2).unwrap();
+            let source = cache(&shape, Holds::Source, 1);
+            let destination = cache(&shape, Holds::Destination, 2);
             assert_ne!(source.table(), destination.table());
             assert!(destination.verify().unwrap().is_some(), "nothing was moved yet");
             deliver(&source, &destination);
@@ -271,8 +294,8 @@ mod tests {
     #[test]
     fn what_was_not_moved_is_wrong_in_every_byte() {
         let shape = shape(4096);
-        let source = Cache::allocate(&shape, Holds::Source, 1).unwrap();
-        let destination = Cache::allocate(&shape, Holds::Destination, 2).unwrap();
+        let source = cache(&shape, Holds::Source, 1);
+        let destination = cache(&shape, Holds::Destination, 2);
         let (mut there, mut here) = (vec![0; 4096], vec![0; 4096]);
         for plane in source.planes() {
             for (from, to) in source.table().iter().zip(destination.table()) {
@@ -286,8 +309,8 @@ mod tests {
     #[test]
     fn programs_name_every_piece_once_whatever_is_known() {
         let shape = shape(1000);
-        let source = Cache::allocate(&shape, Holds::Source, 1).unwrap();
-        let destination = Cache::allocate(&shape, Holds::Destination, 2).unwrap();
+        let source = cache(&shape, Holds::Source, 1);
+        let destination = cache(&shape, Holds::Destination, 2);
         let whole = shape.program(source.tables(), destination.tables()).unwrap();
         assert_eq!((shape.pieces(), shape.bytes()), (20, 20_000));
         assert_eq!(whole.bytes(), shape.bytes());

@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::error::BenchError;
+use super::kv::Holds;
 use super::{Deadline, Options};
 
 /// Between polls of a transport that announces nothing.
@@ -25,7 +26,7 @@ pub(crate) struct Nic {
 }
 
 impl Nic {
-    pub(crate) fn open(options: &Options) -> Result<Nic, BenchError> {
+    pub(crate) fn open(options: &Options, holds: Holds) -> Result<Nic, BenchError> {
         let mut how = transport::Options::default();
         if let Some(streams) = options.streams {
             if options.transport != TransportKind::Tcp {
@@ -33,7 +34,13 @@ impl Nic {
             }
             how.streams_per_peer = streams;
         }
-        let open = transport::select(options.transport, options.device.as_deref(), &how)?;
+        let is_cuda = options.transport == TransportKind::Cuda;
+        let of_gpus = [options.from_gpu, options.to_gpu, options.thread_blocks];
+        if !is_cuda && of_gpus.iter().any(Option::is_some) {
+            return Err(BenchError::NoGpus);
+        }
+        how.thread_blocks = options.thread_blocks.unwrap_or(how.thread_blocks);
+        let open = transport::select(options.transport, options.device_of(holds).as_deref(), &how)?;
         let spin = ThreadOptions::for_nic_threads(NIC_THREADS).spin;
         Ok(Nic { transport: open()?, spin, worked: Instant::now() })
     }

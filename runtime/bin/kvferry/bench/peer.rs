@@ -10,7 +10,7 @@ use kvferry_transport::{Event, Expected};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::error::{BenchError, explain};
-use super::kv::{Cache, Holds, Shape};
+use super::kv::{Cache, Shape};
 use super::nic::Nic;
 use super::words::{FromPeer, ToPeer, Words, WordsError};
 use super::{Deadline, Op, Options};
@@ -55,12 +55,9 @@ pub(crate) fn processor_nanoseconds() -> u64 {
 
 fn serve(options: &Options, deadline: Deadline, words: &mut Words) -> Result<(), BenchError> {
     let shape = Shape::of(options)?;
-    let holds = match options.op {
-        Op::Pull => Holds::Source,
-        Op::Push => Holds::Destination,
-    };
-    let cache = Cache::allocate(&shape, holds, SEED)?;
-    let mut nic = Nic::open(options)?;
+    let holds = options.op.there();
+    let cache = Cache::allocate(options, &shape, holds, SEED)?;
+    let mut nic = Nic::open(options, holds)?;
     let keys = nic.transport.bind(cache.pool())?;
     let hello = FromPeer::Hello {
         address: nic.transport.address().to_vec(),

@@ -37,6 +37,13 @@ impl PeerProcess {
         for (name, number) in numbers {
             command.arg(name).arg(number.to_string());
         }
+        for (name, number) in
+            [("--from-gpu", options.from_gpu), ("--to-gpu", options.to_gpu), ("--thread-blocks", options.thread_blocks)]
+        {
+            if let Some(number) = number {
+                command.arg(name).arg(number.to_string());
+            }
+        }
         if let Some(streams) = options.streams {
             command.arg("--streams").arg(streams.to_string());
         }

@@ -21,7 +21,11 @@ pub use refusals::*;
 #[macro_export]
 macro_rules! conformance {
     ($provider:expr) => {
-        $crate::conformance!(@each $provider;
+        $crate::conformance!($provider;);
+    };
+    // With attributes for every test, such as `#[ignore = "why"]`.
+    ($provider:expr; $(#[$attribute:meta])*) => {
+        $crate::conformance!(@each $provider; [$(#[$attribute])*]
             pulls_every_shape pushes_every_shape pulls_parts_in_any_order pushes_parts_in_any_order
             many_transfers_are_in_flight several_peers_at_once notices_follow_the_bytes a_push_may_come_before_it_is_expected
             a_small_transfer_overtakes_a_large_one sleeping_on_the_descriptor_misses_nothing
@@ -34,12 +38,16 @@ macro_rules! conformance {
             a_dropped_peer_fails_its_transfers_only an_unbound_pool_is_let_go a_pool_outlives_its_user
         );
     };
-    (@each $provider:expr; $($case:ident)*) => {
+    (@each $provider:expr; $attributes:tt $($case:ident)*) => {
         $(
+            $crate::conformance!(@one $provider; $attributes $case);
+        )*
+    };
+    (@one $provider:expr; [$(#[$attribute:meta])*] $case:ident) => {
+            $(#[$attribute])*
             #[test]
             fn $case() {
                 $crate::conformance::$case(&$provider);
             }
-        )*
     };
 }
