@@ -76,6 +76,8 @@ pub(crate) enum UsageError {
     FaultRank { option: &'static str, value: String, role: Role, last: u64 },
     #[error("--{option} {value}: nothing inside this process can be killed, stopped or paused; leave --in-process out")]
     FaultInProcess { option: &'static str, value: String },
+    #[error("--gpus {value}: --transport {transport} uses no GPUs; say --transport cuda, or leave --gpus out")]
+    GpusWithoutCuda { value: String, transport: String },
     #[error("--{option} {value}: this build cannot do that yet; {remedy}")]
     NotYet { option: &'static str, value: String, remedy: &'static str },
 }

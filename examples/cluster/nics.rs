@@ -23,6 +23,16 @@ impl NicChoice {
     }
 }
 
+/// What `--devices` names, or `--gpus` in its place.
+pub(crate) fn devices(options: &crate::options::Options) -> Result<Option<String>, UsageError> {
+    let Some(gpus) = &options.gpus else { return Ok(options.devices.clone()) };
+    if options.transport != TransportKind::Cuda.name() {
+        return Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: options.transport.clone() });
+    }
+    let names: Vec<String> = gpus.split(',').map(|gpu| format!("gpu{}", gpu.trim())).collect();
+    Ok(Some(names.join(",")))
+}
+
 /// The devices that `--transport` and `--devices` name, checked against those of this host.
 pub(crate) fn choose(wanted: &str, devices: Option<&str>) -> Result<Vec<NicChoice>, UsageError> {
     let providers = transport::providers();

@@ -57,12 +57,16 @@ pub(crate) struct Options {
     /// Requests in flight at once [default: 4 per decode group]
     #[arg(long, value_name = "N")]
     pub(crate) concurrency: Option<u64>,
-    /// auto (shared memory where ranks share a host, otherwise TCP), shm or tcp; ucx, libfabric and cuda are not in this build yet
+    /// auto (shared memory where ranks share a host, otherwise TCP), shm, tcp, or cuda (pools in GPU memory); ucx and libfabric are not in
+    /// this build yet
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) transport: String,
     /// Devices by name, best first within each transport: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]
     #[arg(long, value_name = "LIST")]
     pub(crate) devices: Option<String>,
+    /// With --transport cuda: the GPUs, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one]
+    #[arg(long, value_name = "LIST", conflicts_with = "devices")]
+    pub(crate) gpus: Option<String>,
     /// Who initiates transfers: pull = decode, push = prefill
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) direction: DirectionName,

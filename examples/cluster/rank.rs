@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use kvferry::{
     Direction, EngineCall, EngineEvent, EnginePort, Epoch, Event, GroupGeometry, GroupId, HandoverId, NodeConfig,
-    NodeError, NodeId, Outcome, Pool, PoolError, PoolId, Rank, Role, Shard, ThreadOptions, WorkerConfig, WorkerNode,
-    transport,
+    NodeError, NodeId, Outcome, Pool, PoolError, PoolId, PoolLayout, Rank, Role, Shard, ThreadOptions, TransportKind,
+    WorkerConfig, WorkerNode, transport,
 };
 use kvferry_synthetic::{DecodeEngine, Engine, EngineConfig, EngineError, EngineReport, PrefillEngine};
 use serde::{Deserialize, Serialize};
@@ -124,6 +124,8 @@ pub(crate) enum RankError {
     #[error(transparent)]
     Pool(#[from] PoolError),
     #[error(transparent)]
+    Allocate(#[from] transport::AllocateError),
+    #[error(transparent)]
     Engine(#[from] EngineError),
     #[error(transparent)]
     Select(#[from] transport::SelectError),
@@ -166,7 +168,7 @@ async fn live(
     say: &mut dyn FnMut(Said),
 ) -> Result<(), RankError> {
     let shard = config.geometry.shard(config.rank)?;
-    let pool = Pool::allocate(PoolId(0), shard.layout(&config.blocks), &config.pool_name())?;
+    let pool = allocate(config, shard.layout(&config.blocks))?;
     let mut report = RankReport::default();
     loop {
         let mut worker = start(config, report.restarts, pool.clone()).await?;
@@ -186,6 +188,17 @@ async fn live(
         }
         // Whoever refuses this node again and again is not asked all the time.
         tokio::time::sleep(REST).await;
+    }
+}
+
+/// The rank's pool, on its GPU if it has one.
+fn allocate(config: &RankConfig, layout: PoolLayout) -> Result<Pool, RankError> {
+    let (id, name) = (PoolId(0), config.pool_name());
+    match config.nics.first() {
+        Some(nic) if nic.kind == TransportKind::Cuda => {
+            Ok(transport::allocate(nic.kind, Some(&nic.device), id, layout, &name)?)
+        }
+        _ => Ok(Pool::allocate(id, layout, &name)?),
     }
 }
 

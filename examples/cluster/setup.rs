@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvferry::{GroupGeometry, GroupId, KvPlacement, Model, NodeId, PairPlan, PlanePlacement, Rank, RequestSpec, Role};
+use kvferry::{
+    GroupGeometry, GroupId, KvPlacement, Model, NodeId, PairPlan, PlanePlacement, Rank, RequestSpec, Role,
+    TransportKind,
+};
 
 use crate::error::UsageError;
 use crate::fault::{Action, Fault};
@@ -70,7 +73,9 @@ impl Setup {
             .layers_per_step
             .map(|step| number("layers-per-step", Some(u64::from(step)), layers, 1, layers))
             .transpose()?;
-        let nics = nics::choose(&options.transport, options.devices.as_deref())?;
+        let devices = nics::devices(options)?;
+        let nics = nics::choose(&options.transport, devices.as_deref())?;
+        let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);
         let counts = (prefill.ranks(), decode.ranks());
         let faults =
             [(Action::Kill, &options.kill), (Action::Stop, &options.stop), (Action::Pause(None), &options.pause)]
@@ -107,7 +112,12 @@ impl Setup {
                         number,
                         geometry: Arc::clone(&side.geometry),
                         blocks: blocks.clone(),
-                        nics: nics.clone(),
+                        // A rank is on one GPU.
+                        nics: if of_gpus {
+                            nics.iter().cycle().skip(configs.len() % nics.len().max(1)).take(1).cloned().collect()
+                        } else {
+                            nics.clone()
+                        },
                         host: (options.transport == "auto" && host > 0).then(|| format!("simulated host {host}")),
                         direction: options.direction.chosen(),
                         handovers_max: u32::try_from(concurrency).unwrap_or(u32::MAX),
@@ -115,7 +125,7 @@ impl Setup {
                         reuse_prefix: options.reuse_prefix && side.role == Role::Decode,
                         corrupt: side.role == Role::Decode && options.corrupt == Some(number),
                         seed: options.seed,
-                        nic_threads: nics.len() * ranks as usize,
+                        nic_threads: if of_gpus { 1 } else { nics.len() } * ranks as usize,
                         terms,
                         scheduler: String::new(),
                     });
@@ -124,10 +134,11 @@ impl Setup {
                 group = GroupId(group.0 + 1);
             }
         }
-        fits_memory(
-            &configs,
-            if options.trace.is_some() { "blocks or --limit" } else { "blocks, --isl, tp or groups" },
-        )?;
+        // GPUs say for themselves when they are full.
+        if !of_gpus {
+            let remedy = if options.trace.is_some() { "blocks or --limit" } else { "blocks, --isl, tp or groups" };
+            fits_memory(&configs, remedy)?;
+        }
         let policy = options.policy.unwrap_or(if options.reuse_prefix {
             PolicyName::LongestPrefix
         } else {

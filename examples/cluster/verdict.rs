@@ -229,6 +229,9 @@ impl PathKey {
 
     /// How the path is known: what the destination's transport counted, and for shared memory what its kernel shows.
     fn evidence(&self, pieces: u64, setup: &Setup, record: &Record) -> String {
+        if self.transport == TransportKind::Cuda {
+            return format!("{pieces} pieces moved by kernels of the destination's {}", self.device);
+        }
         if self.transport != TransportKind::Shm {
             return format!(
                 "{pieces} spans counted by the destination's {} transport on {}",

@@ -301,8 +301,9 @@ fn a_stopped_peer_is_read_nevertheless_and_can_be_fenced() {
     reader.transport.post(again).unwrap();
     reader.transport.fence(reader.pull.peer);
     until(reader.transport.as_mut(), &mut events, |e| matches!(e, Event::Fenced { .. }));
-    let at = |wanted: fn(&Event) -> bool| events.iter().position(wanted);
-    assert!(at(|e| matches!(e, Event::Failed { id: TransferId(2), .. })) < at(|e| matches!(e, Event::Fenced { .. })));
+    let failed = events.iter().position(|e| matches!(e, Event::Failed { id: TransferId(2), .. }));
+    let fenced = events.iter().position(|e| matches!(e, Event::Fenced { .. }));
+    assert!(failed.is_some() && failed < fenced, "{events:?}");
     kill_process(pid, Signal::CONT).unwrap();
 }
 
