@@ -83,7 +83,11 @@ fn find(kind: TransportKind, device: Option<&str>) -> Result<(Box<dyn Provider>,
             Device { kind, name: name.to_owned(), unavailable: None }
         }
         Some(name) => devices.iter().find(|device| device.name == name).cloned().ok_or_else(|| {
-            let known: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
+            let describe = |device: &Device| match &device.unavailable {
+                None => device.name.clone(),
+                Some(reason) => format!("{} ({reason})", device.name),
+            };
+            let known: Vec<String> = devices.iter().map(describe).collect();
             SelectError::UnknownDevice { kind, name: name.to_owned(), known: known.join(", ") }
         })?,
         None => {

@@ -29,7 +29,10 @@ fn the_commands_run() {
         }
         let run = std::process::Command::new(cluster()).args(&options).args(&extra).output();
         let run = run.expect("the cluster example is built beside the tests");
-        assert!(run.status.success(), "{options:?}: {}", String::from_utf8_lossy(&run.stderr));
+        let said = String::from_utf8_lossy(&run.stderr);
+        // Where there are no GPUs it has to say so.
+        let lacks_gpus = options.contains(&"cuda") && (said.contains("no CUDA driver") || said.contains("no GPU"));
+        assert!(run.status.success() || lacks_gpus, "{options:?}: {said}");
     }
     assert!(tried >= 2, "the README has lost its examples");
     assert!(!README.contains("@@"));

@@ -96,6 +96,10 @@ fn find(known: &[NicChoice], kind: Option<&str>, device: &str) -> Option<NicChoi
 }
 
 fn list(known: &[NicChoice]) -> String {
-    let names: Vec<String> = known.iter().map(|nic| format!("{}:{}", nic.kind, nic.device)).collect();
+    let describe = |nic: &NicChoice| match nic.select() {
+        Ok(_) => format!("{}:{}", nic.kind, nic.device),
+        Err(reason) => format!("{}:{} ({reason})", nic.kind, nic.device),
+    };
+    let names: Vec<String> = known.iter().map(describe).collect();
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
