@@ -1,7 +1,7 @@
 // Walks a program on the GPU: every warp finds its own pieces from block tables and strides, so one launch moves any number of them.
 //
 // The host cuts a launch into rectangles (see src/rectangle.rs, whose structs these mirror): planes x cells of tokens. A cell lies in one block
-// on either side; its bytes, in the order of the merged nest, are cut into chunks, and one warp moves one chunk at a time. Whatever
+// on either side; its bytes, in the order of the merged nest, are cut into chunks (items), and one warp moves one chunk at a time. Whatever
 // the order of chunks, each destination byte is written once.
 
 typedef unsigned char u8;
@@ -11,7 +11,6 @@ typedef unsigned long long u64;
 
 #define CHUNK 4096u
 #define BATCH 8
-#define WARPS_MAX 32
 #define INLINE_BYTES 3840
 
 // One plane of a pool: block b lies at base + b * stride.
@@ -128,11 +127,26 @@ __device__ __noinline__ void runs(const u8 *from, u8 *to, const Nest &nest, u32 
     }
 }
 
-__device__ __forceinline__ void chunk(const Rectangle &rectangle, u32 tokens, u32 number, const u8 *from, u8 *to, u32 lane) {
+// What one warp moves at a time.
+struct Piece {
+    const u8 *from;
+    u8 *to;
+    // 0: nothing.
+    u32 bytes;
+    // Whether it is one contiguous run on both sides; else `within` bytes of run `first` of the nest come before it, and `from` and `to` are
+    // the nest's beginning.
+    bool is_line;
+    u32 first;
+    u64 within;
+    Nest nest;
+};
+
+// Chunk `number` of a cell of `tokens` tokens that begins at `from` and `to`.
+__device__ __forceinline__ void chunk(const Rectangle &rectangle, u32 tokens, u32 number, u64 from, u64 to, Piece *piece) {
     const bool token_inner = rectangle.flags & 2;
     u32 inner = token_inner ? tokens : rectangle.heads;
     u32 outer = token_inner ? rectangle.heads : tokens;
-    Nest nest;
+    Nest &nest = piece->nest;
     nest.run = rectangle.run_bytes;
     nest.inner_source = token_inner ? rectangle.source.token_pitch : rectangle.source.head_pitch;
     nest.inner_destination = token_inner ? rectangle.destination.token_pitch : rectangle.destination.head_pitch;
@@ -163,39 +177,18 @@ __device__ __forceinline__ void chunk(const Rectangle &rectangle, u32 tokens, u3
         first = (total >> 32) ? (u32)(start / nest.run) : (u32)start / (u32)nest.run;
         within = start - first * nest.run;
     }
-    if (within + bytes <= nest.run) {
+    piece->is_line = within + bytes <= nest.run;
+    if (piece->is_line) {
         const u32 row = nest.is_flat ? 0 : first / inner;
         const u32 column = first - row * inner;
         from += row * nest.outer_source + column * nest.inner_source + within;
         to += row * nest.outer_destination + column * nest.inner_destination + within;
-        const u32 odd = (u32)(u64)from | (u32)(u64)to | bytes;
-        if (bytes == CHUNK && !(odd & 15))
-            whole_chunk(from, to, lane);
-        else if (!(odd & 15))
-            line<uint4>(from, to, bytes, lane);
-        else if (!(odd & 7))
-            line<uint2>(from, to, bytes, lane);
-        else if (!(odd & 3))
-            line<u32>(from, to, bytes, lane);
-        else if (!(odd & 1))
-            line<u16>(from, to, bytes, lane);
-        else
-            line<u8>(from, to, bytes, lane);
-    } else {
-        u32 odd = (u32)(u64)from | (u32)(u64)to | (u32)nest.run | (u32)nest.inner_source | (u32)nest.inner_destination;
-        if (!nest.is_flat)
-            odd |= (u32)nest.outer_source | (u32)nest.outer_destination;
-        if (!(odd & 15))
-            runs<uint4>(from, to, nest, first, within, bytes, lane);
-        else if (!(odd & 7))
-            runs<uint2>(from, to, nest, first, within, bytes, lane);
-        else if (!(odd & 3))
-            runs<u32>(from, to, nest, first, within, bytes, lane);
-        else if (!(odd & 1))
-            runs<u16>(from, to, nest, first, within, bytes, lane);
-        else
-            runs<u8>(from, to, nest, first, within, bytes, lane);
     }
+    piece->from = (const u8 *)from;
+    piece->to = (u8 *)to;
+    piece->bytes = bytes;
+    piece->first = first;
+    piece->within = within;
 }
 
 // Where the first head of `token` lies on one side, `false` if that side does not hold it.
@@ -213,59 +206,153 @@ __device__ __forceinline__ bool locate(const Side &side, const u32 *tables, u32 
     return true;
 }
 
-// Every lane brings a part of a rectangle to where all of them see it.
-__device__ __forceinline__ void share(Rectangle *to, const Rectangle *from, u32 lane) {
+// A launch, as every thread sees it.
+struct Launch {
+    const Rectangle *rectangles;
+    const u32 *tables;
+    u32 items;
+};
+
+// The piece that an item stands for. `at` is a rectangle at or before the item's, and becomes the item's.
+__device__ __forceinline__ Piece find(const Launch &launch, u32 item, u32 *at) {
+    Piece piece;
+    piece.bytes = 0;
+    piece.is_line = true;
+    if (item >= launch.items)
+        return piece;
+    while (item >= launch.rectangles[*at].items_end)
+        ++*at;
+    const Rectangle &rectangle = launch.rectangles[*at];
+    u32 rest = item - (*at ? launch.rectangles[*at - 1].items_end : 0), number = 0;
+    if (rectangle.chunks > 1) {
+        const u32 cell = rest / rectangle.chunks;
+        number = rest - cell * rectangle.chunks;
+        rest = cell;
+    }
+    const u32 row = rest / rectangle.cells;
+    const u32 cell = rest - row * rectangle.cells;
+    const u32 layer = rectangle.plane + row;
+    const Side &driver = rectangle.flags & 1 ? rectangle.destination : rectangle.source;
+    u32 block = cell, inside = 0;
+    if (rectangle.cells_per_block > 1) {
+        block = cell / rectangle.cells_per_block;
+        inside = (cell - block * rectangle.cells_per_block) * rectangle.cell_tokens;
+    }
+    const u64 first = (u64)((rectangle.first_block + block) * driver.cp + driver.cp_rank) * driver.block_tokens + inside;
+    const u64 last = first + rectangle.cell_tokens;
+    const u32 token = first < rectangle.token_start ? rectangle.token_start : (u32)first;
+    const u32 until = last > rectangle.token_end ? rectangle.token_end : (u32)last;
+    if (first >= rectangle.token_end || until <= token)
+        return piece;
+    u64 from, to;
+    if (locate(rectangle.source, launch.tables, layer, token, &from) &&
+        locate(rectangle.destination, launch.tables, layer, token, &to))
+        chunk(rectangle, until - token, number, from, to, &piece);
+    return piece;
+}
+
+// What a lane found for all of its warp: bytes, and the logarithm of the vectors' length above them.
+struct Move {
+    u64 from;
+    u64 to;
+    u32 shape;
+};
+
+#define SHAPE_SHIFT 16
+#define SCATTERED 5u
+#define WHOLE (CHUNK | 4u << SHAPE_SHIFT)
+
+// The longest vectors, at most 16 bytes, that whatever these bits are made of is a multiple of.
+__device__ __forceinline__ u32 vector(u32 odd) { return !(odd & 15) ? 4 : !(odd & 7) ? 3 : !(odd & 3) ? 2 : !(odd & 1) ? 1 : 0; }
+
+__device__ __forceinline__ Move plan(const Launch &launch, u32 item, u32 *at) {
+    const Piece piece = find(launch, item, at);
+    Move move = {0, 0, 0};
+    if (piece.bytes == 0)
+        return move;
+    move.from = (u64)piece.from;
+    move.to = (u64)piece.to;
+    const u32 kind = piece.is_line ? vector((u32)move.from | (u32)move.to | piece.bytes) : SCATTERED;
+    move.shape = piece.bytes | kind << SHAPE_SHIFT;
+    return move;
+}
+
+// A lane's plan, for the whole warp.
+__device__ __forceinline__ Move plan_of(const Move &own, u32 lane, const Launch &launch, u32 item) {
 #ifdef KVFERRY_EMULATED
-    // Lanes run one after another there.
-    *to = *from;
+    // Lanes run one after another there: each makes the plan for itself.
+    u32 at = 0;
+    return plan(launch, item, &at);
 #else
-    __syncwarp();
-    for (u32 word = lane; word < sizeof(Rectangle) / 4; word += 32)
-        ((u32 *)to)[word] = ((const u32 *)from)[word];
-    __syncwarp();
+    Move move;
+    move.from = __shfl_sync(0xffffffffu, own.from, lane);
+    move.to = __shfl_sync(0xffffffffu, own.to, lane);
+    move.shape = __shfl_sync(0xffffffffu, own.shape, lane);
+    return move;
 #endif
 }
 
+// A chunk that is not whole, or not aligned.
+__device__ __noinline__ void line_of(u64 from, u64 to, u32 shape, u32 lane) {
+    const u8 *source = (const u8 *)from;
+    u8 *destination = (u8 *)to;
+    const u32 bytes = shape & ((1u << SHAPE_SHIFT) - 1);
+    switch (shape >> SHAPE_SHIFT) {
+    case 4:
+        return line<uint4>(source, destination, bytes, lane);
+    case 3:
+        return line<uint2>(source, destination, bytes, lane);
+    case 2:
+        return line<u32>(source, destination, bytes, lane);
+    case 1:
+        return line<u16>(source, destination, bytes, lane);
+    default:
+        return line<u8>(source, destination, bytes, lane);
+    }
+}
+
+// A chunk of several runs: every lane needs all of its nest, which each finds again.
+__device__ __noinline__ void scattered(const Rectangle *rectangles, const u32 *tables, u32 item, u32 lane) {
+    const Launch launch = {rectangles, tables, item + 1};
+    u32 at = 0;
+    const Piece piece = find(launch, item, &at);
+    const Nest &nest = piece.nest;
+    u32 odd = (u32)(u64)piece.from | (u32)(u64)piece.to | (u32)nest.run | (u32)nest.inner_source | (u32)nest.inner_destination;
+    if (!nest.is_flat)
+        odd |= (u32)nest.outer_source | (u32)nest.outer_destination;
+    switch (vector(odd)) {
+    case 4:
+        return runs<uint4>(piece.from, piece.to, nest, piece.first, piece.within, piece.bytes, lane);
+    case 3:
+        return runs<uint2>(piece.from, piece.to, nest, piece.first, piece.within, piece.bytes, lane);
+    case 2:
+        return runs<u32>(piece.from, piece.to, nest, piece.first, piece.within, piece.bytes, lane);
+    case 1:
+        return runs<u16>(piece.from, piece.to, nest, piece.first, piece.within, piece.bytes, lane);
+    default:
+        return runs<u8>(piece.from, piece.to, nest, piece.first, piece.within, piece.bytes, lane);
+    }
+}
+
+// With few thread blocks the instructions between two chunks are what a launch waits for. So the 32 lanes of a warp plan its next 32 items
+// at once, and then all of them move one after another.
 __device__ __forceinline__ void walk(const u8 *payload, u32 rectangles, u32 items) {
-    __shared__ Rectangle current[WARPS_MAX];
-    const u32 lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-    Rectangle &rectangle = current[threadIdx.x >> 5];
-    const Rectangle *next = (const Rectangle *)payload;
-    const u32 *tables = (const u32 *)(payload + (u64)rectangles * sizeof(Rectangle));
-    u32 begin = 0, end = 0;
-    for (u32 item = blockIdx.x * warps + (threadIdx.x >> 5); item < items; item += gridDim.x * warps) {
-        if (item >= end) {
-            while (item >= next->items_end) {
-                begin = next->items_end;
-                next++;
-            }
-            end = next->items_end;
-            share(&rectangle, next, lane);
+    const u32 lane = threadIdx.x & 31, warps = blockDim.x >> 5, stride = gridDim.x * warps;
+    const Rectangle *first = (const Rectangle *)payload;
+    const Launch launch = {first, (const u32 *)(first + rectangles), items};
+    u32 at = 0;
+    for (u32 base = blockIdx.x * warps + (threadIdx.x >> 5); base < items; base += 32 * stride) {
+        const Move own = plan(launch, base + lane * stride, &at);
+        u32 item = base;
+        for (u32 turn = 0; turn < 32 && item < items; turn++, item += stride) {
+            const Move move = plan_of(own, turn, launch, item);
+            if (move.shape == WHOLE)
+                whole_chunk((const u8 *)move.from, (u8 *)move.to, lane);
+            else if (move.shape >> SHAPE_SHIFT == SCATTERED)
+                scattered(launch.rectangles, launch.tables, item, lane);
+            else if (move.shape != 0)
+                line_of(move.from, move.to, move.shape, lane);
         }
-        u32 rest = item - begin, number = 0;
-        if (rectangle.chunks > 1) {
-            const u32 cell = rest / rectangle.chunks;
-            number = rest - cell * rectangle.chunks;
-            rest = cell;
-        }
-        const u32 row = rest / rectangle.cells;
-        const u32 cell = rest - row * rectangle.cells;
-        const u32 layer = rectangle.plane + row;
-        const Side &driver = rectangle.flags & 1 ? rectangle.destination : rectangle.source;
-        u32 block = cell, inside = 0;
-        if (rectangle.cells_per_block > 1) {
-            block = cell / rectangle.cells_per_block;
-            inside = (cell - block * rectangle.cells_per_block) * rectangle.cell_tokens;
-        }
-        const u64 first = (u64)((rectangle.first_block + block) * driver.cp + driver.cp_rank) * driver.block_tokens + inside;
-        const u64 last = first + rectangle.cell_tokens;
-        const u32 token = first < rectangle.token_start ? rectangle.token_start : (u32)first;
-        const u32 until = last > rectangle.token_end ? rectangle.token_end : (u32)last;
-        if (first >= rectangle.token_end || until <= token)
-            continue;
-        u64 from, to;
-        if (locate(rectangle.source, tables, layer, token, &from) && locate(rectangle.destination, tables, layer, token, &to))
-            chunk(rectangle, until - token, number, (const u8 *)from, (u8 *)to, lane);
     }
 }
 
