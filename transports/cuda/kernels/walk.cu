@@ -11,6 +11,7 @@ typedef unsigned long long u64;
 
 #define CHUNK 4096u
 #define BATCH 8
+#define WARPS_MAX 32
 #define INLINE_BYTES 3840
 
 // One plane of a pool: block b lies at base + b * stride.
@@ -216,6 +217,8 @@ struct Launch {
 // The piece that an item stands for. `at` is a rectangle at or before the item's, and becomes the item's.
 __device__ __forceinline__ Piece find(const Launch &launch, u32 item, u32 *at) {
     Piece piece;
+    piece.from = 0;
+    piece.to = 0;
     piece.bytes = 0;
     piece.is_line = true;
     if (item >= launch.items)
@@ -251,7 +254,7 @@ __device__ __forceinline__ Piece find(const Launch &launch, u32 item, u32 *at) {
     return piece;
 }
 
-// What a lane found for all of its warp: bytes, and the logarithm of the vectors' length above them.
+// What a lane found for its whole warp: bytes, and the logarithm of the vectors' length above them.
 struct Move {
     u64 from;
     u64 to;
@@ -265,31 +268,14 @@ struct Move {
 // The longest vectors, at most 16 bytes, that whatever these bits are made of is a multiple of.
 __device__ __forceinline__ u32 vector(u32 odd) { return !(odd & 15) ? 4 : !(odd & 7) ? 3 : !(odd & 3) ? 2 : !(odd & 1) ? 1 : 0; }
 
-__device__ __forceinline__ Move plan(const Launch &launch, u32 item, u32 *at) {
+// Not inlined, that its registers are not taken from the copies.
+__device__ __noinline__ void plan(const Rectangle *rectangles, const u32 *tables, u32 items, u32 item, u32 *at, Move *move) {
+    const Launch launch = {rectangles, tables, items};
     const Piece piece = find(launch, item, at);
-    Move move = {0, 0, 0};
-    if (piece.bytes == 0)
-        return move;
-    move.from = (u64)piece.from;
-    move.to = (u64)piece.to;
-    const u32 kind = piece.is_line ? vector((u32)move.from | (u32)move.to | piece.bytes) : SCATTERED;
-    move.shape = piece.bytes | kind << SHAPE_SHIFT;
-    return move;
-}
-
-// A lane's plan, for the whole warp.
-__device__ __forceinline__ Move plan_of(const Move &own, u32 lane, const Launch &launch, u32 item) {
-#ifdef KVFERRY_EMULATED
-    // Lanes run one after another there: each makes the plan for itself.
-    u32 at = 0;
-    return plan(launch, item, &at);
-#else
-    Move move;
-    move.from = __shfl_sync(0xffffffffu, own.from, lane);
-    move.to = __shfl_sync(0xffffffffu, own.to, lane);
-    move.shape = __shfl_sync(0xffffffffu, own.shape, lane);
-    return move;
-#endif
+    move->from = (u64)piece.from;
+    move->to = (u64)piece.to;
+    const u32 kind = piece.is_line ? vector((u32)(u64)piece.from | (u32)(u64)piece.to | piece.bytes) : SCATTERED;
+    move->shape = piece.bytes == 0 ? 0 : piece.bytes | kind << SHAPE_SHIFT;
 }
 
 // A chunk that is not whole, or not aligned.
@@ -337,20 +323,43 @@ __device__ __noinline__ void scattered(const Rectangle *rectangles, const u32 *t
 // With few thread blocks the instructions between two chunks are what a launch waits for. So the 32 lanes of a warp plan its next 32 items
 // at once, and then all of them move one after another.
 __device__ __forceinline__ void walk(const u8 *payload, u32 rectangles, u32 items) {
+    __shared__ Move plans[WARPS_MAX][32];
     const u32 lane = threadIdx.x & 31, warps = blockDim.x >> 5, stride = gridDim.x * warps;
     const Rectangle *first = (const Rectangle *)payload;
-    const Launch launch = {first, (const u32 *)(first + rectangles), items};
+    const u32 *tables = (const u32 *)(first + rectangles);
+    Move *moves = plans[threadIdx.x >> 5];
     u32 at = 0;
     for (u32 base = blockIdx.x * warps + (threadIdx.x >> 5); base < items; base += 32 * stride) {
-        const Move own = plan(launch, base + lane * stride, &at);
-        u32 item = base;
-        for (u32 turn = 0; turn < 32 && item < items; turn++, item += stride) {
-            const Move move = plan_of(own, turn, launch, item);
+#ifdef KVFERRY_EMULATED
+        // Lanes run one after another there: each plans for all.
+        for (u32 turn = 0; turn < 32; turn++) {
+            at = 0;
+            plan(first, tables, items, base + turn * stride, &at, &moves[turn]);
+        }
+#else
+        // Not before every lane has read the plans of the last round.
+        __syncwarp();
+        plan(first, tables, items, base + lane * stride, &at, &moves[lane]);
+        __syncwarp();
+#endif
+        // No call is in this loop, so that all of it stays in registers.
+        u32 others = 0;
+#pragma unroll 1
+        for (u32 turn = 0; turn < 32; turn++) {
+            const Move move = moves[turn];
             if (move.shape == WHOLE)
                 whole_chunk((const u8 *)move.from, (u8 *)move.to, lane);
-            else if (move.shape >> SHAPE_SHIFT == SCATTERED)
-                scattered(launch.rectangles, launch.tables, item, lane);
-            else if (move.shape != 0)
+            else
+                others += move.shape != 0;
+        }
+#pragma unroll 1
+        for (u32 turn = 0; others != 0 && turn < 32; turn++) {
+            const Move move = moves[turn];
+            if (move.shape == WHOLE || move.shape == 0)
+                continue;
+            if (move.shape >> SHAPE_SHIFT == SCATTERED)
+                scattered(first, tables, base + turn * stride, lane);
+            else
                 line_of(move.from, move.to, move.shape, lane);
         }
     }
