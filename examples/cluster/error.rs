@@ -76,6 +76,12 @@ pub(crate) enum UsageError {
     FaultRank { option: &'static str, value: String, role: Role, last: u64 },
     #[error("--{option} {value}: nothing inside this process can be killed, stopped or paused; leave --in-process out")]
     FaultInProcess { option: &'static str, value: String },
+    #[error("--config {}: it cannot be read: {source}; name a readable file", file.display())]
+    ConfigFile { file: PathBuf, source: std::io::Error },
+    #[error("--config {}:{source}", file.display())]
+    Config { file: PathBuf, source: kvferry_trtllm::ConfigError },
+    #[error("--config {}: {reason}; {remedy}", file.display())]
+    NoPlan { file: PathBuf, reason: String, remedy: String },
     #[error("--{option} {value}: this build cannot do that yet; {remedy}")]
     NotYet { option: &'static str, value: String, remedy: &'static str },
 }

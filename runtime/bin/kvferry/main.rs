@@ -1,6 +1,8 @@
 //! The `kvferry` command.
 
 mod bench;
+mod config;
+mod env_file;
 
 use std::process::ExitCode;
 
@@ -17,10 +19,12 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Bench(bench::Options),
+    Config(config::Options),
 }
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Bench(options) => bench::run(&options),
+        Command::Config(options) => config::run(&options),
     }
 }
