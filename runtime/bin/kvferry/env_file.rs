@@ -36,6 +36,15 @@ pub(crate) fn environment(file: Option<&Path>) -> Result<BTreeMap<String, String
 
 /// A whole text file of at most `limit` bytes; `-` is standard input.
 pub(crate) fn read(file: &Path, limit: u64) -> Result<String, FileError> {
+    String::from_utf8(bytes(file, limit)?).map_err(|_| FileError::NotText { file: file.to_owned() })
+}
+
+/// The same for text of any encoding: what is not UTF-8 is replaced.
+pub(crate) fn read_lossy(file: &Path, limit: u64) -> Result<String, FileError> {
+    Ok(String::from_utf8_lossy(&bytes(file, limit)?).into_owned())
+}
+
+fn bytes(file: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
     let failed = |source| FileError::Read { file: file.to_owned(), source };
     let mut bytes = Vec::new();
     if file.as_os_str() == "-" {
@@ -46,7 +55,7 @@ pub(crate) fn read(file: &Path, limit: u64) -> Result<String, FileError> {
     if bytes.len() as u64 > limit {
         return Err(FileError::TooLong { file: file.to_owned(), limit });
     }
-    String::from_utf8(bytes).map_err(|_| FileError::NotText { file: file.to_owned() })
+    Ok(bytes)
 }
 
 /// `NAME=value` per line; `export `, comments, blank lines and one pair of quotes around a value are allowed.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod config;
+mod doctor;
 mod env_file;
 
 use std::process::ExitCode;
@@ -20,11 +21,13 @@ struct Cli {
 enum Command {
     Bench(bench::Options),
     Config(config::Options),
+    Doctor(doctor::Options),
 }
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Bench(options) => bench::run(&options),
         Command::Config(options) => config::run(&options),
+        Command::Doctor(options) => doctor::run(&options),
     }
 }
