@@ -28,11 +28,12 @@ impl Folder {
         command.args(["config", "check"]).args(arguments).current_dir(&self.0).env_clear().output().unwrap()
     }
 
-    fn cluster(&self, arguments: &str) -> Output {
+    fn cluster(&self, arguments: &str, environment: &[(&str, &str)]) -> Output {
         let test = std::env::current_exe().unwrap();
         let example = test.parent().and_then(|deps| deps.parent()).unwrap().join("examples/cluster");
         let arguments = arguments.split_whitespace();
-        Command::new(example).args(arguments).current_dir(&self.0).env_clear().output().unwrap()
+        let environment = environment.iter().copied();
+        Command::new(example).args(arguments).current_dir(&self.0).env_clear().envs(environment).output().unwrap()
     }
 }
 
@@ -131,15 +132,21 @@ fn the_cluster_runs_the_plan_over_a_transport_that_it_has() {
         .with("e.yaml", "cache_transceiver_config: {backend: DEFAULT, kv_transfer_timeout_ms: 30000}\n")
         .with("off.yaml", "tensor_parallel_size: 2\n");
     let quick = "--model tiny --requests 3 --isl 40 --in-process --json";
-    let ran = folder.cluster(&format!("--config e.yaml --transport tcp {quick}"));
+    let ran = folder.cluster(&format!("--config e.yaml --transport tcp {quick}"), &[]);
     assert!(ran.status.success(), "{}", text(&ran.stderr));
     let report: Value = serde_json::from_slice(&ran.stdout).unwrap();
     assert_eq!((&report["delivered"], &report["mismatched_bytes"]), (&3.into(), &0.into()));
     assert!(report["paths"].as_array().unwrap().iter().all(|path| path["transport"] == "tcp"));
-    let off = folder.cluster(&format!("--config off.yaml {quick}"));
+    let libfabric = [("TRTLLM_NIXL_KVCACHE_BACKEND", "LIBFABRIC")];
+    let lacking = folder.cluster(&format!("--config e.yaml {quick}"), &libfabric);
+    assert_eq!(lacking.status.code(), Some(2));
+    for word in ["--config e.yaml", "libfabric", "--transport tcp"] {
+        assert!(text(&lacking.stderr).contains(word), "{}", text(&lacking.stderr));
+    }
+    let off = folder.cluster(&format!("--config off.yaml {quick}"), &[]);
     assert_eq!(off.status.code(), Some(2));
     assert!(text(&off.stderr).contains("cache_transceiver_config is not in the file"), "{}", text(&off.stderr));
-    let missing = folder.cluster(&format!("--config none.yaml {quick}"));
+    let missing = folder.cluster(&format!("--config none.yaml {quick}"), &[]);
     assert_eq!(missing.status.code(), Some(2));
     assert!(text(&missing.stderr).contains("--config none.yaml: it cannot be read"), "{}", text(&missing.stderr));
 }

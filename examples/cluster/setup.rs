@@ -79,7 +79,14 @@ impl Setup {
         let planned: String = plan.as_ref().map(|plan| plan.devices.value.join(",")).unwrap_or_default();
         // Devices of the plan belong to its transport.
         let of_plan = (transport != options.transport && !planned.is_empty()).then_some(planned.as_str());
-        let nics = nics::choose(transport, options.devices.as_deref().or(of_plan))?;
+        let nics = nics::choose(transport, options.devices.as_deref().or(of_plan)).map_err(|error| {
+            match (error, options.config.as_deref().filter(|_| transport != options.transport)) {
+                (UsageError::UnknownTransport { name, known }, Some(file)) => {
+                    UsageError::PlannedTransport { file: file.to_owned(), name, known }
+                }
+                (error, _) => error,
+            }
+        })?;
         let counts = (prefill.ranks(), decode.ranks());
         let faults =
             [(Action::Kill, &options.kill), (Action::Stop, &options.stop), (Action::Pause(None), &options.pause)]
