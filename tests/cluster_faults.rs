@@ -227,7 +227,7 @@ fn bad_options_are_named() {
             &["--model", "tiny", "--trace", "/nonexistent/trace.jsonl"],
             &["--trace /nonexistent/trace.jsonl", "cannot be read"],
         ),
-        (&["--config", "cluster.yaml"], &["--config cluster.yaml", "yet"]),
+        (&["--config", "cluster.yaml"], &["--config cluster.yaml", "cannot be read"]),
         (&["--role", "prefill"], &["--role prefill", "yet"]),
         (&["--requests", "many"], &["--requests", "many"]),
     ];

@@ -78,6 +78,17 @@ pub(crate) enum UsageError {
     FaultInProcess { option: &'static str, value: String },
     #[error("--gpus {value}: --transport {transport} uses no GPUs; say --transport cuda, or leave --gpus out")]
     GpusWithoutCuda { value: String, transport: String },
+    #[error("--config {}: it cannot be read: {source}; name a readable file", file.display())]
+    ConfigFile { file: PathBuf, source: std::io::Error },
+    #[error("--config {}:{source}", file.display())]
+    Config { file: PathBuf, source: kvferry_trtllm::ConfigError },
+    #[error(
+        "--config {}: it resolves to the transport {name}, which this build does not have; override it, for example with --transport tcp (there are {known})",
+        file.display()
+    )]
+    PlannedTransport { file: PathBuf, name: String, known: String },
+    #[error("--config {}: {reason}; {remedy}", file.display())]
+    NoPlan { file: PathBuf, reason: String, remedy: String },
     #[error("--{option} {value}: this build cannot do that yet; {remedy}")]
     NotYet { option: &'static str, value: String, remedy: &'static str },
 }

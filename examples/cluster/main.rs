@@ -4,6 +4,7 @@
 //! survivors, every request is accounted for, and none failed that no `--kill`, `--stop` or `--pause` explains; 1 otherwise; 2 for bad usage.
 
 mod cluster;
+mod config;
 mod drive;
 mod error;
 mod fault;

@@ -108,8 +108,9 @@ pub(crate) struct Options {
     /// Prints one JSON object and nothing else on standard output
     #[arg(long)]
     pub(crate) json: bool,
-    /// Not in this build
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// A TensorRT-LLM YAML: its cache_transceiver_config and the environment say which transport runs (--transport NAME overrides it), how
+    /// long transfers may take and how many are under way; `kvferry config check FILE` explains
+    #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Not in this build
     #[arg(long, value_name = "NAME", hide = true)]

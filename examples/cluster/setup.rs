@@ -9,6 +9,7 @@ use kvferry::{
     TransportKind,
 };
 
+use crate::config;
 use crate::error::UsageError;
 use crate::fault::{Action, Fault};
 use crate::nics;
@@ -50,6 +51,7 @@ impl Setup {
     /// Checks everything that can be known before anything starts.
     pub(crate) fn check(options: &Options) -> Result<Setup, UsageError> {
         refuse_what_is_not_there(options)?;
+        let plan = options.config.as_deref().map(config::plan).transpose()?;
         let (model, kv, planes) = model(options)?;
         let prefill = Side::parse(Role::Prefill, &options.prefill, &model, kv, planes)?;
         let decode = Side::parse(Role::Decode, &options.decode, &model, kv, planes)?;
@@ -74,7 +76,21 @@ impl Setup {
             .map(|step| number("layers-per-step", Some(u64::from(step)), layers, 1, layers))
             .transpose()?;
         let devices = nics::devices(options)?;
-        let nics = nics::choose(&options.transport, devices.as_deref())?;
+        let transport = match &plan {
+            Some(plan) if options.transport == "auto" => plan.transport.value.name(),
+            _ => &options.transport,
+        };
+        let planned: String = plan.as_ref().map(|plan| plan.devices.value.join(",")).unwrap_or_default();
+        // Devices of the plan belong to its transport.
+        let of_plan = (transport != options.transport && !planned.is_empty()).then_some(planned.as_str());
+        let nics = nics::choose(transport, devices.as_deref().or(of_plan)).map_err(|error| {
+            match (error, options.config.as_deref().filter(|_| transport != options.transport)) {
+                (UsageError::UnknownTransport { name, known }, Some(file)) => {
+                    UsageError::PlannedTransport { file: file.to_owned(), name, known }
+                }
+                (error, _) => error,
+            }
+        })?;
         let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);
         let counts = (prefill.ranks(), decode.ranks());
         let faults =
@@ -89,6 +105,14 @@ impl Setup {
         let terms = Terms {
             silence_ms: milliseconds("silence", options.silence, SILENCE_MIN)?,
             lease_ms: milliseconds("lease", options.lease, LEASE_MIN)?,
+            deadlines: plan.as_ref().map(|plan| plan.deadlines.terms()),
+        };
+        let handovers = |role: Role| {
+            let credits = plan.as_ref().and_then(|plan| match role {
+                Role::Prefill => plan.credits.prefill_handovers.value,
+                Role::Decode => plan.credits.decode_handovers.value,
+            });
+            credits.unwrap_or(u32::try_from(concurrency).unwrap_or(u32::MAX))
         };
 
         if let Some(rank) = options.corrupt.filter(|rank| *rank >= counts.1) {
@@ -118,9 +142,9 @@ impl Setup {
                         } else {
                             nics.clone()
                         },
-                        host: (options.transport == "auto" && host > 0).then(|| format!("simulated host {host}")),
+                        host: (transport == "auto" && host > 0).then(|| format!("simulated host {host}")),
                         direction: options.direction.chosen(),
-                        handovers_max: u32::try_from(concurrency).unwrap_or(u32::MAX),
+                        handovers_max: handovers(side.role),
                         layers_per_step: steps.map(|steps| steps as u32),
                         reuse_prefix: options.reuse_prefix && side.role == Role::Decode,
                         corrupt: side.role == Role::Decode && options.corrupt == Some(number),
@@ -177,9 +201,6 @@ impl Setup {
 
 fn refuse_what_is_not_there(options: &Options) -> Result<(), UsageError> {
     let not_yet = |option, value: String, remedy| Err(UsageError::NotYet { option, value, remedy });
-    if let Some(file) = &options.config {
-        return not_yet("config", file.display().to_string(), "use --transport, --direction and --devices instead");
-    }
     let remote = "all ranks are started on this machine, leave --role, --rank, --listen and --join out";
     if let Some(role) = &options.role {
         return not_yet("role", role.clone(), remote);

@@ -5,11 +5,12 @@ use std::time::Duration;
 use kvferry::{DeadlineTerms, LeaseTerms, NodeConfig, SessionTerms};
 use serde::{Deserialize, Serialize};
 
-/// What `--silence` and `--lease` give; the defaults of a node otherwise.
+/// What `--silence`, `--lease` and `--config` give; the defaults of a node otherwise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Terms {
     pub(crate) silence_ms: Option<u64>,
     pub(crate) lease_ms: Option<u64>,
+    pub(crate) deadlines: Option<DeadlineTerms>,
 }
 
 impl Terms {
@@ -21,10 +22,13 @@ impl Terms {
             node.session =
                 SessionTerms { handshake_within: silence, beat_every: beat, silence_max: silence, resume_within: beat };
         }
+        if let Some(deadlines) = self.deadlines {
+            node.deadlines = deadlines;
+        }
         if let Some(lease) = self.lease_ms.map(Duration::from_millis) {
             node.leases = LeaseTerms { duration: lease, ..LeaseTerms::default() };
             // A transfer that a paused peer holds up is given up as soon as its lease cannot be good any more.
-            node.deadlines = DeadlineTerms { floor: lease, ..DeadlineTerms::default() };
+            node.deadlines.floor = lease;
         }
     }
 

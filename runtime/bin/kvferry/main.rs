@@ -1,6 +1,9 @@
 //! The `kvferry` command.
 
 mod bench;
+mod config;
+mod doctor;
+mod env_file;
 
 use std::process::ExitCode;
 
@@ -17,10 +20,14 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Bench(bench::Options),
+    Config(config::Options),
+    Doctor(doctor::Options),
 }
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Bench(options) => bench::run(&options),
+        Command::Config(options) => config::run(&options),
+        Command::Doctor(options) => doctor::run(&options),
     }
 }

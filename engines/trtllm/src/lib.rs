@@ -1,0 +1,20 @@
+//! What a TensorRT-LLM cache transceiver configuration means for kvferry.
+//!
+//! [`TransceiverConfig::parse`] reads `cache_transceiver_config` from a TensorRT-LLM YAML, keeping positions and what it does not know;
+//! [`resolve`] says which method, transport, devices, deadlines and credits follow from it and from the environment, each with its reason
+//! and source. Nothing here reads a file, a variable or a device: text and environment are arguments.
+#![forbid(unsafe_code)]
+
+mod config;
+mod contradiction;
+mod finding;
+mod plan;
+mod resolve;
+mod yaml;
+
+pub use config::{Backend, ConfigError, Located, TransceiverConfig, TransceiverRuntime, UnknownKey};
+pub use contradiction::{Claim, Contradiction};
+pub use finding::{Finding, Severity, Source};
+pub use plan::{Carrier, Credits, Deadlines, Method, NixlBackend, Plan, Resolved};
+pub use resolve::{Environment, Follow, Resolution, resolve};
+pub use yaml::{FILE_BYTES_MAX, Position, YamlError};

@@ -1,0 +1,213 @@
+//! What Linux shows of a host, read once.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use crate::root::{DeviceNode, SysRoot, names, text};
+
+/// Amazon's vendor number on PCI.
+const AMAZON: u32 = 0x1d0f;
+const NVIDIA: u32 = 0x10de;
+
+/// A PCI function.
+#[derive(Clone, Debug)]
+pub(crate) struct Pci {
+    pub(crate) address: String,
+    /// Names of the bridges above it, from the root.
+    pub(crate) path: Vec<String>,
+    /// -1 when the machine does not say.
+    pub(crate) numa: i32,
+    pub(crate) driver: Option<String>,
+    vendor: u32,
+    device: u32,
+    class: u32,
+}
+
+impl Pci {
+    /// 0xefa0 to 0xefaf, so that generations to come are known, too.
+    pub(crate) fn is_efa(&self) -> bool {
+        self.vendor == AMAZON && self.device & 0xfff0 == 0xefa0
+    }
+
+    pub(crate) fn is_gpu(&self) -> bool {
+        self.vendor == NVIDIA && self.class >> 16 == 0x03
+    }
+}
+
+/// An EFA device with its driver.
+#[derive(Clone, Debug)]
+pub(crate) struct Efa {
+    pub(crate) name: String,
+    pub(crate) pci: Pci,
+    /// Such as `4: ACTIVE`.
+    pub(crate) state: String,
+    pub(crate) rate: String,
+    /// Its `uverbsN`.
+    pub(crate) verbs: Option<String>,
+    pub(crate) node: DeviceNode,
+    pub(crate) counters: BTreeMap<String, u64>,
+}
+
+/// What was read.
+#[derive(Clone, Debug)]
+pub(crate) struct Host {
+    pub(crate) pci: Vec<Pci>,
+    pub(crate) efa: Vec<Efa>,
+    /// All RDMA devices, of whatever make.
+    pub(crate) rdma: Vec<String>,
+    pub(crate) efa_module: bool,
+    /// The modules by which RDMA devices reach GPU memory.
+    pub(crate) peer_memory: Vec<&'static str>,
+    pub(crate) kernel: String,
+    /// Bytes, `None` for unlimited.
+    pub(crate) memlock: Option<Option<u64>>,
+    pub(crate) capabilities: Option<u64>,
+    pub(crate) hugepages: Option<(u64, u64)>,
+    pub(crate) nvidia_driver: Option<String>,
+    pub(crate) ptrace_scope: Option<u32>,
+    pub(crate) imex_channels: Vec<(String, DeviceNode)>,
+    pub(crate) gdr_node: DeviceNode,
+    /// Loaded libraries by their name up to `.so`, with the files; of another process only.
+    pub(crate) loaded: BTreeMap<String, Vec<String>>,
+}
+
+const PEER_MEMORY: [(&str, &str); 4] = [
+    ("module/efa_nv_peermem/version", "efa_nv_peermem"),
+    ("kernel/mm/memory_peers/nv_mem/version", "nv_mem"),
+    ("module/nvidia_peermem/version", "nvidia_peermem"),
+    ("module/nv_peer_mem/version", "nv_peer_mem"),
+];
+const WATCHED: [&str; 7] = ["libibverbs", "libefa", "libucp", "libucs", "libuct", "libfabric", "libnixl"];
+
+impl Host {
+    pub(crate) fn read(root: &SysRoot) -> Host {
+        let pci = pci_devices(root);
+        let rdma = names(&root.sys.join("class/infiniband"));
+        let verbs = verbs(root);
+        let efa = rdma.iter().filter_map(|name| efa_device(root, name, &pci, &verbs)).collect();
+        let memory = text(&root.proc.join("meminfo")).unwrap_or_default();
+        let pages = |name: &str| field(&memory, name).and_then(|value| value.split_whitespace().next()?.parse().ok());
+        let status = text(&root.own("status")).unwrap_or_default();
+        let channels = names(&root.dev.join("nvidia-caps-imex-channels"));
+        let channels = channels.into_iter().filter(|name| name.starts_with("channel"));
+        Host {
+            efa,
+            rdma,
+            efa_module: root.sys.join("module/efa").exists(),
+            peer_memory: PEER_MEMORY
+                .iter()
+                .filter(|(file, _)| root.sys.join(file).exists())
+                .map(|(_, name)| *name)
+                .collect(),
+            kernel: text(&root.proc.join("sys/kernel/osrelease")).unwrap_or_default(),
+            memlock: text(&root.own("limits")).and_then(|limits| memlock(&limits)),
+            capabilities: field(&status, "CapEff").and_then(|hex| u64::from_str_radix(hex, 16).ok()),
+            hugepages: pages("HugePages_Total").zip(pages("HugePages_Free")),
+            nvidia_driver: text(&root.proc.join("driver/nvidia/version")),
+            ptrace_scope: text(&root.proc.join("sys/kernel/yama/ptrace_scope")).and_then(|text| text.parse().ok()),
+            imex_channels: channels
+                .map(|name| {
+                    let node = root.device_node(&format!("nvidia-caps-imex-channels/{name}"));
+                    (name, node)
+                })
+                .collect(),
+            gdr_node: root.device_node("gdrdrv"),
+            loaded: if root.process == "self" { BTreeMap::new() } else { loaded(root) },
+            pci,
+        }
+    }
+
+    pub(crate) fn gpus(&self) -> impl Iterator<Item = &Pci> {
+        self.pci.iter().filter(|pci| pci.is_gpu())
+    }
+
+    pub(crate) fn efa_on_pci(&self) -> impl Iterator<Item = &Pci> {
+        self.pci.iter().filter(|pci| pci.is_efa())
+    }
+
+    /// Whether the process has a capability, by its bit.
+    pub(crate) fn can(&self, bit: u32) -> bool {
+        self.capabilities.is_some_and(|bits| bits >> bit & 1 == 1)
+    }
+}
+
+/// `name:   value` of /proc's tables.
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+}
+
+fn memlock(limits: &str) -> Option<Option<u64>> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"))?;
+    match line.split_whitespace().next()? {
+        "unlimited" => Some(None),
+        bytes => bytes.parse().ok().map(Some),
+    }
+}
+
+fn pci_devices(root: &SysRoot) -> Vec<Pci> {
+    let folder = root.sys.join("bus/pci/devices");
+    names(&folder).into_iter().filter_map(|address| pci_device(root, &folder.join(&address), address)).collect()
+}
+
+fn pci_device(root: &SysRoot, link: &Path, address: String) -> Option<Pci> {
+    let hex = |name: &str| u32::from_str_radix(text(&link.join(name))?.trim_start_matches("0x"), 16).ok();
+    let real = fs::canonicalize(link).ok()?;
+    let devices = fs::canonicalize(root.sys.join("devices")).ok()?;
+    let path = real.strip_prefix(devices).ok()?.parent()?;
+    let driver = fs::read_link(link.join("driver")).ok();
+    Some(Pci {
+        path: path.iter().map(|part| part.to_string_lossy().into_owned()).collect(),
+        numa: text(&link.join("numa_node")).and_then(|text| text.parse().ok()).unwrap_or(-1),
+        driver: driver.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned())),
+        vendor: hex("vendor")?,
+        device: hex("device")?,
+        class: hex("class").unwrap_or(0),
+        address,
+    })
+}
+
+/// Device name to `uverbsN`.
+fn verbs(root: &SysRoot) -> BTreeMap<String, String> {
+    let folder = root.sys.join("class/infiniband_verbs");
+    let of = |name: String| Some((text(&folder.join(&name).join("ibdev"))?, name));
+    names(&folder).into_iter().filter(|name| name.starts_with("uverbs")).filter_map(of).collect()
+}
+
+fn efa_device(root: &SysRoot, name: &str, pci: &[Pci], verbs: &BTreeMap<String, String>) -> Option<Efa> {
+    let folder = root.sys.join("class/infiniband").join(name);
+    let device = fs::canonicalize(folder.join("device")).ok()?;
+    let address = device.file_name()?.to_string_lossy().into_owned();
+    let pci = pci.iter().find(|pci| pci.address == address && pci.is_efa())?.clone();
+    let port = folder.join("ports/1");
+    let counters = port.join("hw_counters");
+    let read = |name: String| Some((text(&counters.join(&name))?.parse().ok()?, name));
+    let verbs = verbs.get(name).cloned();
+    Some(Efa {
+        name: name.to_owned(),
+        pci,
+        state: text(&port.join("state")).unwrap_or_default(),
+        rate: text(&port.join("rate")).unwrap_or_default(),
+        node: verbs.as_ref().map_or(DeviceNode::Missing, |verbs| root.device_node(&format!("infiniband/{verbs}"))),
+        verbs,
+        counters: names(&counters).into_iter().filter_map(read).map(|(value, name)| (name, value)).collect(),
+    })
+}
+
+fn loaded(root: &SysRoot) -> BTreeMap<String, Vec<String>> {
+    let mut loaded: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for line in text(&root.own("maps")).unwrap_or_default().lines() {
+        let Some(path) = line.split_whitespace().nth(5).filter(|path| path.starts_with('/')) else { continue };
+        let file = path.rsplit('/').next().unwrap_or_default();
+        let stem = file.split(".so").next().unwrap_or_default();
+        // Wheels rename libraries to lib<name>-<hash>.so.
+        let base = stem.split('-').next().unwrap_or_default();
+        if file.contains(".so") && WATCHED.contains(&base) {
+            let files = loaded.entry(base.to_owned()).or_default();
+            if !files.iter().any(|known| known == path) {
+                files.push(path.to_owned());
+            }
+        }
+    }
+    loaded
+}

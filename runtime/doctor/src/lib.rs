@@ -1,0 +1,22 @@
+//! Checks of one host, and of workers' logs.
+//!
+//! [`examine`] reads what Linux shows below a [`SysRoot`] (the live host, or a captured tree) once and judges it together with an
+//! environment: every [`Check`] is ok, a warning or a failure, with its evidence and the exact fix. [`read_log`] says what the lines of a
+//! worker's log prove, and what they do not. Nothing is loaded, sent or changed.
+#![forbid(unsafe_code)]
+
+mod checks;
+mod expectations;
+mod host;
+mod library;
+mod log;
+mod question;
+mod report;
+mod root;
+
+pub use checks::examine;
+pub use expectations::{ExpectationError, Expectations};
+pub use log::read_log;
+pub use question::{Backend, Environment, Question, Role};
+pub use report::{Check, Report, Status};
+pub use root::SysRoot;

@@ -1,0 +1,65 @@
+//! What a host is examined for.
+
+use std::collections::BTreeMap;
+
+use crate::Expectations;
+
+/// Variables by name.
+pub type Environment = BTreeMap<String, String>;
+
+/// Which side the process is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It computes KV and gives it away.
+    Prefill,
+    /// It takes KV.
+    Decode,
+}
+
+/// Which library carries the KV cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// UCX, the default.
+    #[default]
+    Ucx,
+    /// libfabric.
+    Libfabric,
+}
+
+impl Backend {
+    /// What `TRTLLM_NIXL_KVCACHE_BACKEND` selects; the words are case-sensitive there, too.
+    pub fn of(environment: &Environment) -> Backend {
+        match environment.get("TRTLLM_NIXL_KVCACHE_BACKEND").map(String::as_str) {
+            Some("LIBFABRIC") => Backend::Libfabric,
+            _ => Backend::Ucx,
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Backend::Ucx => "UCX",
+            Backend::Libfabric => "LIBFABRIC",
+        }
+    }
+}
+
+/// Everything besides the host.
+#[derive(Clone, Debug, Default)]
+pub struct Question {
+    /// The process's environment.
+    pub environment: Environment,
+    /// Which library carries the KV cache.
+    pub backend: Backend,
+    /// Which side it is on, if that is to be judged.
+    pub role: Option<Role>,
+    /// Whether its group spans several nodes, so that workers are started through `mpirun`.
+    pub multinode: bool,
+    /// What the host must have.
+    pub expect: Expectations,
+}
+
+impl Question {
+    pub(crate) fn variable(&self, name: &str) -> Option<&str> {
+        self.environment.get(name).map(String::as_str)
+    }
+}

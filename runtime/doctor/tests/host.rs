@@ -1,0 +1,482 @@
+//! A healthy p5 (32 EFA devices, 8 GPUs) and hosts with one thing wrong each: exactly that is found. The environment is the one that NVIDIA
+//! Dynamo's page "KV Cache Transfer" requires of EFA workers.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "this is test code")]
+
+mod tree;
+
+use std::fs;
+
+use kvferry_doctor::{Backend, Question, Report, Role, Status, SysRoot, examine};
+use tree::Tree;
+
+fn page() -> Question {
+    let variables = [
+        ("FI_PROVIDER", "efa"),
+        ("FI_EFA_USE_DEVICE_RDMA", "1"),
+        ("FI_EFA_ENABLE_SHM_TRANSFER", "0"),
+        ("LD_LIBRARY_PATH", "/opt/amazon/efa/lib:/usr/local/lib:/usr/lib"),
+    ];
+    let environment = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    Question { environment, ..Question::default() }
+}
+
+fn wrong(report: &Report) -> Vec<(&'static str, Status)> {
+    report.checks.iter().filter(|check| check.status != Status::Ok).map(|check| (check.id, check.status)).collect()
+}
+
+/// What one case does to the healthy host and the question.
+type Break = fn(&Tree, &mut Question);
+
+fn set(question: &mut Question, name: &str, value: &str) {
+    question.environment.insert(name.to_owned(), value.to_owned());
+}
+
+const BUNDLED: &str = "/opt/dynamo/venv/lib/python3.12/site-packages/tensorrt_llm/libs/nixl/plugins";
+
+#[test]
+fn a_healthy_p5_has_nothing_wrong() {
+    let tree = Tree::p5("healthy");
+    for backend in [Backend::Ucx, Backend::Libfabric] {
+        let mut question = Question { backend, ..page() };
+        question.expect = "efa=32,gpu=8,imex=0".parse().unwrap();
+        let report = examine(&SysRoot::captured(tree.path()), &question);
+        assert_eq!(wrong(&report), [], "{report:#?}");
+        let affinity = report.checks.iter().find(|check| check.id == "gpu.affinity").unwrap();
+        assert!(
+            affinity
+                .evidence
+                .iter()
+                .any(|line| line == "GPU 0000:45:00.0: rdmap65s0 rdmap66s0 rdmap67s0 rdmap68s0 (below one switch)")
+        );
+        let libfabric = report.checks.iter().find(|check| check.id == "library.libfabric").unwrap();
+        assert!(
+            libfabric.evidence[1].contains("/opt/amazon/efa/lib/libfabric.so.1 -> ")
+                && libfabric.evidence[1].contains("LD_LIBRARY_PATH, entry 1")
+        );
+    }
+}
+
+#[test]
+fn a_healthy_p4d_has_nothing_wrong() {
+    let tree = Tree::p4d("p4d");
+    let mut question = page();
+    question.expect = "efa=4,gpu=8".parse().unwrap();
+    let report = examine(&SysRoot::captured(tree.path()), &question);
+    assert_eq!(wrong(&report), [], "{report:#?}");
+}
+
+#[test]
+fn an_empty_host_has_nothing_wrong_until_something_is_expected() {
+    let tree = Tree::empty("empty");
+    let mut question = Question::default();
+    let root = SysRoot::captured(tree.path());
+    assert_eq!(wrong(&examine(&root, &question)).iter().map(|(id, _)| *id).collect::<Vec<_>>(), ["process.memlock"]);
+    question.expect = "efa=4,gpu=1,imex=1".parse().unwrap();
+    let ids: Vec<_> =
+        wrong(&examine(&root, &question)).into_iter().filter(|(_, status)| *status == Status::Fail).collect();
+    assert_eq!(ids.iter().map(|(id, _)| *id).collect::<Vec<_>>(), ["efa.devices", "gpu.devices", "fabric.imex"]);
+}
+
+/// Name, what is broken, which check finds it, how bad it is, and a word of evidence or fix.
+const BROKEN: &[(&str, Break, &str, Status, &str)] = &[
+    ("no /dev/infiniband", |tree, _| tree.remove("dev/infiniband"), "efa.nodes", Status::Fail, "vpc.amazonaws.com/efa"),
+    (
+        "fewer devices requested than there are",
+        |tree, _| (4..32).for_each(|n| tree.remove(&format!("dev/infiniband/uverbs{n}"))),
+        "efa.nodes",
+        Status::Fail,
+        "28 of 32",
+    ),
+    ("driver not loaded", |tree, _| tree.unload_efa(), "efa.driver", Status::Fail, "modprobe efa"),
+    (
+        "a port is down",
+        |tree, _| tree.write("sys/class/infiniband/rdmap65s0/ports/1/state", "1: DOWN"),
+        "efa.ports",
+        Status::Fail,
+        "rdmap65s0/ports/1/state = 1: DOWN",
+    ),
+    (
+        "other devices than expected",
+        |_, question| question.expect.efa = Some(16),
+        "efa.devices",
+        Status::Fail,
+        "16 expected",
+    ),
+    (
+        "fewer GPUs than expected",
+        |_, question| question.expect.gpu = Some(9),
+        "gpu.devices",
+        Status::Fail,
+        "9 expected",
+    ),
+    (
+        "locked memory is limited",
+        |tree, _| {
+            tree.limits("8388608");
+            tree.capabilities(tree::ALL & !(1 << 14));
+        },
+        "process.memlock",
+        Status::Fail,
+        "IPC_LOCK",
+    ),
+    (
+        "no huge pages",
+        |tree, _| tree.write("proc/meminfo", "HugePages_Total:       0\nHugePages_Free:        0"),
+        "process.hugepages",
+        Status::Warn,
+        "hugepages-2Mi",
+    ),
+    (
+        "huge pages asked for and not there",
+        |tree, question| {
+            tree.write("proc/meminfo", "HugePages_Total:     128\nHugePages_Free:        0");
+            set(question, "FI_EFA_USE_HUGE_PAGE", "1");
+        },
+        "process.hugepages",
+        Status::Fail,
+        "0 of 128",
+    ),
+    (
+        "no GPUDirect",
+        |tree, _| tree.remove("sys/module/efa_nv_peermem"),
+        "gpu.direct",
+        Status::Fail,
+        "modprobe efa_nv_peermem",
+    ),
+    (
+        "not privileged",
+        |tree, _| tree.capabilities(tree::ALL & !(1 << 21)),
+        "process.privileges",
+        Status::Warn,
+        "privileged: true",
+    ),
+    (
+        "ptrace is restricted",
+        |tree, _| {
+            tree.write("proc/sys/kernel/yama/ptrace_scope", "1");
+            tree.capabilities(tree::ALL & !(1 << 19));
+        },
+        "process.ptrace",
+        Status::Warn,
+        "SYS_PTRACE",
+    ),
+    (
+        "a security group drops packets",
+        |tree, _| tree.write("sys/class/infiniband/rdmap65s0/ports/1/hw_counters/unresponsive_remote_events", "17"),
+        "efa.peers",
+        Status::Warn,
+        "security group",
+    ),
+    (
+        "nothing comes back",
+        |tree, _| tree.write("sys/class/infiniband/rdmap65s0/ports/1/hw_counters/tx_pkts", "1000"),
+        "efa.peers",
+        Status::Warn,
+        "rx_pkts 0",
+    ),
+    (
+        "SHM transfer left on with libfabric",
+        |_, question| {
+            question.environment.remove("FI_EFA_ENABLE_SHM_TRANSFER");
+            question.backend = Backend::Libfabric;
+        },
+        "variables.shm-transfer",
+        Status::Fail,
+        "GPU buffers",
+    ),
+    (
+        "SHM transfer on with UCX",
+        |_, question| set(question, "FI_EFA_ENABLE_SHM_TRANSFER", "1"),
+        "variables.shm-transfer",
+        Status::Warn,
+        "FI_EFA_ENABLE_SHM_TRANSFER=0",
+    ),
+    (
+        "an older libfabric comes first",
+        |tree, question| {
+            tree.write("usr/lib/libfabric.so.1", "FABRIC_1.6\0");
+            set(question, "LD_LIBRARY_PATH", "/usr/lib:/opt/amazon/efa/lib:/usr/local/lib");
+        },
+        "library.libfabric",
+        Status::Fail,
+        "the loader takes /usr/lib/libfabric.so.1",
+    ),
+    (
+        "libfabric without the provider",
+        |tree, question| {
+            tree.remove("opt/amazon/efa");
+            tree.write("usr/lib/libfabric.so.1", "FABRIC_1.8\0tcp_");
+            question.backend = Backend::Libfabric;
+        },
+        "library.libfabric",
+        Status::Fail,
+        "no efa provider",
+    ),
+    (
+        "no libfabric",
+        |tree, question| {
+            tree.remove("opt/amazon/efa");
+            question.backend = Backend::Libfabric;
+        },
+        "library.libfabric",
+        Status::Fail,
+        "mount the host's /opt/amazon/efa",
+    ),
+    (
+        "UCX without EFA",
+        |tree, _| tree.remove("usr/local/lib/ucx/libuct_ib_efa.so.0"),
+        "library.ucx",
+        Status::Fail,
+        "no libuct_ib_efa.so in /usr/local/lib/ucx",
+    ),
+    (
+        "UCX too old",
+        |tree, _| tree.write("usr/local/lib/pkgconfig/ucx.pc", "Version: 1.19.1"),
+        "library.ucx",
+        Status::Fail,
+        "1.20",
+    ),
+    ("no UCX", |tree, _| tree.remove("usr/local/lib/libucp.so.0"), "library.ucx", Status::Fail, "KVFERRY_UCX_LIBRARY"),
+    (
+        "NCCL's plugin is not on the path",
+        |tree, _| tree.remove("etc/ld.so.conf.d/ofi.conf"),
+        "library.nccl",
+        Status::Warn,
+        "add /opt/amazon/ofi-nccl/lib",
+    ),
+    (
+        "a transport called efa",
+        |_, question| set(question, "UCX_TLS", "efa,cuda_copy"),
+        "variables.ucx",
+        Status::Fail,
+        "srd",
+    ),
+    (
+        "EFA left out",
+        |_, question| set(question, "UCX_TLS", "tcp,cuda_copy"),
+        "variables.ucx",
+        Status::Fail,
+        "leaves EFA out",
+    ),
+    ("EFA excluded", |_, question| set(question, "UCX_TLS", "^ib"), "variables.ucx", Status::Fail, "excludes EFA"),
+    (
+        "a device without its port",
+        |_, question| set(question, "UCX_NET_DEVICES", "rdmap65s0"),
+        "variables.ucx",
+        Status::Fail,
+        "rdmap65s0:1",
+    ),
+    (
+        "a device of another host",
+        |_, question| set(question, "UCX_NET_DEVICES", "rdmap7s0:1"),
+        "variables.ucx",
+        Status::Fail,
+        "there is no device `rdmap7s0`",
+    ),
+    (
+        "too few components",
+        |_, question| set(question, "UCX_MAX_COMPONENT_MDS", "16"),
+        "variables.ucx",
+        Status::Fail,
+        "32 EFA devices",
+    ),
+    (
+        "emulation",
+        |_, question| set(question, "UCX_RNDV_THRESH", "8192"),
+        "variables.ucx",
+        Status::Fail,
+        "UCX_RNDV_THRESH=inf",
+    ),
+    (
+        "a variable that aborts",
+        |_, question| set(question, "FI_EFA_MTU_SIZE", "4096"),
+        "variables.aborting",
+        Status::Fail,
+        "its presence ends the process",
+    ),
+    ("no interface", |_, question| set(question, "FI_EFA_IFACE", ""), "variables.aborting", Status::Fail, "`all`"),
+    (
+        "a variable that nobody reads",
+        |_, question| set(question, "FI_EFA_ENABLE_SHM", "0"),
+        "variables.unread",
+        Status::Warn,
+        "FI_EFA_ENABLE_SHM_TRANSFER is",
+    ),
+    (
+        "another provider",
+        |_, question| set(question, "FI_PROVIDER", "tcp"),
+        "variables.provider",
+        Status::Fail,
+        "FI_PROVIDER=efa",
+    ),
+    (
+        "no provider named with libfabric",
+        |_, question| {
+            question.environment.remove("FI_PROVIDER");
+            question.backend = Backend::Libfabric;
+        },
+        "variables.provider",
+        Status::Warn,
+        "FI_PROVIDER=efa",
+    ),
+    (
+        "RDMA off",
+        |_, question| set(question, "FI_EFA_USE_DEVICE_RDMA", "0"),
+        "variables.device-rdma",
+        Status::Fail,
+        "emulated",
+    ),
+    (
+        "RDMA neither on nor off",
+        |_, question| set(question, "FI_EFA_USE_DEVICE_RDMA", "yes"),
+        "variables.device-rdma",
+        Status::Fail,
+        "ends the process",
+    ),
+    (
+        "GDRCopy as the page has it",
+        |_, question| set(question, "NVIDIA_GDRCOPY", "1"),
+        "gpu.gdrcopy",
+        Status::Warn,
+        "NVIDIA_GDRCOPY=enabled",
+    ),
+    (
+        "plugins of decode on prefill",
+        |_, question| {
+            question.role = Some(Role::Prefill);
+            set(question, "NIXL_PLUGIN_DIR", BUNDLED);
+        },
+        "nixl.plugins",
+        Status::Fail,
+        "unset NIXL_PLUGIN_DIR",
+    ),
+    (
+        "system plugins on multinode decode",
+        |_, question| {
+            question.role = Some(Role::Decode);
+            question.multinode = true;
+        },
+        "nixl.plugins",
+        Status::Fail,
+        BUNDLED,
+    ),
+    (
+        "bundled plugins on decode of one node",
+        |_, question| {
+            question.role = Some(Role::Decode);
+            set(question, "NIXL_PLUGIN_DIR", BUNDLED);
+        },
+        "nixl.plugins",
+        Status::Warn,
+        "--multinode",
+    ),
+    (
+        "a folder without the plugin",
+        |_, question| set(question, "NIXL_PLUGIN_DIR", "/usr/lib/nixl"),
+        "nixl.plugins",
+        Status::Fail,
+        "libplugin_UCX.so",
+    ),
+    (
+        "multi-node NVLink without a ComputeDomain",
+        |_, question| {
+            ["NCCL_MNNVL_ENABLE", "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"]
+                .map(|name| set(question, name, "1"))
+                .into_iter()
+                .collect()
+        },
+        "fabric.imex",
+        Status::Fail,
+        "ComputeDomain",
+    ),
+    (
+        "an IMEX channel that NCCL is not told of",
+        |tree, question| {
+            tree.write("dev/nvidia-caps-imex-channels/channel0", "");
+            set(question, "NCCL_CUMEM_ENABLE", "0");
+        },
+        "fabric.nccl",
+        Status::Warn,
+        "NCCL_CUMEM_ENABLE=0",
+    ),
+    (
+        "GPUs without NICs of their socket",
+        |tree, _| tree.remove_efa_of_numa(1),
+        "gpu.affinity",
+        Status::Warn,
+        "on another NUMA node",
+    ),
+];
+
+#[test]
+fn one_thing_wrong_is_found_and_nothing_else() {
+    let mut failures = Vec::new();
+    for (name, broken, id, status, word) in BROKEN {
+        let tree = Tree::p5(id);
+        let mut question = page();
+        broken(&tree, &mut question);
+        let report = examine(&SysRoot::captured(tree.path()), &question);
+        let found = wrong(&report);
+        let check = report.checks.iter().find(|check| check.id == *id).unwrap();
+        let said = format!("{} {}", check.evidence.join("\n"), check.fix);
+        if found != [(*id, *status)] || !said.contains(word) || check.fix.is_empty() {
+            failures.push(format!("{name}: {id} {status:?} with {word:?} expected, found {found:?}: {said}"));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert!(BROKEN.len() >= 15);
+}
+
+/// Decode workers of several nodes with the plugins that the page gives them, and without a role.
+#[test]
+fn page_plugins_on_decode_only() {
+    let tree = Tree::p5("plugins");
+    tree.write(&format!("{BUNDLED}/libplugin_UCX.so"), "");
+    let mut question = Question { role: Some(Role::Decode), multinode: true, ..page() };
+    set(&mut question, "NIXL_PLUGIN_DIR", BUNDLED);
+    assert_eq!(wrong(&examine(&SysRoot::captured(tree.path()), &question)), []);
+    question.role = Some(Role::Prefill);
+    question.environment.remove("NIXL_PLUGIN_DIR");
+    assert_eq!(wrong(&examine(&SysRoot::captured(tree.path()), &question)), []);
+}
+
+#[test]
+fn page_gb200_with_a_channel_and_its_variables() {
+    let tree = Tree::p5("gb200");
+    tree.write("dev/nvidia-caps-imex-channels/channel0", "");
+    let mut question = page();
+    question.expect = "imex=1".parse().unwrap();
+    for name in ["NCCL_MNNVL_ENABLE", "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"] {
+        set(&mut question, name, "1");
+    }
+    set(&mut question, "NVIDIA_GDRCOPY", "enabled");
+    assert_eq!(wrong(&examine(&SysRoot::captured(tree.path()), &question)), []);
+}
+
+#[test]
+fn copies_of_a_library_in_a_worker_are_found() {
+    let tree = Tree::p5("maps");
+    let own = tree.path().join("proc/self");
+    fs::rename(own, tree.path().join("proc/77")).unwrap();
+    let line = |path: &str| format!("7f00-7f01 r-xp 00000000 08:01 5  {path}\n");
+    let one = line("/usr/local/lib/libucp.so.0.0.0") + &line("/opt/amazon/efa/lib/libfabric.so.1.30.0");
+    tree.write("proc/77/maps", &one);
+    let root = SysRoot::captured(tree.path()).of_process(77);
+    assert_eq!(wrong(&examine(&root, &page())), []);
+    tree.write("proc/77/maps", &(one + &line("/wheel/nixl_cu12.libs/libucp-b39b3ed9.so.0.0.0")));
+    let report = examine(&root, &page());
+    assert_eq!(wrong(&report), [("library.copies", Status::Warn)]);
+    tree.write("proc/77/environ", "A=b\0C=d=e\0");
+    assert_eq!(root.environment().unwrap().get("C").map(String::as_str), Some("d=e"));
+}
+
+#[test]
+fn expectations_are_read_or_refused() {
+    use kvferry_doctor::Expectations;
+    let read: Expectations = "efa=4, gpu=8".parse().unwrap();
+    assert_eq!((read.efa, read.gpu, read.imex), (Some(4), Some(8), None));
+    for wrong in ["", "efa", "efa=x", "nic=1", "efa=-1"] {
+        let error = wrong.parse::<Expectations>().unwrap_err().to_string();
+        assert!(error.contains("efa=4,gpu=8"), "{error}");
+    }
+}

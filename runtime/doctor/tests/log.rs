@@ -1,0 +1,158 @@
+//! What logs prove: captured ones in tests/logs (UCX 1.23-dev over a simulated EFA device), the four lines of NVIDIA Dynamo's page "KV Cache
+//! Transfer", and hostile ones.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "this is test code")]
+
+use kvferry_doctor::{Check, Expectations, Report, Status, read_log};
+use proptest::prelude::*;
+
+fn log(text: &str) -> Report {
+    read_log(text, &Expectations::default(), 4096)
+}
+
+fn check<'a>(report: &'a Report, id: &str) -> &'a Check {
+    report.checks.iter().find(|check| check.id == id).unwrap_or_else(|| panic!("no {id} in {report:#?}"))
+}
+
+fn wrong(report: &Report) -> Vec<(&'static str, Status)> {
+    report.checks.iter().filter(|check| check.status != Status::Ok).map(|check| (check.id, check.status)).collect()
+}
+
+macro_rules! captured {
+    ($name:literal) => {
+        include_str!(concat!("logs/", $name, ".log"))
+    };
+}
+
+/// "confirm NIXL is using SRD over EFA in the worker logs", with the expected output as it stands there.
+#[test]
+fn page_the_expected_lines_and_what_they_do_not_prove() {
+    let page = "NixlTransferAgent using NIXL backend: UCX\n\
+        ucp_context_2 self cfg#1 rma_am(srd/rdmap40s0:1) am(srd/rdmap40s0:1 srd/rdmap62s0:1 ...)\n\
+        NixlTransferAgent mAddress: 100.64.3.7:32939\n";
+    let report = log(page);
+    assert_eq!(check(&report, "log.backend").evidence[1], "line 1: NIXL backend UCX");
+    // A `self` endpoint is no peer; the list is not complete; no word about zero-copy.
+    assert_eq!(
+        wrong(&report),
+        [("log.lanes", Status::Warn), ("log.devices", Status::Warn), ("log.protocols", Status::Warn)]
+    );
+    assert!(check(&report, "log.lanes").evidence[0].contains("`self`"));
+    assert!(check(&report, "log.devices").evidence[0].starts_with("2 EFA devices seen: rdmap40s0 rdmap62s0"));
+    assert!(check(&report, "log.address").evidence[0].contains("control"));
+}
+
+/// "srd/rdmap* confirms SRD transport over EFA devices": on an endpoint to a peer, together with a zero-copy protocol.
+#[test]
+fn page_srd_to_a_peer_with_zero_copy() {
+    for text in [
+        captured!("ucx_srd_peer1_rndv_inf"),
+        captured!("ucx_srd_rails2"),
+        captured!("ucx_srd_two_devices_peer0"),
+        captured!("ucx_srd_cross_device_inter_node"),
+    ] {
+        let report = log(text);
+        assert_eq!(wrong(&report), [], "{report:#?}");
+        assert!(check(&report, "log.protocols").evidence[0].contains("zero-copy"));
+    }
+    let rails = log(captured!("ucx_srd_rails2"));
+    assert!(
+        check(&rails, "log.protocols")
+            .evidence
+            .iter()
+            .any(|row| row.contains("50% on srd/rdmap0:1 and 50% on srd/rdmap1:1"))
+    );
+}
+
+#[test]
+fn pieces_below_the_zero_copy_range_are_copied() {
+    let report = read_log(captured!("ucx_srd_peer1_rndv_inf"), &Expectations::default(), 256);
+    assert_eq!(wrong(&report), [("log.protocols", Status::Warn)]);
+    assert!(check(&report, "log.protocols").evidence.iter().any(|row| row.contains("copy-in")));
+}
+
+#[test]
+fn software_emulation_fails() {
+    let report = log(captured!("ucx_srd_peer1_software_emulation"));
+    assert_eq!(wrong(&report), [("log.protocols", Status::Fail)]);
+    assert!(check(&report, "log.protocols").fix.contains("UCX_RNDV_THRESH=inf"));
+    let refused = log(captured!("ucx_emulation_disabled_error"));
+    assert_eq!(wrong(&refused), [("log.errors", Status::Fail), ("log.protocols", Status::Warn)]);
+}
+
+#[test]
+fn fallback_to_tcp_is_a_warning_and_a_failure_where_efa_is_expected() {
+    let text = captured!("ucx_fallback_tcp_no_uverbs");
+    assert_eq!(check(&log(text), "log.lanes").status, Status::Warn);
+    let expecting = read_log(text, &"efa=4".parse().unwrap(), 4096);
+    let lanes = check(&expecting, "log.lanes");
+    assert_eq!(lanes.status, Status::Fail);
+    assert!(lanes.evidence.iter().any(|line| line.contains("tcp/lo")), "{lanes:#?}");
+}
+
+/// UCX prints a lane list into 256 bytes.
+#[test]
+fn a_list_that_is_cut_in_a_word_loses_the_word_and_says_so() {
+    let report = log(captured!("ucx_srd_32dev_truncated"));
+    let devices = check(&report, "log.devices");
+    assert_eq!(devices.status, Status::Warn);
+    assert!(devices.evidence[0].starts_with("15 EFA devices seen"), "{devices:#?}");
+    assert!(!devices.evidence[0].contains("rdma "), "{devices:#?}");
+}
+
+#[test]
+fn devices_that_are_not_there_are_named() {
+    let report = log(captured!("ucx_no_such_device"));
+    let errors = check(&report, "log.errors");
+    assert_eq!(errors.status, Status::Fail);
+    assert!(errors.evidence[1].contains("mlx5_0:1") && errors.fix.contains("UCX_NET_DEVICES"), "{errors:#?}");
+}
+
+#[test]
+fn libfabric_lines() {
+    let text = "libfabric:24016:1795330133::efa:fabric:efa_device_list_initialize():376<info> g_efa_selected_device_cnt=4, g_efa_ibv_gid_cnt=4\n\
+        libfabric:24016:1795330133::efa:ep_ctrl:efa_rdm_ep_ctrl():1492<info> libfabric 2.7.0a1 efa endpoint created! address: fi_addr_efa://[fe80::1]:1:2\n";
+    let report = log(text);
+    assert_eq!(wrong(&report), [("log.lanes", Status::Warn)]);
+    assert!(check(&report, "log.lanes").evidence[0].contains("1 efa endpoints"));
+    let expecting = read_log(text, &"efa=32".parse().unwrap(), 4096);
+    assert_eq!(check(&expecting, "log.devices").status, Status::Fail);
+}
+
+#[test]
+fn a_loopback_address_and_two_libraries_are_warned_of() {
+    let report = log("NixlTransferAgent mAddress: 127.0.0.1:5\n");
+    assert_eq!(check(&report, "log.address").status, Status::Warn);
+    let report = log(
+        "UCX  INFO  Version 1.23.0 (loaded from /a/libucp.so.0)\nUCX  INFO  Version 1.17.0 (loaded from /b/libucp.so.0)\n",
+    );
+    assert_eq!(check(&report, "log.versions").status, Status::Warn);
+}
+
+#[test]
+fn a_log_of_something_else_proves_nothing() {
+    for text in ["", "hello\n", "| 1..2 | zero-copy | x |\n"] {
+        assert_eq!(wrong(&log(text)), [("log.lines", Status::Warn)], "{text:?}");
+    }
+}
+
+#[test]
+fn hostile_logs_take_no_memory() {
+    let long = format!("x self cfg#1 am({})\n", "srd/rdmap0:1 ".repeat(200_000));
+    let report = log(&long);
+    assert!(check(&report, "log.lanes").evidence[1].len() < 64 << 10);
+    let many = "x inter-node cfg#1 am(srd/rdmap0:1)\nNixlTransferAgent mAddress: 1.2.3.4:5\n".repeat(50_000);
+    assert!(check(&log(&many), "log.address").evidence.len() <= 4097);
+}
+
+proptest! {
+    #[test]
+    fn no_log_makes_it_panic(text in "(?s)([|.:#() /\\[\\]a-z0-9é\n]|cfg#|self |inter-node |ep_cfg\\[|remote memory write by|\\.\\.inf){0,120}") {
+        let _ = log(&text);
+    }
+
+    #[test]
+    fn no_cut_of_a_captured_log_makes_it_panic(cut in 0usize..7000) {
+        let text = captured!("ucx_srd_peer1_rndv_inf");
+        let _ = log(&text[..cut.min(text.len())]);
+    }
+}

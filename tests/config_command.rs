@@ -1,0 +1,152 @@
+//! `kvferry config check` as scripts and people use it, and `cluster --config`. Tests named `page_…` are lines of NVIDIA Dynamo's page "KV
+//! Cache Transfer"; the rules themselves are tested in engines/trtllm/tests/resolve.rs.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "this is test code")]
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// A folder of its own for each test, removed at the end; commands run in it, so that paths in their output are short.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("kvferry-config-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+
+    fn with(self, name: &str, text: &str) -> Folder {
+        std::fs::write(self.0.join(name), text).unwrap();
+        self
+    }
+
+    fn check(&self, arguments: &str) -> Output {
+        let arguments = arguments.split_whitespace();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kvferry"));
+        command.args(["config", "check"]).args(arguments).current_dir(&self.0).env_clear().output().unwrap()
+    }
+
+    fn cluster(&self, arguments: &str, environment: &[(&str, &str)]) -> Output {
+        let test = std::env::current_exe().unwrap();
+        let example = test.parent().and_then(|deps| deps.parent()).unwrap().join("examples/cluster");
+        let arguments = arguments.split_whitespace();
+        let environment = environment.iter().copied();
+        Command::new(example).args(arguments).current_dir(&self.0).env_clear().envs(environment).output().unwrap()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn page_the_ignored_variable_golden() {
+    let folder = Folder::new("golden")
+        .with(
+            "decode.yaml",
+            "# decode\ncache_transceiver_config:\n  backend: DEFAULT\n  kv_transfer_timeout_ms: 120000\n",
+        )
+        .with("worker.env", "TRTLLM_USE_UCX_KVCACHE=1\n");
+    let output = folder.check("decode.yaml --env-file worker.env");
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    let expected = "\
+method               NIXL with UCX                decode.yaml:3: DEFAULT means NIXL, whatever the TRTLLM_USE_*_KVCACHE variables say; TRTLLM_NIXL_KVCACHE_BACKEND is not set, so NIXL uses UCX
+transport            ucx                          decode.yaml:3: NIXL with UCX is carried by kvferry's ucx transport
+library transports   all                          default: UCX chooses
+devices              all                          default: every device that UCX finds
+deadline at most     120000 ms                    decode.yaml:4: kv_transfer_timeout_ms
+deadline at least    10000 ms                     default: kvferry's allowance for scheduling noise
+decode handovers     the node's limit             default: kvferry needs no buffers per transfer; the node's own limit holds
+prefill handovers    the node's limit             default: kvferry needs no buffers per transfer; the node's own limit holds
+
+warning: TRTLLM_USE_UCX_KVCACHE=1 with `backend: DEFAULT` does not enable UCX (variable TRTLLM_USE_UCX_KVCACHE)
+  do: set `backend: UCX` in the file; --follow trtllm applies TensorRT-LLM's own rule
+  NVIDIA Dynamo 1.x, KV Cache Transfer page: the variable does not enable UCX, `backend: UCX` must be set
+  TensorRT-LLM 1.3.0rc22, llm_args.py `_resolve_default_backend`: the first of NIXL, UCX, MOONCAKE, MPI whose variable is \"1\" is what DEFAULT means
+note: NIXL with UCX: these are kvferry's own agents and not wire-compatible with NIXL agents (decode.yaml:3)
+  do: run kvferry on both the prefill and the decode side
+";
+    assert_eq!(text(&output.stdout), expected);
+    let ucx = folder.check("decode.yaml --env-file worker.env --follow trtllm");
+    assert!(text(&ucx.stdout).starts_with("method               UCX  "), "{}", text(&ucx.stdout));
+}
+
+#[test]
+fn page_efa_environment_with_libfabric_as_json() {
+    let folder = Folder::new("json").with("e.yaml", "cache_transceiver_config: {backend: NIXL, colour: red}\n").with(
+        "e.env",
+        "TRTLLM_NIXL_KVCACHE_BACKEND=LIBFABRIC\nFI_PROVIDER=efa\nFI_EFA_USE_DEVICE_RDMA=1\nFI_EFA_ENABLE_SHM_TRANSFER=0\n",
+    );
+    let output = folder.check("e.yaml --env-file e.env --json");
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&report["file"], &report["follow"], &report["status"]),
+        (&"e.yaml".into(), &"dynamo".into(), &"warning".into())
+    );
+    let method = &report["plan"]["method"];
+    assert_eq!((&method["value"]["name"], &method["value"]["backend"]), (&"NIXL".into(), &"LIBFABRIC".into()));
+    assert_eq!(method["source"], "variable TRTLLM_NIXL_KVCACHE_BACKEND");
+    assert_eq!(report["plan"]["transport"]["value"], "libfabric");
+    assert_eq!(report["plan"]["library_transports"]["value"][0], "efa");
+    let findings = report["findings"].as_array().unwrap();
+    let unknown = findings.iter().find(|finding| finding["code"] == "unknown-key").unwrap();
+    assert_eq!((&unknown["severity"], &unknown["source"]), (&"warning".into(), &"e.yaml:1".into()));
+    assert!(findings.iter().any(|finding| finding["contradiction"]["about"] == "the NIXL backend for AWS EFA"));
+}
+
+#[test]
+fn what_cannot_be_resolved_exits_with_two_and_says_where() {
+    let folder = Folder::new("refused")
+        .with("mpi.yaml", "cache_transceiver_config:\n  backend: MPI\n")
+        .with("lower.yaml", "cache_transceiver_config:\n  backend: ucx\n")
+        .with("torn.yaml", "cache_transceiver_config: {backend: [\n")
+        .with("bad.env", "A=1\nnonsense\n");
+    for (arguments, words) in [
+        ("mpi.yaml", ["the MPI backend is deprecated", "do: use `backend: UCX`"]),
+        ("lower.yaml", ["lower.yaml:2:12: backend is `ucx`", "in capitals"]),
+        ("torn.yaml", ["torn.yaml:2:1: not YAML", "correct the line"]),
+        ("none.yaml", ["none.yaml: it cannot be read", "readable file"]),
+        ("mpi.yaml --env-file bad.env", ["bad.env:2: `nonsense`", "NAME=value"]),
+    ] {
+        let output = folder.check(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments}");
+        let said = text(&output.stdout) + &text(&output.stderr);
+        for word in words {
+            assert!(said.contains(word), "{arguments}: no {word:?} in {said}");
+        }
+    }
+}
+
+#[test]
+fn the_cluster_runs_the_plan_over_a_transport_that_it_has() {
+    let folder = Folder::new("cluster")
+        .with("e.yaml", "cache_transceiver_config: {backend: DEFAULT, kv_transfer_timeout_ms: 30000}\n")
+        .with("off.yaml", "tensor_parallel_size: 2\n");
+    let quick = "--model tiny --requests 3 --isl 40 --in-process --json";
+    let ran = folder.cluster(&format!("--config e.yaml --transport tcp {quick}"), &[]);
+    assert!(ran.status.success(), "{}", text(&ran.stderr));
+    let report: Value = serde_json::from_slice(&ran.stdout).unwrap();
+    assert_eq!((&report["delivered"], &report["mismatched_bytes"]), (&3.into(), &0.into()));
+    assert!(report["paths"].as_array().unwrap().iter().all(|path| path["transport"] == "tcp"));
+    let libfabric = [("TRTLLM_NIXL_KVCACHE_BACKEND", "LIBFABRIC")];
+    let lacking = folder.cluster(&format!("--config e.yaml {quick}"), &libfabric);
+    assert_eq!(lacking.status.code(), Some(2));
+    for word in ["--config e.yaml", "libfabric", "--transport tcp"] {
+        assert!(text(&lacking.stderr).contains(word), "{}", text(&lacking.stderr));
+    }
+    let off = folder.cluster(&format!("--config off.yaml {quick}"), &[]);
+    assert_eq!(off.status.code(), Some(2));
+    assert!(text(&off.stderr).contains("cache_transceiver_config is not in the file"), "{}", text(&off.stderr));
+    let missing = folder.cluster(&format!("--config none.yaml {quick}"), &[]);
+    assert_eq!(missing.status.code(), Some(2));
+    assert!(text(&missing.stderr).contains("--config none.yaml: it cannot be read"), "{}", text(&missing.stderr));
+}
