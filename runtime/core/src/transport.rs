@@ -15,6 +15,8 @@ pub enum TransportKind {
     Tcp,
     /// The simulated fabric.
     Sim,
+    /// UCX, a context per device.
+    Ucx,
 }
 
 impl TransportKind {
@@ -24,6 +26,7 @@ impl TransportKind {
             TransportKind::Shm => "shm",
             TransportKind::Tcp => "tcp",
             TransportKind::Sim => "sim",
+            TransportKind::Ucx => "ucx",
         }
     }
 }
@@ -42,7 +45,8 @@ impl FromStr for TransportKind {
             "shm" => Ok(TransportKind::Shm),
             "tcp" => Ok(TransportKind::Tcp),
             "sim" => Ok(TransportKind::Sim),
-            other => Err(format!("no transport is called {other:?}; there are shm and tcp")),
+            "ucx" => Ok(TransportKind::Ucx),
+            other => Err(format!("no transport is called {other:?}; there are shm, tcp and ucx")),
         }
     }
 }

@@ -50,7 +50,10 @@ fn parts_as_written() -> Vec<String> {
     let mut lines = Vec::new();
     lines.extend([Role::Prefill, Role::Decode].map(|role| line("role", &role)));
     lines.extend([Direction::Pull, Direction::Push].map(|direction| line("direction", &direction)));
-    lines.extend([TransportKind::Shm, TransportKind::Tcp, TransportKind::Sim].map(|kind| line("transport", &kind)));
+    lines.extend(
+        [TransportKind::Shm, TransportKind::Tcp, TransportKind::Sim, TransportKind::Ucx]
+            .map(|kind| line("transport", &kind)),
+    );
     lines.extend([PrefillView::Confirmed, PrefillView::Ended, PrefillView::InDoubt].map(|view| line("view", &view)));
     let awaited =
         [Awaited::Offer, Awaited::Pairing, Awaited::Placement, Awaited::Layers, Awaited::Transfer, Awaited::Outcome];

@@ -1,13 +1,16 @@
 //! How bytes move: the seam between the runtime and every transport.
 
+pub mod codec;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+mod cursor;
 mod event;
 mod info;
 mod pool;
 mod region;
 mod transport;
 
+pub use cursor::{Cursor, Piece};
 pub use event::{Event, TransferError};
 pub use info::{Device, NicInfo, Options, PoolKeys, Wait};
 pub use kvferry_core::{Direction, FenceProof, TransportKind};
