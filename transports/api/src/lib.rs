@@ -6,6 +6,7 @@ pub mod conformance;
 mod cursor;
 mod event;
 mod info;
+mod part;
 mod pool;
 mod region;
 mod transport;
@@ -14,6 +15,7 @@ pub use cursor::{Cursor, Piece};
 pub use event::{Event, TransferError};
 pub use info::{Device, NicInfo, Options, PoolKeys, Wait};
 pub use kvferry_core::{Direction, FenceProof, TransportKind};
+pub use part::first_part;
 pub use pool::{Pool, PoolError, PoolOptions};
 pub use region::Region;
 pub use transport::{

@@ -1,0 +1,199 @@
+//! The endpoint to one peer transport, what goes out over it, and the sessions that share it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Instant;
+
+use kvferry_core::TransferId;
+use kvferry_transport::{Cursor, PeerId};
+
+use crate::endpoint::Endpoint;
+use crate::inbox::Key;
+use crate::lanes::Lanes;
+use crate::wire::{Header, KEY_BYTES, MESSAGE_BYTES_MAX};
+
+/// Chunks that may be on a link before its reader has to take some off.
+pub(crate) const CREDITS: u32 = 8;
+/// Messages that UCX may hold of one link.
+pub(crate) const SENDS_MAX: usize = 64;
+/// Buffers for chunks that a link keeps.
+const SPARES_MAX: usize = CREDITS as usize;
+/// Bytes of messages that may wait on one link: a peer that only asks and never takes anything off is dropped.
+pub(crate) const WAITING_BYTES_MAX: usize = 128 << 20;
+
+/// An endpoint to a peer transport.
+pub(crate) struct Link {
+    pub(crate) instance: [u8; KEY_BYTES],
+    pub(crate) endpoint: Endpoint,
+    /// Drawn at random; the peer knows this endpoint by it.
+    pub(crate) number: u64,
+    /// The peer's number of its endpoint, once it has said so.
+    pub(crate) theirs: Option<u64>,
+    /// Known once it is wired.
+    pub(crate) lanes: Option<Lanes>,
+    pub(crate) outgoing: Outgoing,
+    pub(crate) sessions: BTreeSet<PeerId>,
+    /// Chunks taken off since the peer was told.
+    pub(crate) consumed: u32,
+    /// Nobody uses it: closed once what was said is out, or at this time.
+    pub(crate) leaving: Option<Instant>,
+    /// A flush before the close is under way.
+    pub(crate) flushing: bool,
+}
+
+impl Link {
+    pub(crate) fn new(instance: [u8; KEY_BYTES], endpoint: Endpoint, number: u64) -> Link {
+        Link {
+            instance,
+            endpoint,
+            number,
+            theirs: None,
+            lanes: None,
+            outgoing: Outgoing::default(),
+            sessions: BTreeSet::new(),
+            consumed: 0,
+            leaving: None,
+            flushing: false,
+        }
+    }
+}
+
+/// What waits to go out over a link.
+pub(crate) struct Outgoing {
+    pub(crate) messages: VecDeque<Vec<u8>>,
+    pub(crate) waiting_bytes: usize,
+    /// Messages that UCX holds.
+    pub(crate) in_flight: usize,
+    pub(crate) credits: u32,
+    pub(crate) sources: VecDeque<Source>,
+    spares: Vec<Vec<u8>>,
+}
+
+impl Default for Outgoing {
+    fn default() -> Self {
+        Outgoing {
+            messages: VecDeque::new(),
+            waiting_bytes: 0,
+            in_flight: 0,
+            credits: CREDITS,
+            sources: VecDeque::new(),
+            spares: Vec::new(),
+        }
+    }
+}
+
+impl Outgoing {
+    pub(crate) fn message(&mut self, bytes: Vec<u8>) {
+        self.waiting_bytes += bytes.len();
+        self.messages.push_back(bytes);
+    }
+
+    /// Whether a turn would get anything out.
+    pub(crate) fn can_send(&self) -> bool {
+        self.in_flight < SENDS_MAX && (!self.messages.is_empty() || (self.credits > 0 && !self.sources.is_empty()))
+    }
+
+    /// An empty buffer with room for a chunk.
+    pub(crate) fn buffer(&mut self) -> Vec<u8> {
+        self.spares.pop().unwrap_or_else(|| Vec::with_capacity(MESSAGE_BYTES_MAX))
+    }
+
+    /// Takes a chunk's buffer back.
+    pub(crate) fn spare(&mut self, mut buffer: Vec<u8>) {
+        if self.spares.len() < SPARES_MAX {
+            buffer.clear();
+            self.spares.push(buffer);
+        }
+    }
+
+    /// Reads no more bytes of a transfer.
+    pub(crate) fn remove_source(&mut self, key: Key) {
+        self.sources.retain(|source| source.key != key);
+    }
+}
+
+/// A transfer on its way out in chunks.
+pub(crate) struct Source {
+    /// With the peer's number of the session.
+    pub(crate) key: Key,
+    pub(crate) peer: PeerId,
+    pub(crate) cursor: Cursor,
+    pub(crate) left: u64,
+    /// Chunks so far.
+    pub(crate) number: u32,
+}
+
+impl Source {
+    /// Packs the next chunk, headed by `header`, into an empty buffer. Says whether the program gave as many bytes as it should.
+    pub(crate) fn pack(&mut self, header: Header, buffer: &mut Vec<u8>) -> bool {
+        buffer.extend_from_slice(&header.encode());
+        let room = MESSAGE_BYTES_MAX - buffer.len();
+        let mut wanted = usize::try_from(self.left).map_or(room, |left| left.min(room));
+        buffer.reserve(wanted);
+        self.left -= wanted as u64;
+        self.number = self.number.wrapping_add(1);
+        while wanted > 0 {
+            let Some(piece) = self.cursor.take(wanted) else { return false };
+            let at = buffer.len();
+            // SAFETY: the piece lies in the cursor's live pool; the buffer has room for `wanted` more bytes, of which the piece takes no
+            // more, and is no pool memory. The copied bytes are initialised before they are counted.
+            unsafe {
+                std::ptr::copy_nonoverlapping(piece.at, buffer.as_mut_ptr().add(at), piece.bytes);
+                buffer.set_len(at + piece.bytes);
+            }
+            wanted -= piece.bytes;
+        }
+        true
+    }
+}
+
+/// What `connect` opened, here or at the peer.
+pub(crate) struct Session {
+    pub(crate) link: u64,
+    /// What messages to this side carry.
+    pub(crate) here: u64,
+    /// What messages to the peer carry, once it has answered.
+    pub(crate) there: Option<u64>,
+    /// The peer's secret, where this side had its address.
+    pub(crate) secret: Option<[u8; KEY_BYTES]>,
+    /// Until when the peer must have answered.
+    pub(crate) deadline: Option<Instant>,
+    next_tag: u64,
+    /// What this side initiated, by tag.
+    pub(crate) posts: BTreeMap<u64, TransferId>,
+    /// Pulls that this side serves, by the peer's tag.
+    pub(crate) reads: BTreeMap<u64, Serving>,
+    /// Pushes that are arriving or held, by the peer's tag.
+    pub(crate) writes: BTreeMap<u64, TransferId>,
+    /// Messages that come in parts, by tag: how many parts, and their bytes.
+    pub(crate) parts: BTreeMap<u64, (u32, Vec<u8>)>,
+}
+
+impl Session {
+    pub(crate) fn new(link: u64, here: u64) -> Session {
+        Session {
+            link,
+            here,
+            there: None,
+            secret: None,
+            deadline: None,
+            next_tag: 1,
+            posts: BTreeMap::new(),
+            reads: BTreeMap::new(),
+            writes: BTreeMap::new(),
+            parts: BTreeMap::new(),
+        }
+    }
+
+    pub(crate) fn new_tag(&mut self) -> u64 {
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        tag
+    }
+}
+
+/// A pull that a peer asked for.
+pub(crate) struct Serving {
+    pub(crate) pool: kvferry_core::PoolId,
+    /// Bytes of the request, for the limit on what a peer makes this side hold.
+    pub(crate) request_bytes: usize,
+}
