@@ -10,7 +10,11 @@ use thiserror::Error;
 
 /// Every provider of this build, in order of preference.
 pub fn providers() -> Vec<Box<dyn Provider>> {
-    vec![Box::new(kvferry_shm::ShmProvider), Box::new(kvferry_tcp::TcpProvider::default())]
+    vec![
+        Box::new(kvferry_shm::ShmProvider),
+        Box::new(kvferry_ucx::UcxProvider::new()),
+        Box::new(kvferry_tcp::TcpProvider::default()),
+    ]
 }
 
 /// Why no NIC can be opened.
