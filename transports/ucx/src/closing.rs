@@ -50,11 +50,6 @@ impl UcxTransport {
                 }
             }
             Operation::Flushed { link } => {
-                if let Some(link) = self.links.get_mut(&link) {
-                    // Last words are out.
-                    link.leaving = Some(Instant::now());
-                    return;
-                }
                 if let Some(closing) = self.closing.get_mut(&link)
                     && closing.flushing
                 {
@@ -96,8 +91,8 @@ impl UcxTransport {
         }
     }
 
-    /// Lets go of what is over: closed links, fences with their proof, links that nobody uses.
-    pub(crate) fn settle_links(&mut self, now: Instant) {
+    /// Lets go of what is over: closed links, fences with their proof.
+    pub(crate) fn settle_links(&mut self) {
         let fetches = &self.fetches;
         self.closing.retain(|id, closing| {
             !closing.over || fetches.values().any(|fetch| fetch.link == *id && fetch.in_flight > 0)
@@ -111,18 +106,6 @@ impl UcxTransport {
             }
             !proved
         });
-        let leaving: Vec<u64> = self.links.iter().filter(|(_, l)| l.leaving.is_some()).map(|(id, _)| *id).collect();
-        for id in leaving {
-            let Some(link) = self.links.get_mut(&id) else { continue };
-            if link.leaving.is_some_and(|until| until <= now) {
-                self.close_link(id);
-            } else if link.outgoing.messages.is_empty() && link.outgoing.in_flight == 0 && !link.flushing {
-                link.flushing = true;
-                if let Begun::Over(operation, _) = self.worker.flush(id) {
-                    self.closed(operation);
-                }
-            }
-        }
     }
 
     /// Says goodbye to every peer and gives UCX a bounded time to let go of all that it holds.

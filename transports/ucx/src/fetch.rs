@@ -23,8 +23,6 @@ const SLICE_BYTES: u64 = 1 << 20;
 const READ_COST: u64 = 1024;
 /// Reads that are looked at to judge a program's pieces.
 const SAMPLE: usize = 64;
-/// Shorter pieces are sent packed: a read of each costs more than packing and unpacking it.
-const PIECE_BYTES_MIN: u64 = 1024;
 
 /// A transfer that is being read from a peer's memory.
 pub(crate) struct Fetch {
@@ -92,12 +90,13 @@ impl UcxTransport {
     ) -> Option<u64> {
         let mapped = local.mapped.clone()?;
         let link = self.sessions.get(&peer)?.link;
+        let piece_bytes_min = self.lanes(link)?.piece_bytes_min();
         let endpoint = &self.links.get(&link)?.endpoint;
         let remote = self.remotes.get_mut(&remote)?;
         let (keys, source) = remote.lent.clone().filter(|(keys, _)| keys.are_readable())?;
         let sample = program.copies(range, &source, &local.layout).take(SAMPLE);
         let (count, bytes) = sample.fold((0, 0), |(count, bytes), copy| (count + 1, bytes + copy.bytes));
-        if bytes < PIECE_BYTES_MIN * count {
+        if bytes < piece_bytes_min * count {
             return None;
         }
         if remote.unpacked.is_none() {

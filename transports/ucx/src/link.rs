@@ -15,6 +15,8 @@ use crate::wire::{Header, KEY_BYTES, MESSAGE_BYTES_MAX};
 pub(crate) const CREDITS: u32 = 8;
 /// Messages that UCX may hold of one link.
 pub(crate) const SENDS_MAX: usize = 64;
+/// Numbers of sessions that are over which a link keeps.
+pub(crate) const ENDED_MAX: usize = 1024;
 /// Buffers for chunks that a link keeps.
 const SPARES_MAX: usize = CREDITS as usize;
 /// Bytes of messages that may wait on one link: a peer that only asks and never takes anything off is dropped.
@@ -34,10 +36,10 @@ pub(crate) struct Link {
     pub(crate) sessions: BTreeSet<PeerId>,
     /// Chunks taken off since the peer was told.
     pub(crate) consumed: u32,
-    /// Nobody uses it: closed once what was said is out, or at this time.
-    pub(crate) leaving: Option<Instant>,
-    /// A flush before the close is under way.
-    pub(crate) flushing: bool,
+    /// Nobody uses it; it is kept until then, since an endpoint that is made anew while the peer still closes the old one is often reset.
+    pub(crate) idle_until: Option<Instant>,
+    /// Numbers of sessions that are over: chunks of them may still come, and free their places.
+    pub(crate) ended: VecDeque<u64>,
 }
 
 impl Link {
@@ -51,8 +53,8 @@ impl Link {
             outgoing: Outgoing::default(),
             sessions: BTreeSet::new(),
             consumed: 0,
-            leaving: None,
-            flushing: false,
+            idle_until: None,
+            ended: VecDeque::new(),
         }
     }
 }

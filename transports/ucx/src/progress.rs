@@ -34,7 +34,7 @@ impl UcxTransport {
         self.send_all(budget);
         self.fetch(budget);
         self.take_operations();
-        self.settle_links(now);
+        self.settle_links();
         self.settle_pools(now);
         if !self.withdrawing.is_empty() {
             self.answer_withdrawals();
@@ -227,14 +227,23 @@ impl UcxTransport {
         for peer in silent {
             let seconds = GREETING_WAIT.as_secs();
             let reason = format!("no answer within {seconds} s; check that its address is reachable and still its own");
+            let link = self.sessions.get(&peer).map(|session| session.link);
             self.lose_session(peer, &reason);
             self.events.push(Event::PeerLost { peer, reason });
+            // Whoever is silent to one session is not there for the next.
+            if let Some(link) = link
+                && self.links.get(&link).is_some_and(|link| link.sessions.is_empty())
+            {
+                self.close_link(link);
+            }
         }
+        let idle: Vec<u64> = self.links.iter().filter(|(_, l)| late(l.idle_until)).map(|(id, _)| *id).collect();
+        idle.into_iter().for_each(|link| self.close_link(link));
         self.expire_held(now);
         let sessions = self.sessions.values().filter_map(|session| session.deadline);
         let held = self.held.values().map(|held| held.until);
-        let leaving = self.links.values().filter_map(|link| link.leaving);
+        let idle = self.links.values().filter_map(|link| link.idle_until);
         let pools = self.pools.values().filter_map(|bound| bound.leaving.as_ref()).map(|leaving| leaving.until);
-        self.next_deadline = sessions.chain(held).chain(leaving).chain(pools).filter(|at| *at > now).min();
+        self.next_deadline = sessions.chain(held).chain(idle).chain(pools).filter(|at| *at > now).min();
     }
 }

@@ -6,14 +6,14 @@ use kvferry_transport::codec::{decode, encode, random};
 use kvferry_transport::{ConnectError, Event, PeerId, TransferError, TransportKind};
 
 use crate::endpoint::Endpoint;
-use crate::link::{Link, Session, WAITING_BYTES_MAX};
+use crate::link::{ENDED_MAX, Link, Session, WAITING_BYTES_MAX};
 use crate::transport::UcxTransport;
 use crate::wire::{Address, BODY_BYTES_MAX, Header, Hello, KEY_BYTES, Kind, Welcome, cut, message};
 
 /// How long a peer may take to answer.
 pub(crate) const GREETING_WAIT: Duration = Duration::from_secs(5);
-/// How long last words may take to be out.
-pub(crate) const LEAVING_WAIT: Duration = Duration::from_secs(1);
+/// How long a link without sessions is kept for the next one.
+const IDLE_WAIT: Duration = Duration::from_secs(60);
 /// Sessions that peers may have open here.
 const SESSIONS_MAX: usize = 4096;
 
@@ -60,8 +60,7 @@ impl UcxTransport {
 
     /// The link to a transport that sessions can be opened over.
     fn link_to(&self, instance: &[u8; KEY_BYTES]) -> Option<u64> {
-        let usable = |link: &Link| link.instance == *instance && link.leaving.is_none();
-        self.links.iter().find(|(_, link)| usable(link)).map(|(id, _)| *id)
+        self.links.iter().find(|(_, link)| link.instance == *instance).map(|(id, _)| *id)
     }
 
     fn new_link(&mut self, instance: [u8; KEY_BYTES], worker: &[u8]) -> Result<u64, String> {
@@ -78,6 +77,7 @@ impl UcxTransport {
         self.numbers.insert(here, (Some(peer), link));
         if let Some(link) = self.links.get_mut(&link) {
             link.sessions.insert(peer);
+            link.idle_until = None;
         }
         peer
     }
@@ -183,19 +183,24 @@ impl UcxTransport {
         self.events.push(Event::PeerLost { peer, reason });
     }
 
-    /// Takes a session down; its transfers fail. A link without sessions is closed.
+    /// Takes a session down; its transfers fail. A link without sessions is kept for a while.
     pub(crate) fn lose_session(&mut self, peer: PeerId, reason: &str) {
         let Some(session) = self.sessions.remove(&peer) else { return };
         tracing::debug!(peer = peer.0, reason, "session ended");
-        // Chunks of it may still be on the link, and free their places when they come.
         self.numbers.insert(session.here, (None, session.link));
         self.worker.inbox.remove_session(session.here);
         if let Some(link) = self.links.get_mut(&session.link) {
             link.outgoing.sources.retain(|source| source.peer != peer);
             link.sessions.remove(&peer);
-            if link.sessions.is_empty() && link.leaving.is_none() {
-                let deadline = Instant::now() + LEAVING_WAIT;
-                link.leaving = Some(deadline);
+            link.ended.push_back(session.here);
+            if link.ended.len() > ENDED_MAX
+                && let Some(oldest) = link.ended.pop_front()
+            {
+                self.numbers.remove(&oldest);
+            }
+            if link.sessions.is_empty() {
+                let deadline = Instant::now() + IDLE_WAIT;
+                link.idle_until = Some(deadline);
                 self.note_deadline(deadline);
             }
         }

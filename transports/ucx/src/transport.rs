@@ -148,7 +148,6 @@ impl UcxTransport {
             || (self.method == Method::Memory && self.fetches.values().any(|fetch| fetch.in_flight > 0))
             || !self.closing.is_empty()
             || !self.fences.is_empty()
-            || self.links.values().any(|link| link.leaving.is_some())
             || self.pools.values().any(|bound| bound.leaving.is_some() && self.is_idle(bound.pool.id()))
     }
 }
