@@ -8,7 +8,7 @@ use kvferry_transport::{Event, PeerId};
 use crate::endpoint::Operation;
 use crate::request::Begun;
 use crate::transport::UcxTransport;
-use crate::wire::{KEY_BYTES, Kind};
+use crate::wire::KEY_BYTES;
 
 /// How long a transport that is dropped waits for its last words to be out and for UCX to let go.
 const SHUT_DOWN_WAIT: Duration = Duration::from_secs(1);
@@ -72,17 +72,12 @@ impl UcxTransport {
         let mut links: Vec<u64> = closing.map(|(id, _)| *id).chain(live.iter().copied()).collect();
         links.retain(|link| self.fetches.values().any(|fetch| fetch.link == *link && fetch.in_flight > 0));
         for link in live {
-            let peers: Vec<PeerId> =
+            let others: Vec<PeerId> =
                 self.links.get(&link).map_or_else(Vec::new, |l| l.sessions.iter().copied().collect());
-            for other in peers {
-                self.say(other, Kind::Bye, 0, 0, b"fenced");
-                self.lose_session(other, "fenced here");
-                if other != peer {
-                    self.events
-                        .push(Event::PeerLost { peer: other, reason: "its transport was fenced here".to_owned() });
-                }
-            }
-            self.close_link(link);
+            self.drop_link(link, "fenced");
+            let others = others.into_iter().filter(|other| *other != peer);
+            let reason = "its transport was fenced here".to_owned();
+            self.events.extend(others.map(|peer| Event::PeerLost { peer, reason: reason.clone() }));
         }
         if links.is_empty() {
             self.events.push(Event::Fenced { peer, proof: FenceProof::OwnerCopies });

@@ -179,7 +179,7 @@ fn hexadecimal(text: &str) -> Option<u32> {
 fn rate(text: &str) -> Option<u64> {
     let (number, rest) = text.split_once(' ')?;
     let gigabits: f64 = number.parse().ok()?;
-    (rest.starts_with("Gb/sec") && gigabits.is_finite() && gigabits >= 0.0).then(|| (gigabits * 1e9) as u64)
+    (rest.starts_with("Gb/sec") && gigabits.is_finite() && gigabits >= 0.0).then_some((gigabits * 1e9) as u64)
 }
 
 #[cfg(test)]

@@ -25,6 +25,8 @@ pub(crate) const WAITING_BYTES_MAX: usize = 128 << 20;
 /// An endpoint to a peer transport.
 pub(crate) struct Link {
     pub(crate) instance: [u8; KEY_BYTES],
+    /// UCX's address of the peer.
+    pub(crate) worker: Vec<u8>,
     pub(crate) endpoint: Endpoint,
     /// Drawn at random; the peer knows this endpoint by it.
     pub(crate) number: u64,
@@ -43,9 +45,10 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    pub(crate) fn new(instance: [u8; KEY_BYTES], endpoint: Endpoint, number: u64) -> Link {
+    pub(crate) fn new(instance: [u8; KEY_BYTES], worker: Vec<u8>, endpoint: Endpoint, number: u64) -> Link {
         Link {
             instance,
+            worker,
             endpoint,
             number,
             theirs: None,

@@ -14,6 +14,8 @@ use crate::wire::{Address, BODY_BYTES_MAX, Header, Hello, KEY_BYTES, Kind, Welco
 pub(crate) const GREETING_WAIT: Duration = Duration::from_secs(5);
 /// How long a link without sessions is kept for the next one.
 const IDLE_WAIT: Duration = Duration::from_secs(60);
+/// Why sessions of an earlier endpoint are over.
+const ANEW: &str = "the peer has connected anew";
 /// Sessions that peers may have open here.
 const SESSIONS_MAX: usize = 4096;
 
@@ -67,7 +69,7 @@ impl UcxTransport {
         let number = random::<8>().map_err(|error| format!("no random bytes: {error}"))?;
         let id = self.new_number();
         let endpoint = Endpoint::new(&self.worker, id, worker)?;
-        self.links.insert(id, Link::new(instance, endpoint, u64::from_le_bytes(number)));
+        self.links.insert(id, Link::new(instance, worker.to_vec(), endpoint, u64::from_le_bytes(number)));
         Ok(id)
     }
 
@@ -95,7 +97,7 @@ impl UcxTransport {
         if let Some(id) = link {
             let theirs = self.links.get(&id).and_then(|link| link.theirs);
             if theirs.is_some_and(|theirs| theirs != hello.link) {
-                self.lose_link(id, "the peer has connected anew");
+                self.lose_link(id, ANEW);
                 link = None;
             }
         }
@@ -127,10 +129,14 @@ impl UcxTransport {
         session.there = Some(welcome.session);
         session.deadline = None;
         let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
-        if link.theirs.is_some_and(|theirs| theirs != welcome.link) {
-            return Err("the peer has connected anew".to_owned());
+        if link.theirs.replace(welcome.link).is_some_and(|theirs| theirs != welcome.link) {
+            // The peer has lost its end of this link, and the sessions that were over it.
+            let others: Vec<PeerId> = link.sessions.iter().copied().filter(|other| *other != peer).collect();
+            for other in others {
+                self.lose_session(other, ANEW);
+                self.events.push(Event::PeerLost { peer: other, reason: ANEW.to_owned() });
+            }
         }
-        link.theirs = Some(welcome.link);
         self.report_lanes(id);
         self.events.push(Event::Connected { peer });
         let queued: Vec<_> = self.posts.iter().filter(|(_, p)| p.peer == peer).map(|(id, _)| *id).collect();
@@ -220,10 +226,40 @@ impl UcxTransport {
     pub(crate) fn lose_link(&mut self, id: u64, reason: &str) {
         let Some(link) = self.links.get(&id) else { return };
         let peers: Vec<PeerId> = link.sessions.iter().copied().collect();
+        self.drop_link(id, reason);
+        let lost = peers.into_iter().map(|peer| Event::PeerLost { peer, reason: reason.to_owned() });
+        self.events.extend(lost);
+    }
+
+    /// Ends a link's sessions, closes its endpoint, and tells the peer over another one. UCX pairs endpoints by how many each side has made,
+    /// so the peer's endpoint need not be the one that fails with ours: untold, it might wait for ever.
+    pub(crate) fn drop_link(&mut self, id: u64, reason: &str) {
+        let Some(link) = self.links.get(&id) else { return };
+        let (instance, worker) = (link.instance, link.worker.clone());
+        let peers: Vec<PeerId> = link.sessions.iter().copied().collect();
+        let numbers: Vec<u64> =
+            peers.iter().filter_map(|peer| self.sessions.get(peer)).filter_map(|session| session.there).collect();
         for peer in peers {
             self.lose_session(peer, reason);
-            self.events.push(Event::PeerLost { peer, reason: reason.to_owned() });
         }
         self.close_link(id);
+        if numbers.is_empty() {
+            return;
+        }
+        match self.new_link(instance, &worker) {
+            Ok(other) => {
+                let deadline = Instant::now() + GREETING_WAIT;
+                if let Some(link) = self.links.get_mut(&other) {
+                    link.idle_until = Some(deadline);
+                }
+                self.note_deadline(deadline);
+                let words = cut(reason.to_owned());
+                for session in numbers {
+                    let header = Header { kind: Kind::Bye, number: 0, session, tag: 0 };
+                    self.send(other, message(header, words.as_bytes()));
+                }
+            }
+            Err(reason) => tracing::debug!(reason, "a peer is not told that its sessions are over"),
+        }
     }
 }
