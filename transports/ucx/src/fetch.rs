@@ -7,6 +7,7 @@ use kvferry_core::{PoolLayout, Program, TransferId, UnitRange};
 use kvferry_transport::{PeerId, RemotePool, TransferError, first_part};
 use ucx_sys::UCS_OK;
 
+use crate::device::Method;
 use crate::endpoint::{GetMemory, RemoteKeys};
 use crate::inbox::Flow;
 use crate::lanes::Lanes;
@@ -62,18 +63,26 @@ impl UcxTransport {
         Some(link.lanes.get_or_insert_with(|| Lanes::parse(&link.endpoint.description())))
     }
 
-    /// Says once per link what was found out about it.
+    /// Says once per link what was found out about it: its lanes (E3), and whether reads over them are zero-copy (E4). Whether bytes crossed
+    /// the device only its counters can say (E5).
     pub(crate) fn report_lanes(&mut self, id: u64) {
         let reads = self.reads_memory(id);
-        let names = self.lanes(id).map(Lanes::names).unwrap_or_default();
+        let lanes = self.lanes(id).map(Lanes::names).unwrap_or_default();
+        let Some(link) = self.links.get(&id) else { return };
+        let peer: String = link.instance.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        let (device, library) = (&self.info.device, self.context.library);
         let evidence = if reads { "E4" } else { "E3" };
-        let library = self.context.library;
         tracing::info!(
-            "kvferry: transport=ucx peer={id} lanes={names} device={} library={} version={} evidence={evidence}",
-            self.info.device,
+            "kvferry: transport=ucx peer={peer} lanes={lanes} device={device} library={} version={} evidence={evidence}",
             library.path,
             library.version
         );
+        if !reads && matches!(self.method, Method::Srd | Method::Verbs) {
+            tracing::warn!(
+                "kvferry: {device} has no lane that reads the memory of peer {peer} (lanes {lanes}): bytes go in messages that processors unpack; \
+                 check the UCX_* variables and that this UCX was built with the device's transport"
+            );
+        }
     }
 
     /// Starts reading; `None` where it cannot be read, or is better sent packed.

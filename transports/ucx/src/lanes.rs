@@ -93,6 +93,13 @@ mod tests {
     }
 
     #[test]
+    fn what_was_captured_is_read() {
+        let lanes = Lanes::parse(include_str!("../tests/fixtures/ucx_ep_print_info.log"));
+        assert_eq!(lanes.names(), "srd/rdmap0:1,srd/rdmap1:1");
+        assert!(lanes.0.iter().all(|lane| lane.zero_copy) && lanes.read_remote_memory());
+    }
+
+    #[test]
     fn emulated_access_is_not_taken_for_the_real_thing() {
         // Over tcp the lane is there for writes; reads are emulated.
         for text in [

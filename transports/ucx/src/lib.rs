@@ -14,6 +14,7 @@ mod inbox;
 mod lanes;
 mod library;
 mod link;
+pub mod log;
 mod posted;
 mod progress;
 mod provider;
