@@ -19,8 +19,8 @@ pub(crate) const SENDS_MAX: usize = 64;
 pub(crate) const ENDED_MAX: usize = 1024;
 /// Buffers for chunks that a link keeps.
 const SPARES_MAX: usize = CREDITS as usize;
-/// Bytes of messages that may wait on one link: a peer that only asks and never takes anything off is dropped.
-pub(crate) const WAITING_BYTES_MAX: usize = 128 << 20;
+/// Bytes of answers that may wait on one link: a peer that only asks and never takes anything off is dropped.
+pub(crate) const ANSWER_BYTES_MAX: usize = 32 << 20;
 
 /// An endpoint to a peer transport.
 pub(crate) struct Link {
@@ -62,10 +62,17 @@ impl Link {
     }
 }
 
+/// A message that waits.
+pub(crate) struct Message {
+    pub(crate) bytes: Vec<u8>,
+    /// It was caused by the peer: requests are bounded by whoever posts here.
+    pub(crate) is_answer: bool,
+}
+
 /// What waits to go out over a link.
 pub(crate) struct Outgoing {
-    pub(crate) messages: VecDeque<Vec<u8>>,
-    pub(crate) waiting_bytes: usize,
+    pub(crate) messages: VecDeque<Message>,
+    pub(crate) answer_bytes: usize,
     /// Messages that UCX holds.
     pub(crate) in_flight: usize,
     pub(crate) credits: u32,
@@ -77,7 +84,7 @@ impl Default for Outgoing {
     fn default() -> Self {
         Outgoing {
             messages: VecDeque::new(),
-            waiting_bytes: 0,
+            answer_bytes: 0,
             in_flight: 0,
             credits: CREDITS,
             sources: VecDeque::new(),
@@ -87,9 +94,20 @@ impl Default for Outgoing {
 }
 
 impl Outgoing {
-    pub(crate) fn message(&mut self, bytes: Vec<u8>) {
-        self.waiting_bytes += bytes.len();
-        self.messages.push_back(bytes);
+    pub(crate) fn message(&mut self, message: Message) {
+        if message.is_answer {
+            self.answer_bytes += message.bytes.len();
+        }
+        self.messages.push_back(message);
+    }
+
+    /// The next message to go out.
+    pub(crate) fn next_message(&mut self) -> Option<Vec<u8>> {
+        let message = self.messages.pop_front()?;
+        if message.is_answer {
+            self.answer_bytes = self.answer_bytes.saturating_sub(message.bytes.len());
+        }
+        Some(message.bytes)
     }
 
     /// Whether a turn would get anything out.

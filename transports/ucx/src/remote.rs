@@ -129,6 +129,12 @@ impl UcxTransport {
         };
         if let Some((keys, layout)) = lend.pool {
             keys.check()?;
+            let owner = self.sessions.get(&peer).and_then(|session| self.links.get(&session.link));
+            if owner.is_none_or(|link| link.instance != keys.instance)
+                || (keys.pool, keys.token) != (lend.named.pool, lend.named.token)
+            {
+                return Err("keys of another pool than was asked for".to_owned());
+            }
             layout.validate().map_err(|error| error.to_string())?;
             check_regions(&keys, &layout)?;
             if remote.lent.is_none() {

@@ -79,9 +79,8 @@ impl UcxTransport {
     pub(crate) fn send_messages(&mut self, id: u64) {
         while let Some(link) = self.links.get_mut(&id)
             && link.outgoing.in_flight < SENDS_MAX
-            && let Some(message) = link.outgoing.messages.pop_front()
+            && let Some(message) = link.outgoing.next_message()
         {
-            link.outgoing.waiting_bytes = link.outgoing.waiting_bytes.saturating_sub(message.len());
             link.outgoing.in_flight += 1;
             if let Begun::Over(operation, status) = link.endpoint.send(id, message, false) {
                 self.finished(operation, status);

@@ -6,7 +6,7 @@ use kvferry_transport::codec::{decode, encode, random};
 use kvferry_transport::{ConnectError, Event, PeerId, TransferError, TransportKind};
 
 use crate::endpoint::Endpoint;
-use crate::link::{ENDED_MAX, Link, Session, WAITING_BYTES_MAX};
+use crate::link::{ANSWER_BYTES_MAX, ENDED_MAX, Link, Message, Session};
 use crate::transport::UcxTransport;
 use crate::wire::{Address, BODY_BYTES_MAX, Header, Hello, KEY_BYTES, Kind, Welcome, cut, message};
 
@@ -56,7 +56,7 @@ impl UcxTransport {
         }
         self.note_deadline(deadline);
         let header = Header { kind: Kind::Hello, number: 0, session: 0, tag: 0 };
-        self.send(link, message(header, &hello.seal(&address.secret)));
+        self.send(link, header, &hello.seal(&address.secret), false);
         Ok(peer)
     }
 
@@ -156,20 +156,20 @@ impl UcxTransport {
         if kind.may_be_long() {
             while rest.len() > BODY_BYTES_MAX {
                 let (part, behind) = rest.split_at(BODY_BYTES_MAX);
-                self.send(link, message(header, part));
+                self.send(link, header, part, kind.is_answer());
                 header.number += 1;
                 rest = behind;
             }
         }
         // A long message says how many parts came before its last bytes.
         let number = if kind.may_be_long() { header.number } else { number };
-        self.send(link, message(Header { kind, number, ..header }, rest));
+        self.send(link, Header { kind, number, ..header }, rest, kind.is_answer());
     }
 
-    fn send(&mut self, link: u64, bytes: Vec<u8>) {
+    fn send(&mut self, link: u64, header: Header, body: &[u8], is_answer: bool) {
         let Some(found) = self.links.get_mut(&link) else { return };
-        found.outgoing.message(bytes);
-        if found.outgoing.waiting_bytes > WAITING_BYTES_MAX {
+        found.outgoing.message(Message { bytes: message(header, body), is_answer });
+        if found.outgoing.answer_bytes > ANSWER_BYTES_MAX {
             self.lose_link(link, "it takes nothing off the wire and asks for ever more");
             return;
         }
@@ -256,7 +256,7 @@ impl UcxTransport {
                 let words = cut(reason.to_owned());
                 for session in numbers {
                     let header = Header { kind: Kind::Bye, number: 0, session, tag: 0 };
-                    self.send(other, message(header, words.as_bytes()));
+                    self.send(other, header, words.as_bytes(), false);
                 }
             }
             Err(reason) => tracing::debug!(reason, "a peer is not told that its sessions are over"),

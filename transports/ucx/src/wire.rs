@@ -90,6 +90,12 @@ impl Kind {
         .find(|kind| *kind as u8 == byte)
     }
 
+    /// Whether it is what a peer's message made this side say.
+    pub(crate) fn is_answer(self) -> bool {
+        use Kind::{Credit, Done, Go, Lend, Refuse, Welcome, Withdrawn};
+        matches!(self, Welcome | Go | Credit | Done | Refuse | Lend | Withdrawn)
+    }
+
     /// Whether it may be longer than one message.
     pub(crate) fn may_be_long(self) -> bool {
         matches!(self, Kind::Read | Kind::Write | Kind::Lend)
