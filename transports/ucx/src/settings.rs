@@ -25,11 +25,11 @@ pub(crate) fn settings(method: Method, version: Version) -> Vec<Setting> {
         ("KEEPALIVE_INTERVAL", "2s", Version(0, 0, 0)),
     ];
     match method {
-        Method::Tcp => {
+        // Messages of `memory` go over tcp, too: shared memory has no way to notice a dead peer.
+        Method::Tcp | Method::Memory => {
             list.push(("TCP_TX_SEG_SIZE", TCP_SEGMENT, Version(1, 17, 0)));
             list.push(("TCP_RX_SEG_SIZE", TCP_SEGMENT, Version(1, 17, 0)));
         }
-        Method::Memory => {}
         // One device, one rail.
         Method::Verbs => list.push(("MAX_RMA_RAILS", "1", Version(1, 14, 0))),
         Method::Srd => {
@@ -71,7 +71,9 @@ mod tests {
     fn no_version_is_given_a_key_that_it_does_not_know() {
         let old = Version(1, 13, 1);
         assert_eq!(keys(Method::Tcp, old), ["TLS", "RNDV_THRESH", "ADDRESS_VERSION", "KEEPALIVE_INTERVAL"]);
-        assert!(keys(Method::Tcp, Version(1, 17, 0)).contains(&"TCP_TX_SEG_SIZE"));
+        for method in [Method::Tcp, Method::Memory] {
+            assert!(keys(method, Version(1, 17, 0)).contains(&"TCP_TX_SEG_SIZE"));
+        }
         assert!(!keys(Method::Srd, Version(1, 20, 0)).contains(&"PROTO_EMULATION_ENABLE"));
         assert!(keys(Method::Srd, Version(1, 20, 0)).contains(&"MAX_RMA_RAILS"));
     }
