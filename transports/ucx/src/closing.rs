@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use kvferry_core::FenceProof;
 use kvferry_transport::{Event, PeerId};
 
+use crate::device::Method;
 use crate::endpoint::Operation;
 use crate::request::Begun;
 use crate::transport::UcxTransport;
@@ -16,8 +17,8 @@ const SHUT_DOWN_WAIT: Duration = Duration::from_secs(1);
 /// A link whose endpoint is being destroyed.
 pub(crate) struct Closing {
     pub(crate) instance: [u8; KEY_BYTES],
-    /// The endpoint is gone; what the worker had outstanding then is being flushed.
-    flushing: bool,
+    /// Its device may still write what was asked for over it, until the worker is flushed after the endpoint is gone.
+    by_device: bool,
     over: bool,
 }
 
@@ -32,7 +33,10 @@ impl UcxTransport {
     pub(crate) fn close_link(&mut self, id: u64) {
         let Some(link) = self.links.remove(&id) else { return };
         self.numbers.retain(|_, (_, over)| *over != id);
-        self.closing.insert(id, Closing { instance: link.instance, flushing: false, over: false });
+        // The kernel's copies are made by this thread, inside UCX's progress, and are over when that returns.
+        let by_device = matches!(self.method, Method::Srd | Method::Verbs)
+            && self.fetches.values().any(|fetch| fetch.link == id && fetch.in_flight > 0);
+        self.closing.insert(id, Closing { instance: link.instance, by_device, over: false });
         if let Begun::Over(operation, _) = link.endpoint.close(id) {
             self.closed(operation);
         }
@@ -42,17 +46,19 @@ impl UcxTransport {
     pub(crate) fn closed(&mut self, operation: Operation) {
         match operation {
             Operation::Closed { link, .. } => {
-                if let Some(closing) = self.closing.get_mut(&link) {
-                    closing.flushing = true;
-                    if let Begun::Over(operation, _) = self.worker.flush(link) {
-                        self.closed(operation);
-                    }
+                let Some(closing) = self.closing.get_mut(&link) else { return };
+                if !closing.by_device {
+                    closing.over = true;
+                    return;
+                }
+                // Only where it proves something: UCX 1.22 flushes endpoints of its own, too, and was seen to read one that had failed and
+                // been freed meanwhile.
+                if let Begun::Over(operation, _) = self.worker.flush(link) {
+                    self.closed(operation);
                 }
             }
             Operation::Flushed { link } => {
-                if let Some(closing) = self.closing.get_mut(&link)
-                    && closing.flushing
-                {
+                if let Some(closing) = self.closing.get_mut(&link) {
                     closing.over = true;
                 }
             }
