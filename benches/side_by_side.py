@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """kvferry beside the machine's limit and beside NIXL: same shapes, same machine, in turn, round by round.
 
-usage: side_by_side.py --kvferry PROGRAM [--host-limit PROGRAM] [--nixl 'PYTHON SCRIPT'] [--rounds N]
+usage: side_by_side.py --kvferry PROGRAM [--host-limit PROGRAM] [--nixl 'PYTHON SCRIPT'] [--rounds N] [--paths LIST]
 
 PROGRAM of --kvferry is the release build of the command; that of --host-limit copies blocks without a transport and prints lines
 `tcp sg n=.. bb=.. X GB/s` and `shm copy n=.. bb=.. X GB/s`; the script of --nixl takes READ|WRITE UCX LAYERS BLOCKS BLOCK_BYTES ITERS
 and prints a JSON object. What is left out is skipped. In every round each program runs once for each shape; tables hold the medians
 of the rounds, and ratios of one round's figures: their median, least and greatest. Run it on an otherwise idle machine.
+
+Paths are transports, with a device where one is meant: shm,tcp,ucx:memory,ucx:lo. For ucx let KVFERRY_UCX_LIBRARY name the library that
+NIXL brings, so that both use one; UCX_MODULES=^ib keeps both from loading RDMA libraries of which the system has others.
 """
 
 import argparse
@@ -20,7 +23,9 @@ import subprocess
 import sys
 
 SHAPES = [(32, 160, 4 << 10), (32, 160, 16 << 10), (32, 128, 64 << 10)]
-CASES = [("shm", "pull"), ("shm", "push"), ("tcp", "pull"), ("tcp", "push")]
+OPS = ["pull", "push"]
+# Whose limit and whose setting of NIXL is meant.
+LIKE = {"shm": "shm", "tcp": "tcp", "ucx:memory": "shm", "ucx:lo": "tcp"}
 # What the destination reads and what the source writes.
 NIXL_OP = {"pull": "READ", "push": "WRITE"}
 LIMIT_LINE = re.compile(r"^(tcp sg|shm copy) n=\d+ bb=\d+ ([0-9.]+) GB/s")
@@ -34,14 +39,21 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--iters", type=int, default=7, help="iterations of kvferry and NIXL in one round")
     parser.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="for one run of one program")
+    parser.add_argument("--paths", default="shm,tcp", help=f"of {', '.join(LIKE)} [default: shm,tcp]")
+    parser.add_argument("--mebibyte", action="store_true", help="pieces of 1 MiB, too")
     options = parser.parse_args()
+    options.paths = options.paths.split(",")
+    if unknown := [path for path in options.paths if path not in LIKE]:
+        parser.error(f"--paths: no {unknown[0]}; there are {', '.join(LIKE)}")
+    options.cases = [(path, op) for path in options.paths for op in OPS]
+    options.shapes = SHAPES + ([(32, 8, 1 << 20)] if options.mebibyte else [])
     if options.rounds < 1 or options.iters < 1:
         parser.error("--rounds and --iters must be at least 1")
 
     rounds = []
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
-        rounds.append({shape: one_round(options, shape) for shape in SHAPES})
+        rounds.append({shape: one_round(options, shape) for shape in options.shapes})
     print(machine())
     print()
     print(table(rounds, options))
@@ -54,7 +66,7 @@ def one_round(options, shape):
     if options.host_limit:
         for transport, rate in host_limit(options, 2 * layers * blocks, block_bytes).items():
             figures["limit", transport] = rate
-    for transport, op in CASES:
+    for transport, op in options.cases:
         report = kvferry(options, transport, op, shape)
         figures["kvferry", transport, op] = report["gigabytes_per_second"]
         figures["plan", transport, op] = report["plan_microseconds"]
@@ -66,7 +78,9 @@ def one_round(options, shape):
 
 def kvferry(options, transport, op, shape):
     layers, blocks, block_bytes = map(str, shape)
+    transport, _, device = transport.partition(":")
     command = [options.kvferry, "bench", "--transport", transport, "--op", op, "--layers", layers, "--blocks", blocks]
+    command += ["--device", device] if device else []
     command += ["--block-bytes", block_bytes, "--iters", str(options.iters), "--json"]
     report = json.loads(run(command, options.timeout))
     if report["verified"] is not True:
@@ -78,7 +92,7 @@ def nixl(options, transport, op, shape):
     command = shlex.split(options.nixl) + [NIXL_OP[op], "UCX", *map(str, shape), str(options.iters)]
     environment = dict(os.environ, NIXL_LOG_LEVEL="ERROR")
     environment.pop("UCX_TLS", None)
-    if transport == "tcp":
+    if LIKE[transport] == "tcp":
         environment["UCX_TLS"] = "tcp"
     output = run(command, options.timeout, environment)
     lines = [line for line in output.splitlines() if line.startswith("{")]
@@ -115,10 +129,10 @@ def table(rounds, options):
     head = ["path", "op", "pieces", "kvferry GB/s", "limit GB/s", "kvferry / limit", "NIXL GB/s", "kvferry / NIXL"]
     head += ["plan µs", "CPU s / s"]
     rows = [head, ["---"] * len(head)]
-    for transport, op in CASES:
-        for shape in SHAPES:
+    for transport, op in options.cases:
+        for shape in options.shapes:
             figures = [each[shape] for each in rounds]
-            own, limit, rival = ("kvferry", transport, op), ("limit", transport), ("nixl", transport, op)
+            own, limit, rival = ("kvferry", transport, op), ("limit", LIKE[transport]), ("nixl", transport, op)
             row = [transport, op, f"{2 * shape[0] * shape[1]:,} × {shape[2] >> 10} KiB", middle(figures, own)]
             row += [middle(figures, limit), ratio(figures, own, limit), middle(figures, rival), ratio(figures, own, rival)]
             row += [middle(figures, ("plan", transport, op)), middle(figures, ("cpu", transport, op))]

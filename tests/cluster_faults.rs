@@ -208,7 +208,7 @@ fn bad_options_are_named() {
         (&["--model", "llama-3.1-70b", "--isl", "9000000"], &["memory", "--isl"]),
         (&["--model", "tiny", "--isl", "0"], &["--isl 0", "from 1"]),
         (&["--model", "tiny", "--layers-per-step", "5"], &["--layers-per-step 5", "to 4"]),
-        (&["--model", "tiny", "--transport", "ucx"], &["--transport ucx", "shm, tcp"]),
+        (&["--model", "tiny", "--transport", "verbs"], &["--transport verbs", "shm, ucx, tcp"]),
         (&["--model", "tiny", "--transport", "libfabric"], &["--transport libfabric"]),
         (&["--model", "tiny", "--transport", "cuda"], &["--transport cuda"]),
         (&["--model", "tiny", "--devices", "mlx5_0"], &["--devices mlx5_0", "shm:memory"]),

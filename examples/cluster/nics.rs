@@ -8,6 +8,8 @@ use crate::error::UsageError;
 
 /// What `auto` opens, best first, as far as this host has it.
 const AUTO: [(&str, &str); 2] = [("shm", "memory"), ("tcp", "lo")];
+/// The device of each transport that surely reaches every rank of this machine.
+const LOCAL: [(&str, &str); 3] = [("shm", "memory"), ("tcp", "lo"), ("ucx", "memory")];
 
 /// A device that every rank opens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,7 +46,13 @@ pub(crate) fn choose(wanted: &str, devices: Option<&str>) -> Result<Vec<NicChoic
         });
     }
     let mut known: Vec<NicChoice> = Vec::new();
-    for provider in providers.iter().filter(|provider| wanted == "auto" || provider.kind().name() == wanted) {
+    // A library is loaded only for whoever asks for it.
+    let asked = |kind: &str| {
+        let named = |list: &str| list.split(',').any(|entry| entry.trim().split(':').next() == Some(kind));
+        AUTO.iter().any(|(auto, _)| *auto == kind) || devices.is_some_and(named)
+    };
+    let wants = |kind: &str| kind == wanted || (wanted == "auto" && asked(kind));
+    for provider in providers.iter().filter(|provider| wants(provider.kind().name())) {
         let found = provider.discover();
         known.extend(found.into_iter().map(|device| NicChoice { kind: device.kind, device: device.name }));
     }
@@ -52,8 +60,7 @@ pub(crate) fn choose(wanted: &str, devices: Option<&str>) -> Result<Vec<NicChoic
         Some(list) => named(wanted, list, &known)?,
         None if wanted == "auto" => AUTO.iter().filter_map(|(kind, device)| find(&known, Some(kind), device)).collect(),
         None => {
-            // Ranks are on this machine: of several network devices the loopback is the one that surely reaches them all.
-            let local = AUTO
+            let local = LOCAL
                 .iter()
                 .find(|(kind, _)| *kind == wanted)
                 .and_then(|(kind, device)| find(&known, Some(kind), device));

@@ -17,6 +17,8 @@ pub enum TransportKind {
     Sim,
     /// GPU memory of one host, over NVLink or PCIe; the destination's kernel copies.
     Cuda,
+    /// UCX, a context per device.
+    Ucx,
 }
 
 impl TransportKind {
@@ -27,6 +29,7 @@ impl TransportKind {
             TransportKind::Tcp => "tcp",
             TransportKind::Sim => "sim",
             TransportKind::Cuda => "cuda",
+            TransportKind::Ucx => "ucx",
         }
     }
 }
@@ -46,7 +49,8 @@ impl FromStr for TransportKind {
             "tcp" => Ok(TransportKind::Tcp),
             "sim" => Ok(TransportKind::Sim),
             "cuda" => Ok(TransportKind::Cuda),
-            other => Err(format!("no transport is called {other:?}; there are shm, tcp and cuda")),
+            "ucx" => Ok(TransportKind::Ucx),
+            other => Err(format!("no transport is called {other:?}; there are shm, tcp, ucx and cuda")),
         }
     }
 }

@@ -51,7 +51,7 @@ fn parts_as_written() -> Vec<String> {
     lines.extend([Role::Prefill, Role::Decode].map(|role| line("role", &role)));
     lines.extend([Direction::Pull, Direction::Push].map(|direction| line("direction", &direction)));
     lines.extend(
-        [TransportKind::Shm, TransportKind::Tcp, TransportKind::Sim, TransportKind::Cuda]
+        [TransportKind::Shm, TransportKind::Tcp, TransportKind::Sim, TransportKind::Cuda, TransportKind::Ucx]
             .map(|kind| line("transport", &kind)),
     );
     lines.extend([PrefillView::Confirmed, PrefillView::Ended, PrefillView::InDoubt].map(|view| line("view", &view)));

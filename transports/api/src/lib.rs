@@ -1,18 +1,23 @@
 //! How bytes move: the seam between the runtime and every transport.
 
+pub mod codec;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+mod cursor;
 mod device;
 mod event;
 mod info;
+mod part;
 mod pool;
 mod region;
 mod transport;
 
+pub use cursor::{Cursor, Piece};
 pub use device::{DeviceMemory, DeviceRegion};
 pub use event::{Event, TransferError};
 pub use info::{Device, NicInfo, Options, PoolKeys, Wait};
 pub use kvferry_core::{Direction, FenceProof, TransportKind};
+pub use part::first_part;
 pub use pool::{Pool, PoolError, PoolOptions};
 pub use region::Region;
 pub use transport::{

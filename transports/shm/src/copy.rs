@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use kvferry_core::{PoolLayout, Program, Tile, UnitRange};
-use kvferry_transport::{Pool, TransferError};
+use kvferry_transport::{Pool, TransferError, first_part};
 
 use crate::memory::Memory;
 use crate::stream::Streamer;
@@ -55,7 +55,7 @@ impl Walk {
 
     /// Copies about `budget` bytes, at least one unit, and returns what that cost: bytes, and some more for each piece.
     pub(crate) fn advance(&mut self, budget: u64) -> Result<u64, TransferError> {
-        let (part, bytes) = self.next_part(budget);
+        let (part, bytes) = first_part(&self.program, self.range, self.left, budget);
         let (mut copied, before) = (0, self.pieces);
         let mut copier =
             Copier { streamer: Streamer::new(self.bytes), process: ProcessBatch::default(), pending: None };
@@ -76,22 +76,6 @@ impl Walk {
         self.range.start = part.end;
         self.left = self.left.saturating_sub(bytes);
         Ok(bytes.saturating_add((self.pieces - before).saturating_mul(PIECE_COST)).max(STEP_COST_MIN))
-    }
-
-    /// Units differ in size from segment to segment: take the average of the rest, and halve while it is far off.
-    fn next_part(&self, budget: u64) -> (UnitRange, u64) {
-        let units = self.range.end.saturating_sub(self.range.start);
-        let each = (self.left / units.max(1)).max(1);
-        let mut take = (budget / each).clamp(1, units.max(1));
-        loop {
-            let part =
-                UnitRange { start: self.range.start, end: self.range.start.saturating_add(take).min(self.range.end) };
-            let bytes = self.program.bytes_in(part);
-            if bytes <= budget.saturating_mul(2) || take == 1 {
-                return (part, bytes);
-            }
-            take /= 2;
-        }
     }
 }
 

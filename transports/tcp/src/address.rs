@@ -4,7 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use bytes::Bytes;
 use kvferry_core::PoolId;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use kvferry_transport::codec::{open, seal};
+use serde::{Deserialize, Serialize};
 
 /// Bytes of a session key or an instance id.
 pub(crate) const KEY_BYTES: usize = 16;
@@ -55,38 +56,4 @@ impl Keys {
     pub(crate) fn open(bytes: &[u8]) -> Result<Keys, String> {
         open(Keys::MARK, bytes)
     }
-}
-
-/// The mark tells what the bytes are, and their version, to a reader that was handed something else.
-fn seal<T: Serialize>(mark: [u8; 4], value: &T) -> Bytes {
-    let mut out = mark.to_vec();
-    out.extend_from_slice(&encode(value));
-    Bytes::from(out)
-}
-
-fn open<T: DeserializeOwned>(mark: [u8; 4], bytes: &[u8]) -> Result<T, String> {
-    match bytes.split_first_chunk::<4>() {
-        Some((first, rest)) if *first == mark => decode(rest),
-        _ => Err("it does not begin with this transport's mark".to_owned()),
-    }
-}
-
-/// postcard of a small value; these types always encode.
-pub(crate) fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-    postcard::to_allocvec(value).unwrap_or_default()
-}
-
-/// Decodes all of `bytes`, or says what is wrong with them.
-pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
-    match postcard::take_from_bytes(bytes) {
-        Ok((value, [])) => Ok(value),
-        Ok((_, rest)) => Err(format!("{} bytes too many", rest.len())),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
-/// Compares in a time that does not depend on where the first difference is.
-pub(crate) fn same_secret(left: &[u8; KEY_BYTES], right: &[u8; KEY_BYTES]) -> bool {
-    let difference = left.iter().zip(right).fold(0u8, |sum, (l, r)| std::hint::black_box(sum | (l ^ r)));
-    difference == 0
 }

@@ -9,9 +9,9 @@ use kvferry_core::{End, PoolId, PoolLayout, Program, TransferId, UnitRange};
 use kvferry_transport::{Direction, Expected, Notice, PeerId, Pool};
 
 use crate::address::KEY_BYTES;
-use crate::cursor::Cursor;
 use crate::frame::WriteRequest;
 use crate::stream::{Flow, Key, Stream};
+use kvferry_transport::Cursor;
 
 /// Transfers shorter than this stay on one stream.
 const SPLIT_BYTES_MIN: u64 = 1 << 20;

@@ -2,11 +2,11 @@
 
 use kvferry_transport::{Event, Notice, PeerId};
 
-use crate::address::{decode, encode};
 use crate::frame::{Kind, Refusal};
 use crate::receiver::Signal;
 use crate::stream::{Flow, Source};
 use crate::transport::TcpTransport;
+use kvferry_transport::codec::{decode, encode};
 
 impl TcpTransport {
     pub(crate) fn dispatch(&mut self, peer: PeerId, index: usize, signal: Signal) -> Result<(), String> {

@@ -5,8 +5,8 @@ use std::net::TcpStream;
 
 use kvferry_transport::Pool;
 
-use crate::cursor::Piece;
 use crate::socket::{self, Moved};
+use kvferry_transport::Piece;
 
 /// Entries of one batch; the kernel takes at most 1024 a call.
 const ENTRIES_MAX: usize = 512;

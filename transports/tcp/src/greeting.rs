@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use kvferry_transport::PeerId;
 
-use crate::address::{KEY_BYTES, same_secret};
+use crate::address::KEY_BYTES;
 use crate::frame::STREAMS_MAX;
+use kvferry_transport::codec::same_secret;
 
 const MAGIC: [u8; 8] = *b"kvfTCP\x00\x01";
 const HELLO_BYTES: usize = 8 + KEY_BYTES + KEY_BYTES + 8 + 2 + 2;

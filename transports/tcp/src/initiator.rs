@@ -3,12 +3,12 @@
 use kvferry_core::{End, TransferId};
 use kvferry_transport::{Direction, Event, PeerId, TransferError};
 
-use crate::address::{decode, encode};
 use crate::connection::{Phase, Posted, parts};
 use crate::frame::{Kind, ReadRequest, Refusal, WriteRequest};
 use crate::receiver::Sink;
 use crate::stream::{Flow, Key, Source};
 use crate::transport::TcpTransport;
+use kvferry_transport::codec::{decode, encode};
 
 impl TcpTransport {
     /// Puts a posted transfer on the wire of a connection that is up.

@@ -8,7 +8,6 @@
 
 mod address;
 mod connection;
-mod cursor;
 mod dispatch;
 mod ending;
 mod frame;

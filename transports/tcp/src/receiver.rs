@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::net::TcpStream;
 
-use crate::cursor::Cursor;
 use crate::frame::{HEADER_BYTES, Header, Kind};
 use crate::scatter::Scatter;
 use crate::socket::{self, Moved};
 use crate::stream::{Flow, Key};
+use kvferry_transport::Cursor;
 
 /// Bytes that one call discards at most.
 const DISCARD_BYTES: usize = 64 << 10;

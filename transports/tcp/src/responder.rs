@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use kvferry_core::{End, Program, UnitRange};
 use kvferry_transport::{Event, PeerId, TransferError};
 
-use crate::address::decode;
 use crate::connection::{Arriving, Held, Serving};
-use crate::cursor::Cursor;
 use crate::frame::{Kind, ReadRequest, Refusal, WriteRequest, covered};
 use crate::receiver::Sink;
 use crate::stream::{Flow, Source};
 use crate::transport::TcpTransport;
+use kvferry_transport::Cursor;
+use kvferry_transport::codec::decode;
 
 /// Pulls that a peer may have served at once.
 const READS_MAX: usize = 4096;

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-use crate::cursor::{Cursor, Piece};
 use crate::gather::DIRECT_BYTES_MIN;
+use kvferry_transport::{Cursor, Piece};
 
 /// Entries of one batch; one more is kept for what follows it.
 const ENTRIES_MAX: usize = 511;

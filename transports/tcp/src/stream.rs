@@ -3,11 +3,11 @@
 use std::collections::VecDeque;
 use std::net::TcpStream;
 
-use crate::cursor::Cursor;
 use crate::frame::{DATA_BYTES_MAX, Header, Kind, frame};
 use crate::gather::Gather;
 use crate::receiver::{Receiver, Signal, Sink};
 use crate::socket::Moved;
+use kvferry_transport::Cursor;
 
 /// Replies that may wait before the peer has to read some: a peer that only asks is not listened to.
 const REPLY_BYTES_MAX: usize = 8 << 20;

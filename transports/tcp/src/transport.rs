@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::{End, FenceProof, PoolId, PoolLayout, Program, ProgramError, TransferId, UnitRange};
+use kvferry_transport::codec::random;
 use kvferry_transport::{
     BindError, ConnectError, Direction, Event, Expected, ImportError, NicInfo, Options, PeerId, Pool, PoolKeys,
     PostError, RemotePool, Transfer, TransferError, Transport, TransportKind, Wait,
@@ -340,11 +341,4 @@ impl Transport for TcpTransport {
         }
         Wait::Ready(self.poller.fd())
     }
-}
-
-/// Secret bytes from the operating system.
-fn random<const N: usize>() -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
-    Ok(bytes)
 }

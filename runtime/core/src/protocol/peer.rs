@@ -48,13 +48,14 @@ impl Peer {
         matches!((local, self.direction), (Role::Decode, Direction::Pull) | (Role::Prefill, Direction::Push))
     }
 
-    /// The peer's NIC that was chosen.
     /// Whether the destination reads the source's memory: then what it read counts only if the source still held it afterwards. A push
-    /// inside one host is a doorbell to the destination, which may hear it late.
+    /// inside one host or through UCX is a doorbell to the destination, which may hear it late.
     pub(crate) fn destination_reads(&self) -> bool {
-        self.direction == Direction::Pull || self.remote().is_some_and(|nic| is_local(nic.kind))
+        self.direction == Direction::Pull
+            || self.remote().is_some_and(|nic| is_local(nic.kind) || nic.kind == TransportKind::Ucx)
     }
 
+    /// The peer's NIC that was chosen.
     pub(crate) fn remote(&self) -> Option<&NicAdvert> {
         self.profile.nics.get(self.remote_nic)
     }
@@ -80,8 +81,8 @@ fn lane(source: &WorkerProfile, destination: &WorkerProfile) -> u64 {
 /// A pair of NICs of the best kind that both sides have: GPU and shared memory of one host before anything that crosses a network. Among several of
 /// that kind the lane decides, and NICs of one index meet each other, as rails are wired; where one side has fewer, its NICs serve in turn.
 fn path(source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -> Option<(usize, usize)> {
-    const PREFERENCE: [TransportKind; 4] =
-        [TransportKind::Cuda, TransportKind::Shm, TransportKind::Sim, TransportKind::Tcp];
+    const PREFERENCE: [TransportKind; 5] =
+        [TransportKind::Cuda, TransportKind::Shm, TransportKind::Sim, TransportKind::Ucx, TransportKind::Tcp];
     let of_kind = |nics: &[NicAdvert], meets: &dyn Fn(&NicAdvert) -> bool| -> Vec<usize> {
         nics.iter().enumerate().filter(|(_, nic)| meets(nic)).map(|(index, _)| index).collect()
     };
@@ -98,8 +99,13 @@ fn path(source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -> Option<(u
     })
 }
 
+/// A NIC that reaches by memory names its host; of UCX's, some do and others cross the network.
 fn reaches(local: &NicAdvert, remote: &NicAdvert) -> bool {
-    !is_local(local.kind) || (!local.host.is_empty() && local.host == remote.host)
+    match local.kind {
+        kind if is_local(kind) => !local.host.is_empty() && local.host == remote.host,
+        TransportKind::Ucx => local.host == remote.host,
+        _ => true,
+    }
 }
 
 /// Whether the destination's own side copies from memory of the same host.
@@ -129,6 +135,16 @@ mod tests {
             assert_eq!(path(&here, &[nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")], lane), Some((1, 0)));
             assert_eq!(path(&here, &[nic(TransportKind::Shm, "b"), nic(TransportKind::Tcp, "")], lane), Some((0, 1)));
             assert_eq!(path(&here, &[nic(TransportKind::Shm, "b")], lane), None);
+        }
+    }
+
+    #[test]
+    fn memory_of_ucx_does_not_meet_its_network() {
+        let here = [nic(TransportKind::Ucx, "a"), nic(TransportKind::Ucx, "")];
+        for lane in 0..4 {
+            assert_eq!(path(&here, &[nic(TransportKind::Ucx, "b"), nic(TransportKind::Ucx, "")], lane), Some((1, 1)));
+            assert_eq!(path(&here, &[nic(TransportKind::Ucx, "a")], lane), Some((0, 0)));
+            assert_eq!(path(&here, &[nic(TransportKind::Ucx, "b")], lane), None);
         }
     }
 

@@ -17,15 +17,15 @@ pub use harness::{Pair, Party, until};
 pub use moves::*;
 pub use refusals::*;
 
-/// Makes one `#[test]` of each case of the suite, over the given provider.
+/// Makes one `#[test]` of each case of the suite, over the given provider. With `if READY => PROVIDER` a case is run only where READY is
+/// true; whoever says false prints why.
 #[macro_export]
 macro_rules! conformance {
-    ($provider:expr) => {
-        $crate::conformance!($provider;);
+    (if $ready:expr => $provider:expr) => {
+        $crate::conformance!(@all $ready, $provider; []);
     };
-    // With attributes for every test, such as `#[ignore = "why"]`.
-    ($provider:expr; $(#[$attribute:meta])*) => {
-        $crate::conformance!(@each $provider; [$(#[$attribute])*]
+    (@all $ready:expr, $provider:expr; $attributes:tt) => {
+        $crate::conformance!(@each $ready, $provider; $attributes
             pulls_every_shape pushes_every_shape pulls_parts_in_any_order pushes_parts_in_any_order
             many_transfers_are_in_flight several_peers_at_once notices_follow_the_bytes a_push_may_come_before_it_is_expected
             a_small_transfer_overtakes_a_large_one sleeping_on_the_descriptor_misses_nothing
@@ -38,16 +38,25 @@ macro_rules! conformance {
             a_dropped_peer_fails_its_transfers_only an_unbound_pool_is_let_go a_pool_outlives_its_user
         );
     };
-    (@each $provider:expr; $attributes:tt $($case:ident)*) => {
+    (@each $ready:expr, $provider:expr; $attributes:tt $($case:ident)*) => {
         $(
-            $crate::conformance!(@one $provider; $attributes $case);
+            $crate::conformance!(@one $ready, $provider; $attributes $case);
         )*
     };
-    (@one $provider:expr; [$(#[$attribute:meta])*] $case:ident) => {
+    (@one $ready:expr, $provider:expr; [$(#[$attribute:meta])*] $case:ident) => {
             $(#[$attribute])*
             #[test]
             fn $case() {
-                $crate::conformance::$case(&$provider);
+                if $ready {
+                    $crate::conformance::$case(&$provider);
+                }
             }
+    };
+    ($provider:expr) => {
+        $crate::conformance!(if true => $provider);
+    };
+    // With attributes for every test, such as `#[ignore = "why"]`.
+    ($provider:expr; $(#[$attribute:meta])*) => {
+        $crate::conformance!(@all true, $provider; [$(#[$attribute])*]);
     };
 }

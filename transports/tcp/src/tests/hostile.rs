@@ -9,9 +9,10 @@ use kvferry_transport::Options;
 
 use super::{DEADLINE, Party, id, program, until};
 use crate::TcpProvider;
-use crate::address::{Address, Keys, decode, encode};
+use crate::address::{Address, Keys};
 use crate::frame::{DATA_BYTES_MAX, HEADER_BYTES, Header, Kind, ReadRequest, Refusal, WriteRequest, frame};
 use crate::greeting::Hello;
+use kvferry_transport::codec::{decode, encode};
 
 /// A transport under attack.
 fn victim() -> Party {

@@ -2,8 +2,9 @@
 
 use kvferry_core::{PoolId, UnitRange};
 
-use crate::address::{Address, KEY_BYTES, Keys, same_secret};
+use crate::address::{Address, KEY_BYTES, Keys};
 use crate::frame::{DATA_BYTES_MAX, HEADER_BYTES, Header, Kind, Refusal, covered};
+use kvferry_transport::codec::same_secret;
 
 #[test]
 fn headers_round_trip() {

@@ -3,17 +3,20 @@
 use std::sync::Arc;
 
 use kvferry_core::{End, PoolLayout, Program, Spans, UnitRange};
-use kvferry_transport::Pool;
+
+use crate::Pool;
 
 /// A contiguous piece of a pool. Nothing but the kernel and raw copies may look at it.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Piece {
-    pub(crate) at: *mut u8,
-    pub(crate) bytes: usize,
+pub struct Piece {
+    /// Its first byte.
+    pub at: *mut u8,
+    /// Its length.
+    pub bytes: usize,
 }
 
 /// Walks a part of a program over one pool and keeps that pool alive.
-pub(crate) struct Cursor {
+pub struct Cursor {
     // Declared first, so dropped before what it borrows.
     spans: Spans<'static>,
     rest: Option<Piece>,
@@ -24,13 +27,8 @@ pub(crate) struct Cursor {
 }
 
 impl Cursor {
-    pub(crate) fn new(
-        pool: Pool,
-        layout: Arc<PoolLayout>,
-        program: Arc<Program>,
-        end: End,
-        range: UnitRange,
-    ) -> Cursor {
+    /// Walks `end`'s side of `range`. The program was validated against the layout, which is the pool's.
+    pub fn new(pool: Pool, layout: Arc<PoolLayout>, program: Arc<Program>, end: End, range: UnitRange) -> Cursor {
         // SAFETY: both values live in `Arc`s that the cursor holds and never replaces or gives away, so they stay in place and unchanged
         // for as long as `spans`, which is dropped before them and never leaves the cursor.
         let (program_ref, layout_ref): (&'static Program, &'static PoolLayout) =
@@ -39,17 +37,18 @@ impl Cursor {
         Cursor { spans, rest: None, pieces: 0, pool, _program: program, _layout: layout }
     }
 
-    pub(crate) fn pool(&self) -> &Pool {
+    /// The pool that it walks.
+    pub fn pool(&self) -> &Pool {
         &self.pool
     }
 
     /// Contiguous pieces so far.
-    pub(crate) fn pieces(&self) -> u64 {
+    pub fn pieces(&self) -> u64 {
         self.pieces
     }
 
     /// The next piece, cut at `bytes_max`; `None` at the end, or where the walk would leave the pool.
-    pub(crate) fn take(&mut self, bytes_max: usize) -> Option<Piece> {
+    pub fn take(&mut self, bytes_max: usize) -> Option<Piece> {
         let piece = match self.rest.take() {
             Some(piece) => piece,
             None => self.advance()?,

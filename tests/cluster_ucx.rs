@@ -1,0 +1,118 @@
+//! The `cluster` example over UCX: geometries, directions, devices, and peers that die or stop in the middle.
+//!
+//! Without a UCX library the cases say so and pass, unless `KVFERRY_REQUIRE` names ucx.
+
+mod cluster;
+
+use cluster::{Case, run, run_bare};
+
+fn usable() -> bool {
+    let Some(reason) = kvferry_ucx::UcxProvider::unavailable() else { return true };
+    let required = std::env::var("KVFERRY_REQUIRE").is_ok_and(|list| list.split(',').any(|word| word == "ucx"));
+    assert!(!required, "KVFERRY_REQUIRE asks for ucx: {reason}");
+    println!("skipped: {reason}");
+    false
+}
+
+/// Ranks inside one process, both ways, through memory and through tcp.
+fn everywhere(options: &[&str]) {
+    if !usable() {
+        return;
+    }
+    for device in ["memory", "lo"] {
+        for direction in ["pull", "push"] {
+            let case = Case { transport: "ucx", direction, in_process: true };
+            run(&case, &[options, &["--devices", device]].concat()).check_delivered(&case);
+        }
+    }
+}
+
+const HEADS_4: &str = "layers=3,kv_heads=4,head_dim=16,dtype=bf16";
+
+#[test]
+fn tensor_parallel_ratios() {
+    everywhere(&["--geometry", HEADS_4, "--prefill", "tp=4", "--decode", "tp=2", "--isl", "50", "--requests", "6"]);
+}
+
+#[test]
+fn large_pieces() {
+    let options = ["--geometry", "layers=2,kv_heads=8,head_dim=128,dtype=bf16", "--prefill", "block=64"];
+    everywhere(&[&options[..], &["--decode", "block=64", "--isl", "700", "--requests", "3"]].concat());
+}
+
+#[test]
+fn block_sizes() {
+    let sides = ["--prefill", "block=24,tp=2", "--decode", "block=40"];
+    everywhere(&[&["--geometry", HEADS_4], &sides[..], &["--isl", "150", "--requests", "5"]].concat());
+}
+
+#[test]
+fn orders_and_placements() {
+    let sides = ["--prefill", "kv=separate,planes=per-layer", "--decode", "kv=interleaved,order=HND,block=32"];
+    everywhere(&[&["--geometry", HEADS_4], &sides[..], &["--isl", "90", "--requests", "4"]].concat());
+}
+
+#[test]
+fn pipeline_stages() {
+    let sides = ["--prefill", "pp=2,layers=3+2", "--decode", "tp=2,pp=2,layers=1+4"];
+    let model = ["--geometry", "layers=5,kv_heads=4,head_dim=16,dtype=bf16"];
+    everywhere(&[&model, &sides[..], &["--isl", "50", "--requests", "5"]].concat());
+}
+
+#[test]
+fn latent_attention() {
+    everywhere(&[
+        "--model",
+        "deepseek-r1",
+        "--prefill",
+        "tp=2",
+        "--decode",
+        "adp=2,tp=2",
+        "--isl",
+        "60",
+        "--requests",
+        "2",
+    ]);
+}
+
+#[test]
+fn one_process_per_rank() {
+    if !usable() {
+        return;
+    }
+    for (device, direction) in [("memory", "pull"), ("lo", "push"), ("memory", "push"), ("lo", "pull")] {
+        let case = Case { transport: "ucx", direction, in_process: false };
+        for geometry in ["layers=4,kv_heads=8,head_dim=64,dtype=bf16", HEADS_4] {
+            let options = ["--geometry", geometry, "--prefill", "tp=2", "--decode", "tp=2", "--isl", "300"];
+            run(&case, &[&options[..], &["--requests", "5", "--devices", device]].concat()).check_delivered(&case);
+        }
+    }
+}
+
+#[test]
+fn ranks_die_and_stop_in_the_middle() {
+    if !usable() {
+        return;
+    }
+    let sides = ["--model", "tiny", "--prefill", "tp=2,groups=2", "--decode", "tp=2,groups=2", "--requests", "12"];
+    for device in ["memory", "lo"] {
+        for direction in ["pull", "push"] {
+            let case = Case { transport: "ucx", direction, in_process: false };
+            for harm in [["--kill", "decode:1@2"], ["--kill", "prefill:1@2"], ["--stop", "prefill:0@2"]] {
+                let devices = ["--devices", device, "--silence", "1200"];
+                let ran = run(&case, &[&sides[..], &devices, &harm].concat());
+                ran.check_sound();
+                assert_eq!(ran.number("delivered"), 12, "{harm:?} {device} {direction}: {}", ran.stdout);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_device_that_is_not_there_is_named() {
+    let ran = run_bare(&["--model", "tiny", "--transport", "ucx", "--devices", "rdmap9s0:1"]);
+    assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+    for word in ["rdmap9s0:1", "ucx:memory", "ucx:lo"] {
+        assert!(ran.stderr.contains(word), "no {word} in {}", ran.stderr);
+    }
+}

@@ -1,0 +1,206 @@
+//! One UCX context, for one device and method, and the memory that is registered with it.
+
+use std::ffi::CString;
+use std::ptr;
+use std::rc::Rc;
+
+use kvferry_transport::Pool;
+use ucx_sys::{
+    UCP_FEATURE_AM, UCP_FEATURE_RMA, UCP_FEATURE_WAKEUP, UCP_MEM_MAP_PARAM_FIELD_ADDRESS,
+    UCP_MEM_MAP_PARAM_FIELD_LENGTH, UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE, UCP_PARAM_FIELD_FEATURES,
+    UCP_PARAM_FIELD_NAME, UCS_ERR_NO_ELEM, UCS_MEMORY_TYPE_HOST, UCS_OK, ucp_config_t, ucp_context_h, ucp_mem_h,
+    ucp_mem_map_params_t, ucp_params_t, ucs_status_t,
+};
+
+use crate::device::Found;
+use crate::library::Library;
+use crate::settings;
+use crate::wire::RKEY_BYTES_MAX;
+
+/// An open context. It is closed when the last user of it is gone.
+pub(crate) struct Context {
+    pub(crate) library: &'static Library,
+    raw: ucp_context_h,
+}
+
+impl Context {
+    /// Opens a context that sees one device; the process's environment is not touched.
+    pub(crate) fn open(library: &'static Library, device: &Found) -> Result<Rc<Context>, String> {
+        let config = Config::read(library)?;
+        let set = |key: &'static str, value: &str| -> Result<(), String> {
+            if settings::is_users(key) {
+                return Ok(());
+            }
+            match config.modify(key, value) {
+                // Left out of this build.
+                Ok(UCS_OK | UCS_ERR_NO_ELEM) => Ok(()),
+                Ok(status) => Err(format!("UCX does not take {key}={value}: {}", library.words(status))),
+                Err(error) => Err(error),
+            }
+        };
+        set("NET_DEVICES", &device.network)?;
+        for setting in settings::settings(device.method, library.version) {
+            set(setting.key, setting.value)?;
+        }
+        let mut features = UCP_FEATURE_AM | UCP_FEATURE_RMA;
+        if device.method.wakes() {
+            features |= UCP_FEATURE_WAKEUP;
+        }
+        // UCX's own log lines begin with it.
+        let name = CString::new(format!("kvferry:{}", device.name)).unwrap_or_default();
+        let params = ucp_params_t {
+            field_mask: u64::from(UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME),
+            features: u64::from(features),
+            name: name.as_ptr(),
+            ..Default::default()
+        };
+        let (major, minor) = library.interface();
+        let mut raw = ptr::null_mut();
+        // SAFETY: parameters and configuration live until the call returns; the masked fields are set.
+        let status = unsafe { library.api.ucp_init_version(major, minor, &params, config.raw, &mut raw) };
+        if status != UCS_OK {
+            return Err(format!(
+                "UCX {} ({}) cannot use it with transports {}: {}; UCX_LOG_LEVEL=info says more",
+                library.version,
+                library.path,
+                device.method.transports(),
+                library.words(status)
+            ));
+        }
+        Ok(Rc::new(Context { library, raw }))
+    }
+
+    pub(crate) fn raw(&self) -> ucp_context_h {
+        self.raw
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: workers and registrations hold the context, so none is left.
+        unsafe { self.library.api.ucp_cleanup(self.raw) };
+    }
+}
+
+struct Config {
+    library: &'static Library,
+    raw: *mut ucp_config_t,
+}
+
+impl Config {
+    fn read(library: &'static Library) -> Result<Config, String> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: no prefix and no file: UCX reads its variables from the environment.
+        let status = unsafe { library.api.ucp_config_read(ptr::null(), ptr::null(), &mut raw) };
+        if status != UCS_OK {
+            return Err(format!(
+                "UCX cannot read its configuration: {}; check the UCX_* variables",
+                library.words(status)
+            ));
+        }
+        Ok(Config { library, raw })
+    }
+
+    fn modify(&self, key: &str, value: &str) -> Result<ucs_status_t, String> {
+        let text = |word: &str| CString::new(word).map_err(|_| format!("{word:?} holds a zero byte"));
+        let (key, value) = (text(key)?, text(value)?);
+        // SAFETY: a configuration that was read and two C strings.
+        Ok(unsafe { self.library.api.ucp_config_modify(self.raw, key.as_ptr(), value.as_ptr()) })
+    }
+}
+
+impl Drop for Config {
+    fn drop(&mut self) {
+        // SAFETY: read once, released once.
+        unsafe { self.library.api.ucp_config_release(self.raw) };
+    }
+}
+
+/// A pool's memory, registered; it stays so until the last operation on it is over.
+pub(crate) struct Mapped {
+    context: Rc<Context>,
+    regions: Vec<ucp_mem_h>,
+    /// Keeps the memory that is registered.
+    _pool: Pool,
+}
+
+impl Mapped {
+    /// Registers every region that has bytes; also gives what peers need to read it: one packed key a region, empty where there is no memory.
+    pub(crate) fn new(context: &Rc<Context>, pool: &Pool) -> Result<(Mapped, Vec<Vec<u8>>), String> {
+        let library = context.library;
+        let mut mapped = Mapped { context: context.clone(), regions: Vec::new(), _pool: pool.clone() };
+        let mut keys = Vec::new();
+        for region in pool.regions() {
+            if region.bytes() == 0 {
+                keys.push(Vec::new());
+                continue;
+            }
+            let params = ucp_mem_map_params_t {
+                field_mask: u64::from(
+                    UCP_MEM_MAP_PARAM_FIELD_ADDRESS
+                        | UCP_MEM_MAP_PARAM_FIELD_LENGTH
+                        | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
+                ),
+                address: region.base().cast(),
+                length: usize::try_from(region.bytes())
+                    .map_err(|_| "a region is larger than the address space".to_owned())?,
+                memory_type: UCS_MEMORY_TYPE_HOST,
+                ..Default::default()
+            };
+            let mut raw = ptr::null_mut();
+            // SAFETY: the range is the pool's memory, which `mapped` keeps until it is unmapped.
+            let status = unsafe { library.api.ucp_mem_map(context.raw, &params, &mut raw) };
+            if status != UCS_OK {
+                return Err(refused(library, region.bytes(), status));
+            }
+            mapped.regions.push(raw);
+            keys.push(pack(context, raw)?);
+        }
+        Ok((mapped, keys))
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        for &raw in &self.regions {
+            // SAFETY: mapped once in this context, unmapped once.
+            let status = unsafe { self.context.library.api.ucp_mem_unmap(self.context.raw, raw) };
+            if status != UCS_OK {
+                tracing::warn!(status = self.context.library.words(status), "UCX did not unregister memory");
+            }
+        }
+    }
+}
+
+fn pack(context: &Context, memory: ucp_mem_h) -> Result<Vec<u8>, String> {
+    let library = context.library;
+    let (mut buffer, mut bytes) = (ptr::null_mut(), 0);
+    // SAFETY: a registration of this context; the buffer is UCX's and released below.
+    let status = unsafe { library.api.ucp_rkey_pack(context.raw, memory, &mut buffer, &mut bytes) };
+    if status != UCS_OK {
+        return Err(format!("UCX gives no key for it: {}", library.words(status)));
+    }
+    // SAFETY: UCX filled `bytes` bytes in.
+    let key = unsafe { std::slice::from_raw_parts(buffer.cast::<u8>(), bytes) }.to_vec();
+    // SAFETY: packed above, released once.
+    unsafe { library.api.ucp_rkey_buffer_release(buffer) };
+    if key.len() > RKEY_BYTES_MAX {
+        return Err(format!("UCX's key has {} bytes, at most {RKEY_BYTES_MAX} travel", key.len()));
+    }
+    Ok(key)
+}
+
+fn refused(library: &Library, bytes: u64, status: ucs_status_t) -> String {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a structure to fill in.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) } == 0;
+    let locked = match limit.rlim_cur {
+        _ if !known => String::new(),
+        libc::RLIM_INFINITY => " (locked memory is unlimited here)".to_owned(),
+        limit => format!(
+            "; only {} KiB of memory may be locked here: raise it (`ulimit -l unlimited`, or the capability IPC_LOCK for a container)",
+            limit / 1024
+        ),
+    };
+    format!("UCX cannot register {bytes} bytes: {}{locked}", library.words(status))
+}

@@ -1,0 +1,268 @@
+//! What UCX could run on here: EFA and InfiniBand ports, this host's memory, network interfaces. All of it from sysfs.
+
+use std::path::{Path, PathBuf};
+
+use crate::library::Version;
+
+/// The device of this host's memory.
+pub(crate) const MEMORY: &str = "memory";
+/// EFA's name at the PCI bus: vendor, and the device's number without its last digit.
+const EFA: (u32, u32) = (0x1d0f, 0xefa0);
+/// The first UCX whose srd reads and writes memory.
+const SRD_SINCE: Version = Version(1, 20, 0);
+
+/// How UCX crosses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Method {
+    /// Shared memory of this host; its loopback interface carries what memory cannot.
+    Memory,
+    /// TCP over one interface.
+    Tcp,
+    /// EFA's scalable reliable datagrams.
+    Srd,
+    /// InfiniBand or RoCE, reliably connected.
+    Verbs,
+}
+
+impl Method {
+    /// UCX's names of the transports that it may use.
+    pub(crate) fn transports(self) -> &'static str {
+        match self {
+            Method::Memory => "sm,tcp",
+            Method::Tcp => "tcp",
+            Method::Srd => "srd",
+            Method::Verbs => "rc,ud",
+        }
+    }
+
+    /// Its number in addresses.
+    pub(crate) fn number(self) -> u8 {
+        match self {
+            Method::Memory => 1,
+            Method::Tcp => 2,
+            Method::Srd => 3,
+            Method::Verbs => 4,
+        }
+    }
+
+    /// Whether a descriptor announces its progress.
+    pub(crate) fn wakes(self) -> bool {
+        self != Method::Srd
+    }
+
+    /// Whether pools are registered, so that peers may read them.
+    pub(crate) fn registers(self) -> bool {
+        self != Method::Tcp
+    }
+}
+
+/// A device that was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// Its name for people and in `--devices`.
+    pub(crate) name: String,
+    pub(crate) method: Method,
+    /// Its name for UCX's `NET_DEVICES`.
+    pub(crate) network: String,
+    pub(crate) bits_per_second: Option<u64>,
+    /// Why it cannot be used, if it cannot.
+    pub(crate) unavailable: Option<String>,
+}
+
+/// Where this host's devices are described; another root in tests.
+#[derive(Clone, Debug)]
+pub(crate) struct SysRoot(pub(crate) PathBuf);
+
+impl Default for SysRoot {
+    fn default() -> Self {
+        SysRoot(PathBuf::from("/"))
+    }
+}
+
+impl SysRoot {
+    /// All devices, the best first: EFA, InfiniBand, memory, interfaces with loopback last.
+    pub(crate) fn discover(&self, version: Option<Version>) -> Vec<Found> {
+        let mut found = self.ports(version);
+        found.sort_by_key(|port| port.method.number());
+        let interfaces = self.interfaces();
+        if let Some(loopback) = interfaces.iter().find(|interface| interface.network == "lo") {
+            found.push(Found { name: MEMORY.to_owned(), method: Method::Memory, ..loopback.clone() });
+        }
+        found.extend(interfaces);
+        found
+    }
+
+    /// Ports of the RDMA devices.
+    fn ports(&self, version: Option<Version>) -> Vec<Found> {
+        let class = self.0.join("sys/class/infiniband");
+        let mut found = Vec::new();
+        for device in names(&class) {
+            let folder = class.join(&device);
+            let number = |file: &str| hexadecimal(&read(&folder.join("device").join(file))?);
+            let efa = matches!((number("vendor"), number("device")), (Some(v), Some(d)) if (v, d & 0xfff0) == EFA);
+            let method = if efa { Method::Srd } else { Method::Verbs };
+            let unusable = self.unusable(&device);
+            for port in names(&folder.join("ports")) {
+                let at = folder.join("ports").join(&port);
+                let state = read(&at.join("state")).unwrap_or_default();
+                let inactive =
+                    (!state.starts_with("4:")).then(|| format!("its port is not active but {state:?}; bring it up"));
+                let old = version.filter(|version| efa && *version < SRD_SINCE).map(|version| {
+                    format!("UCX {version} has no usable srd; {SRD_SINCE} or later, built with EFA, is needed")
+                });
+                let name = format!("{device}:{port}");
+                found.push(Found {
+                    network: name.clone(),
+                    name,
+                    method,
+                    bits_per_second: read(&at.join("rate")).as_deref().and_then(rate),
+                    unavailable: unusable.clone().or(inactive).or(old),
+                });
+            }
+        }
+        found
+    }
+
+    /// Why a process here cannot open an RDMA device: UCX would skip it without a word.
+    fn unusable(&self, device: &str) -> Option<String> {
+        let class = self.0.join("sys/class/infiniband_verbs");
+        let of = |node: &String| read(&class.join(node).join("ibdev")).as_deref() == Some(device);
+        let Some(node) = names(&class).into_iter().find(of) else {
+            return Some("the kernel has no uverbs node for it; load ib_uverbs".to_owned());
+        };
+        let path = self.0.join("dev/infiniband").join(&node);
+        let opened = std::fs::OpenOptions::new().read(true).write(true).open(&path);
+        opened.err().map(|error| {
+            format!("/dev/infiniband/{node} cannot be opened ({error}); give this container its device (for EFA: vpc.amazonaws.com/efa)")
+        })
+    }
+
+    /// Network interfaces that are up, loopback last. An RDMA device's own interface is there, too.
+    fn interfaces(&self) -> Vec<Found> {
+        let class = self.0.join("sys/class/net");
+        let mut found: Vec<Found> = Vec::new();
+        for name in names(&class) {
+            let flags = read(&class.join(&name).join("flags")).as_deref().and_then(hexadecimal).unwrap_or(0);
+            if flags & libc::IFF_UP.cast_unsigned() == 0 {
+                continue;
+            }
+            let megabits = read(&class.join(&name).join("speed")).and_then(|speed| speed.parse::<u64>().ok());
+            found.push(Found {
+                network: name.clone(),
+                name,
+                method: Method::Tcp,
+                bits_per_second: megabits.map(|megabits| megabits.saturating_mul(1_000_000)),
+                unavailable: None,
+            });
+        }
+        found.sort_by_key(|interface| interface.name == "lo");
+        found
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
+}
+
+fn read(file: &Path) -> Option<String> {
+    std::fs::read_to_string(file).ok().map(|text| text.trim().to_owned())
+}
+
+fn hexadecimal(text: &str) -> Option<u32> {
+    u32::from_str_radix(text.trim_start_matches("0x"), 16).ok()
+}
+
+/// Bits per second of `100 Gb/sec (4X EDR)`.
+fn rate(text: &str) -> Option<u64> {
+    let (number, rest) = text.split_once(' ')?;
+    let gigabits: f64 = number.parse().ok()?;
+    (rest.starts_with("Gb/sec") && gigabits.is_finite() && gigabits >= 0.0).then_some((gigabits * 1e9) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Tree(PathBuf);
+
+    impl Tree {
+        fn new(name: &str) -> Tree {
+            let root = std::env::temp_dir().join(format!("kvferry-ucx-{}-{name}", std::process::id()));
+            let tree = Tree(root);
+            tree.file("sys/class/net/lo/flags", "0x9");
+            tree.file("sys/class/net/eth0/flags", "0x1003");
+            tree.file("sys/class/net/eth0/speed", "25000");
+            tree.file("sys/class/net/eth1/flags", "0x1002");
+            tree
+        }
+
+        fn file(&self, path: &str, text: &str) {
+            let path = self.0.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+
+        fn port(&self, device: &str, vendor: &str, number: &str, uverbs: &str) {
+            let folder = format!("sys/class/infiniband/{device}");
+            self.file(&format!("{folder}/device/vendor"), vendor);
+            self.file(&format!("{folder}/device/device"), number);
+            self.file(&format!("{folder}/ports/1/state"), "4: ACTIVE\n");
+            self.file(&format!("{folder}/ports/1/rate"), "100 Gb/sec (4X EDR)\n");
+            self.file(&format!("sys/class/infiniband_verbs/{uverbs}/ibdev"), device);
+        }
+
+        fn discover(&self, version: Version) -> Vec<Found> {
+            SysRoot(self.0.clone()).discover(Some(version))
+        }
+    }
+
+    impl Drop for Tree {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn named<'a>(found: &'a [Found], name: &str) -> &'a Found {
+        found.iter().find(|found| found.name == name).unwrap()
+    }
+
+    #[test]
+    fn a_host_without_rdma_has_memory_and_interfaces() {
+        let tree = Tree::new("plain");
+        let found = tree.discover(Version(1, 22, 0));
+        let names: Vec<&str> = found.iter().map(|found| found.name.as_str()).collect();
+        assert_eq!(names, ["memory", "eth0", "lo"], "what is down is not there");
+        assert_eq!(named(&found, "memory").network, "lo");
+        assert_eq!(named(&found, "eth0").bits_per_second, Some(25_000_000_000));
+    }
+
+    #[test]
+    fn efa_is_told_from_other_devices_and_comes_first() {
+        let tree = Tree::new("efa");
+        tree.port("mlx5_0", "0x15b3", "0x101e", "uverbs0");
+        tree.port("rdmap40s0", "0x1d0f", "0xefa4", "uverbs1");
+        tree.file("dev/infiniband/uverbs0", "");
+        tree.file("dev/infiniband/uverbs1", "");
+        let found = tree.discover(Version(1, 20, 0));
+        let names: Vec<&str> = found.iter().map(|found| found.name.as_str()).collect();
+        assert_eq!(names, ["rdmap40s0:1", "mlx5_0:1", "memory", "eth0", "lo"]);
+        let efa = named(&found, "rdmap40s0:1");
+        assert_eq!((efa.method, efa.bits_per_second, &efa.unavailable), (Method::Srd, Some(100_000_000_000), &None));
+        assert_eq!(named(&found, "mlx5_0:1").method, Method::Verbs);
+    }
+
+    #[test]
+    fn a_device_that_cannot_be_opened_says_why() {
+        let tree = Tree::new("absent");
+        tree.port("rdmap40s0", "0x1d0f", "0xefa1", "uverbs0");
+        let why = |version| named(&tree.discover(version), "rdmap40s0:1").unavailable.clone().unwrap();
+        assert!(why(Version(1, 22, 0)).contains("/dev/infiniband/uverbs0"), "{}", why(Version(1, 22, 0)));
+        tree.file("dev/infiniband/uverbs0", "");
+        assert!(why(Version(1, 13, 1)).contains("1.20.0"), "{}", why(Version(1, 13, 1)));
+        tree.file("sys/class/infiniband/rdmap40s0/ports/1/state", "1: DOWN");
+        assert!(why(Version(1, 22, 0)).contains("DOWN"), "{}", why(Version(1, 22, 0)));
+    }
+}

@@ -1,0 +1,172 @@
+//! One UCX endpoint and what is done through it.
+
+use std::ffi::CStr;
+use std::ptr;
+use std::rc::Rc;
+
+use ucx_sys::{
+    UCP_AM_SEND_FLAG_EAGER, UCP_EP_CLOSE_FLAG_FORCE, UCP_EP_PARAM_FIELD_ERR_HANDLER,
+    UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE, UCP_EP_PARAM_FIELD_REMOTE_ADDRESS, UCP_ERR_HANDLING_MODE_PEER, UCS_OK,
+    ucp_ep_h, ucp_ep_params_t, ucp_err_handler_t, ucp_rkey_h,
+};
+
+use crate::context::Mapped;
+use crate::inbox::{Mark, on_error};
+use crate::request::Begun;
+use crate::worker::{MESSAGE_ID, Worker};
+
+/// What an operation in flight owns.
+pub(crate) enum Operation {
+    /// A message, until UCX has taken it. `chunk` buffers are used again.
+    Sent { link: u64, buffer: Vec<u8>, chunk: bool },
+    /// Bytes on their way into a pool, and what keeps both ends of the copy.
+    Got { fetch: u64, _memory: Rc<GetMemory> },
+    /// An endpoint that is being closed, and what its error handler may still be given.
+    Closed { link: u64, _mark: Box<Mark> },
+    /// The worker's flush after a link was closed.
+    Flushed { link: u64 },
+}
+
+/// What a get touches: local registered memory and the remote keys.
+pub(crate) struct GetMemory {
+    pub(crate) keys: Rc<RemoteKeys>,
+    pub(crate) _local: Rc<Mapped>,
+}
+
+/// A connected endpoint.
+pub(crate) struct Endpoint {
+    worker: Rc<Worker>,
+    raw: ucp_ep_h,
+    mark: Box<Mark>,
+}
+
+impl Endpoint {
+    /// Starts connecting to a worker. The address is UCX's own, from a peer that was authenticated.
+    pub(crate) fn new(worker: &Rc<Worker>, link: u64, address: &[u8]) -> Result<Endpoint, String> {
+        let mark = Box::new(Mark { inbox: worker.inbox.clone(), link });
+        let params = ucp_ep_params_t {
+            field_mask: u64::from(
+                UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
+                    | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE
+                    | UCP_EP_PARAM_FIELD_ERR_HANDLER,
+            ),
+            address: address.as_ptr().cast(),
+            err_mode: UCP_ERR_HANDLING_MODE_PEER,
+            err_handler: ucp_err_handler_t { cb: Some(on_error), arg: ptr::from_ref(mark.as_ref()).cast_mut().cast() },
+            ..Default::default()
+        };
+        let mut raw = ptr::null_mut();
+        // SAFETY: the address lives during the call and came, checked, from a worker of UCX; the mark lives until the endpoint is closed.
+        let status = unsafe { worker.library().api.ucp_ep_create(worker.raw(), &params, &mut raw) };
+        if status != UCS_OK {
+            return Err(format!("UCX reaches no such worker: {}", worker.library().words(status)));
+        }
+        Ok(Endpoint { worker: worker.clone(), raw, mark })
+    }
+
+    /// Sends one message. Never by rendezvous: its bytes go with it.
+    pub(crate) fn send(&self, link: u64, buffer: Vec<u8>, chunk: bool) -> Begun<Operation> {
+        let (at, bytes) = (buffer.as_ptr(), buffer.len());
+        // SAFETY: the operation owns the buffer, whose bytes do not move; a living endpoint.
+        self.worker.operations.start(Operation::Sent { link, buffer, chunk }, UCP_AM_SEND_FLAG_EAGER, |params| unsafe {
+            self.worker.library().api.ucp_am_send_nbx(self.raw, MESSAGE_ID, ptr::null(), 0, at.cast(), bytes, params)
+        })
+    }
+
+    /// Reads remote memory into a pool.
+    ///
+    /// # Safety
+    /// `to` must be `bytes` bytes of the pool that `memory` keeps.
+    pub(crate) unsafe fn get(
+        &self,
+        fetch: u64,
+        memory: &Rc<GetMemory>,
+        region: usize,
+        from: u64,
+        to: *mut u8,
+        bytes: usize,
+    ) -> Begun<Operation> {
+        let operation = Operation::Got { fetch, _memory: memory.clone() };
+        let Some(Some(rkey)) = memory.keys.regions.get(region).copied() else {
+            return Begun::Over(operation, ucx_sys::UCS_ERR_INVALID_PARAM);
+        };
+        // SAFETY: the caller vouches for the local range; the operation keeps it and the key until it is over.
+        self.worker.operations.start(operation, 0, |params| unsafe {
+            self.worker.library().api.ucp_get_nbx(self.raw, to.cast(), bytes, from, rkey, params)
+        })
+    }
+
+    /// What UCX says of the lanes, in its own words.
+    pub(crate) fn description(&self) -> String {
+        let (mut text, mut bytes) = (ptr::null_mut(), 0);
+        // SAFETY: open_memstream fills both in when the stream is closed.
+        let stream = unsafe { libc::open_memstream(&mut text, &mut bytes) };
+        if stream.is_null() {
+            return String::new();
+        }
+        // SAFETY: a living endpoint and an open stream, which is closed next.
+        unsafe { self.worker.library().api.ucp_ep_print_info(self.raw, stream) };
+        // SAFETY: opened above, closed once; `text` is then a C string that has to be freed.
+        let closed = unsafe { libc::fclose(stream) } == 0;
+        let description = if closed && !text.is_null() {
+            // SAFETY: the stream wrote a C string.
+            unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+        } else {
+            String::new()
+        };
+        // SAFETY: allocated by the stream, freed once.
+        unsafe { libc::free(text.cast()) };
+        description
+    }
+
+    /// Closes it at once, whatever is in flight; reported as [`Operation::Closed`].
+    pub(crate) fn close(self, link: u64) -> Begun<Operation> {
+        let Endpoint { worker, raw, mark } = self;
+        let operation = Operation::Closed { link, _mark: mark };
+        // SAFETY: a living endpoint, which nobody can name any more.
+        worker.operations.start(operation, UCP_EP_CLOSE_FLAG_FORCE, |params| unsafe {
+            worker.library().api.ucp_ep_close_nbx(raw, params)
+        })
+    }
+}
+
+/// The unpacked keys of a peer's pool, for one endpoint.
+pub(crate) struct RemoteKeys {
+    worker: Rc<Worker>,
+    /// One a region of the pool; none where there is no memory.
+    regions: Vec<Option<ucp_rkey_h>>,
+}
+
+impl RemoteKeys {
+    /// Unpacks keys that were checked and came from an authenticated peer.
+    pub(crate) fn unpack<'a>(
+        endpoint: &Endpoint,
+        packed: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<RemoteKeys, String> {
+        let library = endpoint.worker.library();
+        let mut keys = RemoteKeys { worker: endpoint.worker.clone(), regions: Vec::new() };
+        for bytes in packed {
+            if bytes.is_empty() {
+                keys.regions.push(None);
+                continue;
+            }
+            let mut raw = ptr::null_mut();
+            // SAFETY: a living endpoint; the bytes are a whole packed key of UCX's, as its owner's seal says.
+            let status = unsafe { library.api.ucp_ep_rkey_unpack(endpoint.raw, bytes.as_ptr().cast(), &mut raw) };
+            if status != UCS_OK {
+                return Err(format!("UCX does not take the peer's key: {}", library.words(status)));
+            }
+            keys.regions.push(Some(raw));
+        }
+        Ok(keys)
+    }
+}
+
+impl Drop for RemoteKeys {
+    fn drop(&mut self) {
+        for raw in self.regions.iter().flatten() {
+            // SAFETY: unpacked once, destroyed once; operations that use it hold this value.
+            unsafe { self.worker.library().api.ucp_rkey_destroy(*raw) };
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! What comes in: active messages are taken off UCX's hands at once, bytes of transfers straight into blocks.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+
+use kvferry_transport::Cursor;
+use ucx_sys::{UCP_AM_RECV_ATTR_FLAG_RNDV, UCS_OK, ucp_am_recv_param_t, ucp_ep_h, ucs_status_t};
+
+use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX};
+
+/// Chunks of one transfer that came before an earlier one.
+const EARLY_MAX: usize = 64;
+
+/// Which transfer of which session bytes belong to: pulls and pushes are counted by different ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Key {
+    pub(crate) session: u64,
+    pub(crate) flow: Flow,
+    pub(crate) tag: u64,
+}
+
+/// Which way a transfer's data goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Flow {
+    /// From the responder to the initiator.
+    Pull,
+    /// From the initiator to the responder.
+    Push,
+}
+
+/// Where a transfer is put.
+pub(crate) struct Sink {
+    cursor: Cursor,
+    left: u64,
+    /// The chunk that is put next.
+    next: u32,
+    early: BTreeMap<u32, Vec<u8>>,
+}
+
+/// What came, in order.
+pub(crate) enum Arrival {
+    /// A message other than data.
+    Message { header: Header, body: Vec<u8> },
+    /// A chunk was taken off the link; whose session, and whether it was its transfer's last.
+    Chunk { session: u64, whole: Option<(Key, u64)> },
+    /// A session's peer broke the rules.
+    Breach { session: u64, reason: &'static str },
+    /// A link failed.
+    Broken { link: u64, status: ucs_status_t },
+}
+
+/// Filled by UCX's callbacks during progress, emptied after it.
+#[derive(Default)]
+pub(crate) struct Inbox {
+    state: RefCell<State>,
+}
+
+#[derive(Default)]
+struct State {
+    arrivals: Vec<Arrival>,
+    sinks: BTreeMap<Key, Sink>,
+    bytes: u64,
+}
+
+impl Inbox {
+    pub(crate) fn add_sink(&self, key: Key, cursor: Cursor, bytes: u64) {
+        let sink = Sink { cursor, left: bytes, next: 0, early: BTreeMap::new() };
+        self.state.borrow_mut().sinks.insert(key, sink);
+    }
+
+    /// Puts no more bytes of a transfer anywhere; later ones are discarded.
+    pub(crate) fn remove_sink(&self, key: Key) {
+        self.state.borrow_mut().sinks.remove(&key);
+    }
+
+    /// Forgets every transfer of a session.
+    pub(crate) fn remove_session(&self, session: u64) {
+        self.state.borrow_mut().sinks.retain(|key, _| key.session != session);
+    }
+
+    pub(crate) fn take(&self) -> Vec<Arrival> {
+        std::mem::take(&mut self.state.borrow_mut().arrivals)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.state.borrow().arrivals.is_empty()
+    }
+
+    /// Bytes that were put into blocks since it was last asked.
+    pub(crate) fn take_bytes(&self) -> u64 {
+        std::mem::take(&mut self.state.borrow_mut().bytes)
+    }
+
+    fn heard(&self, message: &[u8]) {
+        // Nothing is borrowed while UCX makes progress.
+        let Ok(mut state) = self.state.try_borrow_mut() else { return };
+        let Some((header, body)) = Header::decode(message) else { return };
+        let flow = match header.kind {
+            Kind::PullData => Flow::Pull,
+            Kind::PushData => Flow::Push,
+            _ => return state.arrivals.push(Arrival::Message { header, body: body.to_vec() }),
+        };
+        state.chunk(Key { session: header.session, flow, tag: header.tag }, header.number, body);
+    }
+
+    /// Reported by an endpoint's error handler.
+    pub(crate) fn broke(&self, link: u64, status: ucs_status_t) {
+        if let Ok(mut state) = self.state.try_borrow_mut() {
+            state.arrivals.push(Arrival::Broken { link, status });
+        }
+    }
+}
+
+impl State {
+    fn chunk(&mut self, key: Key, number: u32, body: &[u8]) {
+        let session = key.session;
+        let mut whole = None;
+        // A chunk of a transfer that has ended here still frees its place on the link.
+        if let Some(sink) = self.sinks.get_mut(&key) {
+            match sink.take(number, body) {
+                Ok(bytes) => self.bytes += bytes,
+                Err(reason) => {
+                    self.sinks.remove(&key);
+                    self.arrivals.push(Arrival::Breach { session, reason });
+                    return;
+                }
+            }
+            if sink.left == 0 && sink.early.is_empty() {
+                whole = Some((key, sink.cursor.pieces()));
+                self.sinks.remove(&key);
+            }
+        }
+        self.arrivals.push(Arrival::Chunk { session, whole });
+    }
+}
+
+impl Sink {
+    /// Puts a chunk in place, or keeps it until the ones before it are there. UCX keeps messages in order on one lane, but does not promise it.
+    fn take(&mut self, number: u32, body: &[u8]) -> Result<u64, &'static str> {
+        if number != self.next {
+            let ahead = number.checked_sub(self.next).filter(|ahead| (*ahead as usize) < EARLY_MAX);
+            if ahead.is_none() || self.early.insert(number, body.to_vec()).is_some() {
+                return Err("a chunk came twice, or far too early");
+            }
+            return Ok(0);
+        }
+        let mut put = self.put(body)?;
+        while let Some(body) = self.early.remove(&self.next) {
+            put += self.put(&body)?;
+        }
+        Ok(put)
+    }
+
+    fn put(&mut self, mut body: &[u8]) -> Result<u64, &'static str> {
+        let bytes = body.len() as u64;
+        if bytes > self.left || (bytes == 0 && self.left > 0) {
+            return Err("a chunk does not fit the transfer that it is of");
+        }
+        while !body.is_empty() {
+            let Some(piece) = self.cursor.take(body.len()) else {
+                return Err("a program ended before the bytes that came for it");
+            };
+            let (now, rest) = body.split_at(piece.bytes.min(body.len()));
+            // SAFETY: the piece lies in the cursor's pool, which the cursor keeps alive, and has as many bytes; `now` is a message of UCX's
+            // or ours, never pool memory. No reference covers the piece.
+            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), piece.at, now.len()) };
+            body = rest;
+        }
+        self.left -= bytes;
+        self.next = self.next.wrapping_add(1);
+        Ok(bytes)
+    }
+}
+
+/// UCX's callback for every active message.
+///
+/// # Safety
+/// `inbox` is the [`Inbox`] that the handler was set with, alive; `data` has `length` readable bytes for the time of the call.
+pub(crate) unsafe extern "C" fn on_message(
+    inbox: *mut c_void,
+    _header: *const c_void,
+    header_bytes: usize,
+    data: *mut c_void,
+    length: usize,
+    param: *const ucp_am_recv_param_t,
+) -> ucs_status_t {
+    // SAFETY: UCX passes its parameters; they live during the call.
+    let attributes = unsafe { (*param).recv_attr };
+    // What is not eager was not sent by us, and its bytes are not here.
+    let eager = attributes & u64::from(UCP_AM_RECV_ATTR_FLAG_RNDV) == 0;
+    if eager && header_bytes == 0 && length <= MESSAGE_BYTES_MAX && !data.is_null() {
+        // SAFETY: as the caller promises.
+        let (inbox, message) =
+            unsafe { (&*inbox.cast::<Inbox>(), std::slice::from_raw_parts(data.cast::<u8>().cast_const(), length)) };
+        inbox.heard(message);
+    }
+    UCS_OK
+}
+
+/// What an endpoint's error handler is given. Boxed by its endpoint until the endpoint is closed.
+pub(crate) struct Mark {
+    pub(crate) inbox: std::rc::Rc<Inbox>,
+    pub(crate) link: u64,
+}
+
+/// UCX's callback for an endpoint that failed.
+///
+/// # Safety
+/// `mark` is the [`Mark`] that the endpoint was created with, alive.
+pub(crate) unsafe extern "C" fn on_error(mark: *mut c_void, _endpoint: ucp_ep_h, status: ucs_status_t) {
+    // SAFETY: as the caller promises.
+    let mark = unsafe { &*mark.cast::<Mark>() };
+    mark.inbox.broke(mark.link, status);
+}

@@ -1,0 +1,30 @@
+//! kvferry over UCX: a context and worker per device and method, found at run time, never linked.
+//!
+//! Nobody but its owner ever writes a pool. Where an endpoint's lanes read remote memory (shared memory's `cma`, EFA's `srd`, InfiniBand),
+//! the destination reads merged runs straight into its blocks; a push is a doorbell to it. Where UCX would only emulate that, as over tcp,
+//! the source packs chunks and sends them as eager messages, and the destination unpacks them by the program that it already knows.
+
+mod arriving;
+mod closing;
+mod context;
+mod device;
+mod endpoint;
+mod fetch;
+mod inbox;
+mod lanes;
+mod library;
+mod link;
+pub mod log;
+mod posted;
+mod progress;
+mod provider;
+mod remote;
+mod request;
+mod serving;
+mod session;
+mod settings;
+mod transport;
+mod wire;
+mod worker;
+
+pub use provider::UcxProvider;

@@ -1,0 +1,222 @@
+//! The endpoint to one peer transport, what goes out over it, and the sessions that share it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Instant;
+
+use kvferry_core::TransferId;
+use kvferry_transport::{Cursor, PeerId};
+
+use crate::endpoint::Endpoint;
+use crate::inbox::Key;
+use crate::lanes::Lanes;
+use crate::wire::{Header, KEY_BYTES, MESSAGE_BYTES_MAX};
+
+/// Chunks that may be on a link before its reader has to take some off.
+pub(crate) const CREDITS: u32 = 8;
+/// Messages that UCX may hold of one link.
+pub(crate) const SENDS_MAX: usize = 64;
+/// Numbers of sessions that are over which a link keeps.
+pub(crate) const ENDED_MAX: usize = 1024;
+/// Buffers for chunks that a link keeps.
+const SPARES_MAX: usize = CREDITS as usize;
+/// Bytes of answers that may wait on one link: a peer that only asks and never takes anything off is dropped.
+pub(crate) const ANSWER_BYTES_MAX: usize = 32 << 20;
+
+/// An endpoint to a peer transport.
+pub(crate) struct Link {
+    pub(crate) instance: [u8; KEY_BYTES],
+    /// UCX's address of the peer.
+    pub(crate) worker: Vec<u8>,
+    pub(crate) endpoint: Endpoint,
+    /// Drawn at random; the peer knows this endpoint by it.
+    pub(crate) number: u64,
+    /// The peer's number of its endpoint, once it has said so.
+    pub(crate) theirs: Option<u64>,
+    /// Known once it is wired.
+    pub(crate) lanes: Option<Lanes>,
+    pub(crate) outgoing: Outgoing,
+    pub(crate) sessions: BTreeSet<PeerId>,
+    /// Chunks taken off since the peer was told.
+    pub(crate) consumed: u32,
+    /// Nobody uses it; it is kept until then, since an endpoint that is made anew while the peer still closes the old one is often reset.
+    pub(crate) idle_until: Option<Instant>,
+    /// Numbers of sessions that are over: chunks of them may still come, and free their places.
+    pub(crate) ended: VecDeque<u64>,
+}
+
+impl Link {
+    pub(crate) fn new(instance: [u8; KEY_BYTES], worker: Vec<u8>, endpoint: Endpoint, number: u64) -> Link {
+        Link {
+            instance,
+            worker,
+            endpoint,
+            number,
+            theirs: None,
+            lanes: None,
+            outgoing: Outgoing::default(),
+            sessions: BTreeSet::new(),
+            consumed: 0,
+            idle_until: None,
+            ended: VecDeque::new(),
+        }
+    }
+}
+
+/// A message that waits.
+pub(crate) struct Message {
+    pub(crate) bytes: Vec<u8>,
+    /// It was caused by the peer: requests are bounded by whoever posts here.
+    pub(crate) is_answer: bool,
+}
+
+/// What waits to go out over a link.
+pub(crate) struct Outgoing {
+    pub(crate) messages: VecDeque<Message>,
+    pub(crate) answer_bytes: usize,
+    /// Messages that UCX holds.
+    pub(crate) in_flight: usize,
+    pub(crate) credits: u32,
+    pub(crate) sources: VecDeque<Source>,
+    spares: Vec<Vec<u8>>,
+}
+
+impl Default for Outgoing {
+    fn default() -> Self {
+        Outgoing {
+            messages: VecDeque::new(),
+            answer_bytes: 0,
+            in_flight: 0,
+            credits: CREDITS,
+            sources: VecDeque::new(),
+            spares: Vec::new(),
+        }
+    }
+}
+
+impl Outgoing {
+    pub(crate) fn message(&mut self, message: Message) {
+        if message.is_answer {
+            self.answer_bytes += message.bytes.len();
+        }
+        self.messages.push_back(message);
+    }
+
+    /// The next message to go out.
+    pub(crate) fn next_message(&mut self) -> Option<Vec<u8>> {
+        let message = self.messages.pop_front()?;
+        if message.is_answer {
+            self.answer_bytes = self.answer_bytes.saturating_sub(message.bytes.len());
+        }
+        Some(message.bytes)
+    }
+
+    /// Whether a turn would get anything out.
+    pub(crate) fn can_send(&self) -> bool {
+        self.in_flight < SENDS_MAX && (!self.messages.is_empty() || (self.credits > 0 && !self.sources.is_empty()))
+    }
+
+    /// An empty buffer with room for a chunk.
+    pub(crate) fn buffer(&mut self) -> Vec<u8> {
+        self.spares.pop().unwrap_or_else(|| Vec::with_capacity(MESSAGE_BYTES_MAX))
+    }
+
+    /// Takes a chunk's buffer back.
+    pub(crate) fn spare(&mut self, mut buffer: Vec<u8>) {
+        if self.spares.len() < SPARES_MAX {
+            buffer.clear();
+            self.spares.push(buffer);
+        }
+    }
+
+    /// Reads no more bytes of a transfer.
+    pub(crate) fn remove_source(&mut self, key: Key) {
+        self.sources.retain(|source| source.key != key);
+    }
+}
+
+/// A transfer on its way out in chunks.
+pub(crate) struct Source {
+    /// With the peer's number of the session.
+    pub(crate) key: Key,
+    pub(crate) peer: PeerId,
+    pub(crate) cursor: Cursor,
+    pub(crate) left: u64,
+    /// Chunks so far.
+    pub(crate) number: u32,
+}
+
+impl Source {
+    /// Packs the next chunk, headed by `header`, into an empty buffer. Says whether the program gave as many bytes as it should.
+    pub(crate) fn pack(&mut self, header: Header, buffer: &mut Vec<u8>) -> bool {
+        buffer.extend_from_slice(&header.encode());
+        let room = MESSAGE_BYTES_MAX - buffer.len();
+        let mut wanted = usize::try_from(self.left).map_or(room, |left| left.min(room));
+        buffer.reserve(wanted);
+        self.left -= wanted as u64;
+        self.number = self.number.wrapping_add(1);
+        while wanted > 0 {
+            let Some(piece) = self.cursor.take(wanted) else { return false };
+            let at = buffer.len();
+            // SAFETY: the piece lies in the cursor's live pool; the buffer has room for `wanted` more bytes, of which the piece takes no
+            // more, and is no pool memory. The copied bytes are initialised before they are counted.
+            unsafe {
+                std::ptr::copy_nonoverlapping(piece.at, buffer.as_mut_ptr().add(at), piece.bytes);
+                buffer.set_len(at + piece.bytes);
+            }
+            wanted -= piece.bytes;
+        }
+        true
+    }
+}
+
+/// What `connect` opened, here or at the peer.
+pub(crate) struct Session {
+    pub(crate) link: u64,
+    /// What messages to this side carry.
+    pub(crate) here: u64,
+    /// What messages to the peer carry, once it has answered.
+    pub(crate) there: Option<u64>,
+    /// The peer's secret, where this side had its address.
+    pub(crate) secret: Option<[u8; KEY_BYTES]>,
+    /// Until when the peer must have answered.
+    pub(crate) deadline: Option<Instant>,
+    next_tag: u64,
+    /// What this side initiated, by tag.
+    pub(crate) posts: BTreeMap<u64, TransferId>,
+    /// Pulls that this side serves, by the peer's tag.
+    pub(crate) reads: BTreeMap<u64, Serving>,
+    /// Pushes that are arriving or held, by the peer's tag.
+    pub(crate) writes: BTreeMap<u64, TransferId>,
+    /// Messages that come in parts, by tag: how many parts, and their bytes.
+    pub(crate) parts: BTreeMap<u64, (u32, Vec<u8>)>,
+}
+
+impl Session {
+    pub(crate) fn new(link: u64, here: u64) -> Session {
+        Session {
+            link,
+            here,
+            there: None,
+            secret: None,
+            deadline: None,
+            next_tag: 1,
+            posts: BTreeMap::new(),
+            reads: BTreeMap::new(),
+            writes: BTreeMap::new(),
+            parts: BTreeMap::new(),
+        }
+    }
+
+    pub(crate) fn new_tag(&mut self) -> u64 {
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        tag
+    }
+}
+
+/// A pull that a peer asked for.
+pub(crate) struct Serving {
+    pub(crate) pool: kvferry_core::PoolId,
+    /// Bytes of the request, for the limit on what a peer makes this side hold.
+    pub(crate) request_bytes: usize,
+}

@@ -1,0 +1,249 @@
+//! One poll: what came, what is done, what is late, and what goes out.
+
+use std::time::Instant;
+
+use kvferry_transport::codec::decode;
+use kvferry_transport::{Event, Notice, PeerId};
+use ucx_sys::{UCS_OK, ucs_status_t};
+
+use crate::endpoint::Operation;
+use crate::inbox::Arrival;
+use crate::link::CREDITS;
+use crate::session::GREETING_WAIT;
+use crate::transport::UcxTransport;
+use crate::wire::{Header, Kind, WHOLE_BYTES_MAX};
+
+/// Steps that UCX takes in one poll.
+const STEPS: usize = 32;
+
+impl UcxTransport {
+    /// Makes progress; bounded by [`kvferry_transport::Options::poll_bytes_max`].
+    pub(crate) fn serve(&mut self, now: Instant) {
+        let budget = self.options.poll_bytes_max.max(1);
+        let mut put = 0;
+        for _ in 0..STEPS {
+            let more = self.progress_once();
+            put += self.worker.inbox.take_bytes();
+            if !more || put >= budget {
+                break;
+            }
+        }
+        if self.next_deadline.is_some_and(|deadline| deadline <= now) {
+            self.expire(now);
+        }
+        self.send_all(budget);
+        self.fetch(budget);
+        self.take_operations();
+        self.settle_links();
+        self.settle_pools(now);
+        if !self.withdrawing.is_empty() {
+            self.answer_withdrawals();
+        }
+    }
+
+    /// Lets UCX take a step and acts on what that brought; false when nothing did.
+    pub(crate) fn progress_once(&mut self) -> bool {
+        let more = self.worker.progress();
+        for arrival in self.worker.inbox.take() {
+            self.arrival(arrival);
+        }
+        self.take_operations();
+        more
+    }
+
+    fn take_operations(&mut self) {
+        for (operation, status) in self.worker.operations.take_done() {
+            self.finished(operation, status);
+        }
+    }
+
+    /// UCX is done with an operation.
+    pub(crate) fn finished(&mut self, operation: Operation, status: ucs_status_t) {
+        match operation {
+            Operation::Sent { link, .. } => {
+                self.sent(operation);
+                if status != UCS_OK {
+                    let reason = format!("sending to the peer failed: {}", self.context.library.words(status));
+                    self.lose_link(link, &reason);
+                }
+            }
+            Operation::Got { fetch, .. } => self.got(fetch, status),
+            Operation::Closed { .. } | Operation::Flushed { .. } => self.closed(operation),
+        }
+    }
+
+    fn arrival(&mut self, arrival: Arrival) {
+        match arrival {
+            Arrival::Message { header, body } => self.message(header, body),
+            Arrival::Chunk { session, whole } => {
+                let Some((_, link)) = self.numbers.get(&session) else { return };
+                if let Some(link) = self.links.get_mut(link) {
+                    link.consumed += 1;
+                }
+                let Some((key, pieces)) = whole else { return };
+                self.whole(key, pieces);
+            }
+            Arrival::Breach { session, reason } => {
+                if let Some((_, link)) = self.numbers.get(&session) {
+                    self.lose_link(*link, reason);
+                }
+            }
+            Arrival::Broken { link, status } => {
+                let reason = format!("the connection failed: {}", self.context.library.words(status));
+                self.lose_link(link, &reason);
+            }
+        }
+    }
+
+    fn whole(&mut self, key: crate::inbox::Key, pieces: u64) {
+        let Some((Some(peer), _)) = self.numbers.get(&key.session).copied() else { return };
+        match key.flow {
+            crate::inbox::Flow::Pull => self.pulled(peer, key.tag, pieces),
+            crate::inbox::Flow::Push => {
+                let id = self.sessions.get(&peer).and_then(|session| session.writes.get(&key.tag)).copied();
+                if let Some(id) = id {
+                    self.arrived(id, pieces);
+                }
+            }
+        }
+    }
+
+    fn message(&mut self, header: Header, body: Vec<u8>) {
+        if header.kind == Kind::Hello {
+            if let Err(reason) = self.on_hello(&body) {
+                tracing::debug!(reason, "a peer was not let in");
+            }
+            return;
+        }
+        let Some((peer, link)) = self.numbers.get(&header.session).copied() else {
+            return tracing::debug!(kind = ?header.kind, "a message of a session that is over, or never was");
+        };
+        let Some(peer) = peer else { return };
+        if let Err(reason) = self.dispatch(peer, link, header, body) {
+            tracing::debug!(peer = peer.0, reason, "a peer broke the protocol");
+            self.lose_link(link, &reason);
+        }
+    }
+
+    /// What a message means. An `Err` is a breach of the protocol: it ends that link and nothing else.
+    fn dispatch(&mut self, peer: PeerId, link: u64, header: Header, body: Vec<u8>) -> Result<(), String> {
+        let tag = header.tag;
+        match header.kind {
+            Kind::Welcome => return self.on_welcome(peer, &body),
+            Kind::Bye => self.on_bye(peer, &body),
+            Kind::Part => return self.part(peer, header, body),
+            Kind::Read => {
+                let body = self.joined(peer, header, body)?;
+                return self.on_read(peer, tag, &body);
+            }
+            Kind::Write => {
+                let body = self.joined(peer, header, body)?;
+                return self.on_write(peer, tag, &body);
+            }
+            Kind::Lend => {
+                let body = self.joined(peer, header, body)?;
+                return self.on_lend(peer, tag, &body);
+            }
+            Kind::Go => return self.on_go(peer, tag),
+            Kind::Done => return self.on_done(peer, tag, &body),
+            Kind::Refuse => return self.on_refuse(peer, tag, &body),
+            Kind::Cancel => self.on_cancel(peer, tag),
+            Kind::Credit => {
+                if let Some(link) = self.links.get_mut(&link) {
+                    let credits = link.outgoing.credits.saturating_add(header.number);
+                    if credits > CREDITS {
+                        return Err(format!("{} credits for chunks that were not sent", header.number));
+                    }
+                    link.outgoing.credits = credits;
+                }
+            }
+            Kind::Notice => {
+                let notice: Notice = decode(&body).map_err(|error| format!("a notice: {error}"))?;
+                self.events.push(Event::Notice { notice });
+            }
+            Kind::Borrow => return self.on_borrow(peer, tag, &body),
+            Kind::Withdraw => return self.on_withdraw(peer, &body),
+            Kind::Withdrawn => return self.on_withdrawn(peer, &body),
+            // Taken before they come here.
+            Kind::Hello | Kind::PullData | Kind::PushData => {}
+        }
+        Ok(())
+    }
+
+    /// Keeps the next part of a long message; what a length says is believed only as far as bytes have come.
+    fn part(&mut self, peer: PeerId, header: Header, body: Vec<u8>) -> Result<(), String> {
+        let Some(session) = self.sessions.get_mut(&peer) else { return Ok(()) };
+        let kept: usize = session.parts.values().map(|(_, bytes)| bytes.len()).sum();
+        if kept + body.len() > WHOLE_BYTES_MAX {
+            return Err("messages in parts that are too long".to_owned());
+        }
+        let (parts, bytes) = session.parts.entry(header.tag).or_default();
+        if *parts != header.number {
+            return Err("a part of a message is missing".to_owned());
+        }
+        *parts += 1;
+        bytes.extend_from_slice(&body);
+        Ok(())
+    }
+
+    /// The whole of a message whose last bytes these are.
+    fn joined(&mut self, peer: PeerId, header: Header, body: Vec<u8>) -> Result<Vec<u8>, String> {
+        let kept = self.sessions.get_mut(&peer).and_then(|session| session.parts.remove(&header.tag));
+        let (parts, mut bytes) = kept.unwrap_or_default();
+        if parts != header.number {
+            return Err("a part of a message is missing".to_owned());
+        }
+        if parts == 0 {
+            return Ok(body);
+        }
+        bytes.extend_from_slice(&body);
+        Ok(bytes)
+    }
+
+    /// Sends over every link: credits, messages, then chunks in turn.
+    fn send_all(&mut self, budget: u64) {
+        let links: Vec<u64> = self.links.keys().copied().collect();
+        let mut left = budget;
+        for id in links {
+            let Some(link) = self.links.get_mut(&id) else { continue };
+            let consumed = std::mem::take(&mut link.consumed);
+            if consumed > 0 {
+                let speaker = link.sessions.first().copied();
+                match speaker {
+                    Some(peer) => self.say(peer, Kind::Credit, consumed, 0, &[]),
+                    None => continue,
+                }
+            }
+            self.send_messages(id);
+            left = left.saturating_sub(self.send_chunks(id, left));
+        }
+    }
+
+    /// Ends what is late and finds the next deadline.
+    fn expire(&mut self, now: Instant) {
+        let late = |deadline: Option<Instant>| deadline.is_some_and(|deadline| deadline <= now);
+        let silent: Vec<PeerId> =
+            self.sessions.iter().filter(|(_, session)| late(session.deadline)).map(|(peer, _)| *peer).collect();
+        for peer in silent {
+            let seconds = GREETING_WAIT.as_secs();
+            let reason = format!("no answer within {seconds} s; check that its address is reachable and still its own");
+            let link = self.sessions.get(&peer).map(|session| session.link);
+            self.lose_session(peer, &reason);
+            self.events.push(Event::PeerLost { peer, reason });
+            // Whoever is silent to one session is not there for the next.
+            if let Some(link) = link
+                && self.links.get(&link).is_some_and(|link| link.sessions.is_empty())
+            {
+                self.close_link(link);
+            }
+        }
+        let idle: Vec<u64> = self.links.iter().filter(|(_, l)| late(l.idle_until)).map(|(id, _)| *id).collect();
+        idle.into_iter().for_each(|link| self.close_link(link));
+        self.expire_held(now);
+        let sessions = self.sessions.values().filter_map(|session| session.deadline);
+        let held = self.held.values().map(|held| held.until);
+        let idle = self.links.values().filter_map(|link| link.idle_until);
+        let pools = self.pools.values().filter_map(|bound| bound.leaving.as_ref()).map(|leaving| leaving.until);
+        self.next_deadline = sessions.chain(held).chain(idle).chain(pools).filter(|at| *at > now).min();
+    }
+}

@@ -1,0 +1,103 @@
+//! Finds the devices that UCX can use here and opens them.
+
+use kvferry_transport::{Device, NicInfo, OpenError, Options, Provider, Transport, TransportKind};
+
+use crate::context::Context;
+use crate::device::{Found, Method, SysRoot};
+use crate::library::Library;
+use crate::settings;
+use crate::transport::UcxTransport;
+
+/// Opens devices through UCX, a context for each.
+#[derive(Clone, Debug, Default)]
+pub struct UcxProvider {
+    root: SysRoot,
+    only: Option<String>,
+}
+
+impl UcxProvider {
+    /// All devices of this host.
+    pub fn new() -> UcxProvider {
+        UcxProvider::default()
+    }
+
+    /// One device only.
+    pub fn only(mut self, device: &str) -> UcxProvider {
+        self.only = Some(device.to_owned());
+        self
+    }
+
+    /// Why UCX cannot be used on this host at all, with the remedy: the library is missing, too old or incomplete.
+    pub fn unavailable() -> Option<String> {
+        Library::find().err()
+    }
+
+    fn found(&self, version: Option<crate::library::Version>) -> Vec<Found> {
+        let mut found = self.root.discover(version);
+        found.retain(|found| self.only.as_ref().is_none_or(|only| found.name == *only));
+        found
+    }
+}
+
+impl Provider for UcxProvider {
+    fn kind(&self) -> TransportKind {
+        TransportKind::Ucx
+    }
+
+    /// RDMA ports, `memory`, and the interfaces that are up. Without a usable library each of them says so.
+    fn discover(&self) -> Vec<Device> {
+        let library = Library::find();
+        let version = library.as_ref().ok().map(|library| library.version);
+        let device = |found: Found| Device {
+            kind: TransportKind::Ucx,
+            name: found.name,
+            unavailable: found.unavailable.or_else(|| library.as_ref().err().cloned()),
+        };
+        self.found(version).into_iter().map(device).collect()
+    }
+
+    fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError> {
+        let unavailable = |reason: String| OpenError::Unavailable { device: device.name.clone(), reason };
+        if device.kind != TransportKind::Ucx {
+            return Err(unavailable(format!("it is a {} device; open it with that provider", device.kind)));
+        }
+        let library = Library::find().map_err(unavailable)?;
+        let all = self.found(Some(library.version));
+        let Some(found) = all.iter().find(|found| found.name == device.name) else {
+            let names: Vec<&str> = all.iter().map(|found| found.name.as_str()).collect();
+            return Err(unavailable(format!("there is no such device; there are {}", names.join(", "))));
+        };
+        if let Some(reason) = &found.unavailable {
+            return Err(unavailable(reason.clone()));
+        }
+        let host = match found.method {
+            Method::Memory => this_host().map_err(unavailable)?,
+            Method::Tcp | Method::Srd | Method::Verbs => String::new(),
+        };
+        let users = settings::users();
+        if !users.is_empty() {
+            tracing::info!(settings = users.join(" "), "UCX is also told by the environment, which wins");
+        }
+        let context = Context::open(library, found).map_err(unavailable)?;
+        let info = NicInfo {
+            kind: TransportKind::Ucx,
+            device: found.name.clone(),
+            host,
+            library: Some(if users.is_empty() {
+                format!("{} {}", library.path, library.version)
+            } else {
+                format!("{} {} with {}", library.path, library.version, users.join(" "))
+            }),
+            bits_per_second: found.bits_per_second,
+        };
+        let transport = UcxTransport::open(info, found.method, context, options.clone()).map_err(unavailable)?;
+        Ok(Box::new(transport))
+    }
+}
+
+/// Equal on one host until it boots again.
+fn this_host() -> Result<String, String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(path).map_err(|error| format!("{path} cannot be read: {error}"))?;
+    Ok(text.trim().to_owned())
+}

@@ -1,0 +1,155 @@
+//! Bytes that go out in chunks: pulls that peers ask for, pushes that they let in.
+
+use std::sync::Arc;
+
+use kvferry_core::{End, Program, UnitRange};
+use kvferry_transport::{Cursor, PeerId};
+
+use crate::endpoint::Operation;
+use crate::inbox::{Flow, Key};
+use crate::link::{SENDS_MAX, Serving, Source};
+use crate::request::Begun;
+use crate::transport::UcxTransport;
+use crate::wire::{Header, Kind, Read, Refusal, decode_first};
+
+/// Pulls that a peer may have served at once.
+const READS_MAX: usize = 4096;
+/// Bytes of requests that a peer may make this side hold.
+const REQUEST_BYTES_MAX: usize = 256 << 20;
+
+impl UcxTransport {
+    /// A peer asks for bytes of a pool of ours.
+    pub(crate) fn on_read(&mut self, peer: PeerId, tag: u64, body: &[u8]) -> Result<(), String> {
+        let (read, encoded): (Read, &[u8]) = decode_first(body).map_err(|error| format!("a pull: {error}"))?;
+        let Some(session) = self.sessions.get_mut(&peer) else { return Ok(()) };
+        if session.reads.contains_key(&tag) {
+            return Err(format!("tag {tag} was used twice"));
+        }
+        let held: usize = session.reads.values().map(|serving| serving.request_bytes).sum();
+        if session.reads.len() >= READS_MAX || held + body.len() > REQUEST_BYTES_MAX {
+            self.refuse(peer, tag, &Refusal::text("too many pulls at once; post fewer"));
+            return Ok(());
+        }
+        let bound =
+            self.pools.get(&read.pool).filter(|bound| bound.keys.token == read.token && bound.leaving.is_none());
+        let Some(bound) = bound.cloned() else {
+            let words = format!("{} is not bound here under that token; import its present keys", read.pool);
+            self.refuse(peer, tag, &Refusal::text(words));
+            return Ok(());
+        };
+        let program = Program::decode(encoded).map_err(|error| format!("a pull's program: {error}"))?;
+        let here = program.fingerprint();
+        let refusal = match program.validate(End::Source, &bound.layout) {
+            Err(error) => Some(Refusal::text(error.to_string())),
+            Ok(()) if here != read.fingerprint => Some(Refusal::Mismatch { here, there: read.fingerprint }),
+            Ok(()) if read.start > read.end || read.end > program.units() => {
+                Some(Refusal::text("the range is not one of the program"))
+            }
+            Ok(()) => None,
+        };
+        if let Some(refusal) = refusal {
+            self.refuse(peer, tag, &refusal);
+            return Ok(());
+        }
+        session.reads.insert(tag, Serving { pool: read.pool, request_bytes: body.len() });
+        let range = UnitRange { start: read.start, end: read.end };
+        let bytes = program.bytes_in(range);
+        let cursor = Cursor::new(bound.pool, bound.layout, Arc::new(program), End::Source, range);
+        self.add_source(peer, Flow::Pull, tag, cursor, bytes);
+        Ok(())
+    }
+
+    /// Queues a transfer's bytes; they go out in turn with those of others.
+    pub(crate) fn add_source(&mut self, peer: PeerId, flow: Flow, tag: u64, cursor: Cursor, bytes: u64) {
+        let Some(session) = self.sessions.get(&peer) else { return };
+        let (Some(there), Some(link)) = (session.there, self.links.get_mut(&session.link)) else { return };
+        let key = Key { session: there, flow, tag };
+        link.outgoing.sources.push_back(Source { key, peer, cursor, left: bytes, number: 0 });
+    }
+
+    /// Reads no more bytes of a transfer that goes out.
+    pub(crate) fn stop_source(&mut self, peer: PeerId, flow: Flow, tag: u64) {
+        let Some(session) = self.sessions.get(&peer) else { return };
+        if let (Some(there), Some(link)) = (session.there, self.links.get_mut(&session.link)) {
+            link.outgoing.remove_source(Key { session: there, flow, tag });
+        }
+    }
+
+    /// Sends what waits to be said over a link, as far as UCX takes it.
+    pub(crate) fn send_messages(&mut self, id: u64) {
+        while let Some(link) = self.links.get_mut(&id)
+            && link.outgoing.in_flight < SENDS_MAX
+            && let Some(message) = link.outgoing.next_message()
+        {
+            link.outgoing.in_flight += 1;
+            if let Begun::Over(operation, status) = link.endpoint.send(id, message, false) {
+                self.finished(operation, status);
+            }
+        }
+    }
+
+    /// Sends chunks over a link, up to about `budget` bytes; says how many.
+    pub(crate) fn send_chunks(&mut self, id: u64, budget: u64) -> u64 {
+        let mut sent = 0;
+        while sent < budget
+            && let Some(link) = self.links.get_mut(&id)
+            && link.outgoing.credits > 0
+            && link.outgoing.in_flight < SENDS_MAX
+            && let Some(mut source) = link.outgoing.sources.pop_front()
+        {
+            let kind = match source.key.flow {
+                Flow::Pull => Kind::PullData,
+                Flow::Push => Kind::PushData,
+            };
+            let header = Header { kind, number: source.number, session: source.key.session, tag: source.key.tag };
+            let mut buffer = link.outgoing.buffer();
+            if !source.pack(header, &mut buffer) {
+                // Excluded by the program's validation.
+                let words = "a program ended before its bytes";
+                tracing::error!(words);
+                self.lose_link(id, words);
+                return sent;
+            }
+            sent += buffer.len() as u64;
+            link.outgoing.credits -= 1;
+            link.outgoing.in_flight += 1;
+            let begun = link.endpoint.send(id, buffer, true);
+            if source.left > 0 {
+                link.outgoing.sources.push_back(source);
+            } else {
+                self.source_ended(&source);
+            }
+            if let Begun::Over(operation, status) = begun {
+                self.finished(operation, status);
+            }
+        }
+        sent
+    }
+
+    /// All of a transfer was handed to UCX.
+    fn source_ended(&mut self, source: &Source) {
+        let Some(session) = self.sessions.get_mut(&source.peer) else { return };
+        match source.key.flow {
+            Flow::Pull => {
+                session.reads.remove(&source.key.tag);
+            }
+            Flow::Push => {
+                let id = session.posts.get(&source.key.tag);
+                if let Some(posted) = id.and_then(|id| self.posts.get_mut(id)) {
+                    posted.pieces = source.cursor.pieces();
+                }
+            }
+        }
+    }
+
+    /// UCX is done with a message, or could not take it.
+    pub(crate) fn sent(&mut self, operation: Operation) {
+        let Operation::Sent { link, buffer, chunk } = operation else { return };
+        if let Some(link) = self.links.get_mut(&link) {
+            link.outgoing.in_flight = link.outgoing.in_flight.saturating_sub(1);
+            if chunk {
+                link.outgoing.spare(buffer);
+            }
+        }
+    }
+}

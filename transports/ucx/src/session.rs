@@ -1,0 +1,265 @@
+//! How sessions begin and end.
+
+use std::time::{Duration, Instant};
+
+use kvferry_transport::codec::{decode, encode, random};
+use kvferry_transport::{ConnectError, Event, PeerId, TransferError, TransportKind};
+
+use crate::endpoint::Endpoint;
+use crate::link::{ANSWER_BYTES_MAX, ENDED_MAX, Link, Message, Session};
+use crate::transport::UcxTransport;
+use crate::wire::{Address, BODY_BYTES_MAX, Header, Hello, KEY_BYTES, Kind, Welcome, cut, message};
+
+/// How long a peer may take to answer.
+pub(crate) const GREETING_WAIT: Duration = Duration::from_secs(5);
+/// How long a link without sessions is kept for the next one.
+const IDLE_WAIT: Duration = Duration::from_secs(60);
+/// Why sessions of an earlier endpoint are over.
+const ANEW: &str = "the peer has connected anew";
+/// Sessions that peers may have open here.
+const SESSIONS_MAX: usize = 4096;
+
+impl UcxTransport {
+    /// Opens a session, over the link to that transport if there is one.
+    pub(crate) fn dial(&mut self, address: &[u8]) -> Result<PeerId, ConnectError> {
+        let bad = |reason: String| ConnectError::BadAddress { kind: TransportKind::Ucx, reason };
+        let address = Address::open(address).map_err(bad)?;
+        if address.method != self.method.number() {
+            let reason = format!(
+                "its device is reached another way than {}; open devices of one kind on both sides",
+                self.info.device
+            );
+            return Err(bad(reason));
+        }
+        let drawn = |source| ConnectError::Io { context: "drawing a number", source };
+        let here = u64::from_le_bytes(random::<8>().map_err(drawn)?);
+        let link = match self.link_to(&address.instance) {
+            Some(link) => link,
+            None => self.new_link(address.instance, &address.worker).map_err(|reason| ConnectError::Io {
+                context: "creating an endpoint",
+                source: std::io::Error::other(reason),
+            })?,
+        };
+        let peer = self.new_session(link, here);
+        let number = self.links.get(&link).map_or(0, |link| link.number);
+        let hello = Hello {
+            to: address.instance,
+            from: self.own.instance,
+            link: number,
+            session: here,
+            worker: self.own.worker.clone(),
+        };
+        let deadline = Instant::now() + GREETING_WAIT;
+        if let Some(session) = self.sessions.get_mut(&peer) {
+            session.secret = Some(address.secret);
+            session.deadline = Some(deadline);
+        }
+        self.note_deadline(deadline);
+        let header = Header { kind: Kind::Hello, number: 0, session: 0, tag: 0 };
+        self.send(link, header, &hello.seal(&address.secret), false);
+        Ok(peer)
+    }
+
+    /// The link to a transport that sessions can be opened over.
+    fn link_to(&self, instance: &[u8; KEY_BYTES]) -> Option<u64> {
+        self.links.iter().find(|(_, link)| link.instance == *instance).map(|(id, _)| *id)
+    }
+
+    fn new_link(&mut self, instance: [u8; KEY_BYTES], worker: &[u8]) -> Result<u64, String> {
+        let number = random::<8>().map_err(|error| format!("no random bytes: {error}"))?;
+        let id = self.new_number();
+        let endpoint = Endpoint::new(&self.worker, id, worker)?;
+        self.links.insert(id, Link::new(instance, worker.to_vec(), endpoint, u64::from_le_bytes(number)));
+        Ok(id)
+    }
+
+    fn new_session(&mut self, link: u64, here: u64) -> PeerId {
+        let peer = PeerId(self.new_number() as u32);
+        self.sessions.insert(peer, Session::new(link, here));
+        self.numbers.insert(here, (Some(peer), link));
+        if let Some(link) = self.links.get_mut(&link) {
+            link.sessions.insert(peer);
+            link.idle_until = None;
+        }
+        peer
+    }
+
+    /// A peer opens a session. What is wrong with it is not answered: who cannot seal a hello is nobody.
+    pub(crate) fn on_hello(&mut self, body: &[u8]) -> Result<(), String> {
+        let hello = Hello::open(body, &self.own.secret)?;
+        if hello.to != self.own.instance {
+            return Err("a hello for an earlier transport".to_owned());
+        }
+        if self.sessions.len() >= SESSIONS_MAX {
+            return Err("more sessions than are allowed".to_owned());
+        }
+        let mut link = self.link_to(&hello.from);
+        if let Some(id) = link {
+            let theirs = self.links.get(&id).and_then(|link| link.theirs);
+            if theirs.is_some_and(|theirs| theirs != hello.link) {
+                self.lose_link(id, ANEW);
+                link = None;
+            }
+        }
+        let link = match link {
+            Some(link) => link,
+            None => self.new_link(hello.from, &hello.worker)?,
+        };
+        let here = random::<8>().map_err(|error| format!("no random bytes: {error}"))?;
+        let here = u64::from_le_bytes(here);
+        let peer = self.new_session(link, here);
+        if let Some(session) = self.sessions.get_mut(&peer) {
+            session.there = Some(hello.session);
+        }
+        let Some(found) = self.links.get_mut(&link) else { return Ok(()) };
+        found.theirs = Some(hello.link);
+        let welcome = Welcome { link: found.number, session: here };
+        self.say(peer, Kind::Welcome, 0, 0, &encode(&welcome));
+        self.events.push(Event::Connected { peer });
+        Ok(())
+    }
+
+    pub(crate) fn on_welcome(&mut self, peer: PeerId, body: &[u8]) -> Result<(), String> {
+        let welcome: Welcome = decode(body).map_err(|error| format!("a welcome: {error}"))?;
+        let Some(session) = self.sessions.get_mut(&peer) else { return Ok(()) };
+        if session.there.is_some() {
+            return Err("a second welcome".to_owned());
+        }
+        let id = session.link;
+        session.there = Some(welcome.session);
+        session.deadline = None;
+        let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
+        if link.theirs.replace(welcome.link).is_some_and(|theirs| theirs != welcome.link) {
+            // The peer has lost its end of this link, and the sessions that were over it.
+            let others: Vec<PeerId> = link.sessions.iter().copied().filter(|other| *other != peer).collect();
+            for other in others {
+                self.lose_session(other, ANEW);
+                self.events.push(Event::PeerLost { peer: other, reason: ANEW.to_owned() });
+            }
+        }
+        self.report_lanes(id);
+        self.events.push(Event::Connected { peer });
+        let queued: Vec<_> = self.posts.iter().filter(|(_, p)| p.peer == peer).map(|(id, _)| *id).collect();
+        for id in queued {
+            self.start(id);
+        }
+        Ok(())
+    }
+
+    /// Queues a message of a session that is up.
+    pub(crate) fn say(&mut self, peer: PeerId, kind: Kind, number: u32, tag: u64, body: &[u8]) {
+        let Some(session) = self.sessions.get(&peer) else { return };
+        let Some(there) = session.there else { return };
+        let link = session.link;
+        let mut header = Header { kind: Kind::Part, number: 0, session: there, tag };
+        let mut rest = body;
+        if kind.may_be_long() {
+            while rest.len() > BODY_BYTES_MAX {
+                let (part, behind) = rest.split_at(BODY_BYTES_MAX);
+                self.send(link, header, part, kind.is_answer());
+                header.number += 1;
+                rest = behind;
+            }
+        }
+        // A long message says how many parts came before its last bytes.
+        let number = if kind.may_be_long() { header.number } else { number };
+        self.send(link, Header { kind, number, ..header }, rest, kind.is_answer());
+    }
+
+    fn send(&mut self, link: u64, header: Header, body: &[u8], is_answer: bool) {
+        let Some(found) = self.links.get_mut(&link) else { return };
+        found.outgoing.message(Message { bytes: message(header, body), is_answer });
+        if found.outgoing.answer_bytes > ANSWER_BYTES_MAX {
+            self.lose_link(link, "it takes nothing off the wire and asks for ever more");
+            return;
+        }
+        self.send_messages(link);
+    }
+
+    /// Ends a session here and tells the peer.
+    pub(crate) fn hang_up(&mut self, peer: PeerId, reason: &str) {
+        self.say(peer, Kind::Bye, 0, 0, cut(reason.to_owned()).as_bytes());
+        self.lose_session(peer, reason);
+    }
+
+    pub(crate) fn on_bye(&mut self, peer: PeerId, body: &[u8]) {
+        let words = String::from_utf8_lossy(body).into_owned();
+        let reason = format!("the peer ended the connection: {}", cut(words));
+        self.lose_session(peer, &reason);
+        self.events.push(Event::PeerLost { peer, reason });
+    }
+
+    /// Takes a session down; its transfers fail. A link without sessions is kept for a while.
+    pub(crate) fn lose_session(&mut self, peer: PeerId, reason: &str) {
+        let Some(session) = self.sessions.remove(&peer) else { return };
+        tracing::debug!(peer = peer.0, reason, "session ended");
+        self.numbers.insert(session.here, (None, session.link));
+        self.worker.inbox.remove_session(session.here);
+        if let Some(link) = self.links.get_mut(&session.link) {
+            link.outgoing.sources.retain(|source| source.peer != peer);
+            link.sessions.remove(&peer);
+            link.ended.push_back(session.here);
+            if link.ended.len() > ENDED_MAX
+                && let Some(oldest) = link.ended.pop_front()
+            {
+                self.numbers.remove(&oldest);
+            }
+            if link.sessions.is_empty() {
+                let deadline = Instant::now() + IDLE_WAIT;
+                link.idle_until = Some(deadline);
+                self.note_deadline(deadline);
+            }
+        }
+        let error = TransferError::PeerLost(reason.to_owned());
+        self.fail_transfers_of(peer, &error);
+        self.remotes.retain(|_, remote| remote.peer != peer);
+        self.withdrawing.retain(|withdrawing| withdrawing.peer != peer);
+        self.held.retain(|_, held| held.peer != peer);
+        for bound in self.pools.values_mut() {
+            if let Some(leaving) = &mut bound.leaving {
+                leaving.readers.remove(&peer);
+            }
+        }
+    }
+
+    /// Takes a link down that failed or broke the rules, with all its sessions.
+    pub(crate) fn lose_link(&mut self, id: u64, reason: &str) {
+        let Some(link) = self.links.get(&id) else { return };
+        let peers: Vec<PeerId> = link.sessions.iter().copied().collect();
+        self.drop_link(id, reason);
+        let lost = peers.into_iter().map(|peer| Event::PeerLost { peer, reason: reason.to_owned() });
+        self.events.extend(lost);
+    }
+
+    /// Ends a link's sessions, closes its endpoint, and tells the peer over another one. UCX pairs endpoints by how many each side has made,
+    /// so the peer's endpoint need not be the one that fails with ours: untold, it might wait for ever.
+    pub(crate) fn drop_link(&mut self, id: u64, reason: &str) {
+        let Some(link) = self.links.get(&id) else { return };
+        let (instance, worker) = (link.instance, link.worker.clone());
+        let peers: Vec<PeerId> = link.sessions.iter().copied().collect();
+        let numbers: Vec<u64> =
+            peers.iter().filter_map(|peer| self.sessions.get(peer)).filter_map(|session| session.there).collect();
+        for peer in peers {
+            self.lose_session(peer, reason);
+        }
+        self.close_link(id);
+        if numbers.is_empty() {
+            return;
+        }
+        match self.new_link(instance, &worker) {
+            Ok(other) => {
+                let deadline = Instant::now() + GREETING_WAIT;
+                if let Some(link) = self.links.get_mut(&other) {
+                    link.idle_until = Some(deadline);
+                }
+                self.note_deadline(deadline);
+                let words = cut(reason.to_owned());
+                for session in numbers {
+                    let header = Header { kind: Kind::Bye, number: 0, session, tag: 0 };
+                    self.send(other, header, words.as_bytes(), false);
+                }
+            }
+            Err(reason) => tracing::debug!(reason, "a peer is not told that its sessions are over"),
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! What a context is configured with: ours per context, a user's `UCX_*` variables before ours.
+
+use crate::device::Method;
+use crate::library::Version;
+
+/// Bytes of one segment of UCX's tcp: a whole chunk of ours and its headers fit.
+const TCP_SEGMENT: &str = "256k";
+
+/// A setting of a context, as `UCX_<key>` would say it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Setting {
+    pub(crate) key: &'static str,
+    pub(crate) value: &'static str,
+}
+
+/// What UCX is told beside the device, by method and version; a version is not given a key that it does not know.
+pub(crate) fn settings(method: Method, version: Version) -> Vec<Setting> {
+    let mut list = vec![
+        ("TLS", method.transports(), Version(0, 0, 0)),
+        // With peer failure handling UCX takes only lanes for RMA whose keys it can revoke, unless there is no rendezvous: it would then
+        // emulate RMA over messages without a word.
+        ("RNDV_THRESH", "inf", Version(0, 0, 0)),
+        ("ADDRESS_VERSION", "v2", Version(1, 13, 0)),
+        // A dead peer behind shared memory is noticed by asking only; the default is 20 s.
+        ("KEEPALIVE_INTERVAL", "2s", Version(0, 0, 0)),
+    ];
+    match method {
+        // Messages of `memory` go over tcp, too: shared memory has no way to notice a dead peer.
+        Method::Tcp | Method::Memory => {
+            list.push(("TCP_TX_SEG_SIZE", TCP_SEGMENT, Version(1, 17, 0)));
+            list.push(("TCP_RX_SEG_SIZE", TCP_SEGMENT, Version(1, 17, 0)));
+        }
+        // One device, one rail.
+        Method::Verbs => list.push(("MAX_RMA_RAILS", "1", Version(1, 14, 0))),
+        Method::Srd => {
+            list.push(("MAX_RMA_RAILS", "1", Version(1, 14, 0)));
+            // Losing zero-copy is then an error instead of a crawl.
+            list.push(("PROTO_EMULATION_ENABLE", "n", Version(1, 22, 0)));
+        }
+    }
+    let known = list.into_iter().filter(|(_, _, since)| version >= *since);
+    known.map(|(key, value, _)| Setting { key, value }).collect()
+}
+
+/// Whether the environment sets this key.
+pub(crate) fn is_users(key: &str) -> bool {
+    std::env::var_os(format!("UCX_{key}")).is_some()
+}
+
+/// The `UCX_*` variables of this process, sorted, for people.
+pub(crate) fn users() -> Vec<String> {
+    let mut found: Vec<String> = std::env::vars_os()
+        .filter_map(|(key, value)| {
+            let key = key.to_str()?.to_owned();
+            key.starts_with("UCX_").then(|| format!("{key}={}", value.to_string_lossy()))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(method: Method, version: Version) -> Vec<&'static str> {
+        settings(method, version).into_iter().map(|setting| setting.key).collect()
+    }
+
+    #[test]
+    fn no_version_is_given_a_key_that_it_does_not_know() {
+        let old = Version(1, 13, 1);
+        assert_eq!(keys(Method::Tcp, old), ["TLS", "RNDV_THRESH", "ADDRESS_VERSION", "KEEPALIVE_INTERVAL"]);
+        for method in [Method::Tcp, Method::Memory] {
+            assert!(keys(method, Version(1, 17, 0)).contains(&"TCP_TX_SEG_SIZE"));
+        }
+        assert!(!keys(Method::Srd, Version(1, 20, 0)).contains(&"PROTO_EMULATION_ENABLE"));
+        assert!(keys(Method::Srd, Version(1, 20, 0)).contains(&"MAX_RMA_RAILS"));
+    }
+
+    #[test]
+    fn emulation_is_forbidden_for_srd_only() {
+        for method in [Method::Memory, Method::Tcp, Method::Verbs] {
+            assert!(!keys(method, Version(1, 22, 0)).contains(&"PROTO_EMULATION_ENABLE"), "{method:?}");
+        }
+        assert!(keys(Method::Srd, Version(1, 22, 0)).contains(&"PROTO_EMULATION_ENABLE"));
+        let srd = settings(Method::Srd, Version(1, 22, 0));
+        assert!(srd.contains(&Setting { key: "RNDV_THRESH", value: "inf" }), "{srd:?}");
+        assert!(srd.contains(&Setting { key: "TLS", value: "srd" }), "{srd:?}");
+    }
+}

@@ -1,0 +1,18 @@
+//! The suite that every transport passes, over UCX's shared memory and over its tcp.
+
+/// Whether there is a UCX library. Without one the case says so and passes, unless `KVFERRY_REQUIRE` names ucx.
+fn usable() -> bool {
+    let Some(reason) = kvferry_ucx::UcxProvider::unavailable() else { return true };
+    let required = std::env::var("KVFERRY_REQUIRE").is_ok_and(|list| list.split(',').any(|word| word == "ucx"));
+    assert!(!required, "KVFERRY_REQUIRE asks for ucx: {reason}");
+    println!("skipped: {reason}");
+    false
+}
+
+mod memory {
+    kvferry_transport::conformance!(if super::usable() => kvferry_ucx::UcxProvider::new().only("memory"));
+}
+
+mod tcp {
+    kvferry_transport::conformance!(if super::usable() => kvferry_ucx::UcxProvider::new().only("lo"));
+}
