@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kvferry_core::{Program, UnitRange};
 use kvferry_local::{Copying, Step};
-use kvferry_transport::{Pool, TransferError};
+use kvferry_transport::{Pool, TransferError, first_part};
 
 use crate::launch::{Launch, Launcher};
 use crate::planes::Planes;
@@ -95,7 +95,7 @@ impl Kernels {
     /// Starts the next part, and returns its bytes.
     fn start(&mut self, budget: u64) -> Result<u64, TransferError> {
         let planes = [self.source.planes.address(), self.destination.address()];
-        let (mut part, mut bytes) = self.next_part(budget);
+        let (mut part, mut bytes) = first_part(&self.program, self.range, self.left, budget);
         let payload = loop {
             match lower(&self.program, part, planes) {
                 Ok(payload) => break payload,
@@ -117,25 +117,6 @@ impl Kernels {
         self.range.start = part.end;
         self.left = self.left.saturating_sub(bytes);
         Ok(bytes)
-    }
-
-    /// Units differ in size from segment to segment: take the average of the rest, and halve while it is far off.
-    fn next_part(&self, budget: u64) -> (UnitRange, u64) {
-        let units = self.range.units();
-        if self.left <= budget {
-            return (self.range, self.left);
-        }
-        let each = (self.left / units.max(1)).max(1);
-        let mut take = (budget / each).clamp(1, units.max(1));
-        loop {
-            let end = self.range.start.saturating_add(take).min(self.range.end);
-            let part = UnitRange { start: self.range.start, end };
-            let bytes = self.program.bytes_in(part);
-            if bytes <= budget.saturating_mul(2) || take == 1 {
-                return (part, bytes);
-            }
-            take /= 2;
-        }
     }
 }
 
