@@ -242,7 +242,7 @@ fn tell(report: &PolicyReport, wall_seconds: f64) -> Result<(), SimulateError> {
             nics.max_utilisation * 100.0
         ))?;
     }
-    for (what, Quantiles { p50, p99, max }) in [
+    for (what, times) in [
         ("queue", report.queue_ms),
         ("prefill", report.prefill_ms),
         ("room", report.room_ms),
@@ -251,7 +251,12 @@ fn tell(report: &PolicyReport, wall_seconds: f64) -> Result<(), SimulateError> {
         ("notice", report.notice_ms),
         ("first decode token", report.first_decode_token_ms),
     ] {
-        say(format_args!("  {what:>18}: p50 {p50:10.3} ms, p99 {p99:10.3} ms, max {max:10.3} ms"))?;
+        match times {
+            Some(Quantiles { p50, p99, max }) => {
+                say(format_args!("  {what:>18}: p50 {p50:10.3} ms, p99 {p99:10.3} ms, max {max:10.3} ms"))?;
+            }
+            None => say(format_args!("  {what:>18}: nothing was delivered"))?,
+        }
     }
     let events = report.events as f64;
     say(format_args!("  {events} events in {wall_seconds:.1} s, {:.0} thousand a second", events / wall_seconds / 1e3))

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvferry_sim::{RunReport, rerun};
+use kvferry_sim::{Broken, RunReport, rerun};
 use serde_json::Value;
 
 use crate::one::{simulate, tell};
@@ -23,14 +23,16 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
         loop {
             let taken = |seed: u64| (seed < seeds.end).then(|| seed + 1);
             let Ok(seed) = next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken) else { return Ok(()) };
-            let (report, seconds) = simulate(options.config(seed)?)?;
+            let (mut report, seconds) = simulate(options.config(seed)?)?;
             let thrice = options.thrice.is_some_and(|thrice| seed - seeds.start < thrice);
-            let same = !thrice || is_the_same_thrice(options, &report)?;
+            if thrice {
+                compare_thrice(options, &mut report)?;
+            }
             let mut sum = sum.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             if options.json || !report.broken.is_empty() {
                 tell(options, &report, seconds)?;
             }
-            sum.add(&report, seconds, same);
+            sum.add(&report, seconds);
         }
     };
     std::thread::scope(|scope| {
@@ -47,12 +49,21 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
     Ok(sum.broken.is_empty())
 }
 
-/// Runs a seed again here, and in a process of its own. Says whether all three are the same run.
-pub(crate) fn is_the_same_thrice(options: &Options, report: &RunReport) -> Result<bool, SimulateError> {
+/// Runs a seed again here, and in a process of its own. Unless all three are the same run, the report breaks I8.
+pub(crate) fn compare_thrice(options: &Options, report: &mut RunReport) -> Result<(), SimulateError> {
+    if let Some(what) = difference(options, report)? {
+        let seed = report.seed;
+        warn(format_args!("seed {seed}: I8: {what}\n  again: {} --thrice 1", options.again(seed)));
+        let at = (report.virtual_seconds * 1e9) as u64;
+        report.broken.push(Broken { invariant: "I8", at, what });
+    }
+    Ok(())
+}
+
+fn difference(options: &Options, report: &RunReport) -> Result<Option<String>, SimulateError> {
     let seed = report.seed;
     if let Some(divergence) = rerun(&options.config(seed)?, report)? {
-        warn(format_args!("seed {seed}: {divergence}\n  again: {} --thrice 1", options.again(seed)));
-        return Ok(false);
+        return Ok(Some(divergence.to_string()));
     }
     let failed = |source| SimulateError::Io { what: "starting another process".to_owned(), source };
     let binary = std::env::current_exe().map_err(failed)?;
@@ -65,13 +76,7 @@ pub(crate) fn is_the_same_thrice(options: &Options, report: &RunReport) -> Resul
     })?;
     let hash = format!("{:016x}", report.trace_hash);
     let same = theirs["trace_hash"] == *hash && theirs["events"] == report.events;
-    if !same {
-        warn(format_args!(
-            "seed {seed}: I8: another process runs it otherwise\n  again: {} --thrice 1",
-            options.again(seed)
-        ));
-    }
-    Ok(same)
+    Ok((!same).then(|| "another process runs it otherwise".to_owned()))
 }
 
 #[derive(Default)]
@@ -87,7 +92,7 @@ struct Sum {
 }
 
 impl Sum {
-    fn add(&mut self, report: &RunReport, seconds: f64, same: bool) {
+    fn add(&mut self, report: &RunReport, seconds: f64) {
         self.runs += 1;
         self.requests += report.requests;
         self.delivered += report.delivered;
@@ -95,7 +100,7 @@ impl Sum {
         self.cancelled += report.cancelled;
         self.events += report.events;
         self.seconds += seconds;
-        if !report.broken.is_empty() || !same {
+        if !report.broken.is_empty() {
             self.broken.push(report.seed);
         }
     }

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 
 use kvferry_core::RequestId;
-use kvferry_sim::{Config, GroupOptions, Run, RunReport, Story, Timeline};
+use kvferry_sim::{Config, FaultKind, GroupOptions, Run, RunReport, Story, Timeline};
 use serde_json::json;
 
 use crate::options::{Options, SimulateError};
@@ -28,17 +28,27 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
     let mut story = options.request.map(|request| Story::new(RequestId(request)));
     if let Some(request) = options.request {
         say(format_args!("request {request} of seed {}; {}", options.seed, places(&config)))?;
+        let always: Vec<&str> = FaultKind::ALL
+            .iter()
+            .filter(|kind| kind.is_lasting() && config.faults.has(**kind))
+            .map(|kind| kind.name())
+            .collect();
+        if !always.is_empty() {
+            say(format_args!("from the beginning to the end: {}", always.join(", ")))?;
+        }
     }
     let writing = |path: &Path| {
         let what = format!("writing {}", path.display());
         move |source| SimulateError::Io { what: what.clone(), source }
     };
     // Where it cannot be written, that is told before the run.
-    let file = options.timeline.as_deref().map(|path| File::create(path).map_err(writing(path))).transpose()?;
+    let create =
+        |path: &Path| File::create(path).map_err(|source| SimulateError::Timeline { path: path.to_owned(), source });
+    let file = options.timeline.as_deref().map(create).transpose()?;
     let mut timeline = file.is_some().then(|| Timeline::new(&config));
     // A run does not stop half-way; what cannot be printed is told at its end.
     let mut said = Ok(());
-    let (report, seconds) = timed(|| {
+    let (mut report, seconds) = timed(|| {
         Ok(Run::new(config)?.to_end(|entry| {
             let line = story.as_mut().and_then(|story| story.tell(entry));
             let log = options.log.then(|| entry.to_string());
@@ -58,12 +68,12 @@ pub(crate) fn run(options: &Options) -> Result<bool, SimulateError> {
             "request {request} was never asked for: it belongs to those that follow once requests 1 to {first} have ended, which they did not"
         ))?;
     }
+    if options.thrice.is_some() {
+        crate::many::compare_thrice(options, &mut report)?;
+    }
     tell(options, &report, seconds)?;
     if let (Some(timeline), Some(path), Some(mut file)) = (timeline, &options.timeline, file) {
         file.write_all(timeline.to_json().as_bytes()).map_err(writing(path))?;
-    }
-    if options.thrice.is_some() && !crate::many::is_the_same_thrice(options, &report)? {
-        return Ok(false);
     }
     Ok(report.broken.is_empty())
 }

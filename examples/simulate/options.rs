@@ -134,6 +134,15 @@ pub(crate) enum SimulateError {
     /// A capacity question has no answer.
     #[error(transparent)]
     Capacity(#[from] CapacityError),
+    /// The timeline's file cannot be made; nothing was run.
+    #[error("--timeline {}: {source}; name a file in a folder that can be written", path.display())]
+    Timeline {
+        /// Which.
+        path: std::path::PathBuf,
+        /// What the operating system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// A file or a process.
     #[error("{what}: {source}")]
     Io {

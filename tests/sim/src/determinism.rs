@@ -18,7 +18,7 @@ pub struct Divergence {
 
 impl fmt::Display for Divergence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "I8: two runs differ from record {} on:", self.record)?;
+        write!(f, "two runs differ from record {} on:", self.record)?;
         for record in &self.records {
             match record {
                 Some(record) => write!(f, " [{record}]")?,

@@ -74,6 +74,21 @@ kinds! {
     LateAlarms = "late-alarms",
 }
 
+impl FaultKind {
+    /// Whether it is how a run is, from its beginning to its end: nothing begins, and healing mends nothing.
+    pub fn is_lasting(self) -> bool {
+        matches!(
+            self,
+            FaultKind::ClockDrift
+                | FaultKind::Cancels
+                | FaultKind::NoRoom
+                | FaultKind::ShortLeases
+                | FaultKind::OldPeers
+                | FaultKind::LateAlarms
+        )
+    }
+}
+
 impl fmt::Display for FaultKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())

@@ -66,7 +66,7 @@ impl Clock for SimClock {
 
 /// By how much alarms ring late.
 pub(crate) struct Late {
-    /// Nanoseconds; zero on a node whose alarms are in time.
+    /// Nanoseconds; zero in a run whose alarms are in time.
     at_most: u64,
     dice: RefCell<Dice>,
 }
@@ -148,7 +148,22 @@ impl Network for SimNetwork {
 
 #[cfg(test)]
 mod tests {
-    use super::ClockRate;
+    use std::time::Duration;
+
+    use super::{ClockRate, Late};
+    use crate::dice::Dice;
+
+    #[test]
+    fn late_alarms_are_late_within_bounds_and_others_are_not() {
+        let drawn = |at_most| {
+            let late = Late::new(at_most, Dice::new(1, "alarms", 0));
+            (0..1000).map(|_| late.draw()).collect::<Vec<u64>>()
+        };
+        assert!(drawn(Duration::ZERO).iter().all(|late| *late == 0));
+        let late = drawn(Duration::from_millis(8));
+        assert!(late.iter().all(|late| *late < 8_000_000));
+        assert!(late.iter().filter(|late| **late > 4_000_000).count() > 300, "half of them by more than half of it");
+    }
 
     #[test]
     fn an_alarm_never_rings_early() {

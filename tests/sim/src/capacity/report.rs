@@ -5,7 +5,7 @@ use serde::Serialize;
 /// What one policy makes of the workload.
 ///
 /// Times are of delivered requests, in milliseconds of virtual time, and add up: `queue + prefill + room + post + wire + notice` and the
-/// time of one decode step make `first_decode_token`. Of a group's ranks the last counts each time.
+/// time of one decode step make `first_decode_token`; there are none when nothing was delivered. Of a group's ranks the last counts each time.
 #[derive(Clone, Debug, Serialize)]
 pub struct PolicyReport {
     /// Its name.
@@ -35,19 +35,19 @@ pub struct PolicyReport {
     /// The decode side's NICs, inwards.
     pub decode_nics: NicUse,
     /// From arrival until the prefill group computes: waiting in the scheduler, and behind other prompts.
-    pub queue_ms: Quantiles,
+    pub queue_ms: Option<Quantiles>,
     /// From there until the last layer is ready.
-    pub prefill_ms: Quantiles,
+    pub prefill_ms: Option<Quantiles>,
     /// From there until the decode group has blocks for it; 0 where it had them before.
-    pub room_ms: Quantiles,
+    pub room_ms: Option<Quantiles>,
     /// From the later of ready and placed until the last transfer was posted to a NIC.
-    pub post_ms: Quantiles,
+    pub post_ms: Option<Quantiles>,
     /// From there until the last byte is in place.
-    pub wire_ms: Quantiles,
+    pub wire_ms: Option<Quantiles>,
     /// From there until the decode engine is told that it is delivered.
-    pub notice_ms: Quantiles,
+    pub notice_ms: Option<Quantiles>,
     /// From arrival until the first token after the handover is decoded.
-    pub first_decode_token_ms: Quantiles,
+    pub first_decode_token_ms: Option<Quantiles>,
     /// Events of the simulator's kernel and fabric.
     pub events: u64,
 }
@@ -62,7 +62,7 @@ pub struct NicUse {
 }
 
 /// Of a distribution, by the nearest rank.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Quantiles {
     /// Half are below.
     pub p50: f64,
@@ -73,14 +73,17 @@ pub struct Quantiles {
 }
 
 impl Quantiles {
-    /// Of nanoseconds, in milliseconds; all zero when there are none.
-    pub(super) fn of(mut nanos: Vec<u64>) -> Self {
+    /// Of nanoseconds, in milliseconds; `None` of none.
+    pub(super) fn of(mut nanos: Vec<u64>) -> Option<Self> {
+        if nanos.is_empty() {
+            return None;
+        }
         nanos.sort_unstable();
         let at = |per_cent: usize| {
             let rank = (nanos.len() * per_cent).div_ceil(100).max(1) - 1;
             nanos.get(rank).map_or(0.0, |nanos| *nanos as f64 / 1e6)
         };
-        Quantiles { p50: at(50), p99: at(99), max: at(100) }
+        Some(Quantiles { p50: at(50), p99: at(99), max: at(100) })
     }
 }
 
@@ -90,8 +93,8 @@ mod tests {
 
     #[test]
     fn quantiles_are_of_the_nearest_rank() {
-        assert_eq!(Quantiles::of(Vec::new()), Quantiles::default());
+        assert_eq!(Quantiles::of(Vec::new()), None, "no time is not a time of zero");
         let of = Quantiles::of((1..=200).rev().map(|ms| ms * 1_000_000).collect());
-        assert_eq!(of, Quantiles { p50: 100.0, p99: 198.0, max: 200.0 });
+        assert_eq!(of, Some(Quantiles { p50: 100.0, p99: 198.0, max: 200.0 }));
     }
 }
