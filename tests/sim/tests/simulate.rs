@@ -177,7 +177,8 @@ fn the_story_of_a_request_has_a_beginning_and_an_end() {
         let story = tell(request);
         let lines: Vec<&str> = story.lines().collect();
         assert!(lines[0].starts_with(&format!("request {request} of seed 7; n0 schedules, n1..n8 prefill")), "{story}");
-        assert!(lines[1].contains("submitted: "), "{story}");
+        assert!(lines[1].starts_with("from the beginning to the end: ") && lines[1].contains("late-alarms"), "{story}");
+        assert!(lines[2].contains("submitted: "), "{story}");
         let at = |words: &str| lines.iter().position(|line| line.contains(words));
         let (paired, told) =
             (at("paired with").expect("a pairing"), at("the engine is told: delivered").expect("an end"));
