@@ -94,6 +94,13 @@ fn ranks_die_and_stop_in_the_middle() {
     if !usable() {
         return;
     }
+    if let Some(version) = kvferry_ucx::UcxProvider::version().filter(|version| *version < (1, 14, 0)) {
+        // Seen with 1.13.1, about once in twenty runs; see transports/ucx/README.md.
+        println!(
+            "skipped: UCX {version:?} may abort a process whose peer dies while both connect (tcp_ep.c, an assertion of its own)"
+        );
+        return;
+    }
     let sides = ["--model", "tiny", "--prefill", "tp=2,groups=2", "--decode", "tp=2,groups=2", "--requests", "12"];
     for device in ["memory", "lo"] {
         for direction in ["pull", "push"] {

@@ -32,6 +32,11 @@ impl UcxProvider {
         Library::find().err()
     }
 
+    /// Major, minor and release of the library that is used here; `None` without one.
+    pub fn version() -> Option<(u32, u32, u32)> {
+        Library::find().ok().map(|library| (library.version.0, library.version.1, library.version.2))
+    }
+
     fn found(&self, version: Option<crate::library::Version>) -> Vec<Found> {
         let mut found = self.root.discover(version);
         found.retain(|found| self.only.as_ref().is_none_or(|only| found.name == *only));
