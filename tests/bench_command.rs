@@ -82,8 +82,8 @@ fn people_get_a_table() {
 fn options_without_sense_are_refused_with_two() {
     for (arguments, hint) in [
         ("", "--transport"),
-        ("--transport carrier-pigeon", "shm, tcp"),
-        ("--transport sim", "shm, tcp"),
+        ("--transport carrier-pigeon", "shm, ucx, tcp, cuda"),
+        ("--transport sim", "shm, ucx, tcp, cuda"),
         ("--transport shm --op shove", "pull, push"),
         ("--transport shm --layers 0", "--layers"),
         ("--transport shm --blocks 0", "--blocks"),
