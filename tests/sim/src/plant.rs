@@ -65,8 +65,9 @@ plants! {
     ProcessOrder = "process-order", "nodes are polled in an order that is the process's own";
     /// Decode engines place some handovers where another one is (I9).
     DoubleBooking = "double-booking", "engines place two handovers in the same blocks";
-    /// Schedulers give some offers to a second consumer while the first reads (I9).
-    TwoConsumers = "two-consumers", "schedulers pair offers that somebody reads";
+    /// Schedulers are heard to give some offers to a second consumer while the first reads (I9). It is planted at the observer: a second
+    /// pairing for real would be refused by the leaders.
+    TwoConsumers = "two-consumers", "schedulers seem to pair offers that somebody reads";
     /// Some nodes' clocks go ten times too fast (I10).
     RacingClock = "racing-clock", "clocks go ten times too fast";
 }
@@ -111,7 +112,7 @@ pub(crate) fn other_outcome(event: &Event) -> Option<Event> {
     Some(Event::Settled { report: OutcomeReport { outcome, ..report.clone() } })
 }
 
-/// A scheduler that pairs every seventh offer once more as soon as its first transfer has begun.
+/// A scheduler that seems to pair every seventh offer once more as soon as its first transfer has begun.
 #[derive(Debug, Default)]
 pub(crate) struct SecondConsumers {
     paired: BTreeMap<HandoverId, (RequestId, GroupId)>,

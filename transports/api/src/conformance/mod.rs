@@ -4,6 +4,7 @@
 //! naive reading of the definitions says, and every case has a generous deadline.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "this is test code, which other crates' tests call")]
 
+mod absent;
 mod case;
 mod ends;
 mod harness;
@@ -11,6 +12,7 @@ mod lane;
 mod moves;
 mod refusals;
 
+pub use absent::absent;
 pub use case::{Format, Shape};
 pub use ends::*;
 pub use harness::{Pair, Party, until};
