@@ -31,6 +31,9 @@ pub struct Options {
     pub thread_blocks: u32,
     /// How long a push that nobody expects may wait, in milliseconds.
     pub unexpected_wait_ms: u64,
+    /// Both sides move the bytes, by messages with rendezvous, and neither reads the other's memory (ucx: TensorRT-LLM's `backend: UCX`).
+    /// Both ends must say so.
+    pub two_sided: bool,
 }
 
 impl Default for Options {
@@ -41,6 +44,7 @@ impl Default for Options {
             poll_bytes_max: 4 << 20,
             thread_blocks: 16,
             unexpected_wait_ms: 5_000,
+            two_sided: false,
         }
     }
 }

@@ -62,7 +62,7 @@ impl UcxTransport {
                     closing.over = true;
                 }
             }
-            Operation::Sent { .. } | Operation::Got { .. } => {}
+            Operation::Sent { .. } | Operation::Received { .. } | Operation::Got { .. } => {}
         }
     }
 

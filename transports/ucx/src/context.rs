@@ -12,7 +12,7 @@ use ucx_sys::{
     ucp_mem_map_params_t, ucp_params_t, ucs_status_t,
 };
 
-use crate::device::Found;
+use crate::device::{Access, Found};
 use crate::library::Library;
 use crate::settings;
 use crate::wire::RKEY_BYTES_MAX;
@@ -25,7 +25,7 @@ pub(crate) struct Context {
 
 impl Context {
     /// Opens a context that sees one device; the process's environment is not touched.
-    pub(crate) fn open(library: &'static Library, device: &Found) -> Result<Rc<Context>, String> {
+    pub(crate) fn open(library: &'static Library, device: &Found, access: Access) -> Result<Rc<Context>, String> {
         let config = Config::read(library)?;
         let set = |key: &'static str, value: &str| -> Result<(), String> {
             if settings::is_users(key) {
@@ -39,10 +39,13 @@ impl Context {
             }
         };
         set("NET_DEVICES", &device.network)?;
-        for setting in settings::settings(device.method, library.version) {
+        for setting in settings::settings(device.method, access, library.version) {
             set(setting.key, setting.value)?;
         }
-        let mut features = UCP_FEATURE_AM | UCP_FEATURE_RMA;
+        let mut features = UCP_FEATURE_AM;
+        if access == Access::OneSided {
+            features |= UCP_FEATURE_RMA;
+        }
         if device.method.wakes() {
             features |= UCP_FEATURE_WAKEUP;
         }

@@ -8,6 +8,8 @@ use crate::library::Version;
 pub(crate) const MEMORY: &str = "memory";
 /// EFA's name at the PCI bus: vendor, and the device's number without its last digit.
 const EFA: (u32, u32) = (0x1d0f, 0xefa0);
+/// Added to a method's number where both sides move the bytes.
+const TWO_SIDED: u8 = 16;
 /// The first UCX whose srd reads and writes memory.
 const SRD_SINCE: Version = Version(1, 20, 0);
 
@@ -36,13 +38,22 @@ impl Method {
     }
 
     /// Its number in addresses.
-    pub(crate) fn number(self) -> u8 {
-        match self {
+    pub(crate) fn number(self, access: Access) -> u8 {
+        let number = match self {
             Method::Memory => 1,
             Method::Tcp => 2,
             Method::Srd => 3,
             Method::Verbs => 4,
+        };
+        match access {
+            Access::OneSided => number,
+            Access::TwoSided => number + TWO_SIDED,
         }
+    }
+
+    /// Whether an address' number is this method's, with the other access.
+    pub(crate) fn differs_in_access(self, access: Access, number: u8) -> bool {
+        number != self.number(access) && number % TWO_SIDED == self.number(Access::OneSided)
     }
 
     /// Whether a descriptor announces its progress.
@@ -51,9 +62,18 @@ impl Method {
     }
 
     /// Whether pools are registered, so that peers may read them.
-    pub(crate) fn registers(self) -> bool {
-        self != Method::Tcp
+    pub(crate) fn registers(self, access: Access) -> bool {
+        self != Method::Tcp && access == Access::OneSided
     }
+}
+
+/// Whether a context's bytes are moved by one side or by both. The two cannot speak to each other: they are configured differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// The destination reads the source's memory, where lanes can.
+    OneSided,
+    /// The source sends active messages by rendezvous; there are no remote keys. TensorRT-LLM's `backend: UCX`.
+    TwoSided,
 }
 
 /// A device that was found.
@@ -108,7 +128,7 @@ impl SysRoot {
     /// All devices, the best first: EFA, InfiniBand, memory, interfaces with loopback last.
     pub(crate) fn discover(&self, version: Option<Version>) -> Vec<Found> {
         let mut found = self.ports(version);
-        found.sort_by_key(|port| port.method.number());
+        found.sort_by_key(|port| port.method.number(Access::OneSided));
         let interfaces = self.interfaces();
         if let Some(loopback) = interfaces.iter().find(|interface| interface.network == "lo") {
             found.push(Found { name: MEMORY.to_owned(), method: Method::Memory, ..loopback.clone() });

@@ -5,7 +5,7 @@ use std::ptr;
 use std::rc::Rc;
 
 use ucx_sys::{
-    UCP_AM_SEND_FLAG_EAGER, UCP_EP_CLOSE_FLAG_FORCE, UCP_EP_PARAM_FIELD_ERR_HANDLER,
+    UCP_AM_SEND_FLAG_EAGER, UCP_AM_SEND_FLAG_RNDV, UCP_EP_CLOSE_FLAG_FORCE, UCP_EP_PARAM_FIELD_ERR_HANDLER,
     UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE, UCP_EP_PARAM_FIELD_REMOTE_ADDRESS, UCP_ERR_HANDLING_MODE_PEER, UCS_OK,
     ucp_ep_h, ucp_ep_params_t, ucp_err_handler_t, ucp_rkey_h,
 };
@@ -13,12 +13,15 @@ use ucx_sys::{
 use crate::context::Mapped;
 use crate::inbox::{Mark, on_error};
 use crate::request::Begun;
+use crate::wire::{HEADER_BYTES, Header};
 use crate::worker::{MESSAGE_ID, Worker};
 
 /// What an operation in flight owns.
 pub(crate) enum Operation {
     /// A message, until UCX has taken it. `chunk` buffers are used again.
     Sent { link: u64, buffer: Vec<u8>, chunk: bool },
+    /// A chunk that UCX brings by rendezvous, and where it was told to put it.
+    Received { header: Header, buffer: Vec<u8> },
     /// Bytes on their way into a pool, and what keeps both ends of the copy.
     Got { fetch: u64, _memory: Rc<GetMemory> },
     /// An endpoint that is being closed, and what its error handler may still be given.
@@ -70,6 +73,18 @@ impl Endpoint {
         // SAFETY: the operation owns the buffer, whose bytes do not move; a living endpoint.
         self.worker.operations.start(Operation::Sent { link, buffer, chunk }, UCP_AM_SEND_FLAG_EAGER, |params| unsafe {
             self.worker.library().api.ucp_am_send_nbx(self.raw, MESSAGE_ID, ptr::null(), 0, at.cast(), bytes, params)
+        })
+    }
+
+    /// Sends a chunk by rendezvous, its header ahead of its bytes: the peer fetches them when it likes, or lets them be.
+    pub(crate) fn offer(&self, link: u64, buffer: Vec<u8>) -> Begun<Operation> {
+        let (header, bytes) = buffer.split_at(HEADER_BYTES.min(buffer.len()));
+        let (header, header_bytes, at, bytes) = (header.as_ptr(), header.len(), bytes.as_ptr(), bytes.len());
+        let operation = Operation::Sent { link, buffer, chunk: true };
+        // SAFETY: the operation owns the buffer, header and all, whose bytes do not move; a living endpoint.
+        self.worker.operations.start(operation, UCP_AM_SEND_FLAG_RNDV, |params| unsafe {
+            let api = &self.worker.library().api;
+            api.ucp_am_send_nbx(self.raw, MESSAGE_ID, header.cast(), header_bytes, at.cast(), bytes, params)
         })
     }
 

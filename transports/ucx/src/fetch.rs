@@ -55,7 +55,7 @@ pub(crate) struct Fetch {
 impl UcxTransport {
     /// Whether a link has lanes that read the peer's memory.
     pub(crate) fn reads_memory(&mut self, link: u64) -> bool {
-        self.method.registers() && self.lanes(link).is_some_and(Lanes::read_remote_memory)
+        self.method.registers(self.access) && self.lanes(link).is_some_and(Lanes::read_remote_memory)
     }
 
     fn lanes(&mut self, link: u64) -> Option<&Lanes> {

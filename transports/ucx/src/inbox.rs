@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 
 use kvferry_transport::Cursor;
-use ucx_sys::{UCP_AM_RECV_ATTR_FLAG_RNDV, UCS_OK, ucp_am_recv_param_t, ucp_ep_h, ucs_status_t};
+use ucx_sys::{UCP_AM_RECV_ATTR_FLAG_RNDV, UCS_INPROGRESS, UCS_OK, ucp_am_recv_param_t, ucp_ep_h, ucs_status_t};
 
-use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX};
+use crate::wire::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
 
 /// Chunks of one transfer that came before an earlier one.
 const EARLY_MAX: usize = 64;
@@ -18,6 +18,18 @@ pub(crate) struct Key {
     pub(crate) session: u64,
     pub(crate) flow: Flow,
     pub(crate) tag: u64,
+}
+
+impl Key {
+    /// Whose data follows a header, if it is of data.
+    pub(crate) fn of(header: &Header) -> Option<Key> {
+        let flow = match header.kind {
+            Kind::PullData => Flow::Pull,
+            Kind::PushData => Flow::Push,
+            _ => return None,
+        };
+        Some(Key { session: header.session, flow, tag: header.tag })
+    }
 }
 
 /// Which way a transfer's data goes.
@@ -44,10 +56,19 @@ pub(crate) enum Arrival {
     Message { header: Header, body: Vec<u8> },
     /// A chunk was taken off the link; whose session, and whether it was its transfer's last.
     Chunk { session: u64, whole: Option<(Key, u64)> },
+    /// A chunk was announced.
+    Announced(Rendezvous),
     /// A session's peer broke the rules.
     Breach { session: u64, reason: &'static str },
     /// A link failed.
     Broken { link: u64, status: ucs_status_t },
+}
+
+/// A chunk that a peer offers by rendezvous: UCX holds its description until it is received or declined, each of which takes this.
+pub(crate) struct Rendezvous {
+    pub(crate) header: Header,
+    pub(crate) description: *mut c_void,
+    pub(crate) bytes: usize,
 }
 
 /// Filled by UCX's callbacks during progress, emptied after it.
@@ -96,12 +117,34 @@ impl Inbox {
         // Nothing is borrowed while UCX makes progress.
         let Ok(mut state) = self.state.try_borrow_mut() else { return };
         let Some((header, body)) = Header::decode(message) else { return };
-        let flow = match header.kind {
-            Kind::PullData => Flow::Pull,
-            Kind::PushData => Flow::Push,
-            _ => return state.arrivals.push(Arrival::Message { header, body: body.to_vec() }),
-        };
-        state.chunk(Key { session: header.session, flow, tag: header.tag }, header.number, body);
+        match Key::of(&header) {
+            Some(key) => state.chunk(key, header.number, body),
+            None => state.arrivals.push(Arrival::Message { header, body: body.to_vec() }),
+        }
+    }
+
+    /// Keeps an announcement; false where it means nothing.
+    fn announced(&self, header: &[u8], description: *mut c_void, bytes: usize) -> bool {
+        let Ok(mut state) = self.state.try_borrow_mut() else { return false };
+        match Header::decode(header) {
+            Some((header, [])) if matches!(header.kind, Kind::PullData | Kind::PushData) => {
+                state.arrivals.push(Arrival::Announced(Rendezvous { header, description, bytes }));
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether somebody waits for a transfer's bytes.
+    pub(crate) fn wants(&self, key: Key) -> bool {
+        self.state.borrow().sinks.contains_key(&key)
+    }
+
+    /// A chunk that was received by rendezvous, or let be.
+    pub(crate) fn brought(&self, header: Header, body: &[u8]) {
+        if let (Some(key), Ok(mut state)) = (Key::of(&header), self.state.try_borrow_mut()) {
+            state.chunk(key, header.number, body);
+        }
     }
 
     /// Reported by an endpoint's error handler.
@@ -179,7 +222,7 @@ impl Sink {
 /// `inbox` is the [`Inbox`] that the handler was set with, alive; `data` has `length` readable bytes for the time of the call.
 pub(crate) unsafe extern "C" fn on_message(
     inbox: *mut c_void,
-    _header: *const c_void,
+    header: *const c_void,
     header_bytes: usize,
     data: *mut c_void,
     length: usize,
@@ -187,13 +230,21 @@ pub(crate) unsafe extern "C" fn on_message(
 ) -> ucs_status_t {
     // SAFETY: UCX passes its parameters; they live during the call.
     let attributes = unsafe { (*param).recv_attr };
-    // What is not eager was not sent by us, and its bytes are not here.
     let eager = attributes & u64::from(UCP_AM_RECV_ATTR_FLAG_RNDV) == 0;
     if eager && header_bytes == 0 && length <= MESSAGE_BYTES_MAX && !data.is_null() {
         // SAFETY: as the caller promises.
         let (inbox, message) =
             unsafe { (&*inbox.cast::<Inbox>(), std::slice::from_raw_parts(data.cast::<u8>().cast_const(), length)) };
         inbox.heard(message);
+    }
+    if !eager && header_bytes == HEADER_BYTES && !header.is_null() && !data.is_null() {
+        // SAFETY: as the caller promises; the header has so many readable bytes for the time of the call.
+        let (inbox, header) =
+            unsafe { (&*inbox.cast::<Inbox>(), std::slice::from_raw_parts(header.cast::<u8>(), header_bytes)) };
+        if inbox.announced(header, data, length) {
+            // UCX keeps the description.
+            return UCS_INPROGRESS;
+        }
     }
     UCS_OK
 }

@@ -18,6 +18,7 @@ pub mod log;
 mod posted;
 mod progress;
 mod provider;
+mod receiving;
 mod remote;
 mod request;
 mod serving;

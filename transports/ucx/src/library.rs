@@ -147,7 +147,8 @@ fn missing(api: &Ucp) -> Option<&'static str> {
         ucp_config_release ucp_worker_create ucp_worker_destroy ucp_worker_query ucp_worker_progress
         ucp_worker_get_efd ucp_worker_arm ucp_worker_release_address ucp_worker_flush_nbx
         ucp_worker_set_am_recv_handler ucp_ep_create ucp_ep_close_nbx ucp_ep_flush_nbx ucp_ep_print_info
-        ucp_ep_rkey_unpack ucp_rkey_destroy ucp_rkey_pack ucp_rkey_buffer_release ucp_am_send_nbx ucp_get_nbx
+        ucp_ep_rkey_unpack ucp_rkey_destroy ucp_rkey_pack ucp_rkey_buffer_release ucp_am_send_nbx ucp_am_recv_data_nbx
+        ucp_am_data_release ucp_get_nbx
         ucp_mem_map ucp_mem_unmap ucp_request_free
     )
     .map(|(_, name)| name)

@@ -9,7 +9,7 @@ use kvferry_transport::{Cursor, PeerId};
 use crate::endpoint::Endpoint;
 use crate::inbox::Key;
 use crate::lanes::Lanes;
-use crate::wire::{Header, KEY_BYTES, MESSAGE_BYTES_MAX};
+use crate::wire::{Header, KEY_BYTES};
 
 /// Chunks that may be on a link before its reader has to take some off.
 pub(crate) const CREDITS: u32 = 8;
@@ -115,9 +115,9 @@ impl Outgoing {
         self.in_flight < SENDS_MAX && (!self.messages.is_empty() || (self.credits > 0 && !self.sources.is_empty()))
     }
 
-    /// An empty buffer with room for a chunk.
-    pub(crate) fn buffer(&mut self) -> Vec<u8> {
-        self.spares.pop().unwrap_or_else(|| Vec::with_capacity(MESSAGE_BYTES_MAX))
+    /// An empty buffer with room for a chunk of so many bytes.
+    pub(crate) fn buffer(&mut self, bytes: usize) -> Vec<u8> {
+        self.spares.pop().unwrap_or_else(|| Vec::with_capacity(bytes))
     }
 
     /// Takes a chunk's buffer back.
@@ -146,10 +146,10 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Packs the next chunk, headed by `header`, into an empty buffer. Says whether the program gave as many bytes as it should.
-    pub(crate) fn pack(&mut self, header: Header, buffer: &mut Vec<u8>) -> bool {
+    /// Packs the next chunk, headed by `header` and at most `bytes_max` long with it, into an empty buffer. Says whether the program gave as many bytes as it should.
+    pub(crate) fn pack(&mut self, header: Header, bytes_max: usize, buffer: &mut Vec<u8>) -> bool {
         buffer.extend_from_slice(&header.encode());
-        let room = MESSAGE_BYTES_MAX - buffer.len();
+        let room = bytes_max.saturating_sub(buffer.len());
         let mut wanted = usize::try_from(self.left).map_or(room, |left| left.min(room));
         buffer.reserve(wanted);
         self.left -= wanted as u64;

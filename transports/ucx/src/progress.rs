@@ -44,9 +44,7 @@ impl UcxTransport {
     /// Lets UCX take a step and acts on what that brought; false when nothing did.
     pub(crate) fn progress_once(&mut self) -> bool {
         let more = self.worker.progress();
-        for arrival in self.worker.inbox.take() {
-            self.arrival(arrival);
-        }
+        self.take_arrivals();
         self.take_operations();
         more
     }
@@ -67,8 +65,16 @@ impl UcxTransport {
                     self.lose_link(link, &reason);
                 }
             }
+            Operation::Received { header, buffer } => self.received(header, buffer, status),
             Operation::Got { fetch, .. } => self.got(fetch, status),
             Operation::Closed { .. } | Operation::Flushed { .. } => self.closed(operation),
+        }
+    }
+
+    /// Acts on what came since it was last asked.
+    pub(crate) fn take_arrivals(&mut self) {
+        for arrival in self.worker.inbox.take() {
+            self.arrival(arrival);
         }
     }
 
@@ -83,6 +89,7 @@ impl UcxTransport {
                 let Some((key, pieces)) = whole else { return };
                 self.whole(key, pieces);
             }
+            Arrival::Announced(rendezvous) => self.announced(rendezvous),
             Arrival::Breach { session, reason } => {
                 if let Some((_, link)) = self.numbers.get(&session) {
                     self.lose_link(*link, reason);

@@ -3,7 +3,7 @@
 use kvferry_transport::{Device, NicInfo, OpenError, Options, Provider, Transport, TransportKind};
 
 use crate::context::Context;
-use crate::device::{self, Found, Method, SysRoot};
+use crate::device::{self, Access, Found, Method, SysRoot};
 use crate::library::Library;
 use crate::settings;
 use crate::transport::UcxTransport;
@@ -13,6 +13,7 @@ use crate::transport::UcxTransport;
 pub struct UcxProvider {
     root: SysRoot,
     only: Option<String>,
+    two_sided: bool,
 }
 
 impl UcxProvider {
@@ -24,6 +25,13 @@ impl UcxProvider {
     /// One device only.
     pub fn only(mut self, device: &str) -> UcxProvider {
         self.only = Some(device.to_owned());
+        self
+    }
+
+    /// Bytes are sent as active messages by rendezvous, whatever [`Options::two_sided`] says: no remote keys, no remote access. Both ends
+    /// must do so.
+    pub fn two_sided(mut self) -> UcxProvider {
+        self.two_sided = true;
         self
     }
 
@@ -53,7 +61,7 @@ impl UcxProvider {
         };
         let Some(against) = against else { return Some(found) };
         found.unavailable = device::too_old(found.method, library.version).or_else(|| {
-            let refusal = Context::open(library, &found).err()?;
+            let refusal = Context::open(library, &found, Access::OneSided).err()?;
             Some(format!("{against}; {refusal}"))
         });
         if found.unavailable.is_none() {
@@ -119,7 +127,8 @@ impl Provider for UcxProvider {
         if !users.is_empty() {
             tracing::info!(settings = users.join(" "), "UCX is also told by the environment, which wins");
         }
-        let context = Context::open(library, found).map_err(unavailable)?;
+        let access = if self.two_sided || options.two_sided { Access::TwoSided } else { Access::OneSided };
+        let context = Context::open(library, found, access).map_err(unavailable)?;
         let info = NicInfo {
             kind: TransportKind::Ucx,
             device: found.name.clone(),
@@ -131,7 +140,8 @@ impl Provider for UcxProvider {
             }),
             bits_per_second: found.bits_per_second,
         };
-        let transport = UcxTransport::open(info, found.method, context, options.clone()).map_err(unavailable)?;
+        let transport =
+            UcxTransport::open(info, found.method, access, context, options.clone()).map_err(unavailable)?;
         Ok(Box::new(transport))
     }
 }

@@ -63,6 +63,25 @@ impl<T> Operations<T> {
         flags: u32,
         call: impl FnOnce(*const ucp_request_param_t) -> ucs_status_ptr_t,
     ) -> Begun<T> {
+        self.begin(owned, flags, ucp_request_param_t__bindgen_ty_1 { send: Some(finished::<T>) }, call)
+    }
+
+    /// As [`Operations::start`], for what receives a message's data.
+    pub(crate) fn start_receiving(
+        &self,
+        owned: T,
+        call: impl FnOnce(*const ucp_request_param_t) -> ucs_status_ptr_t,
+    ) -> Begun<T> {
+        self.begin(owned, 0, ucp_request_param_t__bindgen_ty_1 { recv_am: Some(received::<T>) }, call)
+    }
+
+    fn begin(
+        &self,
+        owned: T,
+        flags: u32,
+        cb: ucp_request_param_t__bindgen_ty_1,
+        call: impl FnOnce(*const ucp_request_param_t) -> ucs_status_ptr_t,
+    ) -> Begun<T> {
         let index = self.idle_slot();
         let data = {
             let slots = self.shared.slots.borrow();
@@ -76,7 +95,7 @@ impl<T> Operations<T> {
                 | UCP_OP_ATTR_FIELD_FLAGS
                 | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
             flags,
-            cb: ucp_request_param_t__bindgen_ty_1 { send: Some(finished::<T>) },
+            cb,
             user_data: data.cast_mut().cast(),
             memory_type: UCS_MEMORY_TYPE_HOST,
             ..Default::default()
@@ -158,6 +177,11 @@ unsafe extern "C" fn finished<T>(request: *mut c_void, status: ucs_status_t, dat
     }
     // SAFETY: the request came from the library, which allows freeing it in its callback; nobody else keeps it.
     unsafe { (shared.free)(request) };
+}
+
+unsafe extern "C" fn received<T>(request: *mut c_void, status: ucs_status_t, _length: usize, data: *mut c_void) {
+    // SAFETY: as the library calls this one; what is received is as long as its announcement, which sized the buffer.
+    unsafe { finished::<T>(request, status, data) }
 }
 
 #[cfg(test)]

@@ -5,15 +5,18 @@ use std::sync::Arc;
 use kvferry_core::{End, Program, UnitRange};
 use kvferry_transport::{Cursor, PeerId};
 
+use crate::device::Access;
 use crate::endpoint::Operation;
 use crate::inbox::{Flow, Key};
 use crate::link::{SENDS_MAX, Serving, Source};
 use crate::request::Begun;
 use crate::transport::UcxTransport;
-use crate::wire::{Header, Kind, Read, Refusal, decode_first};
+use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX, RENDEZVOUS_BYTES_MAX, Read, Refusal, decode_first};
 
 /// Pulls that a peer may have served at once.
 const READS_MAX: usize = 4096;
+/// Chunks up to this long are not worth a rendezvous.
+const EAGER_BYTES_MAX: usize = 32 << 10;
 /// Bytes of requests that a peer may make this side hold.
 const REQUEST_BYTES_MAX: usize = 256 << 20;
 
@@ -90,6 +93,10 @@ impl UcxTransport {
 
     /// Sends chunks over a link, up to about `budget` bytes; says how many.
     pub(crate) fn send_chunks(&mut self, id: u64, budget: u64) -> u64 {
+        let bytes_max = match self.access {
+            Access::OneSided => MESSAGE_BYTES_MAX,
+            Access::TwoSided => RENDEZVOUS_BYTES_MAX,
+        };
         let mut sent = 0;
         while sent < budget
             && let Some(link) = self.links.get_mut(&id)
@@ -102,8 +109,8 @@ impl UcxTransport {
                 Flow::Push => Kind::PushData,
             };
             let header = Header { kind, number: source.number, session: source.key.session, tag: source.key.tag };
-            let mut buffer = link.outgoing.buffer();
-            if !source.pack(header, &mut buffer) {
+            let mut buffer = link.outgoing.buffer(bytes_max);
+            if !source.pack(header, bytes_max, &mut buffer) {
                 // Excluded by the program's validation.
                 let words = "a program ended before its bytes";
                 tracing::error!(words);
@@ -113,7 +120,11 @@ impl UcxTransport {
             sent += buffer.len() as u64;
             link.outgoing.credits -= 1;
             link.outgoing.in_flight += 1;
-            let begun = link.endpoint.send(id, buffer, true);
+            // What is short is there sooner than it could be fetched.
+            let begun = match self.access {
+                Access::TwoSided if buffer.len() > EAGER_BYTES_MAX => link.endpoint.offer(id, buffer),
+                _ => link.endpoint.send(id, buffer, true),
+            };
             if source.left > 0 {
                 link.outgoing.sources.push_back(source);
             } else {

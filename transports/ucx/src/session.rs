@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use kvferry_transport::codec::{decode, encode, random};
 use kvferry_transport::{ConnectError, Event, PeerId, TransferError, TransportKind};
 
+use crate::device::Access;
 use crate::endpoint::Endpoint;
 use crate::link::{ANSWER_BYTES_MAX, ENDED_MAX, Link, Message, Session};
 use crate::transport::UcxTransport;
@@ -24,7 +25,14 @@ impl UcxTransport {
     pub(crate) fn dial(&mut self, address: &[u8]) -> Result<PeerId, ConnectError> {
         let bad = |reason: String| ConnectError::BadAddress { kind: TransportKind::Ucx, reason };
         let address = Address::open(address).map_err(bad)?;
-        if address.method != self.method.number() {
+        if self.method.differs_in_access(self.access, address.method) {
+            let reason = match self.access {
+                Access::OneSided => "it sends by two-sided messages and this side reads memory",
+                Access::TwoSided => "it reads memory and this side sends by two-sided messages",
+            };
+            return Err(bad(format!("{reason}; give both sides the same UCX method")));
+        }
+        if address.method != self.method.number(self.access) {
             let reason = format!(
                 "its device is reached another way than {}; open devices of one kind on both sides",
                 self.info.device

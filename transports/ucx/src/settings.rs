@@ -1,6 +1,6 @@
 //! What a context is configured with: ours per context, a user's `UCX_*` variables before ours.
 
-use crate::device::Method;
+use crate::device::{Access, Method};
 use crate::library::Version;
 
 /// Bytes of one segment of UCX's tcp: a whole chunk of ours and its headers fit.
@@ -14,16 +14,19 @@ pub(crate) struct Setting {
 }
 
 /// What UCX is told beside the device, by method and version; a version is not given a key that it does not know.
-pub(crate) fn settings(method: Method, version: Version) -> Vec<Setting> {
+pub(crate) fn settings(method: Method, access: Access, version: Version) -> Vec<Setting> {
+    let one_sided = access == Access::OneSided;
     let mut list = vec![
         ("TLS", method.transports(), Version(0, 0, 0)),
-        // With peer failure handling UCX takes only lanes for RMA whose keys it can revoke, unless there is no rendezvous: it would then
-        // emulate RMA over messages without a word.
-        ("RNDV_THRESH", "inf", Version(0, 0, 0)),
         ("ADDRESS_VERSION", "v2", Version(1, 13, 0)),
         // A dead peer behind shared memory is noticed by asking only; the default is 20 s.
         ("KEEPALIVE_INTERVAL", "2s", Version(0, 0, 0)),
     ];
+    if one_sided {
+        // With peer failure handling UCX takes only lanes for RMA whose keys it can revoke, unless there is no rendezvous: it would then
+        // emulate RMA over messages without a word.
+        list.push(("RNDV_THRESH", "inf", Version(0, 0, 0)));
+    }
     match method {
         // Messages of `memory` go over tcp, too: shared memory has no way to notice a dead peer.
         Method::Tcp | Method::Memory => {
@@ -34,8 +37,10 @@ pub(crate) fn settings(method: Method, version: Version) -> Vec<Setting> {
         Method::Verbs => list.push(("MAX_RMA_RAILS", "1", Version(1, 14, 0))),
         Method::Srd => {
             list.push(("MAX_RMA_RAILS", "1", Version(1, 14, 0)));
-            // Losing zero-copy is then an error instead of a crawl.
-            list.push(("PROTO_EMULATION_ENABLE", "n", Version(1, 22, 0)));
+            if one_sided {
+                // Losing zero-copy is then an error instead of a crawl.
+                list.push(("PROTO_EMULATION_ENABLE", "n", Version(1, 22, 0)));
+            }
         }
     }
     let known = list.into_iter().filter(|(_, _, since)| version >= *since);
@@ -64,13 +69,13 @@ mod tests {
     use super::*;
 
     fn keys(method: Method, version: Version) -> Vec<&'static str> {
-        settings(method, version).into_iter().map(|setting| setting.key).collect()
+        settings(method, Access::OneSided, version).into_iter().map(|setting| setting.key).collect()
     }
 
     #[test]
     fn no_version_is_given_a_key_that_it_does_not_know() {
         let old = Version(1, 13, 1);
-        assert_eq!(keys(Method::Tcp, old), ["TLS", "RNDV_THRESH", "ADDRESS_VERSION", "KEEPALIVE_INTERVAL"]);
+        assert_eq!(keys(Method::Tcp, old), ["TLS", "ADDRESS_VERSION", "KEEPALIVE_INTERVAL", "RNDV_THRESH"]);
         for method in [Method::Tcp, Method::Memory] {
             assert!(keys(method, Version(1, 17, 0)).contains(&"TCP_TX_SEG_SIZE"));
         }
@@ -79,12 +84,20 @@ mod tests {
     }
 
     #[test]
+    fn both_sides_need_rendezvous() {
+        for method in [Method::Memory, Method::Tcp, Method::Srd, Method::Verbs] {
+            let list = settings(method, Access::TwoSided, Version(1, 22, 0));
+            assert!(list.iter().all(|s| s.key != "RNDV_THRESH" && s.key != "PROTO_EMULATION_ENABLE"), "{list:?}");
+        }
+    }
+
+    #[test]
     fn emulation_is_forbidden_for_srd_only() {
         for method in [Method::Memory, Method::Tcp, Method::Verbs] {
             assert!(!keys(method, Version(1, 22, 0)).contains(&"PROTO_EMULATION_ENABLE"), "{method:?}");
         }
         assert!(keys(Method::Srd, Version(1, 22, 0)).contains(&"PROTO_EMULATION_ENABLE"));
-        let srd = settings(Method::Srd, Version(1, 22, 0));
+        let srd = settings(Method::Srd, Access::OneSided, Version(1, 22, 0));
         assert!(srd.contains(&Setting { key: "RNDV_THRESH", value: "inf" }), "{srd:?}");
         assert!(srd.contains(&Setting { key: "TLS", value: "srd" }), "{srd:?}");
     }

@@ -20,10 +20,11 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use crate::arriving::{Expectation, Held};
 use crate::closing::{Closing, Fence};
 use crate::context::{Context, Mapped};
-use crate::device::Method;
+use crate::device::{Access, Method};
 use crate::fetch::Fetch;
 use crate::link::{Link, Session};
 use crate::posted::Posted;
+use crate::receiving::Receiving;
 use crate::remote::{Bound, Remote, Withdrawing};
 use crate::wire::{Address, Keys, RegionKey};
 use crate::worker::{Armed, Worker};
@@ -33,6 +34,9 @@ pub(crate) struct UcxTransport {
     pub(crate) info: NicInfo,
     pub(crate) options: Options,
     pub(crate) method: Method,
+    pub(crate) access: Access,
+    /// Chunks that UCX is receiving by rendezvous, and buffers for them.
+    pub(crate) receiving: Receiving,
     pub(crate) own: Address,
     pub(crate) context: Rc<Context>,
     pub(crate) worker: Rc<Worker>,
@@ -71,18 +75,25 @@ impl UcxTransport {
     pub(crate) fn open(
         info: NicInfo,
         method: Method,
+        access: Access,
         context: Rc<Context>,
         options: Options,
     ) -> Result<UcxTransport, String> {
         let worker = Worker::new(&context)?;
         let waiting = if method.wakes() { Some(Waiting::new(&worker)?) } else { None };
         let secret = || random().map_err(|error| format!("no random bytes: {error}"));
-        let own =
-            Address { method: method.number(), instance: secret()?, secret: secret()?, worker: worker.address()? };
+        let own = Address {
+            method: method.number(access),
+            instance: secret()?,
+            secret: secret()?,
+            worker: worker.address()?,
+        };
         Ok(UcxTransport {
             info,
             options,
             method,
+            access,
+            receiving: Receiving::default(),
             own,
             context,
             worker,
@@ -145,7 +156,8 @@ impl UcxTransport {
             || !self.turns.is_empty()
             || self.links.values().any(|link| link.outgoing.can_send() || link.consumed > 0)
             // The kernel copies while UCX makes progress, and announces nothing.
-            || (self.method == Method::Memory && self.fetches.values().any(|fetch| fetch.in_flight > 0))
+            || (self.method == Method::Memory
+                && (self.receiving.in_flight > 0 || self.fetches.values().any(|fetch| fetch.in_flight > 0)))
             || !self.closing.is_empty()
             || !self.fences.is_empty()
             || self.pools.values().any(|bound| bound.leaving.is_some() && self.is_idle(bound.pool.id()))
@@ -213,7 +225,7 @@ impl Transport for UcxTransport {
         }
         let unsupported = |reason: String| BindError::Unsupported { pool: id, reason };
         let token = random::<8>().map_err(|error| unsupported(format!("no random token could be drawn: {error}")))?;
-        let (mapped, packed) = if self.method.registers() {
+        let (mapped, packed) = if self.method.registers(self.access) {
             let (mapped, packed) = Mapped::new(&self.context, pool).map_err(unsupported)?;
             (Some(Rc::new(mapped)), packed)
         } else {

@@ -20,6 +20,8 @@ pub(crate) const KEY_BYTES: usize = 16;
 const CHECK_BYTES: usize = 16;
 /// Bytes of one message: it fits one segment of UCX's tcp.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 252 << 10;
+/// Bytes of a chunk that is sent by rendezvous, and its header.
+pub(crate) const RENDEZVOUS_BYTES_MAX: usize = (1 << 20) + HEADER_BYTES;
 /// Bytes of a message that came in parts.
 pub(crate) const WHOLE_BYTES_MAX: usize = FRAME_BYTES_MAX + (64 << 10);
 /// Bytes of a worker's address: with one device there are tens.

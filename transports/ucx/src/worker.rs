@@ -13,7 +13,7 @@ use ucx_sys::{
 
 use crate::context::Context;
 use crate::endpoint::Operation;
-use crate::inbox::{Inbox, on_message};
+use crate::inbox::{Inbox, Rendezvous, on_message};
 use crate::library::Library;
 use crate::request::{Begun, Operations};
 use crate::wire::ADDRESS_BYTES_MAX;
@@ -129,6 +129,24 @@ impl Worker {
             UCS_ERR_BUSY => Armed::Busy,
             _ => Armed::Never,
         }
+    }
+
+    /// Has UCX bring an announced chunk into the buffer, which gets as many bytes as it has room for: reported as [`Operation::Received`].
+    pub(crate) fn receive(&self, rendezvous: Rendezvous, mut buffer: Vec<u8>) -> Begun<Operation> {
+        let Rendezvous { header, description, bytes } = rendezvous;
+        // What an earlier chunk left behind is overwritten.
+        buffer.resize(bytes, 0);
+        let at = buffer.as_mut_ptr();
+        // SAFETY: UCX's description of an announced chunk, used once; the operation owns the buffer, whose `bytes` bytes do not move.
+        self.operations.start_receiving(Operation::Received { header, buffer }, |params| unsafe {
+            self.library().api.ucp_am_recv_data_nbx(self.raw, description, at.cast(), bytes, params)
+        })
+    }
+
+    /// Lets an announced chunk be; its sender is told that it was taken.
+    pub(crate) fn decline(&self, rendezvous: Rendezvous) {
+        // SAFETY: UCX's description of an announced chunk, used once.
+        unsafe { self.library().api.ucp_am_data_release(self.raw, rendezvous.description) };
     }
 
     /// Starts a flush of everything: reported as [`Operation::Flushed`].

@@ -1,4 +1,4 @@
-//! The suite that every transport passes, over UCX's shared memory and over its tcp.
+//! The suite that every transport passes, over UCX's shared memory and over its tcp, one-sided and two-sided.
 
 /// Whether there is a UCX library. Without one the case says so and passes, unless `KVFERRY_REQUIRE` names ucx.
 fn usable() -> bool {
@@ -13,4 +13,12 @@ mod memory {
 
 mod tcp {
     kvferry_transport::conformance!(if super::usable() => kvferry_ucx::UcxProvider::new().only("lo"));
+}
+
+mod memory_two_sided {
+    kvferry_transport::conformance!(if super::usable() => kvferry_ucx::UcxProvider::new().only("memory").two_sided());
+}
+
+mod tcp_two_sided {
+    kvferry_transport::conformance!(if super::usable() => kvferry_ucx::UcxProvider::new().only("lo").two_sided());
 }

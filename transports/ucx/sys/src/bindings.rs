@@ -792,6 +792,18 @@ pub struct Ucp {
         ) -> ucs_status_ptr_t,
         ::libloading::Error,
     >,
+    pub ucp_am_recv_data_nbx: Result<
+        unsafe extern "C" fn(
+            worker: ucp_worker_h,
+            data_desc: *mut ::core::ffi::c_void,
+            buffer: *mut ::core::ffi::c_void,
+            count: usize,
+            param: *const ucp_request_param_t,
+        ) -> ucs_status_ptr_t,
+        ::libloading::Error,
+    >,
+    pub ucp_am_data_release:
+        Result<unsafe extern "C" fn(worker: ucp_worker_h, data: *mut ::core::ffi::c_void), ::libloading::Error>,
     pub ucp_get_nbx: Result<
         unsafe extern "C" fn(
             ep: ucp_ep_h,
@@ -854,6 +866,8 @@ impl Ucp {
         let ucp_rkey_destroy = __library.get(b"ucp_rkey_destroy\0").map(|sym| *sym);
         let ucp_worker_set_am_recv_handler = __library.get(b"ucp_worker_set_am_recv_handler\0").map(|sym| *sym);
         let ucp_am_send_nbx = __library.get(b"ucp_am_send_nbx\0").map(|sym| *sym);
+        let ucp_am_recv_data_nbx = __library.get(b"ucp_am_recv_data_nbx\0").map(|sym| *sym);
+        let ucp_am_data_release = __library.get(b"ucp_am_data_release\0").map(|sym| *sym);
         let ucp_get_nbx = __library.get(b"ucp_get_nbx\0").map(|sym| *sym);
         let ucp_request_free = __library.get(b"ucp_request_free\0").map(|sym| *sym);
         let ucp_worker_flush_nbx = __library.get(b"ucp_worker_flush_nbx\0").map(|sym| *sym);
@@ -889,6 +903,8 @@ impl Ucp {
             ucp_rkey_destroy,
             ucp_worker_set_am_recv_handler,
             ucp_am_send_nbx,
+            ucp_am_recv_data_nbx,
+            ucp_am_data_release,
             ucp_get_nbx,
             ucp_request_free,
             ucp_worker_flush_nbx,
@@ -1066,6 +1082,21 @@ impl Ucp {
             count,
             param,
         )
+    }
+    pub unsafe fn ucp_am_recv_data_nbx(
+        &self,
+        worker: ucp_worker_h,
+        data_desc: *mut ::core::ffi::c_void,
+        buffer: *mut ::core::ffi::c_void,
+        count: usize,
+        param: *const ucp_request_param_t,
+    ) -> ucs_status_ptr_t {
+        (self.ucp_am_recv_data_nbx.as_ref().expect("Expected function, got error."))(
+            worker, data_desc, buffer, count, param,
+        )
+    }
+    pub unsafe fn ucp_am_data_release(&self, worker: ucp_worker_h, data: *mut ::core::ffi::c_void) {
+        (self.ucp_am_data_release.as_ref().expect("Expected function, got error."))(worker, data)
     }
     pub unsafe fn ucp_get_nbx(
         &self,
