@@ -14,7 +14,6 @@ mod inbox;
 mod lanes;
 mod library;
 mod link;
-pub mod log;
 mod posted;
 mod progress;
 mod provider;
