@@ -7,6 +7,7 @@
 mod arriving;
 mod closing;
 mod context;
+mod counters;
 mod device;
 mod endpoint;
 mod fetch;
@@ -16,6 +17,7 @@ mod library;
 mod link;
 mod posted;
 mod progress;
+mod proof;
 mod provider;
 mod remote;
 mod request;
