@@ -4,8 +4,9 @@ use std::net::IpAddr;
 
 use kvferry_actors::OpenNic;
 use kvferry_core::{PoolId, PoolLayout, TransportKind};
+pub use kvferry_transport::Provider;
 pub use kvferry_transport::{Device, NicInfo, OpenError, Options, Transport};
-use kvferry_transport::{Pool, PoolError, Provider};
+use kvferry_transport::{Pool, PoolError};
 use thiserror::Error;
 
 /// Every provider of this build, in order of preference.
@@ -77,21 +78,22 @@ fn find(kind: TransportKind, device: Option<&str>) -> Result<(Box<dyn Provider>,
     let no_device = |reason: String| SelectError::NoDevice { kind, reason };
     let provider = providers().into_iter().find(|provider| provider.kind() == kind);
     let provider = provider.ok_or_else(|| no_device("this build does not have it".to_owned()))?;
-    let devices = provider.discover();
+    let devices = || provider.discover();
     let device = match device {
         // An address of this host is as good a name as its interface; opening it says if it is not one.
         Some(name) if kind == TransportKind::Tcp && name.parse::<IpAddr>().is_ok() => {
             Device { kind, name: name.to_owned(), unavailable: None }
         }
-        Some(name) => devices.iter().find(|device| device.name == name).cloned().ok_or_else(|| {
+        Some(name) => provider.named(name).ok_or_else(|| {
             let describe = |device: &Device| match &device.unavailable {
                 None => device.name.clone(),
                 Some(reason) => format!("{} ({reason})", device.name),
             };
-            let known: Vec<String> = devices.iter().map(describe).collect();
+            let known: Vec<String> = devices().iter().map(describe).collect();
             SelectError::UnknownDevice { kind, name: name.to_owned(), known: known.join(", ") }
         })?,
         None => {
+            let devices = devices();
             let usable = devices.iter().find(|device| device.unavailable.is_none()).or(devices.first());
             usable.cloned().ok_or_else(|| no_device("none was found".to_owned()))?
         }

@@ -66,7 +66,7 @@ pub(crate) enum UsageError {
     UnknownTransport { name: String, known: String },
     #[error("--transport {transport}: {source}; choose another transport or device")]
     Transport { transport: String, source: SelectError },
-    #[error("--devices {value}: there is no device `{entry}` for --transport {transport}; there are {known}")]
+    #[error("--devices {value}: there is no device {entry} for --transport {transport}; there are {known}")]
     UnknownDevice { value: String, entry: String, transport: String, known: String },
     #[error(
         "--{option} {value}: it is not ROLE:RANK@N; write for example prefill:1@3 (N counts transfers from 1), prefill:1@250ms or scheduler@3"

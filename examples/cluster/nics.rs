@@ -1,6 +1,6 @@
 //! Which devices every rank opens.
 
-use kvferry::transport::{self, Options};
+use kvferry::transport::{self, Options, Provider};
 use kvferry::{OpenNic, TransportKind};
 use serde::{Deserialize, Serialize};
 
@@ -57,7 +57,11 @@ pub(crate) fn choose(wanted: &str, devices: Option<&str>) -> Result<Vec<NicChoic
         known.extend(found.into_iter().map(|device| NicChoice { kind: device.kind, device: device.name }));
     }
     let chosen = match devices {
-        Some(list) => named(wanted, list, &known)?,
+        Some(list) => {
+            let asked: Vec<&dyn Provider> =
+                providers.iter().map(AsRef::as_ref).filter(|provider| wants(provider.kind().name())).collect();
+            named(wanted, list, &known, &asked)?
+        }
         None if wanted == "auto" => AUTO.iter().filter_map(|(kind, device)| find(&known, Some(kind), device)).collect(),
         None => {
             let local = LOCAL
@@ -81,21 +85,46 @@ pub(crate) fn choose(wanted: &str, devices: Option<&str>) -> Result<Vec<NicChoic
     Ok(chosen)
 }
 
-fn named(wanted: &str, value: &str, known: &[NicChoice]) -> Result<Vec<NicChoice>, UsageError> {
+fn named(
+    wanted: &str,
+    value: &str,
+    known: &[NicChoice],
+    providers: &[&dyn Provider],
+) -> Result<Vec<NicChoice>, UsageError> {
     let mut chosen = Vec::new();
     for entry in value.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
         let exact = entry.split_once(':').and_then(|(kind, device)| find(known, Some(kind), device));
-        let nic = exact.or_else(|| find(known, None, entry)).ok_or_else(|| UsageError::UnknownDevice {
-            value: value.to_owned(),
-            entry: entry.to_owned(),
-            transport: wanted.to_owned(),
-            known: list(known),
-        })?;
+        let nic = match exact.or_else(|| find(known, None, entry)) {
+            Some(nic) => nic,
+            None => unlisted(providers, entry).map_err(|reason| UsageError::UnknownDevice {
+                value: value.to_owned(),
+                entry: format!("{entry}{reason}"),
+                transport: wanted.to_owned(),
+                known: list(known),
+            })?,
+        };
         if !chosen.contains(&nic) {
             chosen.push(nic);
         }
     }
     Ok(chosen)
+}
+
+/// A device that no provider lists and one of them can open by its name; else why none can, as far as one knows.
+fn unlisted(providers: &[&dyn Provider], entry: &str) -> Result<NicChoice, String> {
+    let mut why = String::new();
+    for provider in providers {
+        let kind = provider.kind();
+        let name = entry.strip_prefix(&format!("{kind}:")).unwrap_or(entry);
+        match provider.named(name) {
+            Some(device) => match device.unavailable {
+                None => return Ok(NicChoice { kind, device: device.name }),
+                Some(reason) => why = format!(" ({reason})"),
+            },
+            None => continue,
+        }
+    }
+    Err(why)
 }
 
 fn find(known: &[NicChoice], kind: Option<&str>, device: &str) -> Option<NicChoice> {

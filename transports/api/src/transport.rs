@@ -17,6 +17,12 @@ pub trait Provider: Send + Sync {
     /// The devices of this host, usable or not; an unusable one says why in [`Device::unavailable`].
     fn discover(&self) -> Vec<Device>;
 
+    /// The device that somebody names, which [`Provider::discover`] need not have found; `None` where there cannot be such a one. Whether it
+    /// can be used is looked into more closely than for a list.
+    fn named(&self, name: &str) -> Option<Device> {
+        self.discover().into_iter().find(|device| device.name == name)
+    }
+
     /// Makes a pool in the memory that `device` moves best; host memory unless the transport says otherwise. `name` is for people.
     fn allocate(&self, device: &Device, id: PoolId, layout: PoolLayout, name: &str) -> Result<Pool, PoolError> {
         let _any = device;

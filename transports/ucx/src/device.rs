@@ -79,6 +79,31 @@ impl Default for SysRoot {
     }
 }
 
+/// The port that a name means, if it can mean one, where sysfs does not show it: a container's may be bare, and UCX may know devices of its
+/// own. EFA's names are those that the kernel and rdma-core give.
+pub(crate) fn port(name: &str) -> Option<Found> {
+    let (device, port) = name.split_once(':')?;
+    let plain =
+        |word: &str| !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+    if !plain(device) || port.parse::<u8>().is_err() {
+        return None;
+    }
+    let efa = ["rdmap", "efa_"].iter().any(|prefix| device.starts_with(prefix));
+    Some(Found {
+        name: name.to_owned(),
+        method: if efa { Method::Srd } else { Method::Verbs },
+        network: name.to_owned(),
+        bits_per_second: None,
+        unavailable: None,
+    })
+}
+
+/// Why this version cannot use a device that it would take all the same.
+pub(crate) fn too_old(method: Method, version: Version) -> Option<String> {
+    (method == Method::Srd && version < SRD_SINCE)
+        .then(|| format!("UCX {version} has no usable srd; {SRD_SINCE} or later, built with EFA, is needed"))
+}
+
 impl SysRoot {
     /// All devices, the best first: EFA, InfiniBand, memory, interfaces with loopback last.
     pub(crate) fn discover(&self, version: Option<Version>) -> Vec<Found> {
@@ -107,9 +132,7 @@ impl SysRoot {
                 let state = read(&at.join("state")).unwrap_or_default();
                 let inactive =
                     (!state.starts_with("4:")).then(|| format!("its port is not active but {state:?}; bring it up"));
-                let old = version.filter(|version| efa && *version < SRD_SINCE).map(|version| {
-                    format!("UCX {version} has no usable srd; {SRD_SINCE} or later, built with EFA, is needed")
-                });
+                let old = version.and_then(|version| too_old(method, version));
                 let name = format!("{device}:{port}");
                 found.push(Found {
                     network: name.clone(),
@@ -252,6 +275,18 @@ mod tests {
         let efa = named(&found, "rdmap40s0:1");
         assert_eq!((efa.method, efa.bits_per_second, &efa.unavailable), (Method::Srd, Some(100_000_000_000), &None));
         assert_eq!(named(&found, "mlx5_0:1").method, Method::Verbs);
+    }
+
+    #[test]
+    fn names_of_ports_tell_the_method() {
+        let method = |name| port(name).map(|found| found.method);
+        assert_eq!(method("rdmap0s6:1"), Some(Method::Srd));
+        assert_eq!(method("efa_0:1"), Some(Method::Srd));
+        assert_eq!(method("mlx5_0:1"), Some(Method::Verbs));
+        for name in ["eth0", "memory", "mlx5_0", "mlx5_0:", ":1", "mlx5_0:x", "mlx5_0:1000", "mlx5_0:1,lo", "a b:1", ""]
+        {
+            assert_eq!(method(name), None, "{name}");
+        }
     }
 
     #[test]

@@ -76,3 +76,87 @@ impl UcxTransport {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use kvferry_transport::{Options, Provider, Transport};
+
+    use super::*;
+    use crate::UcxProvider;
+    use crate::context::Context;
+    use crate::counters::Counters;
+    use crate::device::{MEMORY, SysRoot};
+    use crate::library::Library;
+
+    fn open() -> Option<UcxTransport> {
+        let reason = UcxProvider::unavailable();
+        if let Some(reason) = &reason {
+            kvferry_transport::conformance::absent("ucx", reason);
+            return None;
+        }
+        let library = Library::find().unwrap();
+        let found =
+            SysRoot::default().discover(Some(library.version)).into_iter().find(|found| found.name == MEMORY)?;
+        let device = UcxProvider::new().discover().into_iter().find(|device| device.name == MEMORY)?;
+        let info = UcxProvider::new().open(&device, &Options::default()).unwrap().info().clone();
+        let context = Context::open(library, &found).unwrap();
+        Some(UcxTransport::open(info, found.method, context, Options::default()).unwrap())
+    }
+
+    fn shown(transport: &mut UcxTransport) -> Vec<Evidence> {
+        let mut events = Vec::new();
+        transport.poll(&mut events);
+        let one = |event| match event {
+            Event::Shown { evidence, .. } => Some(*evidence),
+            _ => None,
+        };
+        events.into_iter().filter_map(one).collect()
+    }
+
+    /// Counters of a device that is not there, above a connection that is.
+    #[test]
+    fn a_link_is_proven_by_counters_that_cover_its_bytes_and_is_told_of_once() {
+        let (Some(mut here), Some(mut there)) = (open(), open()) else { return };
+        let peer = here.connect(&there.address()).unwrap();
+        let until = Instant::now() + Duration::from_secs(20);
+        let mut first = Vec::new();
+        while first.is_empty() && Instant::now() < until {
+            first.extend(shown(&mut here));
+            shown(&mut there);
+        }
+        let link = here.sessions.get(&peer).unwrap().link;
+        let reads = here.reads_memory(link);
+        let grade = if reads { Grade::E4 } else { Grade::E3 };
+        assert_eq!(first.iter().map(|evidence| evidence.grade).collect::<Vec<_>>(), [grade]);
+        assert!(!first.first().unwrap().lanes.is_empty() && !first.first().unwrap().emulated, "{first:?}");
+
+        let root: PathBuf = std::env::temp_dir().join(format!("kvferry-proof-{}", std::process::id()));
+        let counters = root.join("sys/class/infiniband/rdmap40s0/ports/1/hw_counters");
+        std::fs::create_dir_all(&counters).unwrap();
+        let count = |bytes: &str| std::fs::write(counters.join("rdma_read_bytes"), bytes).unwrap();
+        count("7");
+        here.counters = Counters::open(&SysRoot(root.clone()), "rdmap40s0:1");
+        here.note_moved(link, Way::Read, 4096);
+        assert_eq!(shown(&mut here), [], "the device has counted nothing");
+        count("4103");
+        let mut later = Vec::new();
+        while later.is_empty() && Instant::now() < until {
+            later.extend(shown(&mut here));
+        }
+        std::fs::remove_dir_all(&root).unwrap();
+        // Counters do not make messages zero-copy.
+        let wanted = if reads { Grade::E5 } else { grade };
+        assert_eq!(later.iter().map(|evidence| evidence.grade).collect::<Vec<_>>(), [wanted]);
+        if reads {
+            assert!(
+                later.iter().all(|evidence| evidence.to_string().contains("rdma_read_bytes +4096 for 4096")),
+                "{later:?}"
+            );
+        }
+        here.note_moved(link, Way::Read, 4096);
+        assert_eq!((here.counters.due(), shown(&mut here)), (None, Vec::new()), "proven once");
+    }
+}

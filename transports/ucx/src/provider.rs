@@ -4,7 +4,7 @@ use kvferry_transport::{Device, NicInfo, OpenError, Options, Provider, Transport
 
 use crate::context::Context;
 use crate::counters::Counters;
-use crate::device::{Found, Method, SysRoot};
+use crate::device::{self, Found, Method, SysRoot};
 use crate::library::Library;
 use crate::settings;
 use crate::transport::UcxTransport;
@@ -38,6 +38,31 @@ impl UcxProvider {
         Library::find().ok().map(|library| (library.version.0, library.version.1, library.version.2))
     }
 
+    /// A device by its name: what sysfs shows, else a port that UCX may know. Where something speaks against it, UCX itself is asked: only
+    /// what it refuses, or would use badly, is unavailable.
+    fn find(&self, library: &'static Library, name: &str) -> Option<Found> {
+        let shown = self.found(Some(library.version)).into_iter().find(|found| found.name == name);
+        let (mut found, against) = match shown {
+            Some(mut found) => {
+                let against = found.unavailable.take();
+                (found, against)
+            }
+            None if self.only.as_ref().is_none_or(|only| only == name) => {
+                (device::port(name)?, Some("/sys/class/infiniband shows no such port".to_owned()))
+            }
+            None => return None,
+        };
+        let Some(against) = against else { return Some(found) };
+        found.unavailable = device::too_old(found.method, library.version).or_else(|| {
+            let refusal = Context::open(library, &found).err()?;
+            Some(format!("{against}; {refusal}"))
+        });
+        if found.unavailable.is_none() {
+            tracing::warn!(device = name, against, "UCX takes the device nevertheless");
+        }
+        Some(found)
+    }
+
     fn found(&self, version: Option<crate::library::Version>) -> Vec<Found> {
         let mut found = self.root.discover(version);
         found.retain(|found| self.only.as_ref().is_none_or(|only| found.name == *only));
@@ -62,14 +87,25 @@ impl Provider for UcxProvider {
         self.found(version).into_iter().map(device).collect()
     }
 
+    fn named(&self, name: &str) -> Option<Device> {
+        let found = match Library::find() {
+            Ok(library) => self.find(library, name)?,
+            Err(reason) => {
+                let listed = self.found(None).into_iter().find(|found| found.name == name);
+                Found { unavailable: Some(reason), ..listed.or_else(|| device::port(name))? }
+            }
+        };
+        Some(Device { kind: TransportKind::Ucx, name: found.name, unavailable: found.unavailable })
+    }
+
     fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError> {
         let unavailable = |reason: String| OpenError::Unavailable { device: device.name.clone(), reason };
         if device.kind != TransportKind::Ucx {
             return Err(unavailable(format!("it is a {} device; open it with that provider", device.kind)));
         }
         let library = Library::find().map_err(unavailable)?;
-        let all = self.found(Some(library.version));
-        let Some(found) = all.iter().find(|found| found.name == device.name) else {
+        let Some(found) = &self.find(library, &device.name) else {
+            let all = self.found(Some(library.version));
             let names: Vec<&str> = all.iter().map(|found| found.name.as_str()).collect();
             return Err(unavailable(format!("there is no such device; there are {}", names.join(", "))));
         };
