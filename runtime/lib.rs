@@ -33,14 +33,15 @@ pub use kvferry_actors::{
     ThreadOptions, WorkerConfig, WorkerNode,
 };
 pub use kvferry_core::protocol::{
-    Away, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, Finished, GroupView, Identity, LeaseTerms,
-    LeastLoaded, LongestHeldPrefix, Outcome, PathReport, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms,
-    Refusal, RequestSpec, Role, SchedulerTerms, SessionTerms,
+    Away, ChosenPath, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, Finished, GroupView, Identity,
+    LeaseTerms, LeastLoaded, LongestHeldPrefix, Obstacle, Outcome, PassedOver, PathReport, PeerName, Policy,
+    PrefillJob, PrefillView, Protocols, QuarantineTerms, RdmaShortfall, Refusal, RequestSpec, Role, SchedulerTerms,
+    SessionTerms, ShownPath,
 };
 pub use kvferry_core::{
-    BlockTable, Direction, Dtype, Epoch, Extent, FenceProof, Format, GeometryError, GeometrySpec, GroupGeometry,
-    GroupId, HandoverId, KvPlacement, LayerGroup, Model, Moment, NodeId, Order, PairPlan, Parallel, PlanRequest, Plane,
-    PlanePlacement, PoolId, PoolLayout, Program, Rank, RequestId, Shard, Sharding, SpecError, TableBlocks, TableShape,
-    Tables, Tensor, TransportKind, destinations, sources,
+    BlockTable, Direction, Dtype, Epoch, Evidence, Extent, FenceProof, Format, GeometryError, GeometrySpec, Grade,
+    GroupGeometry, GroupId, HandoverId, KvPlacement, LayerGroup, LibraryName, Model, Moment, NodeId, Order, PairPlan,
+    Parallel, PlanRequest, Plane, PlanePlacement, PoolId, PoolLayout, Program, Rank, RequestId, Shard, Sharding,
+    SpecError, TableBlocks, TableShape, Tables, Tensor, TransportKind, destinations, sources,
 };
 pub use kvferry_transport::{Pool, PoolError, PoolOptions};

@@ -310,3 +310,40 @@ fn a_pool_for_one_request_is_enough() {
         "10",
     ]);
 }
+
+/// Ranks on two simulated hosts: those of one host share memory, those of two say why they do not.
+#[test]
+fn paths_say_how_they_are_known_and_what_was_passed_over() {
+    let case = Case { transport: "auto", direction: "pull", in_process: false };
+    let sides = ["--model", "tiny", "--prefill", "tp=2,nodes=2", "--decode", "tp=2", "--isl", "50", "--requests", "3"];
+    let ran = run(&case, &sides);
+    ran.check_delivered(&case);
+    let words = |value: &serde_json::Value| value.to_string();
+    for path in ran.paths() {
+        let (evidence, passed) = (words(&path["evidence"]), words(&path["passed_over"]));
+        if path["transport"] == "shm" {
+            assert!(evidence.contains("E4 memfd/memory") && evidence.contains("mapped read-only"), "{path}");
+            assert_eq!(passed, "[]", "{path}");
+        } else {
+            assert!(evidence.contains("E3 tcp/127.0.0.1:"), "{path}");
+            assert!(words(&path["proof"]["unseen"]).contains("zero-copy"), "{path}");
+            assert!(passed.contains("shm (the two are on different hosts)"), "{path}");
+        }
+        assert!(path["rdma_shortfall"].is_null(), "nobody expects RDMA: {path}");
+    }
+    let kinds: Vec<String> = ran.paths().iter().map(|path| words(&path["transport"])).collect();
+    assert!(kinds.contains(&"\"shm\"".to_owned()) && kinds.contains(&"\"tcp\"".to_owned()), "{kinds:?}");
+}
+
+#[test]
+fn required_rdma_refuses_a_network_and_takes_memory_of_one_host() {
+    let small = ["--model", "tiny", "--isl", "50", "--requests", "2", "--require-rdma"];
+    for direction in ["pull", "push"] {
+        let case = Case { transport: "shm", direction, in_process: true };
+        run(&case, &small).check_delivered(&case);
+        let ran = run(&Case { transport: "tcp", ..case }, &small);
+        assert_eq!((ran.code, ran.number("failed"), ran.number("delivered")), (Some(1), 2, 0), "{}", ran.stderr);
+        let reason = ran.json()["failures"][0]["reason"].to_string();
+        assert!(reason.contains("through tcp on lo is not RDMA") && reason.contains("require_rdma"), "{reason}");
+    }
+}

@@ -231,6 +231,7 @@ impl<'a> Cluster<'a> {
                 rank.hurt |= report.restarts > rank.report.restarts;
                 // Only answers look at what the kernel shows.
                 rank.census = report.census.take().or(rank.census.take());
+                rank.paths.extend(std::mem::take(&mut report.paths));
                 rank.report = *report;
             }
             Word::Said(rank::Said::Lost(cause)) => self.complain(index, &cause),

@@ -112,9 +112,9 @@ impl Cluster<'_> {
             let launched = self.launch_rank(index, life)?;
             if let (Some(slot), Some(rank)) = (self.ranks.get_mut(index), self.record.ranks.get_mut(index)) {
                 *slot = launched;
-                let RankRecord { report, mut before, baseline, .. } = std::mem::take(rank);
+                let RankRecord { report, mut before, baseline, paths, .. } = std::mem::take(rank);
                 before.push(report);
-                *rank = RankRecord { hurt: true, before, baseline, life, ..RankRecord::default() };
+                *rank = RankRecord { hurt: true, before, baseline, life, paths, ..RankRecord::default() };
             }
         }
         Ok(())

@@ -12,6 +12,7 @@ mod harm;
 mod launch;
 mod nics;
 mod options;
+mod paths;
 mod progress;
 mod rank;
 mod record;

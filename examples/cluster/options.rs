@@ -67,6 +67,10 @@ pub(crate) struct Options {
     /// With --transport cuda: the GPUs, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one]
     #[arg(long, value_name = "LIST", conflicts_with = "devices")]
     pub(crate) gpus: Option<String>,
+    /// KV between hosts goes by RDMA or not at all, with the reason; memory of one host is as good. Otherwise it is a warning where a side has an
+    /// RDMA device
+    #[arg(long)]
+    pub(crate) require_rdma: bool,
     /// Who initiates transfers: pull = decode, push = prefill
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) direction: DirectionName,

@@ -1,6 +1,6 @@
 //! One rank: its node, its pool, and the engine that is driven beside it. The same code in a process of its own and on a thread.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 
 use crate::nics::NicChoice;
+use crate::paths::{Paths, Told};
 use crate::share;
 use crate::terms::Terms;
 use crate::worker::{Census, Worker};
@@ -36,6 +37,7 @@ pub(crate) struct RankConfig {
     /// The simulated host that it is on; `None` for this one.
     pub(crate) host: Option<String>,
     pub(crate) direction: Option<Direction>,
+    pub(crate) require_rdma: bool,
     pub(crate) handovers_max: u32,
     pub(crate) layers_per_step: Option<u32>,
     pub(crate) reuse_prefix: bool,
@@ -112,6 +114,8 @@ pub(crate) struct RankReport {
     pub(crate) restarts: u32,
     /// In answers only.
     pub(crate) census: Option<Census>,
+    /// In answers only: what has become known of paths since the one before.
+    pub(crate) paths: Vec<Told>,
     pub(crate) engine: EngineReport,
 }
 
@@ -175,7 +179,14 @@ async fn live(
         let past = std::mem::take(&mut report.engine);
         let ledger = Ledger { shard: shard.clone(), config, placed: BTreeMap::new(), past, report };
         let engine = make_engine(config, pool.clone())?;
-        let mut runner = Runner { port: worker.port(), engine, ledger, pool: pool.clone() };
+        let mut runner = Runner {
+            port: worker.port(),
+            engine,
+            ledger,
+            pool: pool.clone(),
+            paths: Paths::default(),
+            fresh: BTreeSet::new(),
+        };
         let ended = runner.serve(&mut worker, &mut orders, say).await;
         // Peers see this incarnation end; a thread that hangs does not keep the process.
         let _ = tokio::time::timeout(Duration::from_secs(10), worker.shutdown()).await;
@@ -213,6 +224,7 @@ async fn start(config: &RankConfig, restarts: u32, pool: Pool) -> Result<WorkerN
         WorkerConfig::new(config.role, config.group, config.rank, geometry, config.blocks.clone(), scheduler);
     worker.handovers_max = config.handovers_max;
     worker.direction = config.direction;
+    worker.require_rdma = config.require_rdma;
     worker.host = config.host.clone();
     // Every process begins beyond what the one before it can have come to.
     let epoch = Epoch((u64::from(config.life) << 16) + u64::from(restarts) + 1);
@@ -259,6 +271,9 @@ struct Runner<'a> {
     engine: Box<dyn Engine>,
     ledger: Ledger<'a>,
     pool: Pool,
+    paths: Paths,
+    /// Paths of which the parent has not been told the latest.
+    fresh: BTreeSet<(NodeId, TransportKind)>,
 }
 
 impl Runner<'_> {
@@ -279,16 +294,17 @@ impl Runner<'_> {
                 news = true;
                 self.handle(call);
             }
+            while let Ok(event) = events.try_recv() {
+                tracing::debug!(%node, ?event);
+                self.fresh.extend(self.paths.note(&event));
+                lost = lost.or(loss_of(node, event));
+            }
             while let Ok(order) = orders.try_recv() {
                 match order {
                     Order::Report => self.answer(say, false),
                     Order::Audit => self.audit(say),
                     Order::Stop => return Ok(Ended::Told),
                 }
-            }
-            while let Ok(event) = events.try_recv() {
-                tracing::debug!(%node, ?event);
-                lost = lost.or(loss_of(node, event));
             }
             let Runner { port, engine, ledger, .. } = self;
             if engine.work(&mut |event| ledger.emit(port, event)) {
@@ -341,7 +357,7 @@ impl Runner<'_> {
     }
 
     fn handle(&mut self, call: EngineCall) {
-        let Runner { port, engine, ledger, pool } = self;
+        let Runner { port, engine, ledger, pool, .. } = self;
         if ledger.config.corrupt && matches!(&call, EngineCall::Settled { outcome: Outcome::Delivered, .. }) {
             for block in 0..pool.layout().planes.first().map_or(0, |plane| plane.blocks) {
                 // A block that is not there cannot be spoilt; the run then ends well, and its caller notices.
@@ -361,6 +377,8 @@ impl Runner<'_> {
         self.ledger.report.answered += 1;
         let mut report = self.report(idle);
         report.census = Some(Census::take(&self.ledger.config.pool_name()));
+        let told = |key: (NodeId, TransportKind)| Some((key.0, key.1, self.paths.get(key)?.clone()));
+        report.paths = std::mem::take(&mut self.fresh).into_iter().filter_map(told).collect();
         say(Said::Report(Box::new(report)));
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use kvferry::{Finished, Refusal, RequestId};
 
+use crate::paths::Paths;
 use crate::rank::RankReport;
 use crate::worker::Census;
 
@@ -35,6 +36,8 @@ pub(crate) struct RankRecord {
     pub(crate) report: RankReport,
     /// The last that its earlier processes said.
     pub(crate) before: Vec<RankReport>,
+    /// What it has told of its paths.
+    pub(crate) paths: Paths,
     /// The last census.
     pub(crate) census: Option<Census>,
     /// Its descriptors before the first fault.

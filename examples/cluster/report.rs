@@ -1,8 +1,9 @@
 //! The table for people.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use crate::verdict::Verdict;
+use crate::verdict::{Path, Verdict};
 
 /// Failures that are listed; the rest is counted.
 const FAILURES_SHOWN: usize = 10;
@@ -43,6 +44,9 @@ pub(crate) fn table(verdict: &Verdict) -> String {
             path.from, path.to, path.transport, path.device, path.direction, path.bytes, path.pieces, path.evidence
         );
     }
+    for remark in remarks(&verdict.paths) {
+        let _ = writeln!(out, "{remark}");
+    }
     if !verdict.failures.is_empty() {
         let _ = writeln!(out, "\nfailed");
     }
@@ -53,4 +57,18 @@ pub(crate) fn table(verdict: &Verdict) -> String {
         let _ = writeln!(out, "and {} more", verdict.failures.len() - FAILURES_SHOWN);
     }
     out
+}
+
+/// What holds for many paths, once each: what is not proven, what was passed over, what falls short.
+fn remarks(paths: &[Path]) -> BTreeSet<String> {
+    let mut remarks = BTreeSet::new();
+    for path in paths {
+        let unseen = path.proof.iter().flat_map(|proof| &proof.unseen);
+        remarks.extend(unseen.map(|unseen| format!("{}: not shown: {unseen}", path.transport)));
+        remarks.extend(
+            path.passed_over.iter().map(|other| format!("{}: preferred, but not taken: {other}", path.transport)),
+        );
+        remarks.extend(path.rdma_shortfall.iter().map(|short| format!("{}: {short}", path.transport)));
+    }
+    remarks
 }

@@ -144,6 +144,7 @@ impl Setup {
                         },
                         host: (transport == "auto" && host > 0).then(|| format!("simulated host {host}")),
                         direction: options.direction.chosen(),
+                        require_rdma: options.require_rdma,
                         handovers_max: handovers(side.role),
                         layers_per_step: steps.map(|steps| steps as u32),
                         reuse_prefix: options.reuse_prefix && side.role == Role::Decode,
@@ -187,6 +188,11 @@ impl Setup {
     /// Groups of both sides.
     pub(crate) fn groups(&self) -> usize {
         self.prefill.groups as usize + self.decode.groups as usize
+    }
+
+    /// The place of a rank in `ranks`, by its number in reports.
+    pub(crate) fn index(&self, role: Role, number: u64) -> Option<usize> {
+        self.ranks.iter().position(|rank| rank.role == role && rank.number == number)
     }
 
     /// A rank of a group as reports number it.

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use kvferry::{Direction, FailReason, Finished, Outcome, PathReport, Role, TransportKind};
+use kvferry::{Direction, Evidence, FailReason, Finished, Outcome, PathReport, Role, TransportKind};
 use kvferry_synthetic::EngineReport;
 use serde::Serialize;
 
+use crate::paths::Known;
 use crate::rank::{RankConfig, name, pool_name};
 use crate::record::Record;
 use crate::setup::Setup;
@@ -56,7 +57,14 @@ pub(crate) struct Path {
     pub(crate) direction: &'static str,
     pub(crate) bytes: u64,
     pub(crate) pieces: u64,
+    /// In short: how far it is proven, over which lanes, and what was counted.
     pub(crate) evidence: String,
+    /// What the initiator's transport shows and does not show; `None` if it was killed before it could say.
+    pub(crate) proof: Option<Evidence>,
+    /// Transports that would have been preferred, each with why it was not taken.
+    pub(crate) passed_over: Vec<String>,
+    /// Why it is no RDMA though that was expected.
+    pub(crate) rdma_shortfall: Option<String>,
 }
 
 /// A request that was not delivered.
@@ -215,8 +223,17 @@ impl PathKey {
     }
 
     fn path(self, (bytes, pieces): (u64, u64), setup: &Setup, record: &Record) -> Path {
+        let known = self.known(setup, record);
+        let counted = self.counted(pieces, setup, record);
+        let evidence = match known.evidence.as_ref() {
+            Some(proof) => format!("{} {}; {counted}", proof.grade, proof.lanes.join(",")),
+            None => format!("no proof, for its initiator is gone; {counted}"),
+        };
         Path {
-            evidence: self.evidence(pieces, setup, record),
+            evidence,
+            proof: known.evidence,
+            passed_over: known.passed_over,
+            rdma_shortfall: known.shortfall,
             from: name(Role::Prefill, self.from),
             to: name(Role::Decode, self.to),
             transport: self.transport.name(),
@@ -227,8 +244,18 @@ impl PathKey {
         }
     }
 
-    /// How the path is known: what the destination's transport counted, and for shared memory what its kernel shows.
-    fn evidence(&self, pieces: u64, setup: &Setup, record: &Record) -> String {
+    /// What the initiator told of it.
+    fn known(&self, setup: &Setup, record: &Record) -> Known {
+        let (source, destination) = (setup.index(Role::Prefill, self.from), setup.index(Role::Decode, self.to));
+        let (here, there) = if self.pushed { (source, destination) } else { (destination, source) };
+        let (Some(here), Some(there)) = (here, there) else { return Known::default() };
+        let (rank, peer) = (record.ranks.get(here), setup.ranks.get(there));
+        let known = rank.zip(peer).and_then(|(rank, peer)| rank.paths.get((peer.node, self.transport)));
+        known.cloned().unwrap_or_default()
+    }
+
+    /// What the destination's transport counted, and for shared memory what its kernel shows.
+    fn counted(&self, pieces: u64, setup: &Setup, record: &Record) -> String {
         if self.transport == TransportKind::Cuda {
             return format!("{pieces} pieces moved by kernels of the destination's {}", self.device);
         }
@@ -239,7 +266,7 @@ impl PathKey {
             );
         }
         let pool = pool_name(Role::Prefill, self.from);
-        let destination = setup.ranks.iter().position(|rank| rank.role == Role::Decode && rank.number == self.to);
+        let destination = setup.index(Role::Decode, self.to);
         let mapped = destination
             .and_then(|index| record.ranks.get(index))
             .and_then(|rank| rank.census.as_ref())

@@ -162,7 +162,15 @@ impl Ran {
                 assert!(wanted == "auto" || path[key] == wanted, "{}: {path}", self.command);
             }
             assert!(path["pieces"].as_u64() > Some(0), "{}: {path}", self.command);
-            assert!(path["evidence"].as_str().is_some_and(|evidence| !evidence.is_empty()), "{}: {path}", self.command);
+            let grade = path["proof"]["grade"].as_str().unwrap_or_default();
+            assert!(["E3", "E4", "E5"].contains(&grade), "{}: {path}", self.command);
+            assert!(
+                path["evidence"].as_str().is_some_and(|words| words.starts_with(grade)),
+                "{}: {path}",
+                self.command
+            );
+            let lanes = path["proof"]["lanes"].as_array().map_or(0, Vec::len);
+            assert!(lanes > 0, "{}: {path}", self.command);
         }
     }
 }

@@ -83,6 +83,9 @@ pub struct WorkerConfig {
     pub handovers_max: u32,
     /// Who initiates transfers; `None` leaves it to the peer.
     pub direction: Option<Direction>,
+    /// Between hosts KV goes by RDMA or not at all; memory of one host is as good. Otherwise it is a warning where RDMA was expected: where one
+    /// side has opened an RDMA device. Whoever initiates a transfer judges its lanes, so every rank is to be told.
+    pub require_rdma: bool,
     /// Tells hosts apart that the operating system calls one: added to the host identity of every NIC that reaches peers by memory, so that
     /// only ranks with equal labels share it.
     pub host: Option<String>,
@@ -100,7 +103,18 @@ impl WorkerConfig {
         blocks: Vec<u32>,
         scheduler: (NodeId, String),
     ) -> Self {
-        WorkerConfig { role, group, rank, geometry, blocks, handovers_max: 8, direction: None, host: None, scheduler }
+        WorkerConfig {
+            role,
+            group,
+            rank,
+            geometry,
+            blocks,
+            handovers_max: 8,
+            direction: None,
+            require_rdma: false,
+            host: None,
+            scheduler,
+        }
     }
 }
 
@@ -197,18 +211,21 @@ pub async fn assemble_worker(
             "the pool is not laid out as Shard::layout says for this rank and these blocks".to_owned(),
         ));
     }
+    let require_rdma = config.require_rdma;
     match config.role {
         Role::Prefill => {
             let (leases, quarantine) = (node.leases, node.quarantine);
             let make = move |group, profile, shell| {
-                PrefillWorker::new(PrefillRank::new(profile, leases, quarantine), shell, group)
+                let core = PrefillRank::new(profile, leases, quarantine).with_rdma_required(require_rdma);
+                PrefillWorker::new(core, shell, group)
             };
             run_worker(around, node, config, pool, nics, make).await
         }
         Role::Decode => {
             let (leases, deadlines, quarantine) = (node.leases, node.deadlines, node.quarantine);
             let make = move |group, profile, shell| {
-                DecodeWorker::new(DecodeRank::new(profile, leases, deadlines, quarantine), shell, group)
+                let core = DecodeRank::new(profile, leases, deadlines, quarantine).with_rdma_required(require_rdma);
+                DecodeWorker::new(core, shell, group)
             };
             run_worker(around, node, config, pool, nics, make).await
         }

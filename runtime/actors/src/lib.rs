@@ -5,6 +5,7 @@ mod group_leader;
 mod mesh;
 mod nic;
 mod node;
+mod paths;
 mod peer_session;
 mod router;
 mod scheduler;

@@ -76,6 +76,8 @@ pub struct Nic {
     peers: BTreeMap<NodeId, (PeerId, RemotePool)>,
     /// How to reach every peer again whose connection broke while its control session lives on.
     known: BTreeMap<NodeId, Reach>,
+    /// Peers that the worker does not want to be reached this way, and why.
+    refused: BTreeMap<NodeId, String>,
     /// Peers whose fence is not proved yet; nothing is posted to them any more.
     fencing: BTreeMap<PeerId, NodeId>,
     backlog: VecDeque<NicCommand>,
@@ -107,6 +109,7 @@ impl Nic {
             pool: pool.id(),
             peers: BTreeMap::new(),
             known: BTreeMap::new(),
+            refused: BTreeMap::new(),
             fencing: BTreeMap::new(),
             backlog: VecDeque::new(),
             events: Vec::new(),
@@ -150,6 +153,7 @@ impl Nic {
         let node_of = |peer: PeerId| self.peers.iter().find(|(_, (known, _))| *known == peer).map(|(node, _)| *node);
         let noted = match event {
             Event::Connected { peer } => node_of(peer).map(|node| NicEvent::Connected { node }),
+            Event::Shown { peer, evidence } => node_of(peer).map(|node| NicEvent::Shown { node, evidence }),
             Event::Completed { id, bytes, pieces } | Event::Arrived { id, bytes, pieces } => {
                 Some(NicEvent::Done { id, bytes, pieces })
             }
@@ -179,6 +183,7 @@ impl Nic {
     fn command(&mut self, command: NicCommand) {
         match command {
             NicCommand::Connect { node, address, keys, layout } => {
+                self.refused.remove(&node);
                 self.known.insert(node, Reach { address, keys: PoolKeys(keys), layout });
                 if let Err(reason) = self.reach(node) {
                     self.outgoing.push(NicEvent::PeerLost { node, reason });
@@ -186,9 +191,17 @@ impl Nic {
             }
             NicCommand::Disconnect { node } => {
                 self.known.remove(&node);
+                self.refused.remove(&node);
                 if let Some((peer, _)) = self.peers.remove(&node) {
                     self.transport.disconnect(peer);
                 }
+            }
+            NicCommand::Refuse { node, reason } => {
+                if let Some((peer, _)) = self.peers.remove(&node) {
+                    self.transport.disconnect(peer);
+                }
+                self.refused.insert(node, reason.clone());
+                self.outgoing.push(NicEvent::PeerLost { node, reason });
             }
             NicCommand::Fence { node, address } => {
                 if let Some((peer, _)) = self.fencing.iter().find(|(_, fenced)| **fenced == node) {
@@ -273,6 +286,9 @@ impl Nic {
     fn reach(&mut self, node: NodeId) -> Result<(PeerId, RemotePool), String> {
         if let Some((peer, _)) = self.peers.remove(&node) {
             self.transport.disconnect(peer);
+        }
+        if let Some(reason) = self.refused.get(&node) {
+            return Err(reason.clone());
         }
         let reach = self.known.get(&node).ok_or_else(|| format!("{node} is not connected"))?;
         let peer = self.transport.connect(&reach.address).map_err(|error| error.to_string())?;

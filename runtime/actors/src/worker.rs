@@ -11,6 +11,7 @@ use kvferry_core::{Epoch, GroupId, Moment, NodeId, Rank};
 
 use crate::mesh::PeerDown;
 use crate::nic::NicReport;
+use crate::paths;
 use crate::router::Incoming;
 use crate::seams::Tick;
 use crate::shell::{Inspect, Shell};
@@ -58,7 +59,7 @@ impl<C: RankCore> Worker<C> {
     }
 
     fn turn(&mut self, ctx: &mut Context<Self>) {
-        self.shell.run(self.core.outbox(), |_| {});
+        self.shell.run(self.core.outbox(), paths::log);
         self.shell.arm(self.core.poll_timeout(), || ctx.address().recipient());
     }
 }

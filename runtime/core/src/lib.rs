@@ -1,6 +1,7 @@
 //! kvferry's pure core. No clock, socket, thread, task, lock or `async`: time and randomness are arguments.
 #![forbid(unsafe_code)]
 
+mod evidence;
 mod geometry;
 mod ids;
 mod layout;
@@ -12,6 +13,7 @@ mod time;
 mod transport;
 pub mod wire;
 
+pub use evidence::{Evidence, Grade, LibraryName};
 pub use geometry::{
     Coords, Dtype, Extent, FieldMismatch, Format, GeometryError, GeometrySpec, GroupGeometry, KvPlacement, LayerGroup,
     Model, ModelMismatch, Order, Parallel, PlanePlacement, Shard, ShardGroup, ShardTensor, Sharding, SpecError,

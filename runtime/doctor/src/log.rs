@@ -1,18 +1,17 @@
 //! What the lines of a worker's log prove, and what they do not.
 
-mod lanes;
 mod lines;
-mod protocols;
 
 use std::collections::BTreeSet;
 
+use ucx_text::{EndpointLane, Lane, Locality};
+
 use crate::expectations::Expectations;
 use crate::report::{Check, Report};
-use lanes::Locality;
 use lines::Lines;
 
-/// Judges a worker's log (UCX with `UCX_LOG_LEVEL=info`, `UCX_PROTO_INFO=used`; NIXL's and libfabric's lines). `block_bytes` is the size of a
-/// KV piece, for which the protocol must be zero-copy.
+/// Judges a worker's log (UCX with `UCX_LOG_LEVEL=info`, `UCX_PROTO_INFO=used`, or what `ucp_ep_print_info` writes; NIXL's and libfabric's
+/// lines). `block_bytes` is the size of a KV piece, for which the protocol must be zero-copy.
 pub fn read_log(text: &str, expect: &Expectations, block_bytes: u64) -> Report {
     let lines = Lines::read(text);
     if lines.is_empty() {
@@ -69,7 +68,9 @@ fn errors(lines: &Lines) -> Check {
 /// Between hosts, which lanes are there? A `self` endpoint says nothing of peers.
 fn lanes(lines: &Lines, expect: &Expectations) -> Check {
     const ID: &str = "log.lanes";
-    let shown = lines.lanes.iter().take(16).map(|lane| lane.shown());
+    let endpoint = |(line, lane): &(usize, EndpointLane)| format!("line {line}: an endpoint's lane {}", lane.lane);
+    let listed = lines.lanes.iter().map(|(line, lanes)| format!("line {line}: {lanes}"));
+    let shown = listed.chain(lines.endpoint_lanes.iter().map(endpoint)).take(16);
     if lines.lanes.is_empty() && lines.is_libfabric() {
         let opened = lines.endpoints.iter().take(16).map(|(line, text)| format!("line {line}: {text}"));
         let evidence = format!(
@@ -79,11 +80,19 @@ fn lanes(lines: &Lines, expect: &Expectations) -> Check {
         return Check::warn(ID, evidence, "look at the hardware counters of the devices before and after a transfer")
             .and(opened);
     }
-    if lines.lanes.is_empty() {
+    if lines.lanes.is_empty() && lines.endpoint_lanes.is_empty() {
         let fix = "set UCX_LOG_LEVEL=info";
         return Check::warn(ID, "no line lists an endpoint's lanes", fix);
     }
-    let peers: Vec<_> = lines.lanes.iter().filter(|lane| lane.locality != Locality::Own).collect();
+    // Of each peer, its lanes; who prints an endpoint's lanes line by line does that of one that has a peer.
+    let mut peers: Vec<Vec<&Lane>> =
+        lines.lanes.iter().filter(|(_, l)| l.locality != Locality::Own).map(|(_, l)| l.lanes().collect()).collect();
+    for (_, lane) in &lines.endpoint_lanes {
+        match peers.last_mut().filter(|_| lane.number > 0) {
+            Some(lanes) => lanes.push(&lane.lane),
+            None => peers.push(vec![&lane.lane]),
+        }
+    }
     if peers.is_empty() {
         let fix =
             "look for an `inter-node` line after the first transfer to another host, and at the hardware counters";
@@ -94,9 +103,8 @@ fn lanes(lines: &Lines, expect: &Expectations) -> Check {
         )
         .and(shown);
     }
-    let uses = |transport: &str| peers.iter().any(|lane| lane.lanes().any(|lane| lane.transport == transport));
-    let only_tcp =
-        |lane: &&&lanes::LaneLine| lane.lanes().next().is_some() && lane.lanes().all(|lane| lane.transport == "tcp");
+    let uses = |transport: &str| peers.iter().flatten().any(|lane| lane.transport == transport);
+    let only_tcp = |lanes: &&Vec<&Lane>| !lanes.is_empty() && lanes.iter().all(|lane| lane.transport == "tcp");
     let fallen = peers.iter().filter(only_tcp).count();
     if fallen > 0 {
         let evidence = format!("endpoints with TCP lanes only: {fallen}; UCX falls back without a word");
@@ -118,9 +126,10 @@ fn lanes(lines: &Lines, expect: &Expectations) -> Check {
 
 fn devices(lines: &Lines, expect: &Expectations) -> Check {
     const ID: &str = "log.devices";
-    let srd = lines.lanes.iter().flat_map(|lane| lane.lanes()).filter(|lane| lane.transport == "srd");
+    let printed = lines.endpoint_lanes.iter().map(|(_, lane)| &lane.lane);
+    let srd = lines.lanes.iter().flat_map(|(_, l)| l.lanes()).chain(printed).filter(|lane| lane.transport == "srd");
     let seen: BTreeSet<&str> = srd.map(|lane| lane.device.split(':').next().unwrap_or(&lane.device)).collect();
-    let cut = lines.lanes.iter().filter(|lane| lane.cut).count();
+    let cut = lines.lanes.iter().filter(|(_, lanes)| lanes.cut).count();
     let list: Vec<&str> = seen.iter().copied().collect();
     let evidence = format!(
         "{} EFA devices seen: {}",
@@ -155,22 +164,25 @@ fn devices(lines: &Lines, expect: &Expectations) -> Check {
 
 fn protocols(lines: &Lines, block_bytes: u64) -> Check {
     const ID: &str = "log.protocols";
-    let rows: Vec<_> = lines.protocols.iter().filter(|row| row.covers(block_bytes)).collect();
-    let shown = rows.iter().take(16).map(|row| row.shown());
+    let rows: Vec<_> = lines.protocols.iter().filter(|(_, row)| row.covers(block_bytes)).collect();
+    let shown = rows.iter().take(16).map(|(line, row)| format!("line {line}: {row}"));
     if rows.is_empty() && lines.is_libfabric() {
         return Check::ok(ID, "no UCX in it; libfabric prints no protocols");
+    }
+    if rows.is_empty() && !lines.endpoint_lanes.is_empty() {
+        return endpoints(lines, ID);
     }
     if rows.is_empty() {
         let fix = "set UCX_PROTO_INFO=used and transfer once";
         return Check::warn(ID, "no protocol table of a put or get: lanes do not show whether bytes are copied", fix);
     }
-    if rows.iter().any(|row| row.description.contains("software emulation")) {
+    if rows.iter().any(|(_, row)| row.is_emulated()) {
         let fix = "set UCX_RNDV_THRESH=inf (with peer-failure handling SRD otherwise has no zero-copy lane); UCX_PROTO_EMULATION_ENABLE=n makes it \
                    an error";
         return Check::fail(ID, format!("pieces of {block_bytes} bytes are emulated in software with messages"), fix)
             .and(shown);
     }
-    if rows.iter().all(|row| row.description.contains("zero-copy")) {
+    if rows.iter().all(|(_, row)| row.is_zero_copy()) {
         return Check::ok(
             ID,
             format!("pieces of {block_bytes} bytes move by zero-copy; counters on the wire are still to be seen"),
@@ -179,6 +191,33 @@ fn protocols(lines: &Lines, block_bytes: u64) -> Check {
     }
     let fix = "check that the memory is registered (GPU: gpu.direct of kvferry doctor) and that pieces are not smaller than the zero-copy range";
     Check::warn(ID, format!("pieces of {block_bytes} bytes are copied"), fix).and(shown)
+}
+
+/// No table says it, but endpoints whose lanes were printed: one with a lane of remote access can move large pieces by zero-copy.
+fn endpoints(lines: &Lines, id: &'static str) -> Check {
+    let uses =
+        |(line, lane): &(usize, EndpointLane)| format!("line {line}: {} used for {}", lane.lane, lane.uses.join(" "));
+    let shown = lines.endpoint_lanes.iter().take(16).map(uses);
+    let mut capable: Vec<bool> = Vec::new();
+    for (_, lane) in &lines.endpoint_lanes {
+        match capable.last_mut().filter(|_| lane.number > 0) {
+            Some(endpoint) => *endpoint |= lane.is_zero_copy(),
+            None => capable.push(lane.is_zero_copy()),
+        }
+    }
+    if capable.iter().all(|capable| *capable) {
+        let note = "endpoints have lanes (`rma_bw#`) that can move large pieces by zero-copy; from which size on, only UCX_PROTO_INFO shows";
+        return Check::ok(id, note).and(shown);
+    }
+    let fix = "set UCX_RNDV_THRESH=inf (with peer-failure handling SRD otherwise has no zero-copy lane); UCX_PROTO_EMULATION_ENABLE=n makes it an \
+               error";
+    let lacking = capable.iter().filter(|capable| !**capable).count();
+    Check::fail(
+        id,
+        format!("endpoints without a lane (`rma_bw#`) for zero-copy: {lacking}; puts and gets are emulated"),
+        fix,
+    )
+    .and(shown)
 }
 
 fn address(lines: &Lines) -> Check {

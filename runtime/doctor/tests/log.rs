@@ -1,4 +1,4 @@
-//! What logs prove: captured ones in tests/logs (UCX 1.23-dev over a simulated EFA device), the four lines of NVIDIA Dynamo's page "KV Cache
+//! What logs prove: captured ones of `ucx-text` (UCX 1.23-dev over a simulated EFA device) and of libfabric in tests/logs, the four lines of NVIDIA Dynamo's page "KV Cache
 //! Transfer", and hostile ones.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "this is test code")]
 
@@ -19,7 +19,7 @@ fn wrong(report: &Report) -> Vec<(&'static str, Status)> {
 
 macro_rules! captured {
     ($name:literal) => {
-        include_str!(concat!("logs/", $name, ".log"))
+        include_str!(concat!("../../../transports/ucx/text/tests/logs/", $name, ".log"))
     };
 }
 
@@ -105,6 +105,48 @@ fn devices_that_are_not_there_are_named() {
     let errors = check(&report, "log.errors");
     assert_eq!(errors.status, Status::Fail);
     assert!(errors.evidence[1].contains("mlx5_0:1") && errors.fix.contains("UCX_NET_DEVICES"), "{errors:#?}");
+}
+
+/// What `ucp_ep_print_info` wrote says less than a table, and more than a list of lanes.
+#[test]
+fn an_endpoint_that_prints_its_lanes() {
+    let report = log(captured!("ucx_ep_print_info"));
+    assert_eq!(wrong(&report), [], "{report:#?}");
+    assert!(check(&report, "log.devices").evidence[0].starts_with("2 EFA devices seen: rdmap0 rdmap1"));
+    assert!(check(&report, "log.lanes").evidence.iter().any(|line| line.contains("srd/rdmap1:1")));
+    assert!(check(&report, "log.protocols").evidence.iter().any(|line| line.contains("rma_bw#0")));
+    // The second endpoint has no such lane; the first one's do not count for it.
+    let two = "lane[0]:  0:srd/rdmap0:1.0 md[0] -> md[0]/ib/sysdev[255] rma_bw#0 am\n\
+        lane[1]:  1:srd/rdmap1:1.0 md[1] -> md[1]/ib/sysdev[255] am_bw#0\n\
+        lane[0]:  0:srd/rdmap0:1.0 md[0] -> md[0]/ib/sysdev[255] am keepalive\n";
+    let emulated = log(two);
+    assert_eq!(wrong(&emulated), [("log.protocols", Status::Fail)]);
+    assert!(check(&emulated, "log.protocols").evidence[0].contains("zero-copy: 1;"), "{emulated:#?}");
+    let fallen = log("lane[0]:  0:tcp/lo.0 md[0] -> md[0]/tcp/sysdev[255] rma_bw#0 am\n");
+    assert_eq!(check(&fallen, "log.lanes").status, Status::Warn);
+}
+
+/// Rows of messages are no rows of KV: a rendezvous that is zero-copy does not hide emulated access.
+#[test]
+fn only_puts_and_gets_count() {
+    let rows: Vec<String> =
+        check(&log(captured!("ucx_srd_peer1_software_emulation")), "log.protocols").evidence[1..].to_vec();
+    assert_eq!(rows.len(), 4, "{rows:#?}");
+    assert!(rows.iter().all(|row| row.contains("of 0..inf bytes: software emulation on srd/rdmap0:1")), "{rows:#?}");
+}
+
+#[test]
+fn captured_libfabric() {
+    let report = log(include_str!("logs/libfabric_efa_mock_mode2.log"));
+    assert_eq!(wrong(&report), [("log.lanes", Status::Warn)]);
+    let lanes = check(&report, "log.lanes");
+    assert!(lanes.evidence[0].contains("2 efa endpoints"), "{lanes:#?}");
+    assert!(lanes.evidence[1].contains("fi_addr_efa://[fe80::407:64ff:1:100]:1:221360676"), "{lanes:#?}");
+    assert!(check(&report, "log.devices").evidence[0].contains("selected 4 EFA devices"));
+    // This one opened no endpoint.
+    let report = log(include_str!("logs/libfabric_efa_mock_mode5.log"));
+    assert!(check(&report, "log.lanes").evidence[0].contains("0 efa endpoints"), "{report:#?}");
+    assert!(check(&report, "log.devices").evidence[0].contains("selected 4 EFA devices"));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What a transport reports.
 
-use kvferry_core::{FenceProof, PoolId, TransferId};
+use kvferry_core::{Evidence, FenceProof, PoolId, TransferId};
 use thiserror::Error;
 
 use crate::{Notice, PeerId};
@@ -12,6 +12,14 @@ pub enum Event {
     Connected {
         /// Which peer.
         peer: PeerId,
+    },
+    /// More is known of the way to a connected peer; replaces what was said of it before. Follows [`Event::Connected`] at once, or once the
+    /// peer's memory is known, and comes again when more is shown: never once per transfer.
+    Shown {
+        /// Which peer.
+        peer: PeerId,
+        /// What.
+        evidence: Box<Evidence>,
     },
     /// A posted transfer is done; for a push every byte is visible at the peer.
     Completed {

@@ -16,7 +16,7 @@ pub use cursor::{Cursor, Piece};
 pub use device::{DeviceMemory, DeviceRegion};
 pub use event::{Event, TransferError};
 pub use info::{Device, NicInfo, Options, PoolKeys, Wait};
-pub use kvferry_core::{Direction, FenceProof, TransportKind};
+pub use kvferry_core::{Direction, Evidence, FenceProof, Grade, LibraryName, TransportKind};
 pub use part::first_part;
 pub use pool::{Pool, PoolError, PoolOptions};
 pub use region::Region;

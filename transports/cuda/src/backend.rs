@@ -10,7 +10,7 @@ use std::time::Duration;
 use kvferry_core::{PoolId, PoolLayout, Program, UnitRange};
 use kvferry_local::wire::MemoryKind;
 use kvferry_local::{Backend, Owner, Shared};
-use kvferry_transport::{Pool, TransferError, TransportKind, Wait};
+use kvferry_transport::{Evidence, Grade, Pool, TransferError, TransportKind, Wait};
 
 use crate::copy::{Kernels, Pace};
 use crate::launch::Launcher;
@@ -75,6 +75,23 @@ impl Backend for GpuPools {
     ) -> Result<Reached, String> {
         let gpu = Arc::clone(self.launcher.borrow().gpu());
         reach(&gpu, layout, &memory, descriptors)
+    }
+
+    fn reached(&self, memory: &Reached) -> Evidence {
+        let device = self.launcher.borrow().gpu().label();
+        let how = memory.how();
+        let evidence = Evidence { grade: Grade::E4, ..Evidence::connected(vec![format!("cuda/{device}")]) };
+        evidence
+            .seen(format!("the peer's memory is reached as {how}; kernels of the receiver's GPU read it"))
+            .unseen("whether NVLink or PCIe carries it (nvidia-smi topo -m, nvidia-smi nvlink -gt d)")
+    }
+
+    fn lent(&self, _: &MemoryKind) -> Evidence {
+        let device = self.launcher.borrow().gpu().label();
+        let evidence = Evidence::connected(vec![format!("cuda/{device}")]);
+        evidence
+            .seen("the peer was given handles of this GPU's memory, which it reads by itself")
+            .unseen("that it can, which only its side knows")
     }
 
     fn copy(

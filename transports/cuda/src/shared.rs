@@ -104,6 +104,18 @@ pub(crate) struct Reached {
     _owner: Option<Arc<GpuMemory>>,
 }
 
+impl Reached {
+    /// How it is reached, in words.
+    pub(crate) fn how(&self) -> &'static str {
+        match (&self._owner, self._mappings.first()) {
+            (Some(_), _) => "memory of this process",
+            (None, Some(Mapping::Ipc { .. })) => "legacy CUDA IPC handles",
+            (None, Some(Mapping::Physical { .. })) => "descriptors mapped on this GPU",
+            (None, None) => "nothing, for it is empty",
+        }
+    }
+}
+
 enum Mapping {
     Ipc { gpu: Arc<Gpu>, address: u64 },
     Physical { gpu: Arc<Gpu>, address: u64, bytes: u64 },

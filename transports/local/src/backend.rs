@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use kvferry_core::{PoolId, PoolLayout, Program, TransportKind, UnitRange};
-use kvferry_transport::{Pool, TransferError, Wait};
+use kvferry_transport::{Evidence, Pool, TransferError, Wait};
 use rustix::process::Pid;
 
 use crate::wire::MemoryKind;
@@ -38,6 +38,12 @@ pub trait Backend: 'static {
         memory: MemoryKind,
         descriptors: Vec<OwnedFd>,
     ) -> Result<Self::Memory, String>;
+
+    /// What is shown of the way to a peer's memory that was opened here.
+    fn reached(&self, memory: &Self::Memory) -> Evidence;
+
+    /// What is shown of the way to a peer that was given what it needs to read memory of this side; it copies.
+    fn lent(&self, memory: &MemoryKind) -> Evidence;
 
     /// Starts a copy into a bound pool. The caller has validated the program against both layouts.
     fn copy(

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use kvferry_core::{PoolId, PoolLayout};
-use kvferry_transport::{ImportError, PeerId, PoolKeys, RemotePool, TransferError};
+use kvferry_transport::{Event, ImportError, PeerId, PoolKeys, RemotePool, TransferError};
 
 use crate::backend::{Backend, Owner, Shared};
 use crate::transport::{Bound, LocalTransport};
@@ -97,6 +97,11 @@ impl<B: Backend> LocalTransport<B> {
             }
             peer.connection.send_with(&Frame::Fds { request, count: part.len() as u32 }, part);
         }
+        // A peer that reads several pools, or both ways, shows itself more by what is read from it.
+        let reads = self.remotes.values().any(|remote| remote.peer == id && matches!(remote.access, Access::Ready(_)));
+        if !reads {
+            self.events.push(Event::Shown { peer: id, evidence: Box::new(self.backend.lent(&memory)) });
+        }
         peer.connection.send(&Frame::Opened { request, layout: pool.layout().clone(), memory });
     }
 
@@ -142,6 +147,8 @@ impl<B: Backend> LocalTransport<B> {
         };
         match memory {
             Ok(memory) => {
+                let evidence = Box::new(self.backend.reached(&memory));
+                self.events.push(Event::Shown { peer, evidence });
                 remote.access = Access::Ready(Rc::new(memory));
                 if remote.layout.is_none() {
                     remote.layout = Some(Arc::new(layout));

@@ -7,11 +7,14 @@ use std::sync::Arc;
 use kvferry_core::{PoolId, PoolLayout, Program, UnitRange};
 use kvferry_local::wire::MemoryKind;
 use kvferry_local::{Backend, Copying, Descriptor, Owner, Shared, Step};
-use kvferry_transport::{Pool, TransferError, TransportKind, Wait};
+use kvferry_transport::{Evidence, Grade, Pool, TransferError, TransportKind, Wait};
 
 use crate::copy::Walk;
 use crate::memory::Memory;
 use crate::process::Process;
+
+/// Why no path through memory is E5.
+const NO_COUNTERS: &str = "counters, which memory has not";
 
 /// Pools in host memory: memfds, or addresses of the owner's process.
 pub(crate) struct HostMemory;
@@ -54,6 +57,26 @@ impl Backend for HostMemory {
             MemoryKind::Addresses(_) => Err("its addresses and its regions differ in number".into()),
             MemoryKind::Opaque(_) => Err("its memory is not the host's; run the same release on both".into()),
         }
+    }
+
+    fn reached(&self, memory: &Memory) -> Evidence {
+        let (lane, how) = match memory {
+            Memory::Mapped(_) => ("memfd/memory", "the peer's sealed memfds are mapped read-only here"),
+            Memory::Process { .. } => ("process_vm_readv/memory", "the kernel reads the peer's process"),
+        };
+        let evidence = Evidence { grade: Grade::E4, ..Evidence::connected(vec![lane.to_owned()]) };
+        evidence.seen(format!("{how}; the receiver copies each byte once")).unseen(NO_COUNTERS)
+    }
+
+    fn lent(&self, memory: &MemoryKind) -> Evidence {
+        let (lane, how) = match memory {
+            MemoryKind::Shared => ("memfd/memory", "the peer was given sealed memfds"),
+            MemoryKind::Addresses(_) | MemoryKind::Opaque(_) => {
+                ("process_vm_readv/memory", "the peer was told addresses of this process")
+            }
+        };
+        let evidence = Evidence::connected(vec![lane.to_owned()]).seen(format!("{how}, which it reads by itself"));
+        evidence.unseen("that it can, which only its side knows").unseen(NO_COUNTERS)
     }
 
     fn copy(

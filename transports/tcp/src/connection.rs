@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvferry_core::{End, PoolId, PoolLayout, Program, TransferId, UnitRange};
-use kvferry_transport::{Direction, Expected, Notice, PeerId, Pool};
+use kvferry_transport::{Direction, Evidence, Expected, Notice, PeerId, Pool};
 
 use crate::address::KEY_BYTES;
 use crate::frame::WriteRequest;
@@ -80,6 +80,22 @@ impl Connection {
         self.streams = self.arriving.drain(..).flatten().map(Stream::new).collect();
         self.deadline = None;
         true
+    }
+
+    /// Between which addresses its streams run.
+    pub(crate) fn evidence(&self) -> Evidence {
+        let mut lanes: Vec<String> =
+            self.streams.iter().filter_map(Stream::peer).map(|to| format!("tcp/{to}")).collect();
+        lanes.dedup();
+        let from = self
+            .streams
+            .first()
+            .and_then(Stream::here)
+            .map_or("an unknown address".to_owned(), |here| here.to_string());
+        Evidence::connected(lanes)
+            .seen(format!("connected streams: {}, the first from {from}", self.streams.len()))
+            .unseen("zero-copy, for processors copy at both ends")
+            .unseen("counters of a device")
     }
 
     pub(crate) fn new_tag(&mut self) -> u64 {

@@ -235,7 +235,14 @@ impl TcpTransport {
             connection.tokens.push(token);
         }
         if self.join(peer) {
-            self.events.push(Event::Connected { peer });
+            self.connected(peer);
+        }
+    }
+
+    fn connected(&mut self, peer: PeerId) {
+        self.events.push(Event::Connected { peer });
+        if let Some(connection) = self.connections.get(&peer) {
+            self.events.push(Event::Shown { peer, evidence: Box::new(connection.evidence()) });
         }
     }
 
@@ -245,7 +252,7 @@ impl TcpTransport {
         };
         self.place(token, peer, index, greeting);
         if self.join(peer) {
-            self.events.push(Event::Connected { peer });
+            self.connected(peer);
             let queued: Vec<_> = self.posts.iter().filter(|(_, p)| p.peer == peer).map(|(id, _)| *id).collect();
             for id in queued {
                 self.start(id);

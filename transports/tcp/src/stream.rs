@@ -1,7 +1,7 @@
 //! One TCP stream of a connection: frames in, frames out, data straight between the socket and the pools' blocks.
 
 use std::collections::VecDeque;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 
 use crate::frame::{DATA_BYTES_MAX, Header, Kind, frame};
 use crate::gather::Gather;
@@ -74,6 +74,16 @@ impl Stream {
             writing: Writing::Idle,
             gather: Gather::default(),
         }
+    }
+
+    /// The peer's address, while the socket is connected.
+    pub(crate) fn peer(&self) -> Option<SocketAddr> {
+        self.socket.peer_addr().ok()
+    }
+
+    /// This side's address.
+    pub(crate) fn here(&self) -> Option<SocketAddr> {
+        self.socket.local_addr().ok()
     }
 
     /// Notes an edge.

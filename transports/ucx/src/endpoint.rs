@@ -5,16 +5,21 @@ use std::ptr;
 use std::rc::Rc;
 
 use ucx_sys::{
-    UCP_AM_SEND_FLAG_EAGER, UCP_AM_SEND_FLAG_RNDV, UCP_EP_CLOSE_FLAG_FORCE, UCP_EP_PARAM_FIELD_ERR_HANDLER,
-    UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE, UCP_EP_PARAM_FIELD_REMOTE_ADDRESS, UCP_ERR_HANDLING_MODE_PEER, UCS_OK,
-    ucp_ep_h, ucp_ep_params_t, ucp_err_handler_t, ucp_rkey_h,
+    UCP_AM_SEND_FLAG_EAGER, UCP_AM_SEND_FLAG_RNDV, UCP_EP_ATTR_FIELD_TRANSPORTS, UCP_EP_CLOSE_FLAG_FORCE,
+    UCP_EP_PARAM_FIELD_ERR_HANDLER, UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE, UCP_EP_PARAM_FIELD_REMOTE_ADDRESS,
+    UCP_ERR_HANDLING_MODE_PEER, UCS_OK, ucp_ep_attr_t, ucp_ep_h, ucp_ep_params_t, ucp_err_handler_t, ucp_rkey_h,
+    ucp_transport_entry_t, ucp_transports_t,
 };
+use ucx_text::Lane;
 
 use crate::context::Mapped;
 use crate::inbox::{Mark, on_error};
 use crate::request::Begun;
 use crate::wire::{HEADER_BYTES, Header};
 use crate::worker::{MESSAGE_ID, Worker};
+
+/// Lanes of an endpoint that are asked for; UCX names no more than there is room for, without a word.
+const LANES_MAX: usize = 128;
 
 /// What an operation in flight owns.
 pub(crate) enum Operation {
@@ -109,6 +114,31 @@ impl Endpoint {
         self.worker.operations.start(operation, 0, |params| unsafe {
             self.worker.library().api.ucp_get_nbx(self.raw, to.cast(), bytes, from, rkey, params)
         })
+    }
+
+    /// The lanes, each once for each use; none before UCX 1.14, which cannot be asked.
+    pub(crate) fn lanes(&self) -> Vec<Lane> {
+        let Ok(query) = &self.worker.library().api.ucp_ep_query else { return Vec::new() };
+        let mut entries = [ucp_transport_entry_t::default(); LANES_MAX];
+        let mut attributes = ucp_ep_attr_t {
+            field_mask: u64::from(UCP_EP_ATTR_FIELD_TRANSPORTS),
+            transports: ucp_transports_t {
+                entries: entries.as_mut_ptr(),
+                num_entries: LANES_MAX as u32,
+                entry_size: size_of::<ucp_transport_entry_t>(),
+            },
+            ..Default::default()
+        };
+        // SAFETY: a living endpoint; the library writes at most as many entries as it is told, each at most as long as it is told.
+        let status = unsafe { query(self.raw, &mut attributes) };
+        if status != UCS_OK {
+            return Vec::new();
+        }
+        let filled = entries.iter().take(attributes.transports.num_entries as usize);
+        let named = filled.filter(|entry| !entry.transport_name.is_null() && !entry.device_name.is_null());
+        // SAFETY: C strings of the library, which live as long as the endpoint.
+        let words = |name: *const std::ffi::c_char| unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+        named.map(|entry| Lane { transport: words(entry.transport_name), device: words(entry.device_name) }).collect()
     }
 
     /// What UCX says of the lanes, in its own words.

@@ -7,7 +7,7 @@ use kvferry_core::{PoolLayout, Program, TransferId, UnitRange};
 use kvferry_transport::{PeerId, RemotePool, TransferError, first_part};
 use ucx_sys::UCS_OK;
 
-use crate::device::Method;
+use crate::counters::Way;
 use crate::endpoint::{GetMemory, RemoteKeys};
 use crate::inbox::Flow;
 use crate::lanes::Lanes;
@@ -38,6 +38,8 @@ pub(crate) struct Fetch {
     /// What was not asked for yet.
     range: UnitRange,
     left: u64,
+    /// All that it was to read.
+    bytes: u64,
     source: Arc<PoolLayout>,
     regions: Vec<RegionKey>,
     memory: Rc<GetMemory>,
@@ -58,31 +60,9 @@ impl UcxTransport {
         self.method.registers(self.access) && self.lanes(link).is_some_and(Lanes::read_remote_memory)
     }
 
-    fn lanes(&mut self, link: u64) -> Option<&Lanes> {
+    pub(crate) fn lanes(&mut self, link: u64) -> Option<&Lanes> {
         let link = self.links.get_mut(&link)?;
-        Some(link.lanes.get_or_insert_with(|| Lanes::parse(&link.endpoint.description())))
-    }
-
-    /// Says once per link what was found out about it: its lanes (E3), and whether reads over them are zero-copy (E4). Whether bytes crossed
-    /// the device only its counters can say (E5).
-    pub(crate) fn report_lanes(&mut self, id: u64) {
-        let reads = self.reads_memory(id);
-        let lanes = self.lanes(id).map(Lanes::names).unwrap_or_default();
-        let Some(link) = self.links.get(&id) else { return };
-        let peer: String = link.instance.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
-        let (device, library) = (&self.info.device, self.context.library);
-        let evidence = if reads { "E4" } else { "E3" };
-        tracing::info!(
-            "kvferry: transport=ucx peer={peer} lanes={lanes} device={device} library={} version={} evidence={evidence}",
-            library.path,
-            library.version
-        );
-        if !reads && matches!(self.method, Method::Srd | Method::Verbs) {
-            tracing::warn!(
-                "kvferry: {device} has no lane that reads the memory of peer {peer} (lanes {lanes}): bytes go in messages that processors unpack; \
-                 check the UCX_* variables and that this UCX was built with the device's transport"
-            );
-        }
+        Some(link.lanes.get_or_insert_with(|| Lanes::new(&link.endpoint.description(), link.endpoint.lanes())))
     }
 
     /// Starts reading; `None` where it cannot be read, or is better sent packed.
@@ -132,6 +112,7 @@ impl UcxTransport {
             program,
             range,
             left,
+            bytes: left,
             source,
             regions: keys.regions,
             memory,
@@ -223,6 +204,9 @@ impl UcxTransport {
             return;
         }
         let Some(fetch) = self.fetches.remove(&number) else { return };
+        if fetch.stop.is_none() {
+            self.note_moved(fetch.link, Way::Read, fetch.bytes);
+        }
         match fetch.flow {
             Flow::Pull => self.fetched_pull(fetch.id, fetch.pieces, fetch.stop),
             Flow::Push => self.fetched_push(fetch.id, fetch.pieces, fetch.stop),

@@ -1,4 +1,6 @@
-//! Which lanes an endpoint has, from what UCX prints of it: 1.13 has no other way, and none says more.
+//! Which lanes an endpoint has: their names as UCX answers, their uses as it prints them. 1.13 only prints, and no later one says the uses.
+
+use ucx_text::{EndpointLane, Lane};
 
 /// UCX's transports that read remote memory without the peer's help.
 const READERS: [&str; 9] = ["cma", "knem", "xpmem", "rc_verbs", "rc_mlx5", "dc_mlx5", "dc_devx", "srd", "cuda_ipc"];
@@ -11,60 +13,42 @@ const KERNEL_PIECE_BYTES_MIN: u64 = 12 << 10;
 /// Shorter pieces are sent packed where the hardware reads: it takes millions of reads a second, and each costs a descriptor here.
 const HARDWARE_PIECE_BYTES_MIN: u64 = 1 << 10;
 
-/// One lane.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Lane {
-    /// `transport/device`.
-    pub(crate) name: String,
-    /// Whether large remote reads and writes use it, without copies.
-    pub(crate) zero_copy: bool,
-}
-
-impl Lane {
-    fn transport(&self) -> &str {
-        self.name.split('/').next().unwrap_or_default()
-    }
-}
-
 /// The lanes of an endpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Lanes(pub(crate) Vec<Lane>);
+pub(crate) struct Lanes {
+    printed: Vec<EndpointLane>,
+    /// Empty where UCX cannot be asked.
+    answered: Vec<Lane>,
+}
 
 impl Lanes {
-    /// Reads lines such as `lane[1]:  5:cma/memory.0 md[3] -> md[3]/cma/sysdev[255] rma_bw#0 am`.
-    pub(crate) fn parse(description: &str) -> Lanes {
-        let lane = |line: &str| -> Option<Lane> {
-            // UCX's comment lines begin with `#`.
-            let rest = line.trim_start_matches(['#', ' ', '\t']).strip_prefix("lane[")?;
-            let mut words = rest.split_once("]:")?.1.split_whitespace();
-            let resource = words.next()?;
-            let name = resource.split_once(':').map_or(resource, |(_, name)| name);
-            let name = name.rsplit_once('.').map_or(name, |(name, _)| name);
-            Some(Lane { name: name.to_owned(), zero_copy: words.any(|word| word.starts_with("rma_bw#")) })
-        };
-        Lanes(description.lines().filter_map(lane).collect())
+    /// From what `ucp_ep_print_info` wrote and `ucp_ep_query` answered.
+    pub(crate) fn new(description: &str, answered: Vec<Lane>) -> Lanes {
+        Lanes { printed: description.lines().filter_map(EndpointLane::parse).collect(), answered }
     }
 
     /// Whether reads of remote memory are the hardware's, or the kernel's, and not emulated over messages.
     pub(crate) fn read_remote_memory(&self) -> bool {
-        self.0.iter().any(|lane| lane.zero_copy && READERS.contains(&lane.transport()))
+        self.printed.iter().any(|lane| lane.is_zero_copy() && READERS.contains(&lane.lane.transport.as_str()))
     }
 
     /// The mean length from which pieces are better read one by one than packed at their source and sent.
     pub(crate) fn piece_bytes_min(&self) -> u64 {
-        let kernel = |lane: &Lane| lane.zero_copy && KERNEL_READERS.contains(&lane.transport());
-        if self.0.iter().any(kernel) { KERNEL_PIECE_BYTES_MIN } else { HARDWARE_PIECE_BYTES_MIN }
+        let kernel =
+            |lane: &EndpointLane| lane.is_zero_copy() && KERNEL_READERS.contains(&lane.lane.transport.as_str());
+        if self.printed.iter().any(kernel) { KERNEL_PIECE_BYTES_MIN } else { HARDWARE_PIECE_BYTES_MIN }
     }
 
     /// Their names, each once, in order.
-    pub(crate) fn names(&self) -> String {
-        let mut names: Vec<&str> = Vec::new();
-        for lane in &self.0 {
-            if !names.contains(&lane.name.as_str()) {
-                names.push(&lane.name);
+    pub(crate) fn names(&self) -> Vec<String> {
+        let printed = self.printed.iter().map(|lane| &lane.lane).filter(|_| self.answered.is_empty());
+        let mut names: Vec<String> = Vec::new();
+        for name in self.answered.iter().chain(printed).map(Lane::to_string) {
+            if !names.contains(&name) {
+                names.push(name);
             }
         }
-        names.join(",")
+        names
     }
 }
 
@@ -72,31 +56,27 @@ impl Lanes {
 mod tests {
     use super::*;
 
+    fn parse(description: &str) -> Lanes {
+        Lanes::new(description, Vec::new())
+    }
+
     #[test]
     fn what_ucx_prints_is_read() {
         let text = "#\n# UCP endpoint\n#\n#               peer: <no debug data>\n\
             #                 lane[0]: 18:sysv/memory.0 md[4]              -> md[4]/sysv/sysdev[255] am am_bw#0\n\
             #                 lane[1]:  2:cma/memory.0 md[5]       -> md[5]/cma/sysdev[255] rma_bw#0\n\
             #\n#                tag_send: 0..<egr/short>..8185\n";
-        let lanes = Lanes::parse(text);
-        assert_eq!(lanes.names(), "sysv/memory,cma/memory");
+        let lanes = parse(text);
+        assert_eq!(lanes.names(), ["sysv/memory", "cma/memory"]);
         assert!(lanes.read_remote_memory());
         assert!(lanes.piece_bytes_min() > 8192, "a system call for each");
     }
 
     #[test]
     fn devices_with_ports_keep_their_names() {
-        let lanes =
-            Lanes::parse("lane[0]:  0:srd/rdmap0:1.0 md[0] -> md[0]/ib/sysdev[255] seg 4096 rma_bw#0 am keepalive");
-        assert_eq!(lanes, Lanes(vec![Lane { name: "srd/rdmap0:1".into(), zero_copy: true }]));
+        let lanes = parse("lane[0]:  0:srd/rdmap0:1.0 md[0] -> md[0]/ib/sysdev[255] seg 4096 rma_bw#0 am keepalive");
+        assert_eq!(lanes.names(), ["srd/rdmap0:1"]);
         assert!(lanes.read_remote_memory());
-    }
-
-    #[test]
-    fn what_was_captured_is_read() {
-        let lanes = Lanes::parse(include_str!("../tests/fixtures/ucx_ep_print_info.log"));
-        assert_eq!(lanes.names(), "srd/rdmap0:1,srd/rdmap1:1");
-        assert!(lanes.0.iter().all(|lane| lane.zero_copy) && lanes.read_remote_memory());
     }
 
     #[test]
@@ -107,7 +87,17 @@ mod tests {
             "lane[0]:  0:srd/rdmap0:1.0 md[0] -> md[0]/ib/sysdev[255] am keepalive",
             "",
         ] {
-            assert!(!Lanes::parse(text).read_remote_memory(), "{text}");
+            assert!(!parse(text).read_remote_memory(), "{text}");
         }
+    }
+
+    #[test]
+    fn an_answer_names_the_lanes_and_what_is_printed_their_uses() {
+        let lane = |word: &str| Lane::parse(word).unwrap();
+        let printed = "lane[0]:  0:srd/rdmap0:1.0 md[0] -> md[0]/ib/sysdev[255] rma_bw#0 am";
+        let lanes = Lanes::new(printed, vec![lane("srd/rdmap0:1"), lane("srd/rdmap1:1"), lane("srd/rdmap0:1")]);
+        assert_eq!(lanes.names(), ["srd/rdmap0:1", "srd/rdmap1:1"]);
+        assert!(lanes.read_remote_memory());
+        assert!(!Lanes::new("", vec![lane("srd/rdmap0:1")]).read_remote_memory(), "a name is no proof");
     }
 }

@@ -7,6 +7,7 @@
 mod arriving;
 mod closing;
 mod context;
+mod counters;
 mod device;
 mod endpoint;
 mod fetch;
@@ -14,9 +15,9 @@ mod inbox;
 mod lanes;
 mod library;
 mod link;
-pub mod log;
 mod posted;
 mod progress;
+mod proof;
 mod provider;
 mod receiving;
 mod remote;

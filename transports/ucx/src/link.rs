@@ -6,6 +6,7 @@ use std::time::Instant;
 use kvferry_core::TransferId;
 use kvferry_transport::{Cursor, PeerId};
 
+use crate::counters::Way;
 use crate::endpoint::Endpoint;
 use crate::inbox::Key;
 use crate::lanes::Lanes;
@@ -34,6 +35,10 @@ pub(crate) struct Link {
     pub(crate) theirs: Option<u64>,
     /// Known once it is wired.
     pub(crate) lanes: Option<Lanes>,
+    /// Which way bytes went without passing a processor at the end that holds them, if they did.
+    pub(crate) moved: Option<Way>,
+    /// What the device's counters showed of that.
+    pub(crate) proven: Option<String>,
     pub(crate) outgoing: Outgoing,
     pub(crate) sessions: BTreeSet<PeerId>,
     /// Chunks taken off since the peer was told.
@@ -53,6 +58,8 @@ impl Link {
             number,
             theirs: None,
             lanes: None,
+            moved: None,
+            proven: None,
             outgoing: Outgoing::default(),
             sessions: BTreeSet::new(),
             consumed: 0,

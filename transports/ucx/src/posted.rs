@@ -6,6 +6,7 @@ use kvferry_core::{End, Program, TransferId, UnitRange};
 use kvferry_transport::codec::{decode, encode};
 use kvferry_transport::{Cursor, Direction, Event, Notice, PeerId, PostError, RemotePool, Transfer, TransferError};
 
+use crate::counters::Way;
 use crate::inbox::{Flow, Key};
 use crate::remote::Bound;
 use crate::transport::UcxTransport;
@@ -187,6 +188,11 @@ impl UcxTransport {
             return Err(format!("an end of {id} before all of it was sent"));
         }
         let pieces = if posted.pieces > 0 { posted.pieces } else { done.pieces };
+        if posted.pieces == 0
+            && let Some(link) = self.sessions.get(&peer).map(|session| session.link)
+        {
+            self.note_moved(link, Way::Lent, posted.bytes());
+        }
         self.events.push(Event::Completed { id, bytes: posted.bytes(), pieces });
         Ok(())
     }

@@ -34,6 +34,7 @@ impl UcxTransport {
         self.send_all(budget);
         self.fetch(budget);
         self.take_operations();
+        self.prove(now);
         self.settle_links();
         self.settle_pools(now);
         if !self.withdrawing.is_empty() {

@@ -3,6 +3,7 @@
 use kvferry_transport::{Device, NicInfo, OpenError, Options, Provider, Transport, TransportKind};
 
 use crate::context::Context;
+use crate::counters::Counters;
 use crate::device::{self, Access, Found, Method, SysRoot};
 use crate::library::Library;
 use crate::settings;
@@ -140,8 +141,9 @@ impl Provider for UcxProvider {
             }),
             bits_per_second: found.bits_per_second,
         };
-        let transport =
+        let mut transport =
             UcxTransport::open(info, found.method, access, context, options.clone()).map_err(unavailable)?;
+        transport.counters = Counters::open(&self.root, &found.network);
         Ok(Box::new(transport))
     }
 }

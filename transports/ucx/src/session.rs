@@ -145,8 +145,8 @@ impl UcxTransport {
                 self.events.push(Event::PeerLost { peer: other, reason: ANEW.to_owned() });
             }
         }
-        self.report_lanes(id);
         self.events.push(Event::Connected { peer });
+        self.show(peer);
         let queued: Vec<_> = self.posts.iter().filter(|(_, p)| p.peer == peer).map(|(id, _)| *id).collect();
         for id in queued {
             self.start(id);

@@ -20,6 +20,7 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use crate::arriving::{Expectation, Held};
 use crate::closing::{Closing, Fence};
 use crate::context::{Context, Mapped};
+use crate::counters::Counters;
 use crate::device::{Access, Method};
 use crate::fetch::Fetch;
 use crate::link::{Link, Session};
@@ -59,6 +60,8 @@ pub(crate) struct UcxTransport {
     pub(crate) fetches: BTreeMap<u64, Fetch>,
     /// Fetches that can go on, in turn.
     pub(crate) turns: VecDeque<u64>,
+    /// What its device has counted.
+    pub(crate) counters: Counters,
     /// What happened since the last poll.
     pub(crate) events: Vec<Event>,
     /// No deadline passes before this.
@@ -112,6 +115,7 @@ impl UcxTransport {
             held: BTreeMap::new(),
             fetches: BTreeMap::new(),
             turns: VecDeque::new(),
+            counters: Counters::default(),
             events: Vec::new(),
             next_deadline: None,
         })

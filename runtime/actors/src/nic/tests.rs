@@ -1,4 +1,4 @@
-//! What a NIC asks of its transport to fence a peer, and what it makes of the answers.
+//! What a NIC asks of its transport to fence a peer or to let it go, and what it makes of the answers.
 
 use kvferry_core::{Direction, FenceProof, Format, GroupGeometry, Model, Parallel, Rank, TransferId, TransportKind};
 use kvferry_transport::{ConnectError, ImportError, NicInfo};
@@ -218,4 +218,22 @@ fn a_node_that_started_over_keeps_its_new_connection() {
     assert_eq!(fixture.command(NicCommand::Fence { node, address: earlier }), ["connect earlier", "fence 2"]);
     assert_eq!(fixture.happens(fenced(2)), (vec!["disconnect 2".to_owned()], proved(5)));
     assert_eq!(fixture.post(5), ["post to 1"], "nothing was wrong with that one");
+}
+
+#[test]
+fn a_refused_peer_is_not_reached_again_until_it_is_connected_anew() {
+    let mut fixture = Fixture::new();
+    fixture.connect(5);
+    let evidence = Box::new(kvferry_core::Evidence::connected(vec!["tcp/eth0".into()]));
+    let shown = fixture.happens(Event::Shown { peer: PeerId(1), evidence: evidence.clone() });
+    assert_eq!(shown, (vec![], vec![NicEvent::Shown { node: NodeId(5), evidence }]));
+    let refuse = NicCommand::Refuse { node: NodeId(5), reason: "no RDMA".into() };
+    assert_eq!(fixture.command(refuse), ["disconnect 1"]);
+    let lost = NicEvent::PeerLost { node: NodeId(5), reason: "no RDMA".into() };
+    assert_eq!(std::mem::take(&mut fixture.nic.outgoing), [lost]);
+    assert_eq!(fixture.post(5), Vec::<String>::new());
+    let failed = NicEvent::Failed { id: TransferId(7), reason: "no RDMA".into() };
+    assert_eq!(std::mem::take(&mut fixture.nic.outgoing), [failed]);
+    assert_eq!(fixture.connect(5), ["connect there"], "its next incarnation is judged anew");
+    assert_eq!(fixture.post(5), ["post to 2"]);
 }

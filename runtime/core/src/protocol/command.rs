@@ -7,11 +7,12 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Away, FailReason, Message, Outcome, OutcomeReport, PathReport, PrefillJob, PrefillView, Refusal, RequestSpec,
+    Away, ChosenPath, FailReason, Message, Outcome, OutcomeReport, PathReport, PrefillJob, PrefillView, Refusal,
+    RequestSpec, ShownPath,
 };
 use crate::{
-    Direction, Epoch, FenceProof, GroupId, HandoverId, Moment, NodeId, PoolLayout, Program, RequestId, Tables,
-    TransferId,
+    Direction, Epoch, Evidence, FenceProof, GroupId, HandoverId, Moment, NodeId, PoolLayout, Program, RequestId,
+    Tables, TransferId,
 };
 
 /// Something that the shell must do, in the order given.
@@ -177,6 +178,13 @@ pub enum NicCommand {
         /// Its NIC's address: a peer that writes here need not have been connected to from here.
         address: Bytes,
     },
+    /// Let a peer go, and fail with this reason whatever is posted to it, until it is connected anew: [`NicEvent::PeerLost`].
+    Refuse {
+        /// Which node.
+        node: NodeId,
+        /// Why.
+        reason: String,
+    },
     /// Start a transfer with a connected peer.
     Post {
         /// Its name.
@@ -210,6 +218,13 @@ pub enum NicEvent {
     Connected {
         /// Which node.
         node: NodeId,
+    },
+    /// More is known of the path to a connected peer. At most once or twice per connection, never per transfer.
+    Shown {
+        /// Which node.
+        node: NodeId,
+        /// What.
+        evidence: Box<Evidence>,
     },
     /// A peer cannot (any more).
     PeerLost {
@@ -259,6 +274,10 @@ pub enum Event {
         /// In which incarnation.
         epoch: Epoch,
     },
+    /// The path to a worker of the other side was chosen: once per conversation with it.
+    PathChosen(Box<ChosenPath>),
+    /// More is known of a path that this side initiates transfers on.
+    PathShown(Box<ShownPath>),
     /// It no longer does; what was said last may not have been heard.
     Parted {
         /// Who.

@@ -30,6 +30,7 @@ pub struct DecodeRank {
     pace: Pace,
     fetches: BTreeMap<HandoverId, Fetch>,
     peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
+    require_rdma: bool,
     sources: Sources,
     renew_at: Option<Moment>,
     quarantine: QuarantineTerms,
@@ -63,10 +64,17 @@ impl DecodeRank {
             pace: Pace::new(deadlines),
             fetches: BTreeMap::new(),
             peers: BTreeMap::new(),
+            require_rdma: false,
             sources: Sources::default(),
             renew_at: None,
             outbox: Outbox::default(),
         }
+    }
+
+    /// With RDMA required between hosts, or not: then no path without it is taken.
+    pub fn with_rdma_required(mut self, required: bool) -> Self {
+        self.require_rdma = required;
+        self
     }
 
     /// Commands and events to drain.
@@ -142,7 +150,10 @@ impl DecodeRank {
         if profile.role != Role::Prefill {
             return;
         }
-        let peer = Peer::meet(&self.local, profile);
+        let peer = Peer::meet(&self.local, profile, self.require_rdma);
+        if let Ok(peer) = &peer {
+            peer.tell_path(node, &self.local, &mut self.outbox);
+        }
         if let Ok(peer) = &peer
             && peer.initiates(Role::Decode)
             && let Some(remote) = peer.remote()
@@ -260,7 +271,7 @@ impl DecodeRank {
     }
 
     /// Something happened at a NIC of this node.
-    pub fn handle_nic(&mut self, now: Moment, _nic: usize, event: NicEvent) {
+    pub fn handle_nic(&mut self, now: Moment, nic: usize, event: NicEvent) {
         match event {
             NicEvent::Done { id, bytes, pieces } => {
                 if let Some((handover, node)) = self.owner_of(id) {
@@ -306,6 +317,12 @@ impl DecodeRank {
                         leg.in_flight.clear();
                         self.drain(handover, proof);
                     }
+                }
+            }
+            NicEvent::Shown { node, evidence } => {
+                if let Some(Ok(peer)) = self.peers.get(&node) {
+                    let shown = (nic, *evidence);
+                    peer.show_path(node, &self.local, shown, self.require_rdma, &mut self.outbox);
                 }
             }
             NicEvent::Connected { .. } => {}

@@ -20,11 +20,13 @@ mod lease;
 mod member_list;
 mod message;
 mod outcome;
+mod path;
 mod peer;
 mod policy;
 mod prefill;
 mod prefill_leader;
 mod quarantine;
+mod rdma;
 mod roll;
 mod scheduler;
 mod scheduler_group;
@@ -51,10 +53,12 @@ pub use message::{
     PathReport, Place, PrefillJob, Profile, RequestSpec, StandingHandovers, StandingOffer, WorkerProfile,
 };
 pub use outcome::{Awaited, FailReason, Outcome, PrefillView, Refusal, Role};
+pub use path::{ChosenPath, Obstacle, PassedOver, PeerName, ShownPath};
 pub use policy::{GroupView, LeastLoaded, LongestHeldPrefix, Policy};
 pub use prefill::PrefillRank;
 pub use prefill_leader::PrefillLeader;
 pub use quarantine::QuarantineTerms;
+pub use rdma::RdmaShortfall;
 pub use scheduler::{Scheduler, SchedulerTerms, Submitted};
 pub use session::{Session, SessionError, SessionEvent, SessionTerms};
 pub use vitals::Vitals;

@@ -1,7 +1,11 @@
 //! What two workers make of each other's profiles: both sides compute the same answer.
 
-use super::{FailReason, NicAdvert, Role, WorkerProfile};
-use crate::{Direction, PairPlan, TransportKind};
+use super::path::{is_local, passed_over, path};
+use super::{
+    ChosenPath, Event, FailReason, NicAdvert, NicCommand, Outbox, PassedOver, PeerName, RdmaShortfall, Role, ShownPath,
+    WorkerProfile, rdma,
+};
+use crate::{Direction, Evidence, NodeId, PairPlan, TransportKind};
 
 /// A worker of the other role that this one can exchange KV with.
 #[derive(Clone, Debug)]
@@ -12,11 +16,13 @@ pub(crate) struct Peer {
     /// Index of the local NIC.
     pub(crate) nic: usize,
     pub(crate) remote_nic: usize,
+    passed_over: Vec<PassedOver>,
+    shortfall: Option<RdmaShortfall>,
 }
 
 impl Peer {
-    /// Compares profiles: model, direction, NICs.
-    pub(crate) fn meet(local: &WorkerProfile, remote: WorkerProfile) -> Result<Peer, FailReason> {
+    /// Compares profiles: model, direction, NICs. Where RDMA is required, no path without it is taken.
+    pub(crate) fn meet(local: &WorkerProfile, remote: WorkerProfile, require_rdma: bool) -> Result<Peer, FailReason> {
         let (source, destination) = match local.role {
             Role::Prefill => (local, &remote),
             Role::Decode => (&remote, local),
@@ -40,7 +46,16 @@ impl Peer {
             ))
         })?;
         let (nic, remote_nic) = if local.role == Role::Prefill { (from, to) } else { (to, from) };
-        Ok(Peer { profile: remote, plan, direction, nic, remote_nic })
+        let shortfall = match (local.nics.get(nic), remote.nics.get(remote_nic)) {
+            (Some(here), Some(there)) => rdma::of_path(require_rdma, (&local.nics, here), (&remote.nics, there)),
+            _ => None,
+        };
+        if let Some(short) = shortfall.as_ref().filter(|_| require_rdma) {
+            return Err(FailReason::Mismatch(short.to_string()));
+        }
+        let chosen = local.nics.get(nic).map(|nic| nic.kind);
+        let passed_over = chosen.map(|kind| passed_over(&source.nics, &destination.nics, kind)).unwrap_or_default();
+        Ok(Peer { profile: remote, plan, direction, nic, remote_nic, passed_over, shortfall })
     }
 
     /// Whether the local side initiates transfers.
@@ -53,6 +68,44 @@ impl Peer {
     pub(crate) fn destination_reads(&self) -> bool {
         self.direction == Direction::Pull
             || self.remote().is_some_and(|nic| is_local(nic.kind) || nic.kind == TransportKind::Ucx)
+    }
+
+    /// The path, and what was better, for whoever watches.
+    pub(crate) fn tell_path(&self, node: NodeId, local: &WorkerProfile, outbox: &mut Outbox) {
+        if let Some(chosen) = self.chosen(node, local) {
+            outbox.event(Event::PathChosen(Box::new(chosen)));
+        }
+    }
+
+    /// A NIC shows more of the path. What falls short of RDMA is told, and refused where that is required.
+    pub(crate) fn show_path(
+        &self,
+        node: NodeId,
+        local: &WorkerProfile,
+        (nic, evidence): (usize, Evidence),
+        require_rdma: bool,
+        outbox: &mut Outbox,
+    ) {
+        let Some(advert) = local.nics.get(nic) else { return };
+        let shortfall = rdma::of_lanes(advert, &evidence);
+        if let Some(short) = shortfall.as_ref().filter(|_| require_rdma) {
+            outbox.nic(nic, NicCommand::Refuse { node, reason: short.to_string() });
+        }
+        let (peer, kind, device) = (PeerName::of(&self.profile, node), advert.kind, advert.device.clone());
+        outbox.event(Event::PathShown(Box::new(ShownPath { peer, kind, device, evidence, shortfall })));
+    }
+
+    fn chosen(&self, node: NodeId, local: &WorkerProfile) -> Option<ChosenPath> {
+        let (here, there) = (local.nics.get(self.nic)?, self.remote()?);
+        Some(ChosenPath {
+            peer: PeerName::of(&self.profile, node),
+            kind: here.kind,
+            device: here.device.clone(),
+            remote_device: there.device.clone(),
+            direction: self.direction,
+            passed_over: self.passed_over.clone(),
+            shortfall: self.shortfall.clone(),
+        })
     }
 
     /// The peer's NIC that was chosen.
@@ -78,41 +131,6 @@ fn lane(source: &WorkerProfile, destination: &WorkerProfile) -> u64 {
     place(source) + place(destination)
 }
 
-/// A pair of NICs of the best kind that both sides have: GPU and shared memory of one host before anything that crosses a network. Among several of
-/// that kind the lane decides, and NICs of one index meet each other, as rails are wired; where one side has fewer, its NICs serve in turn.
-fn path(source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -> Option<(usize, usize)> {
-    const PREFERENCE: [TransportKind; 5] =
-        [TransportKind::Cuda, TransportKind::Shm, TransportKind::Sim, TransportKind::Ucx, TransportKind::Tcp];
-    let of_kind = |nics: &[NicAdvert], meets: &dyn Fn(&NicAdvert) -> bool| -> Vec<usize> {
-        nics.iter().enumerate().filter(|(_, nic)| meets(nic)).map(|(index, _)| index).collect()
-    };
-    let pick = |nics: &[usize], rail: u64| nics.get((rail % (nics.len() as u64).max(1)) as usize).copied();
-    PREFERENCE.into_iter().find_map(|kind| {
-        let joins = |one: &NicAdvert, other: &NicAdvert| one.kind == kind && other.kind == kind && reaches(one, other);
-        let sources = of_kind(source, &|nic| destination.iter().any(|other| joins(nic, other)));
-        let reachable = of_kind(destination, &|nic| source.iter().any(|other| joins(other, nic)));
-        let rail = lane % (sources.len().max(reachable.len()) as u64).max(1);
-        let from = pick(&sources, rail)?;
-        let partner = source.get(from)?;
-        let to = pick(&of_kind(destination, &|nic| joins(partner, nic)), rail)?;
-        Some((from, to))
-    })
-}
-
-/// A NIC that reaches by memory names its host; of UCX's, some do and others cross the network.
-fn reaches(local: &NicAdvert, remote: &NicAdvert) -> bool {
-    match local.kind {
-        kind if is_local(kind) => !local.host.is_empty() && local.host == remote.host,
-        TransportKind::Ucx => local.host == remote.host,
-        _ => true,
-    }
-}
-
-/// Whether the destination's own side copies from memory of the same host.
-fn is_local(kind: TransportKind) -> bool {
-    matches!(kind, TransportKind::Shm | TransportKind::Cuda)
-}
-
 fn kinds(nics: &[NicAdvert]) -> String {
     let names: Vec<String> = nics.iter().map(|nic| format!("{}:{}", nic.kind, nic.device)).collect();
     if names.is_empty() { "no NIC".to_owned() } else { names.join(",") }
@@ -128,45 +146,8 @@ mod tests {
         NicAdvert { kind, device: "d".into(), host: host.into(), address: Bytes::new(), keys: Bytes::new() }
     }
 
-    #[test]
-    fn shared_memory_only_on_one_host() {
-        let here = [nic(TransportKind::Tcp, ""), nic(TransportKind::Shm, "a")];
-        for lane in 0..4 {
-            assert_eq!(path(&here, &[nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")], lane), Some((1, 0)));
-            assert_eq!(path(&here, &[nic(TransportKind::Shm, "b"), nic(TransportKind::Tcp, "")], lane), Some((0, 1)));
-            assert_eq!(path(&here, &[nic(TransportKind::Shm, "b")], lane), None);
-        }
-    }
-
-    #[test]
-    fn memory_of_ucx_does_not_meet_its_network() {
-        let here = [nic(TransportKind::Ucx, "a"), nic(TransportKind::Ucx, "")];
-        for lane in 0..4 {
-            assert_eq!(path(&here, &[nic(TransportKind::Ucx, "b"), nic(TransportKind::Ucx, "")], lane), Some((1, 1)));
-            assert_eq!(path(&here, &[nic(TransportKind::Ucx, "a")], lane), Some((0, 0)));
-            assert_eq!(path(&here, &[nic(TransportKind::Ucx, "b")], lane), None);
-        }
-    }
-
     fn rails(count: usize) -> Vec<NicAdvert> {
         vec![nic(TransportKind::Tcp, ""); count]
-    }
-
-    #[test]
-    fn pairs_are_spread_over_rails() {
-        let lanes = |from: usize, to: usize| {
-            let all = (0..8).map(|lane| path(&rails(from), &rails(to), lane).expect("a path"));
-            all.collect::<Vec<_>>()
-        };
-        assert_eq!(lanes(1, 1), [(0, 0); 8]);
-        assert_eq!(lanes(4, 4)[..5], [(0, 0), (1, 1), (2, 2), (3, 3), (0, 0)]);
-        assert_eq!(lanes(4, 2)[..5], [(0, 0), (1, 1), (2, 0), (3, 1), (0, 0)]);
-        assert_eq!(lanes(1, 3)[..4], [(0, 0), (0, 1), (0, 2), (0, 0)]);
-        // Nothing of a kind that only one side has, or of another host's memory, takes part.
-        let mixed = [nic(TransportKind::Shm, "b"), nic(TransportKind::Tcp, ""), nic(TransportKind::Tcp, "")];
-        let with = [nic(TransportKind::Tcp, ""), nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")];
-        assert_eq!(path(&mixed, &with, 0), Some((1, 0)));
-        assert_eq!(path(&mixed, &with, 1), Some((2, 2)));
     }
 
     fn profile(role: Role, group: u32, rank: u32, nics: usize) -> WorkerProfile {
@@ -184,14 +165,15 @@ mod tests {
             for (group, rank) in [(0, 0), (0, 3), (1, 2)] {
                 let source = profile(Role::Prefill, group, rank, here);
                 let destination = profile(Role::Decode, 7, 1, there);
-                let pushes = Peer::meet(&source, destination.clone()).expect("they fit");
-                let pulls = Peer::meet(&destination, source).expect("they fit");
+                let pushes = Peer::meet(&source, destination.clone(), false).expect("they fit");
+                let pulls = Peer::meet(&destination, source, false).expect("they fit");
                 assert_eq!((pushes.nic, pushes.remote_nic), (pulls.remote_nic, pulls.nic));
             }
         }
         // One decode rank meets the four ranks of one group on four rails.
         let destination = profile(Role::Decode, 7, 0, 4);
-        let nics = (0..4).map(|rank| Peer::meet(&destination, profile(Role::Prefill, 0, rank, 4)).expect("fit").nic);
+        let nics =
+            (0..4).map(|rank| Peer::meet(&destination, profile(Role::Prefill, 0, rank, 4), false).expect("fit").nic);
         assert_eq!(nics.collect::<std::collections::BTreeSet<_>>().len(), 4);
     }
 
@@ -201,5 +183,20 @@ mod tests {
         assert_eq!(direction(Some(Direction::Push), None), Ok(Direction::Push));
         assert_eq!(direction(None, Some(Direction::Push)), Ok(Direction::Push));
         assert!(direction(Some(Direction::Pull), Some(Direction::Push)).is_err());
+    }
+
+    #[test]
+    fn required_rdma_refuses_a_network_and_names_it() {
+        let (source, destination) = (profile(Role::Prefill, 0, 0, 1), profile(Role::Decode, 7, 0, 1));
+        let met = Peer::meet(&source, destination.clone(), false).expect("a path");
+        assert_eq!(met.shortfall, None, "nobody expects RDMA");
+        let refused = Peer::meet(&source, destination, true).expect_err("no RDMA").to_string();
+        assert!(refused.contains("through tcp on d") && refused.contains("require_rdma"), "{refused}");
+        // On one host nothing crosses a network.
+        let shared = |role| {
+            let nics = vec![nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")];
+            WorkerProfile { nics, ..profile(role, 0, 0, 0) }
+        };
+        assert!(Peer::meet(&shared(Role::Prefill), shared(Role::Decode), true).is_ok());
     }
 }

@@ -30,6 +30,7 @@ pub struct PrefillRank {
     quarantine: QuarantineTerms,
     offers: BTreeMap<RequestId, Offer>,
     peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
+    require_rdma: bool,
     /// Requests whose release the engine has not acknowledged, with the same request's next prefill if that came already: until then
     /// the engine may still be speaking of the old one.
     releasing: BTreeMap<RequestId, Option<PrefillJob>>,
@@ -93,9 +94,16 @@ impl PrefillRank {
             quarantine,
             offers: BTreeMap::new(),
             peers: BTreeMap::new(),
+            require_rdma: false,
             releasing: BTreeMap::new(),
             outbox: Outbox::default(),
         }
+    }
+
+    /// With RDMA required between hosts, or not: then no path without it is taken.
+    pub fn with_rdma_required(mut self, required: bool) -> Self {
+        self.require_rdma = required;
+        self
     }
 
     /// Commands and events to drain.
@@ -155,7 +163,10 @@ impl PrefillRank {
         if profile.role != Role::Decode {
             return;
         }
-        let peer = Peer::meet(&self.local, profile);
+        let peer = Peer::meet(&self.local, profile, self.require_rdma);
+        if let Ok(peer) = &peer {
+            peer.tell_path(node, &self.local, &mut self.outbox);
+        }
         if let Ok(peer) = &peer
             && peer.initiates(Role::Prefill)
             && let Some(remote) = peer.remote()
@@ -265,7 +276,7 @@ impl PrefillRank {
     }
 
     /// Something happened at a NIC of this node.
-    pub fn handle_nic(&mut self, _now: Moment, _nic: usize, event: NicEvent) {
+    pub fn handle_nic(&mut self, _now: Moment, nic: usize, event: NicEvent) {
         match event {
             NicEvent::Done { id, .. } => self.push_ended(id, Ok(())),
             NicEvent::Failed { id, reason } => self.push_ended(id, Err(reason)),
@@ -287,6 +298,12 @@ impl PrefillRank {
                         reader.in_flight.clear();
                         self.finish_closing(request);
                     }
+                }
+            }
+            NicEvent::Shown { node, evidence } => {
+                if let Some(Ok(peer)) = self.peers.get(&node) {
+                    let shown = (nic, *evidence);
+                    peer.show_path(node, &self.local, shown, self.require_rdma, &mut self.outbox);
                 }
             }
             NicEvent::Connected { .. } => {}

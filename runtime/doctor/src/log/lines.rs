@@ -1,9 +1,6 @@
 //! The lines that mean something.
 
-use std::collections::BTreeMap;
-
-use super::lanes::LaneLine;
-use super::protocols::{self, Protocol};
+use ucx_text::{EndpointLane, LaneLine, ProtocolReader, ProtocolRow};
 
 /// Lines of one kind that are kept; a log has few of each, a hostile one must not fill the memory.
 const KEPT_MAX: usize = 4096;
@@ -26,8 +23,11 @@ pub(super) struct Lines {
     pub(super) backends: Vec<(usize, String)>,
     pub(super) versions: Vec<(usize, String)>,
     pub(super) addresses: Vec<(usize, String)>,
-    pub(super) lanes: Vec<LaneLine>,
-    pub(super) protocols: Vec<Protocol>,
+    pub(super) lanes: Vec<(usize, LaneLine)>,
+    /// What `ucp_ep_print_info` wrote of lanes to peers.
+    pub(super) endpoint_lanes: Vec<(usize, EndpointLane)>,
+    /// Of what moves KV: put and get.
+    pub(super) protocols: Vec<(usize, ProtocolRow)>,
     pub(super) errors: Vec<Failure>,
     /// Endpoints that libfabric's efa provider has opened.
     pub(super) endpoints: Vec<(usize, String)>,
@@ -60,8 +60,7 @@ const FAILURES: [(&str, &str); 9] = [
 impl Lines {
     pub(super) fn read(text: &str) -> Lines {
         let mut lines = Lines::default();
-        // Tables of several threads may be interleaved: what each is in the middle of, by the process in the line.
-        let mut tables: BTreeMap<String, Option<&'static str>> = BTreeMap::new();
+        let mut tables = ProtocolReader::default();
         for (index, line) in text.lines().enumerate() {
             let cut = line.char_indices().map(|(at, _)| at).take_while(|at| *at <= LINE_MAX).last();
             let line = if line.len() > LINE_MAX { line.get(..cut.unwrap_or(0)).unwrap_or_default() } else { line };
@@ -70,21 +69,18 @@ impl Lines {
         lines
     }
 
-    fn take(&mut self, text: &str, line: usize, tables: &mut BTreeMap<String, Option<&'static str>>) {
-        if let Some(lane) = LaneLine::parse(text, line) {
-            keep(&mut self.lanes, lane);
+    fn take(&mut self, text: &str, line: usize, tables: &mut ProtocolReader) {
+        if let Some(lanes) = LaneLine::parse(text) {
+            keep(&mut self.lanes, (line, lanes));
+            return;
+        }
+        if let Some(lane) = EndpointLane::parse(text) {
+            keep(&mut self.endpoint_lanes, (line, lane));
             return;
         }
         if text.contains('|') {
-            let key = process(text);
-            if let Some(operation) = protocols::heading(text) {
-                if tables.len() < KEPT_MAX || tables.contains_key(&key) {
-                    tables.insert(key, operation);
-                }
-            } else if let Some(operation) = tables.get(&key).copied().flatten()
-                && let Some(row) = Protocol::parse(text, line, operation)
-            {
-                keep(&mut self.protocols, row);
+            if let Some(row) = tables.take(text).filter(|row| row.verb().is_some()) {
+                keep(&mut self.protocols, (line, row));
             }
             return;
         }
@@ -122,6 +118,7 @@ impl Lines {
             && self.versions.is_empty()
             && self.addresses.is_empty()
             && self.lanes.is_empty()
+            && self.endpoint_lanes.is_empty()
             && self.protocols.is_empty()
             && self.errors.is_empty()
             && self.endpoints.is_empty()
@@ -142,11 +139,4 @@ fn after(text: &str, words: &str) -> Option<String> {
 
 fn shown(text: &str) -> String {
     text.trim().chars().take(SHOWN_MAX).filter(|letter| !letter.is_control()).collect()
-}
-
-/// `[host:pid:tid]` of a line, or nothing.
-fn process(text: &str) -> String {
-    let prefix = text.split('|').next().unwrap_or_default();
-    let mut brackets = prefix.split('[').filter_map(|part| part.split(']').next());
-    brackets.rfind(|part| part.matches(':').count() == 2).unwrap_or_default().chars().take(128).collect()
 }

@@ -29,7 +29,7 @@ macro_rules! conformance {
     (@all $ready:expr, $provider:expr; $attributes:tt) => {
         $crate::conformance!(@each $ready, $provider; $attributes
             pulls_every_shape pushes_every_shape pulls_parts_in_any_order pushes_parts_in_any_order
-            many_transfers_are_in_flight several_peers_at_once notices_follow_the_bytes a_push_may_come_before_it_is_expected
+            many_transfers_are_in_flight the_way_to_a_peer_is_shown several_peers_at_once notices_follow_the_bytes a_push_may_come_before_it_is_expected
             a_small_transfer_overtakes_a_large_one sleeping_on_the_descriptor_misses_nothing
             an_unexpected_push_is_refused plans_that_differ_fail_at_both_ends ranges_that_differ_fail_at_both_ends
             programs_outside_the_local_pool_are_not_posted programs_outside_the_remote_pool_are_refused

@@ -8,7 +8,7 @@ use kvferry_core::{Direction, End, TransferId, UnitRange};
 use super::case::{Format, Holding, Shape, program};
 use super::harness::{Party, turn, until};
 use super::lane::{Lane, notice};
-use crate::{Event, Expected, Options, Provider, Transfer};
+use crate::{Event, Evidence, Expected, Grade, Options, PeerId, Provider, Transfer};
 
 /// What the shapes have to cover: other block sizes and orders, nothing, single bytes, odd sizes, tens of thousands of pieces.
 fn shapes() -> Vec<(Shape, Format, Format)> {
@@ -221,4 +221,31 @@ pub fn sleeping_on_the_descriptor_misses_nothing(provider: &dyn Provider) {
 /// Both ends' tables are needed to pull, the own one to push.
 pub(super) fn without_own_table(lane: &Lane, end: End) -> Arc<kvferry_core::Program> {
     Arc::new(lane.program.without(end))
+}
+
+/// Whoever initiates transfers knows what carries them: after a pull and after a push, but not again for each.
+pub fn the_way_to_a_peer_is_shown(provider: &dyn Provider) {
+    let shown = |party: &Party, of: PeerId| -> Vec<Evidence> {
+        let one = |event: &Event| match event {
+            Event::Shown { peer, evidence } if *peer == of => Some((**evidence).clone()),
+            _ => None,
+        };
+        party.events.iter().filter_map(one).collect()
+    };
+    let mut lane = Lane::small(provider);
+    for id in 0..8 {
+        lane.pull(id, lane.whole()).unwrap();
+        lane.pulled(id, lane.bytes);
+        lane.expect(100 + id, lane.whole()).unwrap();
+        lane.push(100 + id, lane.whole()).unwrap();
+        lane.pushed(100 + id, lane.bytes);
+    }
+    let ways = [shown(&lane.pair.b, lane.pair.a_at_b), shown(&lane.pair.a, lane.pair.b_at_a)];
+    for evidence in &ways {
+        assert!((1..=3).contains(&evidence.len()), "told {} times", evidence.len());
+        let last = evidence.last().unwrap();
+        assert!(last.grade >= Grade::E3 && !last.lanes.is_empty(), "{last:?}");
+        assert!(last.lanes.iter().all(|lane| lane.contains('/')), "{last:?}");
+        assert!(last.grade == Grade::E5 || !last.unseen.is_empty(), "what is not proven is said: {last:?}");
+    }
 }

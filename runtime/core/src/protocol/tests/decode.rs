@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::kit::*;
 use crate::protocol::{
     Command, DeadlineTerms, DecodeRank, EngineCall, EngineEvent, Event, FailReason, FetchJob, MemberList, Message,
-    NicCommand, NicEvent, OpenFetch, OpenedFetch, Outcome, PathReport, QuarantineTerms, Refusal, Role, WorkerProfile,
+    NicAdvert, NicCommand, NicEvent, OpenFetch, OpenedFetch, Outcome, PathReport, QuarantineTerms, Refusal, Role,
+    WorkerProfile,
 };
-use crate::{Direction, GroupGeometry, HandoverId, NodeId, Rank, RequestId, TransferId, TransportKind};
+use crate::{Direction, Evidence, GroupGeometry, HandoverId, NodeId, Rank, RequestId, TransferId, TransportKind};
 
 pub(super) const LEADER: u64 = 20;
 /// The nodes of the prefill group's two ranks.
@@ -314,4 +315,69 @@ fn nonsense_is_ignored() {
     assert_eq!(fixture.opened(0, H1, 2), [], "opened once");
     assert_eq!(fixture.message(2, 1, Message::Freed { handover: H1 }), []);
     assert!(matches!(events(fixture.rank.outbox()).as_slice(), [Event::Ignored { from: NodeId(1), .. }]));
+}
+
+/// A fetcher over an RDMA device whose first source shows these lanes.
+fn shown(required: bool, lanes: &[&str]) -> (Fixture, Vec<Command>, Vec<Event>) {
+    let mut fixture = Fixture::new(Direction::Pull);
+    let over_rdma = |profile: WorkerProfile| {
+        let device = NicAdvert { device: "rdmap40s0:1".into(), host: String::new(), ..nic(TransportKind::Ucx) };
+        WorkerProfile { nics: vec![device], ..profile }
+    };
+    let local = over_rdma(worker(Role::Decode, 0, &fixture.destination, None));
+    fixture.rank = DecodeRank::new(local, leases(), DeadlineTerms::default(), QuarantineTerms::default())
+        .with_rdma_required(required);
+    fixture.members();
+    for source in 0..2 {
+        let profile = over_rdma(worker(Role::Prefill, source, &fixture.source, None));
+        fixture.rank.handle_peer(at(0), NodeId(SOURCES[source as usize]), profile);
+    }
+    let chosen = events(fixture.rank.outbox());
+    assert!(
+        matches!(&chosen[..], [Event::PathChosen(one), Event::PathChosen(_)] if one.shortfall.is_none()),
+        "{chosen:?}"
+    );
+    fixture.drain();
+    let evidence = Box::new(Evidence::connected(lanes.iter().map(|lane| (*lane).to_owned()).collect()));
+    let commands = fixture.nic(NicEvent::Shown { node: NodeId(SOURCES[0]), evidence });
+    let told = events(fixture.rank.outbox());
+    (fixture, commands, told)
+}
+
+#[test]
+fn lanes_that_are_no_rdma_are_told_or_refused() {
+    let (_, commands, told) = shown(false, &["tcp/eth0"]);
+    assert_eq!(commands, [], "a warning only");
+    assert!(matches!(&told[..], [Event::PathShown(path)] if path.shortfall.is_some()), "{told:?}");
+    for lanes in [&["tcp/eth0"][..], &[]] {
+        let (_, commands, _) = shown(true, lanes);
+        let [Command::Nic { nic: 0, command: NicCommand::Refuse { node, reason } }] = &commands[..] else {
+            panic!("{commands:?}");
+        };
+        assert_eq!(*node, NodeId(SOURCES[0]));
+        assert!(reason.contains("rdmap40s0:1") && reason.contains("UCX_TLS"), "{reason}");
+    }
+    let (_, commands, told) = shown(true, &["srd/rdmap40s0:1"]);
+    assert_eq!(commands, []);
+    assert!(matches!(&told[..], [Event::PathShown(path)] if path.shortfall.is_none()), "{told:?}");
+}
+
+/// The NIC lets a refused peer go, which fails what was to come from it with the reason.
+#[test]
+fn a_refused_path_fails_its_handover_with_the_reason() {
+    let (mut fixture, commands, _) = shown(true, &["tcp/eth0"]);
+    let [Command::Nic { command: NicCommand::Refuse { node, reason }, .. }] = &commands[..] else {
+        panic!("{commands:?}")
+    };
+    fixture.fetch(H1, &[4]);
+    fixture.place(H1);
+    let commands = fixture.nic(NicEvent::PeerLost { node: *node, reason: reason.clone() });
+    let done = commands.iter().find_map(|command| match command {
+        Command::Send {
+            message: Message::RankDone { result: Err(FailReason::Transport { kind, message, .. }), .. },
+            ..
+        } => Some((*kind, message.clone())),
+        _ => None,
+    });
+    assert_eq!(done, Some((TransportKind::Ucx, reason.clone())));
 }

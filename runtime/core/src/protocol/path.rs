@@ -1,0 +1,219 @@
+//! Which pair of NICs joins two ranks, and why no better one does.
+
+use core::fmt;
+
+use super::{NicAdvert, RdmaShortfall, Role, WorkerProfile};
+use crate::{Direction, Evidence, GroupId, NodeId, Rank, TransportKind};
+
+/// The best first: GPU and shared memory of one host before anything that crosses a network.
+const PREFERENCE: [TransportKind; 5] =
+    [TransportKind::Cuda, TransportKind::Shm, TransportKind::Sim, TransportKind::Ucx, TransportKind::Tcp];
+
+/// A worker as logs name it: `prefill/group-0/rank-1/node-2`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerName {
+    /// Which side.
+    pub role: Role,
+    /// Which group.
+    pub group: GroupId,
+    /// Which rank of it.
+    pub rank: Rank,
+    /// Its node.
+    pub node: NodeId,
+}
+
+impl PeerName {
+    pub(super) fn of(profile: &WorkerProfile, node: NodeId) -> PeerName {
+        PeerName { role: profile.role, group: profile.group, rank: profile.rank, node }
+    }
+}
+
+impl fmt::Display for PeerName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{}/{}", self.role, self.group, self.rank, self.node)
+    }
+}
+
+/// The path to a peer as both ends chose it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChosenPath {
+    /// To whom.
+    pub peer: PeerName,
+    /// By which transport.
+    pub kind: TransportKind,
+    /// Its device here.
+    pub device: String,
+    /// Its device at the peer.
+    pub remote_device: String,
+    /// Who initiates.
+    pub direction: Direction,
+    /// Better transports that one side has opened at least, best first.
+    pub passed_over: Vec<PassedOver>,
+    /// RDMA was expected, and this is not RDMA.
+    pub shortfall: Option<RdmaShortfall>,
+}
+
+/// What a transport showed of the path to a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShownPath {
+    /// To whom.
+    pub peer: PeerName,
+    /// By which transport.
+    pub kind: TransportKind,
+    /// Its device here.
+    pub device: String,
+    /// What is shown.
+    pub evidence: Evidence,
+    /// RDMA was expected, and this is not RDMA.
+    pub shortfall: Option<RdmaShortfall>,
+}
+
+/// A transport that would have been preferred.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassedOver {
+    /// Which.
+    pub kind: TransportKind,
+    /// Why it was not taken.
+    pub obstacle: Obstacle,
+}
+
+impl fmt::Display for PassedOver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.kind, self.obstacle)
+    }
+}
+
+/// Why a transport does not join two ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Obstacle {
+    /// Only one side has opened it.
+    OpenedBy(Role),
+    /// Both have, on different hosts.
+    Apart,
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Obstacle::OpenedBy(role) => write!(f, "only the {role} side has opened it"),
+            Obstacle::Apart => f.write_str("the two are on different hosts"),
+        }
+    }
+}
+
+/// A pair of NICs of the best kind that both sides have. Among several of that kind the lane decides, and NICs of one index meet each other, as
+/// rails are wired; where one side has fewer, its NICs serve in turn.
+pub(super) fn path(source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -> Option<(usize, usize)> {
+    let of_kind = |nics: &[NicAdvert], meets: &dyn Fn(&NicAdvert) -> bool| -> Vec<usize> {
+        nics.iter().enumerate().filter(|(_, nic)| meets(nic)).map(|(index, _)| index).collect()
+    };
+    let pick = |nics: &[usize], rail: u64| nics.get((rail % (nics.len() as u64).max(1)) as usize).copied();
+    PREFERENCE.into_iter().find_map(|kind| {
+        let joins = |one: &NicAdvert, other: &NicAdvert| one.kind == kind && other.kind == kind && reaches(one, other);
+        let sources = of_kind(source, &|nic| destination.iter().any(|other| joins(nic, other)));
+        let reachable = of_kind(destination, &|nic| source.iter().any(|other| joins(other, nic)));
+        let rail = lane % (sources.len().max(reachable.len()) as u64).max(1);
+        let from = pick(&sources, rail)?;
+        let partner = source.get(from)?;
+        let to = pick(&of_kind(destination, &|nic| joins(partner, nic)), rail)?;
+        Some((from, to))
+    })
+}
+
+/// What would have been preferred to `chosen`.
+pub(super) fn passed_over(source: &[NicAdvert], destination: &[NicAdvert], chosen: TransportKind) -> Vec<PassedOver> {
+    let better = PREFERENCE.into_iter().take_while(|kind| *kind != chosen);
+    let has = |nics: &[NicAdvert], kind| nics.iter().any(|nic| nic.kind == kind);
+    let obstacle = |kind| match (has(source, kind), has(destination, kind)) {
+        (false, false) => None,
+        (true, false) => Some(Obstacle::OpenedBy(Role::Prefill)),
+        (false, true) => Some(Obstacle::OpenedBy(Role::Decode)),
+        (true, true) => Some(Obstacle::Apart),
+    };
+    better.filter_map(|kind| Some(PassedOver { kind, obstacle: obstacle(kind)? })).collect()
+}
+
+/// A NIC that reaches by memory names its host; of UCX's, some do and others cross the network.
+fn reaches(local: &NicAdvert, remote: &NicAdvert) -> bool {
+    match local.kind {
+        kind if is_local(kind) => !local.host.is_empty() && local.host == remote.host,
+        TransportKind::Ucx => local.host == remote.host,
+        _ => true,
+    }
+}
+
+/// Whether the destination's own side copies from memory of the same host.
+pub(super) fn is_local(kind: TransportKind) -> bool {
+    matches!(kind, TransportKind::Shm | TransportKind::Cuda)
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    fn nic(kind: TransportKind, host: &str) -> NicAdvert {
+        NicAdvert { kind, device: "d".into(), host: host.into(), address: Bytes::new(), keys: Bytes::new() }
+    }
+
+    #[test]
+    fn shared_memory_only_on_one_host() {
+        let here = [nic(TransportKind::Tcp, ""), nic(TransportKind::Shm, "a")];
+        for lane in 0..4 {
+            assert_eq!(path(&here, &[nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")], lane), Some((1, 0)));
+            assert_eq!(path(&here, &[nic(TransportKind::Shm, "b"), nic(TransportKind::Tcp, "")], lane), Some((0, 1)));
+            assert_eq!(path(&here, &[nic(TransportKind::Shm, "b")], lane), None);
+        }
+    }
+
+    #[test]
+    fn memory_of_ucx_does_not_meet_its_network() {
+        let here = [nic(TransportKind::Ucx, "a"), nic(TransportKind::Ucx, "")];
+        for lane in 0..4 {
+            assert_eq!(path(&here, &[nic(TransportKind::Ucx, "b"), nic(TransportKind::Ucx, "")], lane), Some((1, 1)));
+            assert_eq!(path(&here, &[nic(TransportKind::Ucx, "a")], lane), Some((0, 0)));
+            assert_eq!(path(&here, &[nic(TransportKind::Ucx, "b")], lane), None);
+        }
+    }
+
+    fn rails(count: usize) -> Vec<NicAdvert> {
+        vec![nic(TransportKind::Tcp, ""); count]
+    }
+
+    #[test]
+    fn pairs_are_spread_over_rails() {
+        let lanes = |from: usize, to: usize| {
+            let all = (0..8).map(|lane| path(&rails(from), &rails(to), lane).expect("a path"));
+            all.collect::<Vec<_>>()
+        };
+        assert_eq!(lanes(1, 1), [(0, 0); 8]);
+        assert_eq!(lanes(4, 4)[..5], [(0, 0), (1, 1), (2, 2), (3, 3), (0, 0)]);
+        assert_eq!(lanes(4, 2)[..5], [(0, 0), (1, 1), (2, 0), (3, 1), (0, 0)]);
+        assert_eq!(lanes(1, 3)[..4], [(0, 0), (0, 1), (0, 2), (0, 0)]);
+        // Nothing of a kind that only one side has, or of another host's memory, takes part.
+        let mixed = [nic(TransportKind::Shm, "b"), nic(TransportKind::Tcp, ""), nic(TransportKind::Tcp, "")];
+        let with = [nic(TransportKind::Tcp, ""), nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")];
+        assert_eq!(path(&mixed, &with, 0), Some((1, 0)));
+        assert_eq!(path(&mixed, &with, 1), Some((2, 2)));
+    }
+
+    #[test]
+    fn what_was_passed_over_and_why() {
+        let source = [nic(TransportKind::Cuda, "a"), nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")];
+        let destination = [nic(TransportKind::Shm, "b"), nic(TransportKind::Ucx, ""), nic(TransportKind::Tcp, "")];
+        let words = |chosen| {
+            let all = passed_over(&source, &destination, chosen);
+            all.iter().map(PassedOver::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            words(TransportKind::Tcp),
+            [
+                "cuda (only the prefill side has opened it)",
+                "shm (the two are on different hosts)",
+                "ucx (only the decode side has opened it)"
+            ]
+        );
+        assert_eq!(words(TransportKind::Cuda), [""; 0]);
+    }
+}

@@ -1,0 +1,165 @@
+//! What is shown of the way to each peer: its lanes (E3), whether reads over them are zero-copy (E4), and that the device counted them (E5).
+
+use std::time::Instant;
+
+use kvferry_transport::{Event, Evidence, Grade, LibraryName, PeerId};
+
+use crate::counters::Way;
+use crate::device::{Access, Method};
+use crate::transport::UcxTransport;
+
+impl UcxTransport {
+    /// Tells what is known of the link behind a session that has just come up.
+    pub(crate) fn show(&mut self, peer: PeerId) {
+        let Some(link) = self.sessions.get(&peer).map(|session| session.link) else { return };
+        if let Some(evidence) = self.evidence(link) {
+            self.events.push(Event::Shown { peer, evidence: Box::new(evidence) });
+        }
+    }
+
+    /// Bytes went over a link without passing a processor at the end that holds them.
+    pub(crate) fn note_moved(&mut self, link: u64, way: Way, bytes: u64) {
+        let Some(link) = self.links.get_mut(&link).filter(|link| link.proven.is_none() && bytes > 0) else { return };
+        link.moved = Some(way);
+        self.counters.note(way, bytes, Instant::now());
+        if let Some(due) = self.counters.due() {
+            self.note_deadline(due);
+        }
+    }
+
+    /// Looks at the device's counters, if that is due, and tells of every link that they prove.
+    pub(crate) fn prove(&mut self, now: Instant) {
+        if !self.counters.look(now) {
+            if let Some(due) = self.counters.due() {
+                self.note_deadline(due);
+            }
+            return;
+        }
+        let mut proven = Vec::new();
+        for (id, link) in &mut self.links {
+            if let Some(way) = link.moved.filter(|way| link.proven.is_none() && self.counters.covers(*way)) {
+                link.proven = Some(self.counters.words(way));
+                proven.push((*id, link.sessions.iter().copied().collect::<Vec<_>>()));
+            }
+        }
+        for (id, sessions) in proven {
+            let Some(evidence) = self.evidence(id) else { continue };
+            for peer in sessions {
+                self.events.push(Event::Shown { peer, evidence: Box::new(evidence.clone()) });
+            }
+        }
+    }
+
+    fn evidence(&mut self, id: u64) -> Option<Evidence> {
+        let reads = self.reads_memory(id);
+        let lanes = self.lanes(id)?.names();
+        let link = self.links.get(&id)?;
+        let library = self.context.library;
+        let mut evidence = Evidence {
+            library: Some(LibraryName { path: library.path.clone(), version: library.version.to_string() }),
+            ..Evidence::connected(lanes)
+        };
+        let is_rdma = matches!(self.method, Method::Srd | Method::Verbs);
+        if reads {
+            evidence.grade = Grade::E4;
+            evidence = evidence.seen("large reads are zero-copy (rma_bw#)");
+        } else if self.access == Access::TwoSided {
+            evidence = evidence.unseen("remote access, which the two-sided method leaves to UCX's rendezvous");
+        } else {
+            evidence.emulated = is_rdma;
+            evidence = evidence.unseen("zero-copy reads, which these lanes have not: bytes go in messages");
+        }
+        Some(match &link.proven {
+            Some(counted) if reads => Evidence { grade: Grade::E5, ..evidence }.seen(counted.clone()),
+            _ if !is_rdma => evidence.unseen("counters of a device"),
+            _ if reads => evidence
+                .unseen(format!("bytes on the device ({})", self.counters.words(link.moved.unwrap_or(Way::Read)))),
+            _ => evidence,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use kvferry_transport::{Options, Provider, Transport};
+
+    use super::*;
+    use crate::UcxProvider;
+    use crate::context::Context;
+    use crate::counters::Counters;
+    use crate::device::{MEMORY, SysRoot};
+    use crate::library::Library;
+
+    fn open() -> Option<UcxTransport> {
+        let reason = UcxProvider::unavailable();
+        if let Some(reason) = &reason {
+            kvferry_transport::conformance::absent("ucx", reason);
+            return None;
+        }
+        let library = Library::find().unwrap();
+        let found =
+            SysRoot::default().discover(Some(library.version)).into_iter().find(|found| found.name == MEMORY)?;
+        let device = UcxProvider::new().discover().into_iter().find(|device| device.name == MEMORY)?;
+        let info = UcxProvider::new().open(&device, &Options::default()).unwrap().info().clone();
+        let access = Access::OneSided;
+        let context = Context::open(library, &found, access).unwrap();
+        Some(UcxTransport::open(info, found.method, access, context, Options::default()).unwrap())
+    }
+
+    fn shown(transport: &mut UcxTransport) -> Vec<Evidence> {
+        let mut events = Vec::new();
+        transport.poll(&mut events);
+        let one = |event| match event {
+            Event::Shown { evidence, .. } => Some(*evidence),
+            _ => None,
+        };
+        events.into_iter().filter_map(one).collect()
+    }
+
+    /// Counters of a device that is not there, above a connection that is.
+    #[test]
+    fn a_link_is_proven_by_counters_that_cover_its_bytes_and_is_told_of_once() {
+        let (Some(mut here), Some(mut there)) = (open(), open()) else { return };
+        let peer = here.connect(&there.address()).unwrap();
+        let until = Instant::now() + Duration::from_secs(20);
+        let mut first = Vec::new();
+        while first.is_empty() && Instant::now() < until {
+            first.extend(shown(&mut here));
+            shown(&mut there);
+        }
+        let link = here.sessions.get(&peer).unwrap().link;
+        let reads = here.reads_memory(link);
+        let grade = if reads { Grade::E4 } else { Grade::E3 };
+        assert_eq!(first.iter().map(|evidence| evidence.grade).collect::<Vec<_>>(), [grade]);
+        assert!(!first.first().unwrap().lanes.is_empty() && !first.first().unwrap().emulated, "{first:?}");
+
+        let root: PathBuf = std::env::temp_dir().join(format!("kvferry-proof-{}", std::process::id()));
+        let counters = root.join("sys/class/infiniband/rdmap40s0/ports/1/hw_counters");
+        std::fs::create_dir_all(&counters).unwrap();
+        let count = |bytes: &str| std::fs::write(counters.join("rdma_read_bytes"), bytes).unwrap();
+        count("7");
+        here.counters = Counters::open(&SysRoot(root.clone()), "rdmap40s0:1");
+        here.note_moved(link, Way::Read, 4096);
+        assert_eq!(shown(&mut here), [], "the device has counted nothing");
+        count("4103");
+        let mut later = Vec::new();
+        while later.is_empty() && Instant::now() < until {
+            later.extend(shown(&mut here));
+        }
+        std::fs::remove_dir_all(&root).unwrap();
+        // Counters do not make messages zero-copy.
+        let wanted = if reads { Grade::E5 } else { grade };
+        assert_eq!(later.iter().map(|evidence| evidence.grade).collect::<Vec<_>>(), [wanted]);
+        if reads {
+            assert!(
+                later.iter().all(|evidence| evidence.to_string().contains("rdma_read_bytes +4096 for 4096")),
+                "{later:?}"
+            );
+        }
+        here.note_moved(link, Way::Read, 4096);
+        assert_eq!((here.counters.due(), shown(&mut here)), (None, Vec::new()), "proven once");
+    }
+}
