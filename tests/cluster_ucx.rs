@@ -113,6 +113,30 @@ fn ranks_die_and_stop_in_the_middle() {
     }
 }
 
+/// TensorRT-LLM's `backend: UCX`: no remote keys.
+#[test]
+fn messages_of_both_sides() {
+    let model = ["--geometry", "layers=2,kv_heads=8,head_dim=128,dtype=bf16", "--isl", "700", "--requests", "3"];
+    everywhere(&[&model[..], &["--prefill", "tp=2", "--decode", "block=48", "--two-sided"]].concat());
+    if !usable() {
+        return;
+    }
+    let file = std::env::temp_dir().join(format!("kvferry-two-sided-{}.yaml", std::process::id()));
+    std::fs::write(&file, "cache_transceiver_config:\n  backend: UCX\n").unwrap();
+    let case = Case { transport: "auto", direction: "push", in_process: true };
+    let ran = run(&case, &["--model", "tiny", "--config", file.to_str().unwrap()]);
+    std::fs::remove_file(&file).unwrap();
+    ran.check_sound();
+    assert!(ran.stdout.contains("two-sided method"), "{}", ran.stdout);
+}
+
+#[test]
+fn the_two_sided_method_is_of_ucx_only() {
+    let ran = run_bare(&["--model", "tiny", "--transport", "tcp", "--two-sided"]);
+    assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+    assert!(ran.stderr.contains("--transport ucx"), "{}", ran.stderr);
+}
+
 #[test]
 fn a_device_that_is_not_there_is_named() {
     let ran = run_bare(&["--model", "tiny", "--transport", "ucx", "--devices", "rdmap9s0:1"]);

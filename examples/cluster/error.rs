@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use kvferry::transport::SelectError;
-use kvferry::{GeometryError, Role, SpecError};
+use kvferry::{GeometryError, Role, SpecError, TransportKind};
 use thiserror::Error;
 
 /// Everything is checked before anything starts; each message names the option, its value and a remedy.
@@ -76,6 +76,8 @@ pub(crate) enum UsageError {
     FaultRank { option: &'static str, value: String, role: Role, last: u64 },
     #[error("--{option} {value}: nothing inside this process can be killed, stopped or paused; leave --in-process out")]
     FaultInProcess { option: &'static str, value: String },
+    #[error("--two-sided: it is a method of ucx, and {transport} has none; say --transport ucx, or leave it out")]
+    TwoSidedWithoutUcx { transport: TransportKind },
     #[error("--gpus {value}: --transport {transport} uses no GPUs; say --transport cuda, or leave --gpus out")]
     GpusWithoutCuda { value: String, transport: String },
     #[error("--config {}: it cannot be read: {source}; name a readable file", file.display())]

@@ -16,12 +16,15 @@ const LOCAL: [(&str, &str); 3] = [("shm", "memory"), ("tcp", "lo"), ("ucx", "mem
 pub(crate) struct NicChoice {
     pub(crate) kind: TransportKind,
     pub(crate) device: String,
+    /// Both sides move the bytes (ucx).
+    pub(crate) two_sided: bool,
 }
 
 impl NicChoice {
     /// How it is opened.
     pub(crate) fn select(&self) -> Result<OpenNic, transport::SelectError> {
-        transport::select(self.kind, Some(&self.device), &Options::default())
+        let options = Options { two_sided: self.two_sided, ..Options::default() };
+        transport::select(self.kind, Some(&self.device), &options)
     }
 }
 
@@ -33,6 +36,17 @@ pub(crate) fn devices(options: &crate::options::Options) -> Result<Option<String
     }
     let names: Vec<String> = gpus.split(',').map(|gpu| format!("gpu{}", gpu.trim())).collect();
     Ok(Some(names.join(",")))
+}
+
+/// Has both sides move the bytes over these, which must be UCX's.
+pub(crate) fn two_sided(nics: &mut [NicChoice]) -> Result<(), UsageError> {
+    for nic in nics {
+        if nic.kind != TransportKind::Ucx {
+            return Err(UsageError::TwoSidedWithoutUcx { transport: nic.kind });
+        }
+        nic.two_sided = true;
+    }
+    Ok(())
 }
 
 /// The devices that `--transport` and `--devices` name, checked against those of this host.
@@ -54,7 +68,11 @@ pub(crate) fn choose(wanted: &str, devices: Option<&str>) -> Result<Vec<NicChoic
     let wants = |kind: &str| kind == wanted || (wanted == "auto" && asked(kind));
     for provider in providers.iter().filter(|provider| wants(provider.kind().name())) {
         let found = provider.discover();
-        known.extend(found.into_iter().map(|device| NicChoice { kind: device.kind, device: device.name }));
+        known.extend(found.into_iter().map(|device| NicChoice {
+            kind: device.kind,
+            device: device.name,
+            two_sided: false,
+        }));
     }
     let chosen = match devices {
         Some(list) => {
@@ -118,7 +136,7 @@ fn unlisted(providers: &[&dyn Provider], entry: &str) -> Result<NicChoice, Strin
         let name = entry.strip_prefix(&format!("{kind}:")).unwrap_or(entry);
         match provider.named(name) {
             Some(device) => match device.unavailable {
-                None => return Ok(NicChoice { kind, device: device.name }),
+                None => return Ok(NicChoice { kind, device: device.name, two_sided: false }),
                 Some(reason) => why = format!(" ({reason})"),
             },
             None => continue,

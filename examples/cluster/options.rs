@@ -64,6 +64,10 @@ pub(crate) struct Options {
     /// Devices by name, best first within each transport: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]
     #[arg(long, value_name = "LIST")]
     pub(crate) devices: Option<String>,
+    /// With --transport ucx: active messages by rendezvous instead of remote access, as TensorRT-LLM's `backend: UCX` [default: what the
+    /// method of --config says]
+    #[arg(long)]
+    pub(crate) two_sided: bool,
     /// With --transport cuda: the GPUs, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one]
     #[arg(long, value_name = "LIST", conflicts_with = "devices")]
     pub(crate) gpus: Option<String>,

@@ -9,6 +9,8 @@ use kvferry::{
     TransportKind,
 };
 
+use kvferry_trtllm::Method;
+
 use crate::config;
 use crate::error::UsageError;
 use crate::fault::{Action, Fault};
@@ -83,7 +85,7 @@ impl Setup {
         let planned: String = plan.as_ref().map(|plan| plan.devices.value.join(",")).unwrap_or_default();
         // Devices of the plan belong to its transport.
         let of_plan = (transport != options.transport && !planned.is_empty()).then_some(planned.as_str());
-        let nics = nics::choose(transport, devices.as_deref().or(of_plan)).map_err(|error| {
+        let mut nics = nics::choose(transport, devices.as_deref().or(of_plan)).map_err(|error| {
             match (error, options.config.as_deref().filter(|_| transport != options.transport)) {
                 (UsageError::UnknownTransport { name, known }, Some(file)) => {
                     UsageError::PlannedTransport { file: file.to_owned(), name, known }
@@ -91,6 +93,11 @@ impl Setup {
                 (error, _) => error,
             }
         })?;
+        let is_planned =
+            transport != options.transport && plan.as_ref().is_some_and(|plan| plan.method.value == Method::Ucx);
+        if options.two_sided || is_planned {
+            nics::two_sided(&mut nics)?;
+        }
         let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);
         let counts = (prefill.ranks(), decode.ranks());
         let faults =

@@ -81,6 +81,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     thread_blocks: Option<u32>,
 
+    /// Active messages by rendezvous instead of remote access (ucx).
+    #[arg(long)]
+    two_sided: bool,
+
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,

@@ -21,6 +21,9 @@ pub(crate) enum BenchError {
     /// GPUs are CUDA's.
     #[error("--from-gpu, --to-gpu and --thread-blocks are for --transport cuda only; leave them out")]
     NoGpus,
+    /// The two-sided method is UCX's.
+    #[error("--two-sided is for --transport ucx only; leave it out")]
+    NoTwoSides,
     /// There is no memory for a pool.
     #[error(transparent)]
     Allocate(#[from] AllocateError),
@@ -82,6 +85,7 @@ impl BenchError {
             self,
             BenchError::NoStreams
                 | BenchError::NoGpus
+                | BenchError::NoTwoSides
                 | BenchError::Select(SelectError::UnknownDevice { .. })
                 | BenchError::Geometry(_)
                 | BenchError::Plan(_)

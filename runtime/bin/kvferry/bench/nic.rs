@@ -40,6 +40,10 @@ impl Nic {
             return Err(BenchError::NoGpus);
         }
         how.thread_blocks = options.thread_blocks.unwrap_or(how.thread_blocks);
+        if options.two_sided && options.transport != TransportKind::Ucx {
+            return Err(BenchError::NoTwoSides);
+        }
+        how.two_sided = options.two_sided;
         let open = transport::select(options.transport, options.device_of(holds).as_deref(), &how)?;
         let spin = ThreadOptions::for_nic_threads(NIC_THREADS).spin;
         Ok(Nic { transport: open()?, spin, worked: Instant::now() })

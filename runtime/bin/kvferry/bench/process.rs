@@ -47,6 +47,9 @@ impl PeerProcess {
         if let Some(streams) = options.streams {
             command.arg("--streams").arg(streams.to_string());
         }
+        if options.two_sided {
+            command.arg("--two-sided");
+        }
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().map_err(BenchError::Spawn)?;
         let pipes = child.stdout.take().zip(child.stdin.take());
