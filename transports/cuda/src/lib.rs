@@ -15,12 +15,15 @@
 mod allocation;
 mod backend;
 mod blocks;
+mod bounds;
 mod buffer;
 mod copy;
 mod driver;
 #[cfg(test)]
 mod emulated;
 mod gpu;
+#[cfg(test)]
+mod hostile;
 mod launch;
 mod memory;
 mod planes;

@@ -24,6 +24,7 @@ pub(crate) struct GpuMemory {
     stream: Stream,
     /// Name in this process.
     pub(crate) number: u64,
+    pub(crate) regions: Vec<DeviceRegion>,
     allocations: Vec<Option<Allocation>>,
     _keep_alive: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -57,7 +58,7 @@ pub fn allocate(ordinal: u32, id: PoolId, layout: PoolLayout, how: Allocate) -> 
         regions.push(DeviceRegion { address: allocation.as_ref().map_or(0, |a| a.address), bytes });
         allocations.push(allocation);
     }
-    let memory = GpuMemory::new(gpu, allocations, None)?;
+    let memory = GpuMemory::new(gpu, regions.clone(), allocations, None)?;
     // SAFETY: every region is an allocation of at least its length that the memory holds.
     unsafe { Pool::on_device(id, layout, regions, memory) }
 }
@@ -93,7 +94,7 @@ pub unsafe fn from_raw(
             Err(error) => return Err(refused(format!("{:#x} is no GPU memory ({error})", region.address))),
         }
     }
-    let memory = GpuMemory::new(gpu, Vec::new(), Some(keep_alive))?;
+    let memory = GpuMemory::new(gpu, regions.clone(), Vec::new(), Some(keep_alive))?;
     // SAFETY: the caller's promise.
     unsafe { Pool::on_device(id, layout, regions, memory) }
 }
@@ -101,6 +102,7 @@ pub unsafe fn from_raw(
 impl GpuMemory {
     fn new(
         gpu: Arc<Gpu>,
+        regions: Vec<DeviceRegion>,
         allocations: Vec<Option<Allocation>>,
         keep_alive: Option<Arc<dyn Any + Send + Sync>>,
     ) -> Result<Arc<GpuMemory>, PoolError> {
@@ -110,7 +112,7 @@ impl GpuMemory {
         alive.0 += 1;
         let number = alive.0;
         let label = gpu.label();
-        let memory = Arc::new(GpuMemory { gpu, label, stream, number, allocations, _keep_alive: keep_alive });
+        let memory = Arc::new(GpuMemory { gpu, label, stream, number, regions, allocations, _keep_alive: keep_alive });
         alive.1.insert(number, Arc::downgrade(&memory));
         Ok(memory)
     }
@@ -124,6 +126,17 @@ impl GpuMemory {
     /// Memory of this process by its name.
     pub(crate) fn find(number: u64) -> Option<Arc<GpuMemory>> {
         ALIVE.lock().unwrap_or_else(PoisonError::into_inner).1.get(&number).and_then(Weak::upgrade)
+    }
+
+    /// Whether all of it is plain memory, which another GPU of this process reaches as it is.
+    pub(crate) fn is_plain(&self) -> bool {
+        let plain = |(part, _): &Piece| matches!(part.how, How::Ipc { .. });
+        let exported = |index| {
+            self.regions.get(index).is_none_or(|region: &DeviceRegion| {
+                region.bytes == 0 || self.export(index, *region).is_ok_and(|pieces| pieces.iter().all(plain))
+            })
+        };
+        (0..self.regions.len()).all(exported)
     }
 
     /// How a region can be given to another process, piece by piece, and the descriptors for it.

@@ -139,7 +139,8 @@ impl<B: Backend> LocalTransport<B> {
         if epoll::wait(&self.poller, spare_capacity(&mut self.ready), Some(&zero)).is_err() {
             return;
         }
-        for event in std::mem::take(&mut self.ready) {
+        let mut ready = std::mem::take(&mut self.ready);
+        for event in ready.drain(..) {
             match event.data.u64() {
                 LISTENER => self.accept_all(),
                 TIMER => {
@@ -158,7 +159,8 @@ impl<B: Backend> LocalTransport<B> {
                 }
             }
         }
-        self.ready = Vec::with_capacity(READY_MAX);
+        // Its room serves the next poll, too.
+        self.ready = ready;
     }
 
     /// Copies in turn, a slice of each transfer, until the budget is spent or everything waits.
