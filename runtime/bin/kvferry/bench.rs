@@ -81,6 +81,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     thread_blocks: Option<u32>,
 
+    /// Also take the GPU's time of every transfer by CUDA events (cuda), which costs each a few microseconds: `gpu_seconds`.
+    #[arg(long)]
+    gpu_times: bool,
+
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,

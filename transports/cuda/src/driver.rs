@@ -224,11 +224,25 @@ pub(crate) unsafe fn synchronize(stream: Stream) -> Result<(), CudaError> {
     unsafe { call!(cuStreamSynchronize(stream)) }
 }
 
-pub(crate) fn create_event() -> Result<EventHandle, CudaError> {
+/// One whose time is taken costs the GPU a little more.
+pub(crate) fn create_event(is_timed: bool) -> Result<EventHandle, CudaError> {
+    let flags =
+        if is_timed { sys::CUevent_flags::CU_EVENT_DEFAULT } else { sys::CUevent_flags::CU_EVENT_DISABLE_TIMING };
     let mut event = std::ptr::null_mut();
     // SAFETY: the driver writes the handle.
-    unsafe { call!(cuEventCreate(&mut event, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32))? };
+    unsafe { call!(cuEventCreate(&mut event, flags as u32))? };
     Ok(event)
+}
+
+/// Milliseconds between two records.
+///
+/// # Safety
+/// Both events exist, are timed and done.
+pub(crate) unsafe fn elapsed(start: EventHandle, end: EventHandle) -> Result<f32, CudaError> {
+    let mut milliseconds = 0.0;
+    // SAFETY: the caller's promise; the driver writes the number.
+    unsafe { call!(cuEventElapsedTime_v2(&mut milliseconds, start, end))? };
+    Ok(milliseconds)
 }
 
 /// # Safety

@@ -25,6 +25,9 @@ pub(crate) struct Report {
     plan_microseconds: f64,
     /// Of both processes while the bytes moved: median.
     cpu_seconds: f64,
+    /// The destination's GPU by CUDA events, with `--gpu-times`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_seconds: Option<Spread>,
     /// Whether every byte was right.
     verified: bool,
     #[serde(skip)]
@@ -62,6 +65,7 @@ impl Report {
             gigabytes_per_second: shape.bytes() as f64 / seconds.p50 / 1e9,
             plan_microseconds: spread(|sample| sample.plan).p50 * 1e6,
             cpu_seconds: spread(|sample| sample.processor).p50,
+            gpu_seconds: options.gpu_times.then(|| spread(|sample| sample.gpu)),
             verified: mismatch.is_none(),
             shape: (2 * options.layers, options.blocks, options.block_bytes, options.iters),
             mismatch,
@@ -79,6 +83,10 @@ impl Report {
         let (planes, blocks, block_bytes, iters) = self.shape;
         let Spread { min, p50, max } = self.seconds;
         let milliseconds = |seconds: f64| format!("{:.3}", seconds * 1e3);
+        let gpu = self.gpu_seconds.map(|Spread { min, p50, max }| {
+            let text = format!("{} median, {} to {}", milliseconds(p50), milliseconds(min), milliseconds(max));
+            ("GPU ms", text)
+        });
         let rows = [
             ("path", format!("{} on {}, {}, between two processes", self.transport, self.device, self.op)),
             ("request", format!("{planes} planes × {blocks} blocks × {block_bytes} bytes")),
@@ -90,7 +98,9 @@ impl Report {
             ("CPU ms", format!("{} in both processes", milliseconds(self.cpu_seconds))),
             ("verified", if self.verified { "every byte".to_owned() } else { "NO".to_owned() }),
         ];
-        rows.map(|(name, value)| format!("{name:<9} {value}")).join("\n")
+        let lines: Vec<String> =
+            rows.into_iter().chain(gpu).map(|(name, value)| format!("{name:<9} {value}")).collect();
+        lines.join("\n")
     }
 }
 
