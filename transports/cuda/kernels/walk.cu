@@ -13,6 +13,7 @@ typedef unsigned long long u64;
 #define BATCH 8
 #define WARPS_MAX 32
 #define INLINE_BYTES 3840
+#define SMALL_BYTES 1024
 
 // One plane of a pool: block b lies at base + b * stride.
 struct Plane {
@@ -54,8 +55,8 @@ struct Rectangle {
     u32 flags;
 };
 
-struct alignas(16) Payload {
-    u8 bytes[INLINE_BYTES];
+template <u32 BYTES> struct alignas(16) Payload {
+    u8 bytes[BYTES];
 };
 
 template <typename V> __device__ __forceinline__ V load(const u8 *at) { return __ldcs((const V *)at); }
@@ -391,9 +392,15 @@ __device__ __forceinline__ void finish(const Done &done) {
     *(volatile u32 *)done.flag = done.serial;
 }
 
-// Small launches bring their payload as an argument.
+// Small launches bring their payload as an argument, which costs the less the shorter it is.
 extern "C" __global__ void __launch_bounds__(1024, 1)
-    kvferry_walk_inline(const __grid_constant__ Payload payload, u32 rectangles, u32 items, Done done) {
+    kvferry_walk_small(const __grid_constant__ Payload<SMALL_BYTES> payload, u32 rectangles, u32 items, Done done) {
+    walk(payload.bytes, rectangles, items);
+    finish(done);
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    kvferry_walk_inline(const __grid_constant__ Payload<INLINE_BYTES> payload, u32 rectangles, u32 items, Done done) {
     walk(payload.bytes, rectangles, items);
     finish(done);
 }

@@ -18,6 +18,7 @@ pub(crate) struct Gpu {
     pub(crate) granularity: Option<u64>,
     pub(crate) walk: Function,
     pub(crate) walk_inline: Function,
+    pub(crate) walk_small: Function,
     pub(crate) fill: Function,
     pub(crate) check: Function,
     device: DeviceHandle,
@@ -101,6 +102,7 @@ impl Gpu {
             granularity,
             walk: null,
             walk_inline: null,
+            walk_small: null,
             fill: null,
             check: null,
             device,
@@ -111,6 +113,7 @@ impl Gpu {
         unsafe {
             gpu.walk = driver::function(module, ptx::WALK)?;
             gpu.walk_inline = driver::function(module, ptx::WALK_INLINE)?;
+            gpu.walk_small = driver::function(module, ptx::WALK_SMALL)?;
             gpu.fill = driver::function(module, ptx::FILL)?;
             gpu.check = driver::function(module, ptx::CHECK)?;
         }

@@ -11,7 +11,9 @@ use crate::gpu::Gpu;
 use crate::rectangle::{Payload, RECTANGLE_BYTES};
 
 /// Bytes of a payload that travels as a kernel's argument, as in `walk.cu`.
-const INLINE_BYTES: usize = 3840;
+pub(crate) const INLINE_BYTES: usize = 3840;
+/// The same where it is short, which launches faster.
+pub(crate) const SMALL_BYTES: usize = 1024;
 const THREADS: u32 = 1024;
 const WARPS: u32 = THREADS / 32;
 /// A transfer's launches are in one stream; small transfers overtake large ones in another.
@@ -128,19 +130,21 @@ impl Launcher {
         let blocks = self.blocks.min(payload.items.div_ceil(WARPS)).max(1);
         let (mut rectangles, mut items) = (payload.rectangles, payload.items);
         let rest = [(&raw mut rectangles).cast::<c_void>(), (&raw mut items).cast(), (&raw mut done).cast()];
-        let started = if payload.bytes.len() <= INLINE_BYTES {
+        let length = payload.bytes.len();
+        let started = if length <= INLINE_BYTES {
             let mut words = Inline([0; INLINE_BYTES]);
-            words.0.iter_mut().zip(&payload.bytes).for_each(|(to, from)| *to = *from);
+            words.0.get_mut(..length).ok_or("a payload without room")?.copy_from_slice(&payload.bytes);
             let mut parameters = [(&raw mut words).cast(), rest[0], rest[1], rest[2]];
-            // SAFETY: the parameters are those of the kernel; the caller's promise for what it touches.
-            unsafe { driver::launch(self.gpu.walk_inline, blocks, THREADS, stream, &mut parameters) }
+            let function = if length <= SMALL_BYTES { self.gpu.walk_small } else { self.gpu.walk_inline };
+            // SAFETY: the parameters are those of the kernel, or begin with its; the caller's promise for what it touches.
+            unsafe { driver::launch(function, blocks, THREADS, stream, &mut parameters) }
         } else {
-            let (host, device) = slot.room(payload.bytes.len())?;
+            let (host, device) = slot.room(length)?;
             let (from, mut address) = (host.write(&payload.bytes), device.address());
             let mut parameters = [(&raw mut address).cast(), rest[0], rest[1], rest[2]];
             // SAFETY: as above; both buffers belong to the launch until it has ended, and have room for the payload.
             unsafe {
-                driver::upload(address, from, payload.bytes.len(), stream)
+                driver::upload(address, from, length, stream)
                     .and_then(|()| driver::launch(self.gpu.walk, blocks, THREADS, stream, &mut parameters))
             }
         };
