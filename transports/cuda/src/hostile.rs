@@ -105,7 +105,8 @@ fn a_descriptor_may_be_anything() {
 fn a_handle_may_be_anything() {
     let pool = pool(Allocate::Plain);
     for handle in [vec![0; 64], vec![0xff; 64], (0..64).collect(), vec![7; 63]] {
-        refused(words(None, 0, part(BYTES, How::Ipc { handle, offset: 0 })), Vec::new(), BYTES);
+        refused(words(None, 0, part(BYTES, How::Ipc { handle: handle.clone(), offset: 0 })), Vec::new(), BYTES);
+        refused(words(None, 0, part(BYTES, How::Fabric { handle, offset: 0 })), Vec::new(), BYTES);
     }
     is_well(&pool);
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use kvferry_core::{PoolId, PoolLayout};
 use kvferry_transport::{DeviceMemory, DeviceRegion, Pool, PoolError};
 
-use crate::allocation::{Allocate, Allocation};
+use crate::allocation::{Allocate, Allocation, Handle};
 use crate::driver::{self, Stream};
 use crate::gpu::{Gpu, label};
 use crate::shared::{How, Part};
@@ -142,10 +142,13 @@ impl GpuMemory {
     /// How a region can be given to another process, piece by piece, and the descriptors for it.
     pub(crate) fn export(&self, index: usize, region: DeviceRegion) -> Result<Vec<Piece>, String> {
         self.gpu.enter()?;
-        if let Some((descriptor, bytes)) =
-            self.allocations.get(index).and_then(Option::as_ref).and_then(|a| a.descriptor())
-        {
-            return Ok(vec![(Part { bytes, how: How::Descriptor { offset: 0 } }, Some(descriptor))]);
+        if let Some((handle, bytes)) = self.allocations.get(index).and_then(Option::as_ref).and_then(|a| a.handle()) {
+            return Ok(vec![match handle {
+                Handle::Descriptor(fd) => (Part { bytes, how: How::Descriptor { offset: 0 } }, Some(fd)),
+                Handle::Fabric(handle) => {
+                    (Part { bytes, how: How::Fabric { handle: handle.to_vec(), offset: 0 } }, None)
+                }
+            }]);
         }
         let unshareable = |why: String| format!("memory at {:#x} cannot be shared: {why}. {REMEDY}", region.address);
         let mut parts = Vec::new();

@@ -12,6 +12,7 @@ use crate::copy::Pace;
 use crate::gpu::{Gpu, find, label};
 use crate::launch::Launcher;
 use crate::memory::allocate;
+use crate::paths;
 
 /// Opens GPUs: `gpu0` is the first that this process may use (`CUDA_VISIBLE_DEVICES`).
 #[derive(Clone, Copy, Debug, Default)]
@@ -72,7 +73,14 @@ impl Provider for CudaProvider {
         let gpu = Gpu::open(ordinal).map_err(unavailable)?;
         let version = gpu.driver_version;
         let uuid: String = gpu.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
-        let library = format!("libcuda, CUDA {}.{}, {} {uuid}", version / 1000, version % 1000 / 10, gpu.name);
+        let library = format!(
+            "libcuda, CUDA {}.{}, {} {uuid}; {}; {}",
+            version / 1000,
+            version % 1000 / 10,
+            gpu.name,
+            gpu.sharing(),
+            paths::describe(&gpu)
+        );
         let launcher = Launcher::new(&gpu, options.thread_blocks, self.timed).map_err(unavailable)?;
         let info = NicInfo {
             kind: TransportKind::Cuda,

@@ -17,6 +17,7 @@ use crate::bounds::{fits, placed, total};
 use crate::driver::{self, Physical};
 use crate::gpu::Gpu;
 use crate::memory::GpuMemory;
+use crate::paths;
 use crate::planes::Planes;
 
 /// Pieces of physical memory that one region may consist of.
@@ -52,6 +53,19 @@ pub(crate) enum How {
     Descriptor { offset: u64 },
     /// A legacy CUDA IPC handle.
     Ipc { handle: Vec<u8>, offset: u64 },
+    /// A fabric handle.
+    Fabric { handle: Vec<u8>, offset: u64 },
+}
+
+impl How {
+    fn offset(&self) -> u64 {
+        let (How::Descriptor { offset } | How::Ipc { offset, .. } | How::Fabric { offset, .. }) = self;
+        *offset
+    }
+}
+
+fn handle_of(bytes: &[u8]) -> Result<[u8; 64], String> {
+    bytes.try_into().map_err(|_| format!("its handle has {} bytes instead of 64", bytes.len()))
 }
 
 pub(crate) fn process() -> Option<[u8; 16]> {
@@ -154,6 +168,7 @@ pub(crate) fn reach(
             return Ok(Reached { planes, _mappings: Vec::new(), _owner: Some(owner) });
         }
     }
+    paths::check(gpu, described.uuid, &described.gpu)?;
     let mut mapper = Mapper {
         gpu,
         from: &described.gpu,
@@ -205,11 +220,11 @@ impl Mapper<'_> {
         if parts.len() > PARTS_MAX {
             return Err(format!("its region consists of {} pieces, at most {PARTS_MAX} are mapped", parts.len()));
         }
-        let (How::Descriptor { offset } | How::Ipc { offset, .. }) = first.how;
+        let offset = first.how.offset();
         let shared = total(parts.iter().map(|part| part.bytes), offset, bytes)?;
         match &first.how {
             How::Ipc { handle, .. } if parts.len() == 1 => {
-                let address = self.ipc(handle)?;
+                let address = self.ipc(handle_of(handle)?)?;
                 // How long it really is the driver knows, for every region anew: they may share a handle.
                 placed(address, offset, bytes, driver::allocation_of(address)?)
             }
@@ -220,8 +235,7 @@ impl Mapper<'_> {
         }
     }
 
-    fn ipc(&mut self, handle: &[u8]) -> Result<u64, String> {
-        let handle: [u8; 64] = handle.try_into().map_err(|_| "its IPC handle has another length".to_owned())?;
+    fn ipc(&mut self, handle: [u8; 64]) -> Result<u64, String> {
         if let Some(&address) = self.opened.get(&handle) {
             return Ok(address);
         }
@@ -239,16 +253,22 @@ impl Mapper<'_> {
         let (to, from) = (self.gpu.label(), self.from);
         let refused = |error: driver::CudaError| {
             format!(
-                "its memory on {from} cannot be mapped on {to}: {error}; peer access is needed (nvidia-smi topo -p2p r)"
+                "its memory on {from} cannot be mapped on {to}: {error}; peer access (nvidia-smi topo -p2p r) is needed, and for fabric \
+                 handles the same IMEX domain and channel"
             )
         };
         let mut pieces = Handles(Vec::with_capacity(parts.len()));
         for part in parts {
-            if !matches!(part.how, How::Descriptor { .. }) {
-                return Err("its region mixes kinds of memory".to_owned());
-            }
-            let descriptor = self.descriptors.next().ok_or("it sent fewer descriptors than its memory has pieces")?;
-            pieces.0.push((driver::import(descriptor.as_fd()).map_err(refused)?, part.bytes));
+            let imported = match &part.how {
+                How::Descriptor { .. } => {
+                    let descriptor = self.descriptors.next();
+                    let descriptor = descriptor.ok_or("it sent fewer descriptors than its memory has pieces")?;
+                    driver::import(descriptor.as_fd())
+                }
+                How::Fabric { handle, .. } => driver::import_fabric(handle_of(handle)?),
+                How::Ipc { .. } => return Err("its region mixes kinds of memory".to_owned()),
+            };
+            pieces.0.push((imported.map_err(refused)?, part.bytes));
         }
         // Read-only where the driver can: then not even a faulty kernel here could write it.
         let address = mapped(&pieces.0, self.gpu.ordinal, false)

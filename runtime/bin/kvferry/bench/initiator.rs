@@ -21,7 +21,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
     let deadline = Deadline::of(options);
     let shape = Shape::of(options)?;
     let nic = Nic::open(options, options.op.here())?;
-    let device = nic.transport.info().device.clone();
+    let (device, library) = (nic.transport.info().device.clone(), nic.transport.info().library.clone());
     let mut peer = PeerProcess::start(options, &device)?;
     let there = options.device_of(options.op.there()).unwrap_or_else(|| device.clone());
     let device = if there == device {
@@ -33,7 +33,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
     match compare(options, &shape, nic, &mut peer.words, deadline) {
         Ok((samples, mismatch)) => {
             peer.finish(deadline)?;
-            Ok(Report::new(options, device, &shape, &samples, mismatch))
+            Ok(Report::new(options, (device, library), &shape, &samples, mismatch))
         }
         Err(error) => Err(peer.explain(error)),
     }

@@ -13,6 +13,9 @@ use super::kv::Shape;
 pub(crate) struct Report {
     transport: &'static str,
     device: String,
+    /// The native library here, and what it says of the device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    library: Option<String>,
     op: &'static str,
     /// Blocks of the request in all planes, whatever the transport makes of them.
     pieces: u64,
@@ -47,7 +50,7 @@ struct Spread {
 impl Report {
     pub(crate) fn new(
         options: &Options,
-        device: String,
+        (device, library): (String, Option<String>),
         shape: &Shape,
         samples: &[Sample],
         mismatch: Option<String>,
@@ -58,6 +61,7 @@ impl Report {
         Report {
             transport: options.transport.name(),
             device,
+            library,
             op: options.op.name(),
             pieces: shape.pieces(),
             bytes: shape.bytes(),
@@ -98,8 +102,9 @@ impl Report {
             ("CPU ms", format!("{} in both processes", milliseconds(self.cpu_seconds))),
             ("verified", if self.verified { "every byte".to_owned() } else { "NO".to_owned() }),
         ];
+        let library = self.library.clone().map(|library| ("library", library));
         let lines: Vec<String> =
-            rows.into_iter().chain(gpu).map(|(name, value)| format!("{name:<9} {value}")).collect();
+            rows.into_iter().chain(gpu).chain(library).map(|(name, value)| format!("{name:<9} {value}")).collect();
         lines.join("\n")
     }
 }
