@@ -85,6 +85,10 @@ pub(crate) struct Options {
     #[arg(long)]
     two_sided: bool,
 
+    /// Also take the GPU's time of every transfer by CUDA events (cuda), which costs each a few microseconds: `gpu_seconds`.
+    #[arg(long)]
+    gpu_times: bool,
+
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,

@@ -32,6 +32,13 @@ template <typename V> static void __stcs(V *at, V value) {
         misaligned++;
     __builtin_memcpy(at, &value, sizeof(V));
 }
+static unsigned atomicAdd(unsigned *at, unsigned value) {
+    const unsigned before = *at;
+    *at += value;
+    return before;
+}
+static void __syncthreads() {}
+static void __threadfence_system() {}
 static unsigned long long atomicAdd(unsigned long long *at, unsigned long long value) { return *at += value; }
 static void atomicMin(unsigned long long *at, unsigned long long value) {
     if (value < *at)
@@ -40,21 +47,28 @@ static void atomicMin(unsigned long long *at, unsigned long long value) {
 
 #include "walk.cu"
 
-// Runs the walking kernel, and says how many accesses were not aligned as a GPU needs them.
+// Runs the walking kernel, and says how many accesses were not aligned as a GPU needs them, and whether its end was not told as it should be.
 extern "C" unsigned long long emulate(const unsigned char *payload, unsigned rectangles, unsigned items, unsigned blocks, unsigned warps,
-                                      int is_inline) {
+                                      unsigned argument_bytes) {
     misaligned = 0;
     gridDim.x = blocks;
     blockDim.x = warps * 32;
-    static Payload argument;
-    if (is_inline)
+    static Payload<SMALL_BYTES> small;
+    static Payload<INLINE_BYTES> argument;
+    unsigned ended = 0, flag = 0;
+    const Done done = {&ended, &flag, 7};
+    if (argument_bytes == SMALL_BYTES)
+        __builtin_memcpy(small.bytes, payload, SMALL_BYTES);
+    else if (argument_bytes == INLINE_BYTES)
         __builtin_memcpy(argument.bytes, payload, INLINE_BYTES);
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) {
-            if (is_inline)
-                kvferry_walk_inline(argument, rectangles, items);
+            if (argument_bytes == SMALL_BYTES)
+                kvferry_walk_small(small, rectangles, items, done);
+            else if (argument_bytes == INLINE_BYTES)
+                kvferry_walk_inline(argument, rectangles, items, done);
             else
-                kvferry_walk(payload, rectangles, items);
+                kvferry_walk(payload, rectangles, items, done);
         }
-    return misaligned;
+    return misaligned + (flag != 7) + ended;
 }

@@ -13,6 +13,7 @@ typedef unsigned long long u64;
 #define BATCH 8
 #define WARPS_MAX 32
 #define INLINE_BYTES 3840
+#define SMALL_BYTES 1024
 
 // One plane of a pool: block b lies at base + b * stride.
 struct Plane {
@@ -54,8 +55,8 @@ struct Rectangle {
     u32 flags;
 };
 
-struct alignas(16) Payload {
-    u8 bytes[INLINE_BYTES];
+template <u32 BYTES> struct alignas(16) Payload {
+    u8 bytes[BYTES];
 };
 
 template <typename V> __device__ __forceinline__ V load(const u8 *at) { return __ldcs((const V *)at); }
@@ -324,22 +325,25 @@ __device__ __noinline__ void scattered(const Rectangle *rectangles, const u32 *t
 // at once, and then all of them move one after another.
 __device__ __forceinline__ void walk(const u8 *payload, u32 rectangles, u32 items) {
     __shared__ Move plans[WARPS_MAX][32];
-    const u32 lane = threadIdx.x & 31, warps = blockDim.x >> 5, stride = gridDim.x * warps;
+    const u32 lane = threadIdx.x & 31, stride = blockDim.x >> 5;
+    // Every thread block has items of its own, one behind the other: few planes, and few pages for its address translation.
+    const u32 share = (items + gridDim.x - 1) / gridDim.x, start = blockIdx.x * share;
+    const u32 end = items < start + share ? items : start + share;
     const Rectangle *first = (const Rectangle *)payload;
     const u32 *tables = (const u32 *)(first + rectangles);
     Move *moves = plans[threadIdx.x >> 5];
     u32 at = 0;
-    for (u32 base = blockIdx.x * warps + (threadIdx.x >> 5); base < items; base += 32 * stride) {
+    for (u32 base = start + (threadIdx.x >> 5); base < end; base += 32 * stride) {
 #ifdef KVFERRY_EMULATED
         // Lanes run one after another there: each plans for all.
         for (u32 turn = 0; turn < 32; turn++) {
             at = 0;
-            plan(first, tables, items, base + turn * stride, &at, &moves[turn]);
+            plan(first, tables, end, base + turn * stride, &at, &moves[turn]);
         }
 #else
         // Not before every lane has read the plans of the last round.
         __syncwarp();
-        plan(first, tables, items, base + lane * stride, &at, &moves[lane]);
+        plan(first, tables, end, base + lane * stride, &at, &moves[lane]);
         __syncwarp();
 #endif
         // No call is in this loop, so that all of it stays in registers.
@@ -365,14 +369,45 @@ __device__ __forceinline__ void walk(const u8 *payload, u32 rectangles, u32 item
     }
 }
 
-// Small launches bring their payload as an argument.
-extern "C" __global__ void __launch_bounds__(1024, 1)
-    kvferry_walk_inline(const __grid_constant__ Payload payload, u32 rectangles, u32 items) {
-    walk(payload.bytes, rectangles, items);
+// How the host learns that a launch has moved everything, a little before the driver knows that the kernel has ended.
+struct Done {
+    // How many thread blocks have ended; zero between launches.
+    u32 *blocks;
+    // In host memory.
+    u32 *flag;
+    // What the flag becomes.
+    u32 serial;
+};
+
+__device__ __forceinline__ void finish(const Done &done) {
+    // The barrier puts what all threads stored before the fence, and the fence before the flag, for whoever sees it, on this GPU or elsewhere.
+    __syncthreads();
+    if (threadIdx.x != 0)
+        return;
+    __threadfence_system();
+    if (atomicAdd(done.blocks, 1u) + 1 != gridDim.x)
+        return;
+    *done.blocks = 0;
+    __threadfence_system();
+    *(volatile u32 *)done.flag = done.serial;
 }
 
-extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_walk(const u8 *payload, u32 rectangles, u32 items) {
+// Small launches bring their payload as an argument, which costs the less the shorter it is.
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    kvferry_walk_small(const __grid_constant__ Payload<SMALL_BYTES> payload, u32 rectangles, u32 items, Done done) {
+    walk(payload.bytes, rectangles, items);
+    finish(done);
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    kvferry_walk_inline(const __grid_constant__ Payload<INLINE_BYTES> payload, u32 rectangles, u32 items, Done done) {
+    walk(payload.bytes, rectangles, items);
+    finish(done);
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_walk(const u8 *payload, u32 rectangles, u32 items, Done done) {
     walk(payload, rectangles, items);
+    finish(done);
 }
 
 // --- Verification: blocks whose every byte is known, written and compared where they lie. ---

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::driver::{self, CudaError, Physical};
+use crate::driver::{self, CudaError, HandleKind, Physical};
 use crate::gpu::Gpu;
 
 /// Plain allocations are whole pages of this, so that an exported one shows nothing else.
@@ -21,14 +21,21 @@ pub(crate) struct Allocation {
 enum Backing {
     /// By `cuMemAlloc`.
     Plain,
-    /// Physical memory under a reserved range; the descriptor stands for it.
-    Physical { physical: Physical, descriptor: Arc<OwnedFd> },
+    /// Physical memory under a reserved range.
+    Physical { physical: Physical, handle: Handle },
+}
+
+/// What stands for an allocation in other processes.
+#[derive(Clone)]
+pub(crate) enum Handle {
+    Descriptor(Arc<OwnedFd>),
+    Fabric([u8; 64]),
 }
 
 /// How memory is made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Allocate {
-    /// Physical memory that a descriptor stands for, where the driver and the container have it, else plain memory.
+    /// Physical memory that a fabric handle stands for (where there is IMEX), else one that a descriptor stands for, else plain memory.
     #[default]
     Best,
     /// Physical memory that a descriptor stands for. It outlives its owner for as long as a reader has it mapped.
@@ -40,15 +47,18 @@ pub enum Allocate {
 impl Allocation {
     pub(crate) fn new(gpu: &Arc<Gpu>, bytes: u64, how: Allocate) -> Result<Allocation, CudaError> {
         gpu.enter()?;
-        match (how, gpu.granularity) {
-            (Allocate::Best, Some(granularity)) => match Allocation::physical(gpu, bytes, granularity) {
+        match (how, &gpu.physical) {
+            (Allocate::Best, Ok(memory)) => match Allocation::physical(gpu, bytes, memory.kind, memory.granularity) {
                 Err(error) if !error.is_exhaustion() => {
-                    tracing::info!(gpu = gpu.ordinal, %error, "memory is allocated plainly: descriptors are refused");
+                    tracing::info!(gpu = gpu.ordinal, %error, "memory is allocated plainly: handles are refused");
                     Allocation::plain(gpu, bytes)
                 }
                 other => other,
             },
-            (Allocate::Descriptor, granularity) => Allocation::physical(gpu, bytes, granularity.unwrap_or(PLAIN_BYTES)),
+            (Allocate::Descriptor, memory) => {
+                let granularity = memory.as_ref().map_or(PLAIN_BYTES, |memory| memory.granularity);
+                Allocation::physical(gpu, bytes, HandleKind::Descriptor, granularity)
+            }
             (Allocate::Best | Allocate::Plain, _) => Allocation::plain(gpu, bytes),
         }
     }
@@ -59,16 +69,21 @@ impl Allocation {
         Ok(Allocation { gpu: Arc::clone(gpu), address, bytes, backing: Backing::Plain })
     }
 
-    fn physical(gpu: &Arc<Gpu>, bytes: u64, granularity: u64) -> Result<Allocation, CudaError> {
+    fn physical(gpu: &Arc<Gpu>, bytes: u64, kind: HandleKind, granularity: u64) -> Result<Allocation, CudaError> {
         let bytes = bytes.next_multiple_of(granularity);
-        let physical = driver::create_physical(gpu.ordinal, bytes)?;
+        let physical = driver::create_physical(gpu.ordinal, kind, bytes)?;
         // SAFETY: the handle was just made; it is released here unless the allocation takes it.
-        let made = unsafe { driver::export(physical) }
-            .and_then(|descriptor| mapped(&[(physical, bytes)], gpu.ordinal, true).map(|at| (descriptor, at)));
+        let exported = unsafe {
+            match kind {
+                HandleKind::Descriptor => driver::export(physical).map(|fd| Handle::Descriptor(Arc::new(fd))),
+                HandleKind::Fabric => driver::export_fabric(physical).map(Handle::Fabric),
+            }
+        };
+        let made = exported
+            .and_then(|handle| mapped(&[(physical, bytes)], gpu.ordinal, true).map(|address| (handle, address)));
         match made {
-            Ok((descriptor, address)) => {
-                let backing = Backing::Physical { physical, descriptor: Arc::new(descriptor) };
-                Ok(Allocation { gpu: Arc::clone(gpu), address, bytes, backing })
+            Ok((handle, address)) => {
+                Ok(Allocation { gpu: Arc::clone(gpu), address, bytes, backing: Backing::Physical { physical, handle } })
             }
             Err(error) => {
                 // SAFETY: as above.
@@ -78,11 +93,11 @@ impl Allocation {
         }
     }
 
-    /// The descriptor that stands for it, and how long the memory is that it stands for.
-    pub(crate) fn descriptor(&self) -> Option<(Arc<OwnedFd>, u64)> {
+    /// The handle that stands for it, and how long the memory is that it stands for.
+    pub(crate) fn handle(&self) -> Option<(Handle, u64)> {
         match &self.backing {
             Backing::Plain => None,
-            Backing::Physical { descriptor, .. } => Some((Arc::clone(descriptor), self.bytes)),
+            Backing::Physical { handle, .. } => Some((handle.clone(), self.bytes)),
         }
     }
 }

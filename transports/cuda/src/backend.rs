@@ -18,7 +18,7 @@ use crate::memory::GpuMemory;
 use crate::planes::Planes;
 use crate::shared::{Reached, reach, share};
 
-/// So long after a launch its end is looked for all the time; later, now and then.
+/// So long after a launch, or a push's announcement, its end is looked for all the time; later, now and then.
 const SPIN: Duration = Duration::from_millis(2);
 
 /// Pools on one GPU.
@@ -38,6 +38,8 @@ impl Backend for GpuPools {
     const KIND: TransportKind = TransportKind::Cuda;
     type Memory = Reached;
     type Copy = Kernels;
+
+    const PUSH_SPIN: Duration = SPIN;
 
     fn bind(&mut self, pool: &Pool) -> Result<(), String> {
         let gpu = Arc::clone(self.launcher.borrow().gpu());

@@ -1,6 +1,7 @@
 //! Small buffers of the transport's own, on a GPU and page-locked on the host.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::driver;
 use crate::gpu::Gpu;
@@ -89,6 +90,29 @@ impl HostBuffer {
         // SAFETY: no more than it has; it is this process's own and the GPU does not read it at the moment, as the caller knows.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base, length) };
         self.base
+    }
+}
+
+/// A word in page-locked host memory that the GPU writes.
+pub(crate) struct Flag(HostBuffer);
+
+impl Flag {
+    /// It is zero.
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Flag, String> {
+        let mut buffer = HostBuffer::new(gpu, size_of::<u32>())?;
+        buffer.write(&[0; size_of::<u32>()]);
+        Ok(Flag(buffer))
+    }
+
+    /// Where it is, here and for kernels alike (unified addressing).
+    pub(crate) fn address(&self) -> u64 {
+        self.0.base as u64
+    }
+
+    /// What it is. Whatever the GPU wrote before it is visible to this process's later work, wherever that runs.
+    pub(crate) fn load(&self) -> u32 {
+        // SAFETY: the buffer is that long, page-aligned and lives as long as this; the GPU writes the word as a whole, nobody else does.
+        unsafe { AtomicU32::from_ptr(self.0.base.cast()) }.load(Ordering::Acquire)
     }
 }
 

@@ -44,6 +44,8 @@ pub(crate) struct Kernels {
     bytes: u64,
     left: u64,
     pieces: u64,
+    /// Why it could not begin.
+    failed: Option<TransferError>,
 }
 
 impl Kernels {
@@ -72,13 +74,14 @@ impl Kernels {
             bytes,
             left: bytes,
             pieces: 0,
+            failed: None,
         }
     }
 
     /// Lets go of what has ended.
     fn reap(&mut self) -> Result<(), TransferError> {
         let mut launcher = self.launcher.borrow_mut();
-        while let Some(launch) = self.launches.front() {
+        while let Some(launch) = self.launches.front_mut() {
             match launcher.is_done(launch) {
                 Ok(false) => break,
                 Ok(true) => {
@@ -121,7 +124,16 @@ impl Kernels {
 }
 
 impl Copying for Kernels {
+    fn begin(&mut self) {
+        if self.pace == Pace::Whole && !self.range.is_empty() {
+            self.failed = self.start(LAUNCH_BYTES_MAX).err();
+        }
+    }
+
     fn step(&mut self, budget: u64) -> Result<Step, TransferError> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
         self.reap()?;
         if self.range.is_empty() && self.launches.is_empty() {
             return Ok(Step::Done(0));

@@ -145,6 +145,15 @@ pub(crate) fn can_access(device: DeviceHandle, peer: DeviceHandle) -> Result<boo
     Ok(can != 0)
 }
 
+/// Whether two GPUs are joined by NVLink: it has the atomics of a GPU's own memory, which PCIe has not.
+pub(crate) fn is_nvlink(device: DeviceHandle, peer: DeviceHandle) -> Result<bool, CudaError> {
+    let mut native = 0;
+    let attribute = sys::CUdevice_P2PAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED;
+    // SAFETY: the driver writes the answer.
+    unsafe { call!(cuDeviceGetP2PAttribute(&mut native, attribute, device, peer))? };
+    Ok(native != 0)
+}
+
 pub(crate) fn retain_context(device: DeviceHandle) -> Result<Context, CudaError> {
     let mut context = std::ptr::null_mut();
     // SAFETY: the driver writes the handle; whoever retains releases.
@@ -224,11 +233,25 @@ pub(crate) unsafe fn synchronize(stream: Stream) -> Result<(), CudaError> {
     unsafe { call!(cuStreamSynchronize(stream)) }
 }
 
-pub(crate) fn create_event() -> Result<EventHandle, CudaError> {
+/// One whose time is taken costs the GPU a little more.
+pub(crate) fn create_event(is_timed: bool) -> Result<EventHandle, CudaError> {
+    let flags =
+        if is_timed { sys::CUevent_flags::CU_EVENT_DEFAULT } else { sys::CUevent_flags::CU_EVENT_DISABLE_TIMING };
     let mut event = std::ptr::null_mut();
     // SAFETY: the driver writes the handle.
-    unsafe { call!(cuEventCreate(&mut event, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32))? };
+    unsafe { call!(cuEventCreate(&mut event, flags as u32))? };
     Ok(event)
+}
+
+/// Milliseconds between two records.
+///
+/// # Safety
+/// Both events exist, are timed and done.
+pub(crate) unsafe fn elapsed(start: EventHandle, end: EventHandle) -> Result<f32, CudaError> {
+    let mut milliseconds = 0.0;
+    // SAFETY: the caller's promise; the driver writes the number.
+    unsafe { call!(cuEventElapsedTime_v2(&mut milliseconds, start, end))? };
+    Ok(milliseconds)
 }
 
 /// # Safety
@@ -388,16 +411,31 @@ pub(crate) unsafe fn close_ipc(address: u64) -> Result<(), CudaError> {
     unsafe { call!(cuIpcCloseMemHandle(address)) }
 }
 
-/// Physical memory that a descriptor can stand for.
+/// Physical memory that a handle can stand for.
 pub(crate) type Physical = sys::CUmemGenericAllocationHandle;
 
-const DESCRIPTOR: sys::CUmemAllocationHandleType =
-    sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+/// What stands for physical memory elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HandleKind {
+    /// A file descriptor, in processes of this host.
+    Descriptor,
+    /// 64 bytes, in processes of every host of an NVLink domain that IMEX lets in.
+    Fabric,
+}
 
-fn properties(ordinal: u32) -> sys::CUmemAllocationProp {
+impl HandleKind {
+    fn code(self) -> sys::CUmemAllocationHandleType {
+        match self {
+            HandleKind::Descriptor => sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+            HandleKind::Fabric => sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_FABRIC,
+        }
+    }
+}
+
+fn properties(ordinal: u32, kind: HandleKind) -> sys::CUmemAllocationProp {
     sys::CUmemAllocationProp {
         type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
-        requestedHandleTypes: DESCRIPTOR,
+        requestedHandleTypes: kind.code(),
         location: location(ordinal),
         win32HandleMetaData: std::ptr::null_mut(),
         allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
@@ -414,18 +452,18 @@ fn location(ordinal: u32) -> sys::CUmemLocation {
 }
 
 /// Sizes of physical memory are multiples of this.
-pub(crate) fn granularity(ordinal: u32) -> Result<u64, CudaError> {
+pub(crate) fn granularity(ordinal: u32, kind: HandleKind) -> Result<u64, CudaError> {
     let mut granularity = 0;
     let minimum = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
     // SAFETY: the driver reads the properties and writes the size.
-    unsafe { call!(cuMemGetAllocationGranularity(&mut granularity, &properties(ordinal), minimum))? };
+    unsafe { call!(cuMemGetAllocationGranularity(&mut granularity, &properties(ordinal, kind), minimum))? };
     Ok(granularity as u64)
 }
 
-pub(crate) fn create_physical(ordinal: u32, bytes: u64) -> Result<Physical, CudaError> {
+pub(crate) fn create_physical(ordinal: u32, kind: HandleKind, bytes: u64) -> Result<Physical, CudaError> {
     let mut physical = 0;
     // SAFETY: the driver reads the properties and writes the handle.
-    unsafe { call!(cuMemCreate(&mut physical, bytes as usize, &properties(ordinal), 0))? };
+    unsafe { call!(cuMemCreate(&mut physical, bytes as usize, &properties(ordinal, kind), 0))? };
     Ok(physical)
 }
 
@@ -450,7 +488,7 @@ pub(crate) unsafe fn export(physical: Physical) -> Result<OwnedFd, CudaError> {
     let mut descriptor = -1i32;
     // SAFETY: the driver writes a new descriptor, which nobody else has.
     unsafe {
-        call!(cuMemExportToShareableHandle((&raw mut descriptor).cast(), physical, DESCRIPTOR, 0))?;
+        call!(cuMemExportToShareableHandle((&raw mut descriptor).cast(), physical, HandleKind::Descriptor.code(), 0))?;
         Ok(OwnedFd::from_raw_fd(descriptor))
     }
 }
@@ -459,7 +497,25 @@ pub(crate) fn import(descriptor: BorrowedFd<'_>) -> Result<Physical, CudaError> 
     let mut physical = 0;
     let number = descriptor.as_raw_fd() as isize as *mut c_void;
     // SAFETY: the driver checks what the descriptor is and keeps it no longer than the call.
-    unsafe { call!(cuMemImportFromShareableHandle(&mut physical, number, DESCRIPTOR))? };
+    unsafe { call!(cuMemImportFromShareableHandle(&mut physical, number, HandleKind::Descriptor.code()))? };
+    Ok(physical)
+}
+
+/// # Safety
+/// The handle is valid.
+pub(crate) unsafe fn export_fabric(physical: Physical) -> Result<[u8; 64], CudaError> {
+    let mut handle = sys::CUmemFabricHandle { data: [0; 64] };
+    // SAFETY: the driver writes 64 bytes.
+    unsafe { call!(cuMemExportToShareableHandle((&raw mut handle).cast(), physical, HandleKind::Fabric.code(), 0))? };
+    Ok(handle.data)
+}
+
+pub(crate) fn import_fabric(handle: [u8; 64]) -> Result<Physical, CudaError> {
+    let (mut physical, mut handle) = (0, sys::CUmemFabricHandle { data: handle });
+    // SAFETY: the driver reads 64 bytes and checks them.
+    unsafe {
+        call!(cuMemImportFromShareableHandle(&mut physical, (&raw mut handle).cast(), HandleKind::Fabric.code()))?
+    };
     Ok(physical)
 }
 

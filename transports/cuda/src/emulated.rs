@@ -5,11 +5,13 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use kvferry_core::{End, Plane, PoolLayout, Program, Segment, Side, UnitRange};
+use kvferry_transport::conformance::absent;
 use proptest::prelude::*;
 
+use crate::launch::{INLINE_BYTES, SMALL_BYTES};
 use crate::rectangle::{Payload, lower};
 
-type Emulate = unsafe extern "C" fn(*const u8, c_uint, c_uint, c_uint, c_uint, i32) -> c_ulonglong;
+type Emulate = unsafe extern "C" fn(*const u8, c_uint, c_uint, c_uint, c_uint, c_uint) -> c_ulonglong;
 
 /// The kernel as a function of the processor; `None` where there is no C++ compiler.
 fn kernel() -> Option<&'static Mutex<Emulate>> {
@@ -19,7 +21,13 @@ fn kernel() -> Option<&'static Mutex<Emulate>> {
         let library = std::env::temp_dir().join(format!("kvferry-walk-{}.so", std::process::id()));
         let mut compiler = Command::new("c++");
         compiler.args(["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-x", "c++", "-o"]).arg(&library);
-        let output = compiler.arg(format!("{folder}/emulated.h")).output().ok()?;
+        let output = match compiler.arg(format!("{folder}/emulated.h")).output() {
+            Ok(output) => output,
+            Err(error) => {
+                absent("c++", &format!("the kernel's source is not run here: c++ does not start ({error})"));
+                return None;
+            }
+        };
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let path = CString::new(library.to_str()?).ok()?;
         // SAFETY: the library was just built from our own source; it has no initialisers beyond the language's.
@@ -63,17 +71,18 @@ impl Memory {
 fn run(payload: &Payload, blocks: u32, warps: u32) -> u64 {
     let Some(kernel) = kernel() else { return 0 };
     // Of eight-byte words, as GPU memory is aligned, and as long as what travels as an argument.
-    let mut words = vec![0u64; payload.bytes.len().max(3840).div_ceil(8)];
+    let mut words = vec![0u64; payload.bytes.len().max(INLINE_BYTES).div_ceil(8)];
     for (word, bytes) in words.iter_mut().zip(payload.bytes.chunks(8)) {
         let mut whole = [0; 8];
         whole[..bytes.len()].copy_from_slice(bytes);
         *word = u64::from_le_bytes(whole);
     }
-    let (rectangles, items, is_inline) = (payload.rectangles, payload.items, payload.bytes.len() <= 3840);
+    let (rectangles, items) = (payload.rectangles, payload.items);
+    let argument = [SMALL_BYTES, INLINE_BYTES].into_iter().find(|room| payload.bytes.len() <= *room).unwrap_or(0);
     // Nothing in it is poisoned by a panic: it is code.
     let emulate = kernel.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     // SAFETY: the payload was lowered from a valid program over the memories that its plane tables name, which the caller holds.
-    unsafe { emulate(words.as_ptr().cast(), rectangles, items, blocks, warps, i32::from(is_inline)) }
+    unsafe { emulate(words.as_ptr().cast(), rectangles, items, blocks, warps, argument as c_uint) }
 }
 
 #[derive(Clone, Debug)]

@@ -5,7 +5,7 @@ use std::ffi::CString;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use crate::driver::{self, Attribute, Context, CudaError, DeviceHandle, Function, Module, driver};
+use crate::driver::{self, Attribute, Context, CudaError, DeviceHandle, Function, HandleKind, Module, driver};
 use crate::ptx;
 
 /// A GPU, its primary context (the one that PyTorch and the runtime API use too) and the kernels in it.
@@ -14,10 +14,11 @@ pub(crate) struct Gpu {
     pub(crate) name: String,
     pub(crate) uuid: [u8; 16],
     pub(crate) driver_version: i32,
-    /// Multiple of physical allocations that descriptors can stand for; `None` where there is no such memory.
-    pub(crate) granularity: Option<u64>,
+    /// Physical memory that handles can stand for; an error says why there is none.
+    pub(crate) physical: Result<PhysicalMemory, String>,
     pub(crate) walk: Function,
     pub(crate) walk_inline: Function,
+    pub(crate) walk_small: Function,
     pub(crate) fill: Function,
     pub(crate) check: Function,
     device: DeviceHandle,
@@ -29,6 +30,58 @@ pub(crate) struct Gpu {
 unsafe impl Send for Gpu {}
 // SAFETY: nothing in it changes after construction.
 unsafe impl Sync for Gpu {}
+
+/// What a GPU's physical memory can be shared by.
+#[derive(Clone, Debug)]
+pub(crate) struct PhysicalMemory {
+    pub(crate) kind: HandleKind,
+    /// Allocations are multiples of this.
+    pub(crate) granularity: u64,
+    /// Why it is not by fabric handles, which other hosts could open.
+    pub(crate) no_fabric: Option<String>,
+}
+
+impl PhysicalMemory {
+    /// Found out by trying, in the GPU's context: what the device supports, the container, IMEX or a driver's setting may still forbid.
+    fn of(ordinal: u32, device: DeviceHandle) -> Result<PhysicalMemory, String> {
+        let has = |attribute| driver::attribute(device, attribute).is_ok_and(|value| value != 0);
+        if !has(Attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) {
+            return Err("it has no virtual memory management".to_owned());
+        }
+        let no_fabric = if has(Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED) {
+            match PhysicalMemory::try_kind(ordinal, HandleKind::Fabric) {
+                Ok(granularity) => {
+                    return Ok(PhysicalMemory { kind: HandleKind::Fabric, granularity, no_fabric: None });
+                }
+                Err(error) => format!("{error}; is there an IMEX channel (/dev/nvidia-caps-imex-channels)?"),
+            }
+        } else {
+            "the device does not support them".to_owned()
+        };
+        if !has(Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED) {
+            return Err(format!("no descriptors stand for it, nor fabric handles: {no_fabric}"));
+        }
+        let kind = HandleKind::Descriptor;
+        let granularity = PhysicalMemory::try_kind(ordinal, kind)?;
+        tracing::debug!(gpu = ordinal, reason = no_fabric, "no fabric handles; memory is shared by descriptors");
+        Ok(PhysicalMemory { kind, granularity, no_fabric: Some(no_fabric) })
+    }
+
+    /// Makes and exports a little of it.
+    fn try_kind(ordinal: u32, kind: HandleKind) -> Result<u64, CudaError> {
+        let granularity = driver::granularity(ordinal, kind)?.max(1);
+        let physical = driver::create_physical(ordinal, kind, granularity)?;
+        // SAFETY: the handle was just made, and is used no more.
+        unsafe {
+            let exported = match kind {
+                HandleKind::Descriptor => driver::export(physical).map(drop),
+                HandleKind::Fabric => driver::export_fabric(physical).map(drop),
+            };
+            driver::release_physical(physical).and(exported)?;
+        }
+        Ok(granularity)
+    }
+}
 
 /// What is known of a GPU without opening it.
 #[derive(Clone, Debug)]
@@ -77,12 +130,6 @@ impl Gpu {
         let driver = driver()?;
         let device = driver::device(driver, ordinal)?;
         let (name, uuid) = (driver::device_name(device)?, driver::device_uuid(device)?);
-        let has = |attribute| driver::attribute(device, attribute).is_ok_and(|value| value != 0);
-        let granularity = (has(Attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED)
-            && has(Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED))
-        .then(|| driver::granularity(ordinal).ok())
-        .flatten()
-        .filter(|granularity| *granularity > 0);
         let context = driver::retain_context(device)?;
         let text = CString::new(ptx::PTX).map_err(|_| "the PTX has a zero in it".to_owned())?;
         // SAFETY: retained just above, released by `drop` only.
@@ -92,15 +139,17 @@ impl Gpu {
             let _released = unsafe { driver::release_context(device) };
             format!("the kernels cannot be loaded: {error}")
         })?;
+        let physical = PhysicalMemory::of(ordinal, device);
         let null = std::ptr::null_mut();
         let mut gpu = Gpu {
             ordinal,
             name,
             uuid,
             driver_version: driver.version,
-            granularity,
+            physical,
             walk: null,
             walk_inline: null,
+            walk_small: null,
             fill: null,
             check: null,
             device,
@@ -111,6 +160,7 @@ impl Gpu {
         unsafe {
             gpu.walk = driver::function(module, ptx::WALK)?;
             gpu.walk_inline = driver::function(module, ptx::WALK_INLINE)?;
+            gpu.walk_small = driver::function(module, ptx::WALK_SMALL)?;
             gpu.fill = driver::function(module, ptx::FILL)?;
             gpu.check = driver::function(module, ptx::CHECK)?;
         }
@@ -132,7 +182,29 @@ impl Gpu {
 
     /// Whether kernels here can reach the other's memory at all.
     pub(crate) fn can_reach(&self, other: &Gpu) -> bool {
-        self.ordinal == other.ordinal || driver::can_access(self.device, other.device).unwrap_or(false)
+        self.ordinal == other.ordinal || self.can_access(other.device)
+    }
+
+    /// Whether kernels here can reach that device's memory, which is another's.
+    pub(crate) fn can_access(&self, other: DeviceHandle) -> bool {
+        driver::can_access(self.device, other).unwrap_or(false)
+    }
+
+    /// Whether NVLink joins both.
+    pub(crate) fn is_nvlink(&self, other: DeviceHandle) -> bool {
+        driver::is_nvlink(self.device, other).unwrap_or(false)
+    }
+
+    /// How memory that is allocated here is shared, for people.
+    pub(crate) fn sharing(&self) -> String {
+        match &self.physical {
+            Ok(PhysicalMemory { kind: HandleKind::Fabric, .. }) => "memory by fabric handles".to_owned(),
+            Ok(PhysicalMemory { no_fabric, .. }) => {
+                let reason = no_fabric.as_deref().unwrap_or("not tried");
+                format!("memory by descriptors (no fabric handles: {reason})")
+            }
+            Err(reason) => format!("memory by legacy CUDA IPC ({reason})"),
+        }
     }
 
     /// As device lists call it.

@@ -2,21 +2,26 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use crate::buffer::{Buffer, HostBuffer};
+use crate::buffer::{Buffer, Flag, HostBuffer};
 use crate::driver::{self, CudaError, EventHandle, Stream};
 use crate::gpu::Gpu;
 use crate::rectangle::{Payload, RECTANGLE_BYTES};
 
 /// Bytes of a payload that travels as a kernel's argument, as in `walk.cu`.
-const INLINE_BYTES: usize = 3840;
+pub(crate) const INLINE_BYTES: usize = 3840;
+/// The same where it is short, which launches faster.
+pub(crate) const SMALL_BYTES: usize = 1024;
 const THREADS: u32 = 1024;
 const WARPS: u32 = THREADS / 32;
 /// A transfer's launches are in one stream; small transfers overtake large ones in another.
 const STREAMS: usize = 4;
 /// Payload buffers grow in steps of this.
 const PAYLOAD_STEP_BYTES: usize = 64 << 10;
+/// Looks at a launch's flag between two questions to the driver, which alone knows of failures.
+const LOOKS: u32 = 128;
 /// Slots that are kept for later.
 const SPARE_MAX: usize = 16;
 
@@ -27,6 +32,8 @@ pub(crate) struct Launcher {
     next: usize,
     spare: Vec<Slot>,
     blocks: u32,
+    /// Where the kernels' own time is added up, in nanoseconds.
+    timed: Option<&'static AtomicU64>,
     /// When the last launch was made.
     pub(crate) launched: Option<Instant>,
     /// Why nothing works here any more.
@@ -37,6 +44,13 @@ pub(crate) struct Launcher {
 struct Slot {
     gpu: Arc<Gpu>,
     event: EventHandle,
+    /// Recorded before the launch, where times are taken.
+    start: Option<EventHandle>,
+    /// How many thread blocks have ended; the kernel's own business.
+    ended: Buffer,
+    /// Becomes `serial` when everything is moved.
+    flag: Flag,
+    serial: u32,
     payload: Option<(HostBuffer, Buffer)>,
 }
 
@@ -44,14 +58,24 @@ struct Slot {
 pub(crate) struct Launch {
     slot: Option<Slot>,
     recorded: bool,
+    looks: u32,
+}
+
+/// As in `walk.cu`.
+#[repr(C)]
+struct Done {
+    blocks: u64,
+    flag: u64,
+    serial: u32,
 }
 
 impl Launcher {
-    pub(crate) fn new(gpu: &Arc<Gpu>, blocks: u32) -> Result<Launcher, String> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, blocks: u32, timed: Option<&'static AtomicU64>) -> Result<Launcher, String> {
         gpu.enter()?;
         let streams = Vec::with_capacity(STREAMS);
         let (gpu, blocks) = (Arc::clone(gpu), blocks.clamp(1, 4096));
-        let mut launcher = Launcher { gpu, streams, next: 0, spare: Vec::new(), blocks, launched: None, broken: None };
+        let mut launcher =
+            Launcher { gpu, streams, next: 0, spare: Vec::new(), blocks, timed, launched: None, broken: None };
         for _ in 0..STREAMS {
             launcher.streams.push(driver::create_stream()?);
         }
@@ -94,30 +118,36 @@ impl Launcher {
         self.gpu.enter()?;
         let slot = match self.spare.pop() {
             Some(slot) => slot,
-            None => Slot { gpu: Arc::clone(&self.gpu), event: driver::create_event()?, payload: None },
+            None => Slot::new(&self.gpu, self.timed.is_some())?,
         };
-        let mut launch = Launch { slot: Some(slot), recorded: false };
+        let mut launch = Launch { slot: Some(slot), recorded: false, looks: 0 };
+        let Some(slot) = &mut launch.slot else { return Err("a launch without a slot".to_owned()) };
+        let mut done = slot.next();
+        if let Some(start) = slot.start {
+            // SAFETY: both exist.
+            unsafe { driver::record(start, stream)? };
+        }
         let blocks = self.blocks.min(payload.items.div_ceil(WARPS)).max(1);
         let (mut rectangles, mut items) = (payload.rectangles, payload.items);
-        let sizes = [(&raw mut rectangles).cast::<c_void>(), (&raw mut items).cast()];
-        let started = if payload.bytes.len() <= INLINE_BYTES {
+        let rest = [(&raw mut rectangles).cast::<c_void>(), (&raw mut items).cast(), (&raw mut done).cast()];
+        let length = payload.bytes.len();
+        let started = if length <= INLINE_BYTES {
             let mut words = Inline([0; INLINE_BYTES]);
-            words.0.iter_mut().zip(&payload.bytes).for_each(|(to, from)| *to = *from);
-            let mut parameters = [(&raw mut words).cast(), sizes[0], sizes[1]];
-            // SAFETY: the parameters are those of the kernel; the caller's promise for what it touches.
-            unsafe { driver::launch(self.gpu.walk_inline, blocks, THREADS, stream, &mut parameters) }
+            words.0.get_mut(..length).ok_or("a payload without room")?.copy_from_slice(&payload.bytes);
+            let mut parameters = [(&raw mut words).cast(), rest[0], rest[1], rest[2]];
+            let function = if length <= SMALL_BYTES { self.gpu.walk_small } else { self.gpu.walk_inline };
+            // SAFETY: the parameters are those of the kernel, or begin with its; the caller's promise for what it touches.
+            unsafe { driver::launch(function, blocks, THREADS, stream, &mut parameters) }
         } else {
-            let Some(slot) = &mut launch.slot else { return Err("a launch without a slot".to_owned()) };
-            let (host, device) = slot.room(payload.bytes.len())?;
+            let (host, device) = slot.room(length)?;
             let (from, mut address) = (host.write(&payload.bytes), device.address());
-            let mut parameters = [(&raw mut address).cast(), sizes[0], sizes[1]];
+            let mut parameters = [(&raw mut address).cast(), rest[0], rest[1], rest[2]];
             // SAFETY: as above; both buffers belong to the launch until it has ended, and have room for the payload.
             unsafe {
-                driver::upload(address, from, payload.bytes.len(), stream)
+                driver::upload(address, from, length, stream)
                     .and_then(|()| driver::launch(self.gpu.walk, blocks, THREADS, stream, &mut parameters))
             }
         };
-        let Some(slot) = &launch.slot else { return Err("a launch without a slot".to_owned()) };
         // Even after a refused launch the upload may be under way: the record comes behind both.
         // SAFETY: both exist.
         let recorded = unsafe { driver::record(slot.event, stream) };
@@ -129,19 +159,35 @@ impl Launcher {
         Ok(launch)
     }
 
-    /// Whether a launch has ended. After an error nothing of it runs any more.
-    pub(crate) fn is_done(&mut self, launch: &Launch) -> Result<bool, String> {
+    /// Whether a launch has moved everything. After an error nothing of it runs any more.
+    pub(crate) fn is_done(&mut self, launch: &mut Launch) -> Result<bool, String> {
         let Some(slot) = &launch.slot else { return Ok(true) };
+        // The end event's time is known only once the driver sees it.
+        if self.timed.is_none() {
+            if slot.flag.load() == slot.serial {
+                return Ok(true);
+            }
+            launch.looks = (launch.looks + 1) % LOOKS;
+            if launch.looks != 0 {
+                return Ok(false);
+            }
+        }
         self.gpu.enter()?;
         // SAFETY: the event belongs to the slot.
         unsafe { driver::is_done(slot.event) }.map_err(|error| self.noted(error))
     }
 
-    /// Takes back what an ended launch had.
+    /// Takes back what a launch that is done had.
     pub(crate) fn recycle(&mut self, mut launch: Launch) {
-        if let Some(slot) = launch.slot.take()
-            && self.spare.len() < SPARE_MAX
-        {
+        let Some(slot) = launch.slot.take() else { return };
+        if let (Some(total), Some(start)) = (self.timed, slot.start) {
+            // SAFETY: both exist, and the end was seen.
+            match unsafe { driver::elapsed(start, slot.event) } {
+                Ok(milliseconds) => drop(total.fetch_add((f64::from(milliseconds) * 1e6) as u64, Ordering::Relaxed)),
+                Err(error) => tracing::warn!(%error, "a launch's time is not known"),
+            }
+        }
+        if self.spare.len() < SPARE_MAX {
             self.spare.push(slot);
         }
     }
@@ -153,6 +199,20 @@ struct Inline([u8; INLINE_BYTES]);
 const _: () = assert!(INLINE_BYTES > 16 * RECTANGLE_BYTES, "a handful of rectangles travel as an argument");
 
 impl Slot {
+    fn new(gpu: &Arc<Gpu>, is_timed: bool) -> Result<Slot, String> {
+        let (ended, flag) = (Buffer::new(gpu, size_of::<u32>())?, Flag::new(gpu)?);
+        ended.upload(&[0; size_of::<u32>()])?;
+        let start = if is_timed { Some(driver::create_event(true)?) } else { None };
+        let event = driver::create_event(is_timed)?;
+        Ok(Slot { gpu: Arc::clone(gpu), event, start, ended, flag, serial: 0, payload: None })
+    }
+
+    /// What the next launch says when it is done.
+    fn next(&mut self) -> Done {
+        self.serial = self.serial.wrapping_add(1);
+        Done { blocks: self.ended.address(), flag: self.flag.address(), serial: self.serial }
+    }
+
     fn room(&mut self, bytes: usize) -> Result<&mut (HostBuffer, Buffer), String> {
         if self.payload.as_ref().is_none_or(|(host, device)| host.bytes() < bytes || device.bytes() < bytes) {
             self.payload = None;
@@ -167,8 +227,10 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         if self.gpu.enter().is_ok() {
-            // SAFETY: a slot is dropped when its launch has ended.
-            let _destroyed = unsafe { driver::destroy_event(self.event) };
+            for event in [Some(self.event), self.start].into_iter().flatten() {
+                // SAFETY: a slot is dropped when its launch has moved everything; the driver keeps an event that is still to come.
+                let _destroyed = unsafe { driver::destroy_event(event) };
+            }
         }
     }
 }

@@ -4,10 +4,11 @@
 //! destination, which then reads. No foreign kernel ever writes a pool, so a fence is proved by the owner's own streams having drained
 //! ([`OwnerCopies`](kvferry_transport::FenceProof::OwnerCopies)). What two sides say to each other is `kvferry-local`'s business.
 //!
-//! **Memory.** Pools are physical memory that a descriptor stands for (the default), plain allocations shared by legacy CUDA IPC, or a serving
-//! stack's own memory ([`from_raw`]). Readers map descriptors read-only where the driver can.
+//! **Memory.** Pools are physical memory that a handle stands for (the default: a fabric handle where IMEX lets one be made, else a
+//! descriptor), plain allocations shared by legacy CUDA IPC, or a serving stack's own memory ([`from_raw`]). Readers map what handles stand
+//! for read-only where the driver can.
 //!
-//! **Peers that die.** Memory behind a descriptor stays until its last reader unmaps it: a kernel that reads a dead peer's pool goes on, and
+//! **Peers that die.** Memory behind a handle stays until its last reader unmaps it: a kernel that reads a dead peer's pool goes on, and
 //! its transfer fails because the connection is gone. Of memory behind legacy CUDA IPC the driver promises nothing once the owner has freed it;
 //! keep such pools until their readers are fenced. Nothing is unmapped or freed here before the kernels that use it have ended. A kernel that
 //! faults damages the context of its own process, never the peer's: every transfer of that process then fails, saying so.
@@ -15,14 +16,18 @@
 mod allocation;
 mod backend;
 mod blocks;
+mod bounds;
 mod buffer;
 mod copy;
 mod driver;
 #[cfg(test)]
 mod emulated;
 mod gpu;
+#[cfg(test)]
+mod hostile;
 mod launch;
 mod memory;
+mod paths;
 mod planes;
 mod provider;
 mod ptx;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use kvferry_core::{PoolId, PoolLayout};
 use kvferry_transport::{DeviceMemory, DeviceRegion, Pool, PoolError};
 
-use crate::allocation::{Allocate, Allocation};
+use crate::allocation::{Allocate, Allocation, Handle};
 use crate::driver::{self, Stream};
 use crate::gpu::{Gpu, label};
 use crate::shared::{How, Part};
@@ -24,6 +24,7 @@ pub(crate) struct GpuMemory {
     stream: Stream,
     /// Name in this process.
     pub(crate) number: u64,
+    pub(crate) regions: Vec<DeviceRegion>,
     allocations: Vec<Option<Allocation>>,
     _keep_alive: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -57,7 +58,7 @@ pub fn allocate(ordinal: u32, id: PoolId, layout: PoolLayout, how: Allocate) -> 
         regions.push(DeviceRegion { address: allocation.as_ref().map_or(0, |a| a.address), bytes });
         allocations.push(allocation);
     }
-    let memory = GpuMemory::new(gpu, allocations, None)?;
+    let memory = GpuMemory::new(gpu, regions.clone(), allocations, None)?;
     // SAFETY: every region is an allocation of at least its length that the memory holds.
     unsafe { Pool::on_device(id, layout, regions, memory) }
 }
@@ -93,7 +94,7 @@ pub unsafe fn from_raw(
             Err(error) => return Err(refused(format!("{:#x} is no GPU memory ({error})", region.address))),
         }
     }
-    let memory = GpuMemory::new(gpu, Vec::new(), Some(keep_alive))?;
+    let memory = GpuMemory::new(gpu, regions.clone(), Vec::new(), Some(keep_alive))?;
     // SAFETY: the caller's promise.
     unsafe { Pool::on_device(id, layout, regions, memory) }
 }
@@ -101,6 +102,7 @@ pub unsafe fn from_raw(
 impl GpuMemory {
     fn new(
         gpu: Arc<Gpu>,
+        regions: Vec<DeviceRegion>,
         allocations: Vec<Option<Allocation>>,
         keep_alive: Option<Arc<dyn Any + Send + Sync>>,
     ) -> Result<Arc<GpuMemory>, PoolError> {
@@ -110,7 +112,7 @@ impl GpuMemory {
         alive.0 += 1;
         let number = alive.0;
         let label = gpu.label();
-        let memory = Arc::new(GpuMemory { gpu, label, stream, number, allocations, _keep_alive: keep_alive });
+        let memory = Arc::new(GpuMemory { gpu, label, stream, number, regions, allocations, _keep_alive: keep_alive });
         alive.1.insert(number, Arc::downgrade(&memory));
         Ok(memory)
     }
@@ -126,13 +128,27 @@ impl GpuMemory {
         ALIVE.lock().unwrap_or_else(PoisonError::into_inner).1.get(&number).and_then(Weak::upgrade)
     }
 
+    /// Whether all of it is plain memory, which another GPU of this process reaches as it is.
+    pub(crate) fn is_plain(&self) -> bool {
+        let plain = |(part, _): &Piece| matches!(part.how, How::Ipc { .. });
+        let exported = |index| {
+            self.regions.get(index).is_none_or(|region: &DeviceRegion| {
+                region.bytes == 0 || self.export(index, *region).is_ok_and(|pieces| pieces.iter().all(plain))
+            })
+        };
+        (0..self.regions.len()).all(exported)
+    }
+
     /// How a region can be given to another process, piece by piece, and the descriptors for it.
     pub(crate) fn export(&self, index: usize, region: DeviceRegion) -> Result<Vec<Piece>, String> {
         self.gpu.enter()?;
-        if let Some((descriptor, bytes)) =
-            self.allocations.get(index).and_then(Option::as_ref).and_then(|a| a.descriptor())
-        {
-            return Ok(vec![(Part { bytes, how: How::Descriptor { offset: 0 } }, Some(descriptor))]);
+        if let Some((handle, bytes)) = self.allocations.get(index).and_then(Option::as_ref).and_then(|a| a.handle()) {
+            return Ok(vec![match handle {
+                Handle::Descriptor(fd) => (Part { bytes, how: How::Descriptor { offset: 0 } }, Some(fd)),
+                Handle::Fabric(handle) => {
+                    (Part { bytes, how: How::Fabric { handle: handle.to_vec(), offset: 0 } }, None)
+                }
+            }]);
         }
         let unshareable = |why: String| format!("memory at {:#x} cannot be shared: {why}. {REMEDY}", region.address);
         let mut parts = Vec::new();

@@ -1,5 +1,7 @@
 //! Finds the GPUs of this host, and opens them.
 
+use std::sync::atomic::AtomicU64;
+
 use kvferry_core::{PoolId, PoolLayout};
 use kvferry_local::host;
 use kvferry_transport::{Device, NicInfo, OpenError, Options, Pool, PoolError, Provider, Transport, TransportKind};
@@ -10,12 +12,14 @@ use crate::copy::Pace;
 use crate::gpu::{Gpu, find, label};
 use crate::launch::Launcher;
 use crate::memory::allocate;
+use crate::paths;
 
 /// Opens GPUs: `gpu0` is the first that this process may use (`CUDA_VISIBLE_DEVICES`).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CudaProvider {
     allocate: Allocate,
     by_turns: bool,
+    timed: Option<&'static AtomicU64>,
 }
 
 impl CudaProvider {
@@ -28,6 +32,12 @@ impl CudaProvider {
     /// seen under way.
     pub fn by_turns(self) -> CudaProvider {
         CudaProvider { by_turns: true, ..self }
+    }
+
+    /// Has CUDA events taken around every launch, and the time between them, in nanoseconds, added to `total` before its transfer ends. The
+    /// events cost every launch a few microseconds.
+    pub fn timed(self, total: &'static AtomicU64) -> CudaProvider {
+        CudaProvider { timed: Some(total), ..self }
     }
 
     fn ordinal(device: &Device) -> Option<u32> {
@@ -63,8 +73,15 @@ impl Provider for CudaProvider {
         let gpu = Gpu::open(ordinal).map_err(unavailable)?;
         let version = gpu.driver_version;
         let uuid: String = gpu.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
-        let library = format!("libcuda, CUDA {}.{}, {} {uuid}", version / 1000, version % 1000 / 10, gpu.name);
-        let launcher = Launcher::new(&gpu, options.thread_blocks).map_err(unavailable)?;
+        let library = format!(
+            "libcuda, CUDA {}.{}, {} {uuid}; {}; {}",
+            version / 1000,
+            version % 1000 / 10,
+            gpu.name,
+            gpu.sharing(),
+            paths::describe(&gpu)
+        );
+        let launcher = Launcher::new(&gpu, options.thread_blocks, self.timed).map_err(unavailable)?;
         let info = NicInfo {
             kind: TransportKind::Cuda,
             device: gpu.label(),

@@ -73,7 +73,9 @@ struct Slice {
 pub(crate) fn lower(program: &Program, range: UnitRange, planes: [u64; 2]) -> Result<Payload, LowerError> {
     let parts = parts(program, range);
     let slices = slices(program, &parts)?;
-    let mut payload = Payload::default();
+    let blocks: u64 = slices.iter().map(|slice| slice.last - slice.first + 1).sum();
+    let room = (parts.len() * RECTANGLE_BYTES).saturating_add(4 * blocks as usize);
+    let mut payload = Payload { bytes: Vec::with_capacity(room), ..Payload::default() };
     let mut items = 0u64;
     for part in &parts {
         let Some(segment) = program.segments.get(part.segment) else { continue };
@@ -100,9 +102,7 @@ pub(crate) fn lower(program: &Program, range: UnitRange, planes: [u64; 2]) -> Re
         let blocks = program.tables(slice.end).get(slice.table as usize).and_then(Option::as_deref);
         let count = (slice.last - slice.first) as usize + 1;
         let blocks = blocks.and_then(|blocks| blocks.get(slice.from..slice.from.checked_add(count)?));
-        for block in blocks.ok_or(LowerError::Table)? {
-            payload.bytes.extend(block.to_le_bytes());
-        }
+        payload.bytes.extend(blocks.ok_or(LowerError::Table)?.iter().flat_map(|block| block.to_le_bytes()));
     }
     Ok(payload)
 }

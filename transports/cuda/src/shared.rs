@@ -13,9 +13,11 @@ use kvferry_transport::Pool;
 use serde::{Deserialize, Serialize};
 
 use crate::allocation::{mapped, unmapped};
+use crate::bounds::{fits, placed, total};
 use crate::driver::{self, Physical};
 use crate::gpu::Gpu;
 use crate::memory::GpuMemory;
+use crate::paths;
 use crate::planes::Planes;
 
 /// Pieces of physical memory that one region may consist of.
@@ -24,18 +26,16 @@ const LENGTH_MAX: usize = 3 << 20;
 
 /// A pool's memory in words.
 #[derive(Debug, Serialize, Deserialize)]
-struct Described {
+pub(crate) struct Described {
     /// Names the process while it lives; `None` if no random name could be drawn.
-    process: Option<[u8; 16]>,
+    pub(crate) process: Option<[u8; 16]>,
     /// The memory's name in that process.
-    number: u64,
+    pub(crate) number: u64,
     /// What the GPU is called there, for messages.
-    gpu: String,
-    uuid: [u8; 16],
-    /// Where its regions begin in that process.
-    addresses: Vec<u64>,
+    pub(crate) gpu: String,
+    pub(crate) uuid: [u8; 16],
     /// What its regions consist of; nothing for empty ones.
-    regions: Vec<Vec<Part>>,
+    pub(crate) regions: Vec<Vec<Part>>,
 }
 
 /// A piece of a region.
@@ -53,9 +53,22 @@ pub(crate) enum How {
     Descriptor { offset: u64 },
     /// A legacy CUDA IPC handle.
     Ipc { handle: Vec<u8>, offset: u64 },
+    /// A fabric handle.
+    Fabric { handle: Vec<u8>, offset: u64 },
 }
 
-fn process() -> Option<[u8; 16]> {
+impl How {
+    fn offset(&self) -> u64 {
+        let (How::Descriptor { offset } | How::Ipc { offset, .. } | How::Fabric { offset, .. }) = self;
+        *offset
+    }
+}
+
+fn handle_of(bytes: &[u8]) -> Result<[u8; 64], String> {
+    bytes.try_into().map_err(|_| format!("its handle has {} bytes instead of 64", bytes.len()))
+}
+
+pub(crate) fn process() -> Option<[u8; 16]> {
     static NAME: OnceLock<Option<[u8; 16]>> = OnceLock::new();
     *NAME.get_or_init(|| {
         let mut name = [0; 16];
@@ -89,7 +102,6 @@ pub(crate) fn share(pool: &Pool) -> Result<Shared, String> {
         number: memory.number,
         gpu: memory.gpu.label(),
         uuid: memory.gpu.uuid,
-        addresses: pool.device_regions().iter().map(|region| region.address).collect(),
         regions,
     };
     let words = postcard::to_allocvec(&described).map_err(|error| error.to_string())?;
@@ -150,18 +162,25 @@ pub(crate) fn reach(
     gpu.enter()?;
     let own = described.process.filter(|name| Some(*name) == process()).and_then(|_| GpuMemory::find(described.number));
     if let Some(owner) = own {
-        let reachable = if Arc::ptr_eq(&owner.gpu, gpu) {
-            true
-        } else {
-            // Plain memory is reached by enabling its GPU; memory behind descriptors is mapped once more, as from any other process.
-            let plain = described.regions.iter().flatten().all(|part| matches!(part.how, How::Ipc { .. }));
-            plain && gpu.can_reach(&owner.gpu) && gpu.reach(&owner.gpu).is_ok()
-        };
+        // Only the names are the peer's word, and they may be of any memory here: what it is, its owner knows.
+        let lengths: Vec<u64> = owner.regions.iter().map(|region| region.bytes).collect();
+        if !fits(&layout.regions, &lengths) {
+            return Err(format!(
+                "it names memory of this process with regions of {lengths:?} bytes where its layout has {:?}",
+                layout.regions
+            ));
+        }
+        // Plain memory is reached by enabling its GPU; memory behind descriptors is mapped once more, as from any other process.
+        let reachable = Arc::ptr_eq(&owner.gpu, gpu)
+            || (owner.is_plain() && gpu.can_reach(&owner.gpu) && gpu.reach(&owner.gpu).is_ok());
+        gpu.enter()?;
         if reachable {
-            let planes = Planes::new(gpu, layout, &described.addresses)?;
+            let bases: Vec<u64> = owner.regions.iter().map(|region| region.address).collect();
+            let planes = Planes::new(gpu, layout, &bases)?;
             return Ok(Reached { planes, _mappings: Vec::new(), _owner: Some(owner) });
         }
     }
+    paths::check(gpu, described.uuid, &described.gpu)?;
     let mut mapper = Mapper {
         gpu,
         from: &described.gpu,
@@ -190,7 +209,7 @@ fn decode(words: &Bytes, layout: &PoolLayout) -> Result<Described, String> {
     if !rest.is_empty() || regions > REGIONS_MAX {
         return Err("its memory's description is malformed".to_owned());
     }
-    if described.regions.len() != regions || described.addresses.len() != regions {
+    if described.regions.len() != regions {
         return Err(format!("it describes {} regions where its layout has {regions}", described.regions.len()));
     }
     Ok(described)
@@ -201,7 +220,7 @@ struct Mapper<'a> {
     gpu: &'a Arc<Gpu>,
     from: &'a str,
     descriptors: std::vec::IntoIter<OwnedFd>,
-    /// Legacy handles that are open: regions may share an allocation.
+    /// Legacy handles that are open and where: regions may share an allocation.
     opened: BTreeMap<[u8; 64], u64>,
     mappings: Vec<Mapping>,
 }
@@ -209,25 +228,26 @@ struct Mapper<'a> {
 impl Mapper<'_> {
     /// Where a region begins for our kernels.
     fn region(&mut self, parts: &[Part], bytes: u64) -> Result<u64, String> {
-        let outside = || "its region is longer than the memory that it shared".to_owned();
-        let Some(first) = parts.first() else { return Err(outside()) };
+        let Some(first) = parts.first() else { return Err("it shared no memory for a region".to_owned()) };
         if parts.len() > PARTS_MAX {
             return Err(format!("its region consists of {} pieces, at most {PARTS_MAX} are mapped", parts.len()));
         }
-        let (How::Descriptor { offset } | How::Ipc { offset, .. }) = first.how;
-        let total = parts.iter().try_fold(0u64, |sum, part| sum.checked_add(part.bytes));
-        if total.is_none_or(|total| offset.checked_add(bytes).is_none_or(|end| end > total)) {
-            return Err(outside());
+        let offset = first.how.offset();
+        let shared = total(parts.iter().map(|part| part.bytes), offset, bytes)?;
+        match &first.how {
+            How::Ipc { handle, .. } if parts.len() == 1 => {
+                let address = self.ipc(handle_of(handle)?)?;
+                // How long it really is the driver knows, for every region anew: they may share a handle.
+                placed(address, offset, bytes, driver::allocation_of(address)?)
+            }
+            _ => {
+                let address = self.physical(parts, shared)?;
+                placed(address, offset, bytes, (address, shared))
+            }
         }
-        let base = match &first.how {
-            How::Ipc { handle, .. } if parts.len() == 1 => self.ipc(handle, offset.saturating_add(bytes))?,
-            _ => self.physical(parts)?,
-        };
-        Ok(base + offset)
     }
 
-    fn ipc(&mut self, handle: &[u8], needed: u64) -> Result<u64, String> {
-        let handle: [u8; 64] = handle.try_into().map_err(|_| "its IPC handle has another length".to_owned())?;
+    fn ipc(&mut self, handle: [u8; 64]) -> Result<u64, String> {
         if let Some(&address) = self.opened.get(&handle) {
             return Ok(address);
         }
@@ -236,31 +256,32 @@ impl Mapper<'_> {
             format!("its memory on {from} cannot be opened on {to}: {error}; peer access (nvidia-smi topo -p2p r), the same IPC and PID namespaces are needed")
         })?;
         self.mappings.push(Mapping::Ipc { gpu: Arc::clone(self.gpu), address });
-        // The driver knows how long it really is.
-        let (base, bytes) = driver::allocation_of(address)?;
-        if base.saturating_add(bytes) < address.saturating_add(needed) {
-            return Err(format!("its region needs {needed} bytes of an allocation that has {bytes}"));
-        }
         self.opened.insert(handle, address);
         Ok(address)
     }
 
-    fn physical(&mut self, parts: &[Part]) -> Result<u64, String> {
+    /// `bytes` is the sum of the parts'.
+    fn physical(&mut self, parts: &[Part], bytes: u64) -> Result<u64, String> {
         let (to, from) = (self.gpu.label(), self.from);
         let refused = |error: driver::CudaError| {
             format!(
-                "its memory on {from} cannot be mapped on {to}: {error}; peer access is needed (nvidia-smi topo -p2p r)"
+                "its memory on {from} cannot be mapped on {to}: {error}; peer access (nvidia-smi topo -p2p r) is needed, and for fabric \
+                 handles the same IMEX domain and channel"
             )
         };
         let mut pieces = Handles(Vec::with_capacity(parts.len()));
         for part in parts {
-            if !matches!(part.how, How::Descriptor { .. }) {
-                return Err("its region mixes kinds of memory".to_owned());
-            }
-            let descriptor = self.descriptors.next().ok_or("it sent fewer descriptors than its memory has pieces")?;
-            pieces.0.push((driver::import(descriptor.as_fd()).map_err(refused)?, part.bytes));
+            let imported = match &part.how {
+                How::Descriptor { .. } => {
+                    let descriptor = self.descriptors.next();
+                    let descriptor = descriptor.ok_or("it sent fewer descriptors than its memory has pieces")?;
+                    driver::import(descriptor.as_fd())
+                }
+                How::Fabric { handle, .. } => driver::import_fabric(handle_of(handle)?),
+                How::Ipc { .. } => return Err("its region mixes kinds of memory".to_owned()),
+            };
+            pieces.0.push((imported.map_err(refused)?, part.bytes));
         }
-        let bytes = parts.iter().map(|part| part.bytes).sum();
         // Read-only where the driver can: then not even a faulty kernel here could write it.
         let address = mapped(&pieces.0, self.gpu.ordinal, false)
             .or_else(|_| mapped(&pieces.0, self.gpu.ordinal, true))

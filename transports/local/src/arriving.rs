@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kvferry_core::{End, Program, TransferId};
 use kvferry_transport::{Event, Expected, PeerId, PostError, RemotePool, TransferError};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Copying};
 use crate::remote::Access;
 use crate::transport::{Job, LocalTransport, Role};
 use crate::wire::{Doorbell, Frame, PushOutcome};
@@ -173,7 +173,10 @@ impl<B: Backend> LocalTransport<B> {
         arriving.copying = true;
         let (program, range, pool) = (Arc::clone(&arriving.program), expected.range, bound.pool.clone());
         match self.backend.copy(program, range, layout, memory, pool) {
-            Ok(copy) => self.jobs.push_back(Job { id, role: Role::Arrival, copy }),
+            Ok(mut copy) => {
+                copy.begin();
+                self.jobs.push_back(Job { id, role: Role::Arrival, copy });
+            }
             Err(error) => self.fail_arriving_id(id, &error, Some(&error.to_string())),
         }
     }

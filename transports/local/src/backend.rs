@@ -3,6 +3,7 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvferry_core::{PoolId, PoolLayout, Program, TransportKind, UnitRange};
 use kvferry_transport::{Evidence, Pool, TransferError, Wait};
@@ -20,6 +21,9 @@ pub trait Backend: 'static {
     type Memory: 'static;
     /// A program on its way into a local pool.
     type Copy: Copying;
+
+    /// How long after a push was announced its end is looked for all the time.
+    const PUSH_SPIN: Duration = Duration::ZERO;
 
     /// Takes a pool, or says why this memory cannot be shared or copied.
     fn bind(&mut self, pool: &Pool) -> Result<(), String>;
@@ -61,6 +65,9 @@ pub trait Backend: 'static {
 
 /// A copy under way. Dropping it while it [runs](Copying::is_running) is a bug of the caller.
 pub trait Copying {
+    /// Starts what needs no turn for it, so that it need not wait for one. Called once, first; why it could not, the next step says.
+    fn begin(&mut self) {}
+
     /// Moves about `budget` bytes, or looks how far it is. After an error nothing more is started, but what was may still run.
     fn step(&mut self, budget: u64) -> Result<Step, TransferError>;
 

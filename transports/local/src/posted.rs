@@ -2,11 +2,12 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvferry_core::{End, TransferId};
 use kvferry_transport::{Direction, Event, PeerId, PostError, RemotePool, Transfer, TransferError};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Copying};
 use crate::remote::Access;
 use crate::transport::{Job, LocalTransport, Role};
 use crate::wire::{Doorbell, Frame, PUSH_BYTES_MAX, PushOutcome};
@@ -30,6 +31,10 @@ enum Progress {
 }
 
 impl Posted {
+    pub(crate) fn is_push(&self) -> bool {
+        self.transfer.direction == Direction::Push
+    }
+
     pub(crate) fn reads_from(&self, remote: RemotePool) -> bool {
         self.transfer.direction == Direction::Pull && self.transfer.remote == remote
     }
@@ -93,6 +98,9 @@ impl<B: Backend> LocalTransport<B> {
                 }
                 self.posted.insert(id, Posted { transfer, serial, progress: Progress::Announced });
                 self.send(peer, &Frame::Push(doorbell));
+                // Its destination need not wait for our next turn.
+                self.flush_all();
+                self.announced = Some(Instant::now());
             }
         }
         Ok(())
@@ -129,7 +137,10 @@ impl<B: Backend> LocalTransport<B> {
         let (program, range, pool) = (Arc::clone(&transfer.program), transfer.range, bound.pool.clone());
         posted.progress = Progress::Copying;
         match self.backend.copy(program, range, layout, memory, pool) {
-            Ok(copy) => self.jobs.push_back(Job { id, role: Role::Pull, copy }),
+            Ok(mut copy) => {
+                copy.begin();
+                self.jobs.push_back(Job { id, role: Role::Pull, copy });
+            }
             Err(error) => self.fail_posted(|posted| posted.transfer.id == id, &error),
         }
     }

@@ -141,8 +141,9 @@ impl Connection {
             }
             self.ended = got.bytes == 0;
             self.incoming.extend_from_slice(self.chunk.get(..got.bytes).unwrap_or_default());
-            // Descriptors are taken before more of them are read.
-            left = if self.fds.len() > waiting { 0 } else { left.saturating_sub(got.bytes) };
+            // Descriptors are taken before more of them are read. Where less came than there was room for, that was most likely all.
+            let was_all = got.bytes < self.chunk.len();
+            left = if was_all || self.fds.len() > waiting { 0 } else { left.saturating_sub(got.bytes) };
         }
         Ok(())
     }

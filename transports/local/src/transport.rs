@@ -59,6 +59,8 @@ pub struct LocalTransport<B: Backend> {
     pub(crate) held: BTreeMap<(PeerId, TransferId), Held>,
     /// What is being copied, in turn.
     pub(crate) jobs: VecDeque<Job<B::Copy>>,
+    /// When the last push was announced.
+    pub(crate) announced: Option<Instant>,
     /// Every job waits for something that needs nobody's hand.
     resting: bool,
     /// What was stopped and still runs.
@@ -126,6 +128,7 @@ impl<B: Backend> LocalTransport<B> {
             expecting: BTreeMap::new(),
             held: BTreeMap::new(),
             jobs: VecDeque::new(),
+            announced: None,
             resting: false,
             draining: Vec::new(),
             fencing: Vec::new(),
@@ -139,7 +142,8 @@ impl<B: Backend> LocalTransport<B> {
         if epoll::wait(&self.poller, spare_capacity(&mut self.ready), Some(&zero)).is_err() {
             return;
         }
-        for event in std::mem::take(&mut self.ready) {
+        let mut ready = std::mem::take(&mut self.ready);
+        for event in ready.drain(..) {
             match event.data.u64() {
                 LISTENER => self.accept_all(),
                 TIMER => {
@@ -158,7 +162,8 @@ impl<B: Backend> LocalTransport<B> {
                 }
             }
         }
-        self.ready = Vec::with_capacity(READY_MAX);
+        // Its room serves the next poll, too.
+        self.ready = ready;
     }
 
     /// Copies in turn, a slice of each transfer, until the budget is spent or everything waits.
@@ -364,6 +369,9 @@ impl<B: Backend> Transport for LocalTransport<B> {
         }
         if !self.jobs.is_empty() || !self.draining.is_empty() {
             return self.backend.wait();
+        }
+        if self.announced.is_some_and(|at| at.elapsed() < B::PUSH_SPIN) && self.posted.values().any(Posted::is_push) {
+            return Wait::Busy;
         }
         self.set_timer(Instant::now());
         Wait::Ready(Arc::clone(&self.poller))

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file; both ends must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Descriptors that travel with one frame; the kernel takes 253.
 pub const FDS_PER_FRAME_MAX: usize = 200;
 /// Bytes of a frame before its sender has shown the key.

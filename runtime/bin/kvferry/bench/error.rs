@@ -19,7 +19,7 @@ pub(crate) enum BenchError {
     #[error("--streams is for --transport tcp only; leave it out")]
     NoStreams,
     /// GPUs are CUDA's.
-    #[error("--from-gpu, --to-gpu and --thread-blocks are for --transport cuda only; leave them out")]
+    #[error("--from-gpu, --to-gpu, --thread-blocks and --gpu-times are for --transport cuda only; leave them out")]
     NoGpus,
     /// The two-sided method is UCX's.
     #[error("--two-sided is for --transport ucx only; leave it out")]

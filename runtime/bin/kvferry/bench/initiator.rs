@@ -8,10 +8,10 @@ use kvferry_transport::{Event, PeerId, PoolKeys, RemotePool, Transfer};
 use super::error::BenchError;
 use super::kv::{Cache, Holds, Shape};
 use super::nic::Nic;
-use super::peer::{processor_nanoseconds, transfer_id};
+use super::peer::{spent, transfer_id};
 use super::process::PeerProcess;
 use super::report::Report;
-use super::words::{FromPeer, ToPeer, Words};
+use super::words::{FromPeer, Spent, ToPeer, Words};
 use super::{Deadline, Op, Options};
 
 const SEED: u64 = 1;
@@ -21,7 +21,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
     let deadline = Deadline::of(options);
     let shape = Shape::of(options)?;
     let nic = Nic::open(options, options.op.here())?;
-    let device = nic.transport.info().device.clone();
+    let (device, library) = (nic.transport.info().device.clone(), nic.transport.info().library.clone());
     let mut peer = PeerProcess::start(options, &device)?;
     let there = options.device_of(options.op.there()).unwrap_or_else(|| device.clone());
     let device = if there == device {
@@ -33,7 +33,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
     match compare(options, &shape, nic, &mut peer.words, deadline) {
         Ok((samples, mismatch)) => {
             peer.finish(deadline)?;
-            Ok(Report::new(options, device, &shape, &samples, mismatch))
+            Ok(Report::new(options, (device, library), &shape, &samples, mismatch))
         }
         Err(error) => Err(peer.explain(error)),
     }
@@ -47,6 +47,8 @@ pub(crate) struct Sample {
     pub(crate) moved: Duration,
     /// Of both processes.
     pub(crate) processor: Duration,
+    /// Of the destination's GPU, where its time is taken.
+    pub(crate) gpu: Duration,
 }
 
 /// The timed iterations, and the first wrong byte after them.
@@ -118,7 +120,7 @@ impl<'a> Session<'a> {
     /// Plans the request and moves it once.
     fn iterate(&mut self, handover: u64) -> Result<Sample, BenchError> {
         let during = "a transfer";
-        let there_before = self.processor_there(&ToPeer::Begin { handover }, "the start of a transfer")?;
+        let there_before = self.spent_there(&ToPeer::Begin { handover }, "the start of a transfer")?;
 
         let start = Instant::now();
         let (source, destination) = match self.op {
@@ -138,7 +140,7 @@ impl<'a> Session<'a> {
             program,
             notice: None,
         };
-        let here_before = processor_nanoseconds();
+        let here_before = spent();
         let start = Instant::now();
         self.nic.transport.post(transfer)?;
         let moved = 'moving: loop {
@@ -149,15 +151,16 @@ impl<'a> Session<'a> {
             }
         };
         let elapsed = start.elapsed();
-        let here = processor_nanoseconds().saturating_sub(here_before);
+        let here = spent().since(here_before, Spent::default());
 
-        let there_after = self.processor_there(&ToPeer::End { handover }, "the end of a transfer")?;
+        let there_after = self.spent_there(&ToPeer::End { handover }, "the end of a transfer")?;
         let due = self.shape.bytes();
         if moved != due {
             return Err(BenchError::Short { moved, due });
         }
-        let processor = Duration::from_nanos(here.saturating_add(there_after.saturating_sub(there_before)));
-        Ok(Sample { plan, moved: elapsed, processor })
+        let Spent { processor, gpu } = there_after.since(there_before, here);
+        let (processor, gpu) = (Duration::from_nanos(processor), Duration::from_nanos(gpu));
+        Ok(Sample { plan, moved: elapsed, processor, gpu })
     }
 
     /// Compares the destination, wherever it is.
@@ -175,14 +178,14 @@ impl<'a> Session<'a> {
     fn write(&mut self) -> Result<(), BenchError> {
         match self.op {
             Op::Pull => self.cache.write()?,
-            Op::Push => drop(self.processor_there(&ToPeer::Write, "overwriting")?),
+            Op::Push => drop(self.spent_there(&ToPeer::Write, "overwriting")?),
         }
         Ok(())
     }
 
-    fn processor_there(&mut self, word: &ToPeer, during: &'static str) -> Result<u64, BenchError> {
+    fn spent_there(&mut self, word: &ToPeer, during: &'static str) -> Result<Spent, BenchError> {
         match self.ask(word, during)? {
-            FromPeer::Processor { nanoseconds } => Ok(nanoseconds),
+            FromPeer::Spent(spent) => Ok(spent),
             other => Err(unexpected(&other, during)),
         }
     }

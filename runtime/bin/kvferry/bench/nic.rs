@@ -1,11 +1,13 @@
 //! An opened device, and how either process waits for it.
 
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use kvferry::transport::{self, Transport};
+use kvferry::transport::{self, SelectError, Transport};
 use kvferry::{ThreadOptions, TransportKind};
-use kvferry_transport::{Event, Wait};
+use kvferry_cuda::CudaProvider;
+use kvferry_transport::{Device, Event, Provider, Wait};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -17,6 +19,23 @@ use super::{Deadline, Options};
 const MUST_POLL: Duration = Duration::from_micros(50);
 /// The two processes have one each.
 const NIC_THREADS: usize = 2;
+
+/// What launches of this process took their GPU.
+static GPU_NANOSECONDS: AtomicU64 = AtomicU64::new(0);
+
+/// Time of transfers on the GPU that this process has seen the end of; zero unless it is taken.
+pub(crate) fn gpu_nanoseconds() -> u64 {
+    GPU_NANOSECONDS.load(Ordering::Relaxed)
+}
+
+/// The GPU of that name, or the first usable one, with its launches timed. [`transport::select`] has found it before.
+fn open_timed(name: Option<&str>, how: &transport::Options) -> Result<Box<dyn Transport>, BenchError> {
+    let provider = CudaProvider::default().timed(&GPU_NANOSECONDS);
+    let is_it = |device: &Device| name.map_or(device.unavailable.is_none(), |name| name == device.name);
+    let device = provider.discover().into_iter().find(is_it);
+    let gone = SelectError::NoDevice { kind: TransportKind::Cuda, reason: "it is gone".to_owned() };
+    Ok(provider.open(&device.ok_or(gone)?, how)?)
+}
 
 /// A transport with the waiting of a NIC thread.
 pub(crate) struct Nic {
@@ -36,7 +55,7 @@ impl Nic {
         }
         let is_cuda = options.transport == TransportKind::Cuda;
         let of_gpus = [options.from_gpu, options.to_gpu, options.thread_blocks];
-        if !is_cuda && of_gpus.iter().any(Option::is_some) {
+        if !is_cuda && (options.gpu_times || of_gpus.iter().any(Option::is_some)) {
             return Err(BenchError::NoGpus);
         }
         how.thread_blocks = options.thread_blocks.unwrap_or(how.thread_blocks);
@@ -44,9 +63,11 @@ impl Nic {
             return Err(BenchError::NoTwoSides);
         }
         how.two_sided = options.two_sided;
-        let open = transport::select(options.transport, options.device_of(holds).as_deref(), &how)?;
+        let device = options.device_of(holds);
+        let open = transport::select(options.transport, device.as_deref(), &how)?;
+        let transport = if options.gpu_times { open_timed(device.as_deref(), &how)? } else { open()? };
         let spin = ThreadOptions::for_nic_threads(NIC_THREADS).spin;
-        Ok(Nic { transport: open()?, spin, worked: Instant::now() })
+        Ok(Nic { transport, spin, worked: Instant::now() })
     }
 
     /// Polls once; waits when there was nothing to do, at most to the deadline. Says whether `words` can be read, as far as it looked:

@@ -11,8 +11,8 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::error::{BenchError, explain};
 use super::kv::{Cache, Shape};
-use super::nic::Nic;
-use super::words::{FromPeer, ToPeer, Words, WordsError};
+use super::nic::{Nic, gpu_nanoseconds};
+use super::words::{FromPeer, Spent, ToPeer, Words, WordsError};
 use super::{Deadline, Op, Options};
 
 const SEED: u64 = 2;
@@ -47,10 +47,11 @@ pub(crate) fn transfer_id(handover: u64) -> TransferId {
     TransferId::of(HandoverId(handover), Rank(0), Rank(0), 0)
 }
 
-/// Processor time of this process so far, in user and system mode.
-pub(crate) fn processor_nanoseconds() -> u64 {
+/// What this process has used so far.
+pub(crate) fn spent() -> Spent {
     let time = clock_gettime(ClockId::ProcessCPUTime);
-    time.tv_sec.cast_unsigned().saturating_mul(1_000_000_000).saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0))
+    let seconds = time.tv_sec.cast_unsigned().saturating_mul(1_000_000_000);
+    Spent { processor: seconds.saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0)), gpu: gpu_nanoseconds() }
 }
 
 fn serve(options: &Options, deadline: Deadline, words: &mut Words) -> Result<(), BenchError> {
@@ -116,7 +117,7 @@ impl Peer {
                         range,
                     })?;
                 }
-                Some(FromPeer::Processor { nanoseconds: processor_nanoseconds() })
+                Some(FromPeer::Spent(spent()))
             }
             ToPeer::End { handover } => {
                 self.ending = Some(transfer_id(handover));
@@ -128,7 +129,7 @@ impl Peer {
             }
             ToPeer::Write => {
                 self.cache.write()?;
-                Some(FromPeer::Processor { nanoseconds: processor_nanoseconds() })
+                Some(FromPeer::Spent(spent()))
             }
             ToPeer::Leave => None,
         })
@@ -157,6 +158,6 @@ impl Peer {
             return None;
         }
         self.ending = None;
-        Some(FromPeer::Processor { nanoseconds: processor_nanoseconds() })
+        Some(FromPeer::Spent(spent()))
     }
 }

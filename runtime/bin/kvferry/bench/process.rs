@@ -44,6 +44,9 @@ impl PeerProcess {
                 command.arg(name).arg(number.to_string());
             }
         }
+        if options.gpu_times {
+            command.arg("--gpu-times");
+        }
         if let Some(streams) = options.streams {
             command.arg("--streams").arg(streams.to_string());
         }

@@ -13,6 +13,9 @@ use super::kv::Shape;
 pub(crate) struct Report {
     transport: &'static str,
     device: String,
+    /// The native library here, and what it says of the device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    library: Option<String>,
     op: &'static str,
     /// Blocks of the request in all planes, whatever the transport makes of them.
     pieces: u64,
@@ -25,6 +28,9 @@ pub(crate) struct Report {
     plan_microseconds: f64,
     /// Of both processes while the bytes moved: median.
     cpu_seconds: f64,
+    /// The destination's GPU by CUDA events, with `--gpu-times`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_seconds: Option<Spread>,
     /// Whether every byte was right.
     verified: bool,
     #[serde(skip)]
@@ -44,7 +50,7 @@ struct Spread {
 impl Report {
     pub(crate) fn new(
         options: &Options,
-        device: String,
+        (device, library): (String, Option<String>),
         shape: &Shape,
         samples: &[Sample],
         mismatch: Option<String>,
@@ -55,6 +61,7 @@ impl Report {
         Report {
             transport: options.transport.name(),
             device,
+            library,
             op: options.op.name(),
             pieces: shape.pieces(),
             bytes: shape.bytes(),
@@ -62,6 +69,7 @@ impl Report {
             gigabytes_per_second: shape.bytes() as f64 / seconds.p50 / 1e9,
             plan_microseconds: spread(|sample| sample.plan).p50 * 1e6,
             cpu_seconds: spread(|sample| sample.processor).p50,
+            gpu_seconds: options.gpu_times.then(|| spread(|sample| sample.gpu)),
             verified: mismatch.is_none(),
             shape: (2 * options.layers, options.blocks, options.block_bytes, options.iters),
             mismatch,
@@ -79,6 +87,10 @@ impl Report {
         let (planes, blocks, block_bytes, iters) = self.shape;
         let Spread { min, p50, max } = self.seconds;
         let milliseconds = |seconds: f64| format!("{:.3}", seconds * 1e3);
+        let gpu = self.gpu_seconds.map(|Spread { min, p50, max }| {
+            let text = format!("{} median, {} to {}", milliseconds(p50), milliseconds(min), milliseconds(max));
+            ("GPU ms", text)
+        });
         let rows = [
             ("path", format!("{} on {}, {}, between two processes", self.transport, self.device, self.op)),
             ("request", format!("{planes} planes × {blocks} blocks × {block_bytes} bytes")),
@@ -90,7 +102,10 @@ impl Report {
             ("CPU ms", format!("{} in both processes", milliseconds(self.cpu_seconds))),
             ("verified", if self.verified { "every byte".to_owned() } else { "NO".to_owned() }),
         ];
-        rows.map(|(name, value)| format!("{name:<9} {value}")).join("\n")
+        let library = self.library.clone().map(|library| ("library", library));
+        let lines: Vec<String> =
+            rows.into_iter().chain(gpu).chain(library).map(|(name, value)| format!("{name:<9} {value}")).collect();
+        lines.join("\n")
     }
 }
 

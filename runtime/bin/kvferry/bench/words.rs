@@ -21,13 +21,13 @@ const READ_BYTES: usize = 64 << 10;
 /// From the initiator.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum ToPeer {
-    /// An iteration starts: expect its push. Answered by [`FromPeer::Processor`].
+    /// An iteration starts: expect its push. Answered by [`FromPeer::Spent`].
     Begin { handover: u64 },
-    /// It is over here. Answered by [`FromPeer::Processor`], once it is over there.
+    /// It is over here. Answered by [`FromPeer::Spent`], once it is over there.
     End { handover: u64 },
     /// Compare everything. Answered by [`FromPeer::Compared`].
     Verify,
-    /// Overwrite everything. Answered by [`FromPeer::Processor`].
+    /// Overwrite everything. Answered by [`FromPeer::Spent`].
     Write,
     /// That was all.
     Leave,
@@ -38,12 +38,32 @@ pub(crate) enum ToPeer {
 pub(crate) enum FromPeer {
     /// It is there, with everything that the initiator needs.
     Hello { address: Vec<u8>, keys: Vec<u8>, layout: PoolLayout, table: Vec<u32> },
-    /// Done; its processor time so far.
-    Processor { nanoseconds: u64 },
+    /// Done; what it has used so far.
+    Spent(Spent),
     /// The first difference, if any.
     Compared { mismatch: Option<String> },
     /// It cannot go on.
     Failed { reason: String },
+}
+
+/// What a process has used since its start, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Spent {
+    /// Processor time, in user and system mode.
+    pub(crate) processor: u64,
+    /// Of its GPU, in transfers whose time is taken.
+    pub(crate) gpu: u64,
+}
+
+impl Spent {
+    /// What was used since `before`, added to `other`.
+    pub(crate) fn since(self, before: Spent, other: Spent) -> Spent {
+        let since = |now: u64, before: u64, other: u64| now.saturating_sub(before).saturating_add(other);
+        Spent {
+            processor: since(self.processor, before.processor, other.processor),
+            gpu: since(self.gpu, before.gpu, other.gpu),
+        }
+    }
 }
 
 /// Why nothing was heard or said.

@@ -1,0 +1,118 @@
+//! Which GPUs reach which, and why not.
+
+use crate::driver::{self, Driver};
+use crate::gpu::{Gpu, label};
+
+/// How kernels of one GPU reach the memory of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    NvLink,
+    Pcie,
+    /// Not at all.
+    None,
+}
+
+/// What is known of the two ends of a path.
+#[derive(Clone, Copy, Debug)]
+struct Ends<'a> {
+    /// Our GPU, as the driver calls it.
+    name: &'a str,
+    label: &'a str,
+    is_same: bool,
+    /// What the peer calls its GPU.
+    there: &'a str,
+    /// `None` where this process does not see it.
+    link: Option<Reach>,
+}
+
+/// Says why a peer's GPU is out of reach for ours, where that is certain. What this process does not see, it has to try.
+pub(crate) fn check(gpu: &Gpu, uuid: [u8; 16], there: &str) -> Result<(), String> {
+    let is_same = gpu.uuid == uuid;
+    let link = if is_same { None } else { visible(uuid).map(|ordinal| reach(gpu, ordinal)) };
+    refuse(Ends { name: &gpu.name, label: &gpu.label(), is_same, there, link })
+}
+
+fn refuse(ends: Ends<'_>) -> Result<(), String> {
+    let Ends { name, label, is_same, there, link } = ends;
+    if is_same {
+        return Ok(());
+    }
+    // Its own name is all that the driver says of an instance.
+    if name.contains(" MIG ") {
+        return Err(format!(
+            "{label} is a MIG instance ({name}), which reaches neither other GPUs nor other instances: have both sides use the same instance, or \
+             another transport"
+        ));
+    }
+    if link == Some(Reach::None) {
+        return Err(format!(
+            "{label} has no peer access to the peer's {there}, neither by NVLink nor by PCIe (nvidia-smi topo -p2p r says what is in the way; in \
+             virtual machines often the IOMMU): use another transport for this pair"
+        ));
+    }
+    Ok(())
+}
+
+/// The other GPUs that this process sees, and how they are reached, for people.
+pub(crate) fn describe(gpu: &Gpu) -> String {
+    let count = driver::driver().and_then(|driver| Ok(driver::device_count(driver)?)).unwrap_or(0);
+    let words = |ordinal| match reach(gpu, ordinal) {
+        Reach::NvLink => format!("{} by NVLink", label(ordinal)),
+        Reach::Pcie => format!("{} by PCIe", label(ordinal)),
+        Reach::None => format!("not {}", label(ordinal)),
+    };
+    let others: Vec<String> = (0..count).filter(|ordinal| *ordinal != gpu.ordinal).map(words).collect();
+    if others.is_empty() { "sees no other GPU".to_owned() } else { format!("reaches {}", others.join(", ")) }
+}
+
+/// The number that a GPU has in this process, if it is visible here.
+fn visible(uuid: [u8; 16]) -> Option<u32> {
+    let driver = driver::driver().ok()?;
+    let is_it = |ordinal: &u32| device_uuid(driver, *ordinal).is_some_and(|found| found == uuid);
+    (0..driver::device_count(driver).ok()?).find(is_it)
+}
+
+fn device_uuid(driver: Driver, ordinal: u32) -> Option<[u8; 16]> {
+    driver::device(driver, ordinal).and_then(driver::device_uuid).ok()
+}
+
+fn reach(gpu: &Gpu, ordinal: u32) -> Reach {
+    let Some(other) = driver::driver().ok().and_then(|driver| driver::device(driver, ordinal).ok()) else {
+        return Reach::None;
+    };
+    if !gpu.can_access(other) {
+        Reach::None
+    } else if gpu.is_nvlink(other) {
+        Reach::NvLink
+    } else {
+        Reach::Pcie
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H200: Ends<'static> =
+        Ends { name: "NVIDIA H200", label: "gpu0", is_same: false, there: "gpu1", link: Some(Reach::NvLink) };
+
+    #[test]
+    fn what_is_certainly_out_of_reach_says_why() {
+        assert_eq!(refuse(H200), Ok(()));
+        assert_eq!(refuse(Ends { link: Some(Reach::Pcie), ..H200 }), Ok(()));
+        let reason = refuse(Ends { link: Some(Reach::None), ..H200 }).unwrap_err();
+        assert!(reason.contains("gpu0 has no peer access to the peer's gpu1"), "{reason}");
+    }
+
+    #[test]
+    fn what_is_not_seen_is_tried() {
+        assert_eq!(refuse(Ends { link: None, ..H200 }), Ok(()));
+    }
+
+    #[test]
+    fn a_mig_instance_reaches_itself_only() {
+        let mig = Ends { name: "NVIDIA A100-SXM4-40GB MIG 1g.5gb", link: None, ..H200 };
+        assert!(refuse(mig).unwrap_err().contains("MIG instance"));
+        assert_eq!(refuse(Ends { is_same: true, ..mig }), Ok(()));
+    }
+}
