@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-const LOGS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/runtime/doctor/tests/logs");
+const LOGS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/transports/ucx/text/tests/logs");
 
 fn doctor(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvferry"));
