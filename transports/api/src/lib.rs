@@ -21,6 +21,6 @@ pub use part::first_part;
 pub use pool::{Pool, PoolError, PoolOptions};
 pub use region::Region;
 pub use transport::{
-    BindError, ConnectError, Expected, ImportError, Notice, OpenError, PeerId, PostError, Provider, RemotePool,
-    Transfer, Transport,
+    BindError, ConnectError, DeviceEvent, Expected, ImportError, Notice, OpenError, PeerId, PostError, Provider,
+    RemotePool, Transfer, Transport,
 };

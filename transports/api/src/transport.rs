@@ -1,5 +1,7 @@
 //! The two traits that every transport implements.
 
+use std::any::Any;
+use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -64,6 +66,19 @@ pub trait Transport {
     /// Starts a transfer that this side initiates. [`PostError::Full`] is back-pressure: poll, then post again.
     fn post(&mut self, transfer: Transfer) -> Result<(), PostError>;
 
+    /// As [`Transport::post`], but touches the local pool, or lets the peer read it, only once `after` is done. An event that fails fails the
+    /// transfer. A stopped transfer may end only when the event has.
+    ///
+    /// A transport that knows nothing of events takes those that are done already, and refuses others: [`PostError::Unordered`].
+    fn post_after(&mut self, transfer: Transfer, after: Arc<dyn DeviceEvent>) -> Result<(), PostError> {
+        let unordered = |reason| PostError::Unordered { id: transfer.id, device: after.device().to_owned(), reason };
+        match after.is_done() {
+            Ok(true) => self.post(transfer),
+            Ok(false) => Err(unordered("this transport cannot wait for it; post once it is done".to_owned())),
+            Err(reason) => Err(unordered(reason)),
+        }
+    }
+
     /// Stops a posted or expected transfer as soon as its memory is safe; it ends in [`Event::Failed`] with
     /// [`TransferError::Cancelled`](crate::TransferError::Cancelled), unless it ended before. Unknown ids are ignored.
     fn cancel(&mut self, id: TransferId);
@@ -82,6 +97,15 @@ pub trait Transport {
 
     /// Call when `poll` returned nothing: says how to wait.
     fn arm(&mut self) -> Wait;
+}
+
+/// Work of a device that was started and may not be done, such as the kernels that produce KV.
+pub trait DeviceEvent: Any + fmt::Debug + Send + Sync {
+    /// The device, as device lists call it.
+    fn device(&self) -> &str;
+
+    /// Whether it is done. An error says why it never will be.
+    fn is_done(&self) -> Result<bool, String>;
 }
 
 /// A peer of one transport, numbered by that transport.
@@ -249,5 +273,15 @@ pub enum PostError {
         /// What is wrong.
         #[source]
         source: kvferry_core::ProgramError,
+    },
+    /// It was to follow a device's event, which this transport cannot wait for, or which has failed.
+    #[error("{id} cannot follow the event of {device}: {reason}")]
+    Unordered {
+        /// Which transfer.
+        id: TransferId,
+        /// Whose event.
+        device: String,
+        /// Cause and remedy.
+        reason: String,
     },
 }

@@ -1,5 +1,6 @@
 //! GPU memory behind the protocol of one host.
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -10,9 +11,10 @@ use std::time::Duration;
 use kvferry_core::{PoolId, PoolLayout, Program, UnitRange};
 use kvferry_local::wire::MemoryKind;
 use kvferry_local::{Backend, Owner, Shared};
-use kvferry_transport::{Evidence, Grade, Pool, TransferError, TransportKind, Wait};
+use kvferry_transport::{DeviceEvent, Evidence, Grade, Pool, TransferError, TransportKind, Wait};
 
 use crate::copy::{Kernels, Pace};
+use crate::event::GpuEvent;
 use crate::launch::Launcher;
 use crate::memory::GpuMemory;
 use crate::planes::Planes;
@@ -107,6 +109,11 @@ impl Backend for GpuPools {
         let planes = self.bound.get(&pool.id()).cloned();
         let planes = planes.ok_or_else(|| TransferError::Refused(format!("{} is not bound here", pool.id())))?;
         Ok(Kernels::new(&self.launcher, self.pace, (program, range), memory, (pool, planes)))
+    }
+
+    fn order(&mut self, copy: &mut Kernels, after: &dyn DeviceEvent) -> Result<bool, TransferError> {
+        let after: &dyn Any = after;
+        after.downcast_ref::<GpuEvent>().map_or(Ok(false), |event| copy.hold_back(event).map(|()| true))
     }
 
     fn wait(&self) -> Wait {

@@ -9,6 +9,7 @@ use kvferry_core::{Program, UnitRange};
 use kvferry_local::{Copying, Step};
 use kvferry_transport::{Pool, TransferError, first_part};
 
+use crate::event::GpuEvent;
 use crate::launch::{Launch, Launcher};
 use crate::planes::Planes;
 use crate::rectangle::{LowerError, lower};
@@ -35,6 +36,7 @@ pub(crate) struct Kernels {
     launches: VecDeque<Launch>,
     launcher: Rc<RefCell<Launcher>>,
     stream: usize,
+    owns_stream: bool,
     pace: Pace,
     program: Arc<Program>,
     range: UnitRange,
@@ -65,6 +67,7 @@ impl Kernels {
             launches: VecDeque::new(),
             launcher: Rc::clone(launcher),
             stream,
+            owns_stream: false,
             pace,
             program,
             range,
@@ -76,6 +79,14 @@ impl Kernels {
             pieces: 0,
             failed: None,
         }
+    }
+
+    /// Has its launches come after an event, in a stream of their own: others would wait, too.
+    pub(crate) fn hold_back(&mut self, event: &GpuEvent) -> Result<(), TransferError> {
+        let failed = |message| TransferError::Io { context: "ordering the GPU's copy after an event", message };
+        self.stream = self.launcher.borrow_mut().own_stream().map_err(failed)?;
+        self.owns_stream = true;
+        self.launcher.borrow().hold_back(self.stream, event).map_err(failed)
     }
 
     /// Lets go of what has ended.
@@ -120,6 +131,18 @@ impl Kernels {
         self.range.start = part.end;
         self.left = self.left.saturating_sub(bytes);
         Ok(bytes)
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        // Waits for them: afterwards nothing is in the stream.
+        self.launches.clear();
+        if self.owns_stream
+            && let Ok(mut launcher) = self.launcher.try_borrow_mut()
+        {
+            launcher.give_back(self.stream);
+        }
     }
 }
 

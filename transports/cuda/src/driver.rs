@@ -233,6 +233,28 @@ pub(crate) unsafe fn synchronize(stream: Stream) -> Result<(), CudaError> {
     unsafe { call!(cuStreamSynchronize(stream)) }
 }
 
+/// Has what comes into the stream wait for what the event stands for now.
+///
+/// # Safety
+/// Both exist.
+pub(crate) unsafe fn stream_waits(stream: Stream, event: EventHandle) -> Result<(), CudaError> {
+    // SAFETY: the caller's promise.
+    unsafe { call!(cuStreamWaitEvent(stream, event, 0)) }
+}
+
+/// Calls a function once the stream has come to it.
+///
+/// # Safety
+/// The stream exists; the function may be called with the argument, once, on any thread, and uses no CUDA.
+pub(crate) unsafe fn launch_host(
+    stream: Stream,
+    function: extern "C" fn(*mut c_void),
+    argument: *mut c_void,
+) -> Result<(), CudaError> {
+    // SAFETY: the caller's promise.
+    unsafe { call!(cuLaunchHostFunc(stream, Some(function), argument)) }
+}
+
 /// One whose time is taken costs the GPU a little more.
 pub(crate) fn create_event(is_timed: bool) -> Result<EventHandle, CudaError> {
     let flags =

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use crate::buffer::{Buffer, Flag, HostBuffer};
 use crate::driver::{self, CudaError, EventHandle, Stream};
+use crate::event::GpuEvent;
 use crate::gpu::Gpu;
 use crate::rectangle::{Payload, RECTANGLE_BYTES};
 
@@ -30,6 +31,8 @@ pub(crate) struct Launcher {
     gpu: Arc<Gpu>,
     streams: Vec<Stream>,
     next: usize,
+    /// Behind the shared streams: those of one transfer each, which nobody has.
+    idle: Vec<usize>,
     spare: Vec<Slot>,
     blocks: u32,
     /// Where the kernels' own time is added up, in nanoseconds.
@@ -74,8 +77,17 @@ impl Launcher {
         gpu.enter()?;
         let streams = Vec::with_capacity(STREAMS);
         let (gpu, blocks) = (Arc::clone(gpu), blocks.clamp(1, 4096));
-        let mut launcher =
-            Launcher { gpu, streams, next: 0, spare: Vec::new(), blocks, timed, launched: None, broken: None };
+        let mut launcher = Launcher {
+            gpu,
+            streams,
+            next: 0,
+            idle: Vec::new(),
+            spare: Vec::new(),
+            blocks,
+            timed,
+            launched: None,
+            broken: None,
+        };
         for _ in 0..STREAMS {
             launcher.streams.push(driver::create_stream()?);
         }
@@ -88,8 +100,31 @@ impl Launcher {
 
     /// Another stream than the last time.
     pub(crate) fn stream(&mut self) -> usize {
-        self.next = (self.next + 1) % self.streams.len().max(1);
+        self.next = (self.next + 1) % STREAMS;
         self.next
+    }
+
+    /// A stream for one transfer alone, until it is given back.
+    pub(crate) fn own_stream(&mut self) -> Result<usize, String> {
+        if let Some(stream) = self.idle.pop() {
+            return Ok(stream);
+        }
+        self.gpu.enter()?;
+        self.streams.push(driver::create_stream()?);
+        Ok(self.streams.len() - 1)
+    }
+
+    /// Takes back a stream in which nothing is left to do but to wait.
+    pub(crate) fn give_back(&mut self, stream: usize) {
+        self.idle.push(stream);
+    }
+
+    /// Has what comes into a stream wait for an event.
+    pub(crate) fn hold_back(&self, stream: usize, event: &GpuEvent) -> Result<(), String> {
+        let stream = *self.streams.get(stream).ok_or("no such stream")?;
+        self.gpu.enter()?;
+        // SAFETY: the stream lives as long as this, in the context that was just entered.
+        Ok(unsafe { event.hold_back(stream) }?)
     }
 
     /// Remembers what is beyond repair.

@@ -8,6 +8,10 @@
 //! descriptor), plain allocations shared by legacy CUDA IPC, or a serving stack's own memory ([`from_raw`]). Readers map what handles stand
 //! for read-only where the driver can.
 //!
+//! **Order.** A transfer that is posted after a [`GpuEvent`] touches its pool only once the event is done: a pull waits in the GPU's own stream, a
+//! push is announced then. A layer is marked ready by [`GpuEvent::on_done`]. When a transfer has ended, every byte is visible to whatever is
+//! launched afterwards, in any stream.
+//!
 //! **Peers that die.** Memory behind a handle stays until its last reader unmaps it: a kernel that reads a dead peer's pool goes on, and
 //! its transfer fails because the connection is gone. Of memory behind legacy CUDA IPC the driver promises nothing once the owner has freed it;
 //! keep such pools until their readers are fenced. Nothing is unmapped or freed here before the kernels that use it have ended. A kernel that
@@ -22,11 +26,14 @@ mod copy;
 mod driver;
 #[cfg(test)]
 mod emulated;
+mod event;
 mod gpu;
 #[cfg(test)]
 mod hostile;
 mod launch;
 mod memory;
+#[cfg(test)]
+mod ordered;
 mod paths;
 mod planes;
 mod provider;
@@ -36,5 +43,6 @@ mod shared;
 
 pub use allocation::Allocate;
 pub use blocks::{Difference, check_blocks, fill_blocks};
+pub use event::GpuEvent;
 pub use memory::{allocate, free_bytes, from_raw};
 pub use provider::CudaProvider;

@@ -335,6 +335,13 @@ fn killed_and_restarted_peers_leave_nothing_behind() {
         while start.elapsed() < Duration::from_micros(cycle as u64 * 37 % 4000) {
             transport.poll(&mut events);
         }
+        if cycle % 3 == 2 {
+            // It stands still for a while first, which stops nothing here.
+            kill_process(Pid::from_child(&peer.child), Signal::STOP).unwrap();
+            for _ in 0..2000 {
+                transport.poll(&mut events);
+            }
+        }
         peer.child.kill().unwrap();
         peer.child.wait().unwrap();
         until(transport.as_mut(), &mut events, |e| matches!(e, Event::PeerLost { .. }));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvferry_core::{PoolId, PoolLayout, Program, TransportKind, UnitRange};
-use kvferry_transport::{Evidence, Pool, TransferError, Wait};
+use kvferry_transport::{DeviceEvent, Evidence, Pool, TransferError, Wait};
 use rustix::process::Pid;
 
 use crate::wire::MemoryKind;
@@ -58,6 +58,12 @@ pub trait Backend: 'static {
         memory: Rc<Self::Memory>,
         pool: Pool,
     ) -> Result<Self::Copy, TransferError>;
+
+    /// Has a copy that has not begun wait for an event by itself. `false` if it cannot: then it is begun when the event is done.
+    fn order(&mut self, copy: &mut Self::Copy, after: &dyn DeviceEvent) -> Result<bool, TransferError> {
+        let (_, _) = (copy, after);
+        Ok(false)
+    }
 
     /// How to wait while copies run that need nobody's hand.
     fn wait(&self) -> Wait;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvferry_core::{End, TransferId};
-use kvferry_transport::{Direction, Event, PeerId, PostError, RemotePool, Transfer, TransferError};
+use kvferry_transport::{DeviceEvent, Direction, Event, PeerId, PostError, RemotePool, Transfer, TransferError};
 
 use crate::backend::{Backend, Copying};
 use crate::remote::Access;
@@ -17,10 +17,12 @@ pub(crate) struct Posted {
     pub(crate) transfer: Transfer,
     serial: u64,
     progress: Progress,
+    /// What has to be done first.
+    after: Option<Arc<dyn DeviceEvent>>,
 }
 
 enum Progress {
-    /// A pull whose source is not mapped yet.
+    /// A pull whose source is not mapped yet, or a transfer that waits for an event.
     Waiting,
     /// A pull that is being copied.
     Copying,
@@ -41,7 +43,11 @@ impl Posted {
 }
 
 impl<B: Backend> LocalTransport<B> {
-    pub(crate) fn post_transfer(&mut self, transfer: Transfer) -> Result<(), PostError> {
+    pub(crate) fn post_transfer(
+        &mut self,
+        transfer: Transfer,
+        after: Option<Arc<dyn DeviceEvent>>,
+    ) -> Result<(), PostError> {
         let id = transfer.id;
         if self.posted.len() >= self.options.transfers_max {
             return Err(PostError::Full);
@@ -69,41 +75,77 @@ impl<B: Backend> LocalTransport<B> {
                     transfer.program.validate(End::Source, layout).map_err(program)?;
                 }
                 let remote = transfer.remote;
-                self.posted.insert(id, Posted { transfer, serial, progress: Progress::Waiting });
+                self.posted.insert(id, Posted { transfer, serial, progress: Progress::Waiting, after });
                 self.resume_pull(id, remote);
             }
             Direction::Push => {
                 transfer.program.validate(End::Source, bound.pool.layout()).map_err(program)?;
-                let mut encoded = Vec::new();
-                transfer.program.without(End::Destination).encode(&mut encoded);
-                let doorbell = Doorbell {
-                    id,
-                    serial,
-                    pool: transfer.local,
-                    token: bound.token,
-                    start: transfer.range.start,
-                    end: transfer.range.end,
-                    notice: transfer.notice,
-                    program: encoded.into(),
-                };
-                let peer = transfer.peer;
-                if doorbell.program.len() > PUSH_BYTES_MAX - 1024 {
-                    let message = format!(
-                        "its block tables take {} bytes, at most {PUSH_BYTES_MAX} fit a message; split it",
-                        doorbell.program.len()
-                    );
-                    self.events
-                        .push(Event::Failed { id, error: TransferError::Io { context: "announcing a push", message } });
-                    return Ok(());
+                let is_first = after.is_some();
+                self.posted.insert(id, Posted { transfer, serial, progress: Progress::Waiting, after });
+                if is_first {
+                    self.waiting.push(id);
+                    self.check_events();
+                } else {
+                    self.announce(id);
                 }
-                self.posted.insert(id, Posted { transfer, serial, progress: Progress::Announced });
-                self.send(peer, &Frame::Push(doorbell));
-                // Its destination need not wait for our next turn.
-                self.flush_all();
-                self.announced = Some(Instant::now());
             }
         }
         Ok(())
+    }
+
+    /// Tells a push's destination that its source may be read.
+    fn announce(&mut self, id: TransferId) {
+        let Some(posted) = self.posted.get_mut(&id) else { return };
+        let transfer = &posted.transfer;
+        let Some(bound) = self.pools.get(&transfer.local) else { return };
+        let mut encoded = Vec::new();
+        transfer.program.without(End::Destination).encode(&mut encoded);
+        if encoded.len() > PUSH_BYTES_MAX - 1024 {
+            let length = encoded.len();
+            let message =
+                format!("its block tables take {length} bytes, at most {PUSH_BYTES_MAX} fit a message; split it");
+            let error = TransferError::Io { context: "announcing a push", message };
+            return self.fail_posted(|posted| posted.transfer.id == id, &error);
+        }
+        let doorbell = Doorbell {
+            id,
+            serial: posted.serial,
+            pool: transfer.local,
+            token: bound.token,
+            start: transfer.range.start,
+            end: transfer.range.end,
+            notice: transfer.notice,
+            program: encoded.into(),
+        };
+        posted.progress = Progress::Announced;
+        let peer = transfer.peer;
+        self.send(peer, &Frame::Push(doorbell));
+        // Its destination need not wait for our next turn.
+        self.flush_all();
+        self.announced = Some(Instant::now());
+    }
+
+    /// Goes on with what waited for events that are done.
+    pub(crate) fn check_events(&mut self) {
+        for id in std::mem::take(&mut self.waiting) {
+            let Some(posted) = self.posted.get_mut(&id) else { continue };
+            let Some(after) = &posted.after else { continue };
+            match after.is_done() {
+                Ok(false) => self.waiting.push(id),
+                Ok(true) => {
+                    posted.after = None;
+                    let (direction, remote) = (posted.transfer.direction, posted.transfer.remote);
+                    match direction {
+                        Direction::Pull => self.resume_pull(id, remote),
+                        Direction::Push => self.announce(id),
+                    }
+                }
+                Err(message) => {
+                    let error = TransferError::Io { context: "waiting for the event before it", message };
+                    self.fail_posted(|posted| posted.transfer.id == id, &error);
+                }
+            }
+        }
     }
 
     /// Starts the pulls that waited for a pool.
@@ -136,10 +178,19 @@ impl<B: Backend> LocalTransport<B> {
         let Some(bound) = self.pools.get(&transfer.local) else { return };
         let (program, range, pool) = (Arc::clone(&transfer.program), transfer.range, bound.pool.clone());
         posted.progress = Progress::Copying;
-        match self.backend.copy(program, range, layout, memory, pool) {
-            Ok(mut copy) => {
+        let after = posted.after.clone();
+        let made = self.backend.copy(program, range, layout, memory, pool).and_then(|mut copy| {
+            let is_ordered = after.map_or(Ok(true), |after| self.backend.order(&mut copy, &*after))?;
+            Ok((copy, is_ordered))
+        });
+        match made {
+            Ok((mut copy, true)) => {
                 copy.begin();
                 self.jobs.push_back(Job { id, role: Role::Pull, copy });
+            }
+            Ok((_, false)) => {
+                posted.progress = Progress::Waiting;
+                self.waiting.push(id);
             }
             Err(error) => self.fail_posted(|posted| posted.transfer.id == id, &error),
         }
@@ -180,7 +231,9 @@ impl<B: Backend> LocalTransport<B> {
     pub(crate) fn stop_posted(&mut self, id: TransferId, error: TransferError) {
         let Some(posted) = self.posted.get_mut(&id) else { return };
         match (posted.transfer.direction, &posted.progress) {
-            (Direction::Pull, _) => self.fail_posted(|posted| posted.transfer.id == id, &error),
+            (Direction::Pull, _) | (Direction::Push, Progress::Waiting) => {
+                self.fail_posted(|posted| posted.transfer.id == id, &error);
+            }
             (Direction::Push, Progress::Stopping(_)) => {}
             (Direction::Push, _) => {
                 posted.progress = Progress::Stopping(error);

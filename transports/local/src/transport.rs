@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvferry_core::{PoolId, PoolLayout, TransferId};
 use kvferry_transport::{
-    BindError, ConnectError, Event, Expected, ImportError, NicInfo, Options, PeerId, Pool, PoolKeys, PostError,
-    RemotePool, Transfer, TransferError, Transport, Wait,
+    BindError, ConnectError, DeviceEvent, Event, Expected, ImportError, NicInfo, Options, PeerId, Pool, PoolKeys,
+    PostError, RemotePool, Transfer, TransferError, Transport, Wait,
 };
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
@@ -54,6 +54,8 @@ pub struct LocalTransport<B: Backend> {
     pub(crate) remotes: BTreeMap<RemotePool, Remote<B::Memory>>,
     pub(crate) next_remote: u32,
     pub(crate) posted: BTreeMap<TransferId, Posted>,
+    /// Posted transfers that wait for an event.
+    pub(crate) waiting: Vec<TransferId>,
     pub(crate) next_serial: u64,
     pub(crate) expecting: BTreeMap<TransferId, Expecting>,
     pub(crate) held: BTreeMap<(PeerId, TransferId), Held>,
@@ -124,6 +126,7 @@ impl<B: Backend> LocalTransport<B> {
             remotes: BTreeMap::new(),
             next_remote: 0,
             posted: BTreeMap::new(),
+            waiting: Vec::new(),
             next_serial: 0,
             expecting: BTreeMap::new(),
             held: BTreeMap::new(),
@@ -305,7 +308,11 @@ impl<B: Backend> Transport for LocalTransport<B> {
     }
 
     fn post(&mut self, transfer: Transfer) -> Result<(), PostError> {
-        self.post_transfer(transfer)
+        self.post_transfer(transfer, None)
+    }
+
+    fn post_after(&mut self, transfer: Transfer, after: Arc<dyn DeviceEvent>) -> Result<(), PostError> {
+        self.post_transfer(transfer, Some(after))
     }
 
     fn cancel(&mut self, id: TransferId) {
@@ -351,6 +358,7 @@ impl<B: Backend> Transport for LocalTransport<B> {
         self.listen_again(now);
         self.check_greetings(now);
         self.check_held(now);
+        self.check_events();
         self.flush_all();
         self.copy();
         self.settle_draining();
@@ -372,6 +380,9 @@ impl<B: Backend> Transport for LocalTransport<B> {
         }
         if self.announced.is_some_and(|at| at.elapsed() < B::PUSH_SPIN) && self.posted.values().any(Posted::is_push) {
             return Wait::Busy;
+        }
+        if !self.waiting.is_empty() {
+            return Wait::MustPoll;
         }
         self.set_timer(Instant::now());
         Wait::Ready(Arc::clone(&self.poller))

@@ -10,6 +10,7 @@ mod ends;
 mod harness;
 mod lane;
 mod moves;
+mod order;
 mod refusals;
 
 pub use absent::absent;
@@ -17,6 +18,7 @@ pub use case::{Format, Shape};
 pub use ends::*;
 pub use harness::{Pair, Party, until};
 pub use moves::*;
+pub use order::*;
 pub use refusals::*;
 
 /// Makes one `#[test]` of each case of the suite, over the given provider. With `if READY => PROVIDER` a case is run only where READY is
@@ -38,6 +40,7 @@ macro_rules! conformance {
             a_cancelled_pull_touches_nothing_more a_cancelled_expectation_touches_nothing_more a_cancelled_push_ends_once
             unmatched_expectations_can_be_cancelled a_fence_ends_everything_with_a_peer a_disconnect_fails_both_ends
             a_dropped_peer_fails_its_transfers_only an_unbound_pool_is_let_go a_pool_outlives_its_user
+            a_transfer_follows_its_event a_failed_event_fails_its_transfer a_transfer_that_waits_for_an_event_is_cancelled
         );
     };
     (@each $ready:expr, $provider:expr; $attributes:tt $($case:ident)*) => {
