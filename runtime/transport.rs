@@ -9,6 +9,11 @@ pub use kvferry_transport::{Device, NicInfo, OpenError, Options, Transport};
 use kvferry_transport::{Pool, PoolError};
 use thiserror::Error;
 
+/// What only GPUs have: pools over memory that a serving stack owns, and events of its streams.
+pub mod cuda {
+    pub use kvferry_cuda::{Allocate, GpuEvent, from_raw};
+}
+
 /// Every provider of this build, in order of preference.
 pub fn providers() -> Vec<Box<dyn Provider>> {
     vec![
