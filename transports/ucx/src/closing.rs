@@ -98,6 +98,8 @@ impl UcxTransport {
         self.closing.retain(|id, closing| {
             !closing.over || fetches.values().any(|fetch| fetch.link == *id && fetch.in_flight > 0)
         });
+        let (links, closing) = (&self.links, &self.closing);
+        self.receiving.settle(|link| links.contains_key(&link) || closing.contains_key(&link));
         self.end_stopped_fetches();
         let (closing, events) = (&self.closing, &mut self.events);
         self.fences.retain(|fence| {

@@ -99,23 +99,20 @@ impl Default for SysRoot {
     }
 }
 
-/// The port that a name means, if it can mean one, where sysfs does not show it: a container's may be bare, and UCX may know devices of its
-/// own. EFA's names are those that the kernel and rdma-core give.
-pub(crate) fn port(name: &str) -> Option<Found> {
-    let (device, port) = name.split_once(':')?;
-    let plain =
-        |word: &str| !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
-    if !plain(device) || port.parse::<u8>().is_err() {
-        return None;
-    }
-    let efa = ["rdmap", "efa_"].iter().any(|prefix| device.starts_with(prefix));
-    Some(Found {
-        name: name.to_owned(),
-        method: if efa { Method::Srd } else { Method::Verbs },
-        network: name.to_owned(),
-        bits_per_second: None,
-        unavailable: None,
-    })
+/// The device that a name means, if it can mean one, where sysfs does not show it: a container's may be bare, and UCX may know devices of
+/// its own. EFA's names are those that the kernel and rdma-core give.
+pub(crate) fn meant(name: &str) -> Option<Found> {
+    let plain = |word: &str| !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
+    let (method, network) = match name.split_once(':') {
+        Some((device, port)) if plain(device) && port.parse::<u8>().is_ok() => {
+            let efa = ["rdmap", "efa_"].iter().any(|prefix| device.starts_with(prefix));
+            (if efa { Method::Srd } else { Method::Verbs }, name)
+        }
+        None if name == MEMORY => (Method::Memory, "lo"),
+        None if plain(name) => (Method::Tcp, name),
+        _ => return None,
+    };
+    Some(Found { name: name.to_owned(), method, network: network.to_owned(), bits_per_second: None, unavailable: None })
 }
 
 /// Why this version cannot use a device that it would take all the same.
@@ -298,13 +295,13 @@ mod tests {
     }
 
     #[test]
-    fn names_of_ports_tell_the_method() {
-        let method = |name| port(name).map(|found| found.method);
+    fn names_tell_the_method() {
+        let method = |name| meant(name).map(|found| found.method);
         assert_eq!(method("rdmap0s6:1"), Some(Method::Srd));
         assert_eq!(method("efa_0:1"), Some(Method::Srd));
         assert_eq!(method("mlx5_0:1"), Some(Method::Verbs));
-        for name in ["eth0", "memory", "mlx5_0", "mlx5_0:", ":1", "mlx5_0:x", "mlx5_0:1000", "mlx5_0:1,lo", "a b:1", ""]
-        {
+        assert_eq!((method("eth0.7"), method("memory")), (Some(Method::Tcp), Some(Method::Memory)));
+        for name in ["mlx5_0:", ":1", "mlx5_0:x", "mlx5_0:1000", "mlx5_0:1,lo", "a b:1", "a b", ""] {
             assert_eq!(method(name), None, "{name}");
         }
     }

@@ -26,7 +26,7 @@ pub(crate) enum Operation {
     /// A message, until UCX has taken it. `chunk` buffers are used again.
     Sent { link: u64, buffer: Vec<u8>, chunk: bool },
     /// A chunk that UCX brings by rendezvous, and where it was told to put it.
-    Received { header: Header, buffer: Vec<u8> },
+    Received { link: u64, header: Header, buffer: Vec<u8> },
     /// Bytes on their way into a pool, and what keeps both ends of the copy.
     Got { fetch: u64, _memory: Rc<GetMemory> },
     /// An endpoint that is being closed, and what its error handler may still be given.

@@ -92,12 +92,14 @@ impl Inbox {
 
     /// Puts no more bytes of a transfer anywhere; later ones are discarded.
     pub(crate) fn remove_sink(&self, key: Key) {
-        self.state.borrow_mut().sinks.remove(&key);
+        self.state.borrow_mut().end(key);
     }
 
     /// Forgets every transfer of a session.
     pub(crate) fn remove_session(&self, session: u64) {
-        self.state.borrow_mut().sinks.retain(|key, _| key.session != session);
+        let mut state = self.state.borrow_mut();
+        let keys: Vec<Key> = state.sinks.keys().filter(|key| key.session == session).copied().collect();
+        keys.into_iter().for_each(|key| state.end(key));
     }
 
     pub(crate) fn take(&self) -> Vec<Arrival> {
@@ -156,11 +158,19 @@ impl Inbox {
 }
 
 impl State {
+    /// Puts no more bytes of a transfer anywhere. What came early frees its place on the link.
+    fn end(&mut self, key: Key) {
+        let early = self.sinks.remove(&key).map_or(0, |sink| sink.early.len());
+        let freed = || Arrival::Chunk { session: key.session, whole: None };
+        self.arrivals.extend(std::iter::repeat_with(freed).take(early));
+    }
+
     fn chunk(&mut self, key: Key, number: u32, body: &[u8]) {
         let session = key.session;
-        let mut whole = None;
+        let (mut whole, mut placed) = (None, 1);
         // A chunk of a transfer that has ended here still frees its place on the link.
         if let Some(sink) = self.sinks.get_mut(&key) {
+            let next = sink.next;
             match sink.take(number, body) {
                 Ok(bytes) => self.bytes += bytes,
                 Err(reason) => {
@@ -169,12 +179,17 @@ impl State {
                     return;
                 }
             }
+            // What came early keeps its place until it is put.
+            placed = sink.next.wrapping_sub(next);
             if sink.left == 0 && sink.early.is_empty() {
                 whole = Some((key, sink.cursor.pieces()));
                 self.sinks.remove(&key);
             }
         }
-        self.arrivals.push(Arrival::Chunk { session, whole });
+        for left in (0..placed).rev() {
+            let whole = whole.filter(|_| left == 0);
+            self.arrivals.push(Arrival::Chunk { session, whole });
+        }
     }
 }
 
@@ -263,4 +278,87 @@ pub(crate) unsafe extern "C" fn on_error(mark: *mut c_void, _endpoint: ucp_ep_h,
     // SAFETY: as the caller promises.
     let mark = unsafe { &*mark.cast::<Mark>() };
     mark.inbox.broke(mark.link, status);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use kvferry_core::{End, Plane, PoolId, PoolLayout, Program, Segment, Side};
+    use kvferry_transport::{Pool, PoolOptions};
+
+    use super::*;
+
+    const KEY: Key = Key { session: 5, flow: Flow::Pull, tag: 9 };
+
+    /// Two blocks of 32 bytes, and a cursor over both.
+    fn cursor() -> (Pool, Cursor) {
+        let plane = Plane { region: 0, offset: 0, blocks: 2, block_stride: 32, block_bytes: 32 };
+        let layout = PoolLayout { regions: vec![64], planes: vec![plane] };
+        let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
+        let pool = Pool::allocate_with(PoolId(1), layout.clone(), "inbox", &options).unwrap();
+        let side = Side {
+            plane: 0,
+            plane_step: 1,
+            table: 0,
+            first_block: 0,
+            block_tokens: 16,
+            cp: 1,
+            cp_rank: 0,
+            token_pitch: 2,
+            head_pitch: 2,
+            offset: 0,
+        };
+        let segment = Segment { source: side, destination: side, planes: 1, start: 0, end: 32, heads: 1, run_bytes: 2 };
+        let blocks = || vec![Some(vec![0, 1].into())];
+        let program = Program { segments: vec![segment], sources: blocks(), destinations: blocks() };
+        let range = program.whole();
+        (pool.clone(), Cursor::new(pool, Arc::new(layout), Arc::new(program), End::Destination, range))
+    }
+
+    fn header(number: u32) -> Header {
+        Header { kind: Kind::PullData, number, session: KEY.session, tag: KEY.tag }
+    }
+
+    fn chunks(inbox: &Inbox) -> Vec<bool> {
+        let one = |arrival| match arrival {
+            Arrival::Chunk { whole, .. } => Some(whole.is_some()),
+            _ => None,
+        };
+        inbox.take().into_iter().filter_map(one).collect()
+    }
+
+    #[test]
+    fn a_chunk_keeps_its_place_on_the_link_until_it_is_put() {
+        let inbox = Inbox::default();
+        let (pool, cursor) = cursor();
+        inbox.add_sink(KEY, cursor, 64);
+        inbox.brought(header(1), &[2; 32]);
+        assert_eq!((chunks(&inbox), inbox.take_bytes()), (Vec::new(), 0));
+        inbox.brought(header(0), &[1; 32]);
+        assert_eq!((chunks(&inbox), inbox.take_bytes()), (vec![false, true], 64));
+        let mut bytes = [0; 32];
+        for block in 0..2 {
+            pool.read(0, block, 0, &mut bytes).unwrap();
+            assert_eq!(bytes, [1 + block as u8; 32]);
+        }
+    }
+
+    #[test]
+    fn what_came_early_for_a_transfer_that_ends_frees_its_place() {
+        for of_session in [false, true] {
+            let inbox = Inbox::default();
+            inbox.add_sink(KEY, cursor().1, 64);
+            inbox.brought(header(1), &[2; 16]);
+            inbox.brought(header(2), &[3; 16]);
+            if of_session {
+                inbox.remove_session(KEY.session)
+            } else {
+                inbox.remove_sink(KEY)
+            }
+            assert_eq!(chunks(&inbox), [false, false]);
+            inbox.brought(header(0), &[1; 32]);
+            assert_eq!((chunks(&inbox), inbox.take_bytes()), (vec![false], 0), "nobody waits for it");
+        }
+    }
 }

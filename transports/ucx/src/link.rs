@@ -43,6 +43,8 @@ pub(crate) struct Link {
     pub(crate) sessions: BTreeSet<PeerId>,
     /// Chunks taken off since the peer was told.
     pub(crate) consumed: u32,
+    /// Chunks that UCX is bringing by rendezvous: no more than the peer has credits for.
+    pub(crate) receiving: u32,
     /// Nobody uses it; it is kept until then, since an endpoint that is made anew while the peer still closes the old one is often reset.
     pub(crate) idle_until: Option<Instant>,
     /// Numbers of sessions that are over: chunks of them may still come, and free their places.
@@ -63,6 +65,7 @@ impl Link {
             outgoing: Outgoing::default(),
             sessions: BTreeSet::new(),
             consumed: 0,
+            receiving: 0,
             idle_until: None,
             ended: VecDeque::new(),
         }

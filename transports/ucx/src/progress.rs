@@ -66,7 +66,7 @@ impl UcxTransport {
                     self.lose_link(link, &reason);
                 }
             }
-            Operation::Received { header, buffer } => self.received(header, buffer, status),
+            Operation::Received { link, header, buffer } => self.received(link, header, buffer, status),
             Operation::Got { fetch, .. } => self.got(fetch, status),
             Operation::Closed { .. } | Operation::Flushed { .. } => self.closed(operation),
         }

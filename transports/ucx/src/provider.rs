@@ -48,7 +48,7 @@ impl UcxProvider {
 
     /// A device by its name: what sysfs shows, else a port that UCX may know. Where something speaks against it, UCX itself is asked: only
     /// what it refuses, or would use badly, is unavailable.
-    fn find(&self, library: &'static Library, name: &str) -> Option<Found> {
+    fn find(&self, library: &'static Library, access: Access, name: &str) -> Option<Found> {
         let shown = self.found(Some(library.version)).into_iter().find(|found| found.name == name);
         let (mut found, against) = match shown {
             Some(mut found) => {
@@ -56,19 +56,23 @@ impl UcxProvider {
                 (found, against)
             }
             None if self.only.as_ref().is_none_or(|only| only == name) => {
-                (device::port(name)?, Some("/sys/class/infiniband shows no such port".to_owned()))
+                (device::meant(name)?, Some("/sys/class/infiniband and /sys/class/net show no such device".to_owned()))
             }
             None => return None,
         };
         let Some(against) = against else { return Some(found) };
         found.unavailable = device::too_old(found.method, library.version).or_else(|| {
-            let refusal = Context::open(library, &found, Access::OneSided).err()?;
+            let refusal = Context::open(library, &found, access).err()?;
             Some(format!("{against}; {refusal}"))
         });
         if found.unavailable.is_none() {
             tracing::warn!(device = name, against, "UCX takes the device nevertheless");
         }
         Some(found)
+    }
+
+    fn access(&self, two_sided: bool) -> Access {
+        if self.two_sided || two_sided { Access::TwoSided } else { Access::OneSided }
     }
 
     fn found(&self, version: Option<crate::library::Version>) -> Vec<Found> {
@@ -97,10 +101,10 @@ impl Provider for UcxProvider {
 
     fn named(&self, name: &str) -> Option<Device> {
         let found = match Library::find() {
-            Ok(library) => self.find(library, name)?,
+            Ok(library) => self.find(library, self.access(false), name)?,
             Err(reason) => {
                 let listed = self.found(None).into_iter().find(|found| found.name == name);
-                Found { unavailable: Some(reason), ..listed.or_else(|| device::port(name))? }
+                Found { unavailable: Some(reason), ..listed.or_else(|| device::meant(name))? }
             }
         };
         Some(Device { kind: TransportKind::Ucx, name: found.name, unavailable: found.unavailable })
@@ -112,7 +116,8 @@ impl Provider for UcxProvider {
             return Err(unavailable(format!("it is a {} device; open it with that provider", device.kind)));
         }
         let library = Library::find().map_err(unavailable)?;
-        let Some(found) = &self.find(library, &device.name) else {
+        let access = self.access(options.two_sided);
+        let Some(found) = &self.find(library, access, &device.name) else {
             let all = self.found(Some(library.version));
             let names: Vec<&str> = all.iter().map(|found| found.name.as_str()).collect();
             return Err(unavailable(format!("there is no such device; there are {}", names.join(", "))));
@@ -128,7 +133,6 @@ impl Provider for UcxProvider {
         if !users.is_empty() {
             tracing::info!(settings = users.join(" "), "UCX is also told by the environment, which wins");
         }
-        let access = if self.two_sided || options.two_sided { Access::TwoSided } else { Access::OneSided };
         let context = Context::open(library, found, access).map_err(unavailable)?;
         let info = NicInfo {
             kind: TransportKind::Ucx,

@@ -12,8 +12,6 @@ use crate::wire::{HEADER_BYTES, Header, RENDEZVOUS_BYTES_MAX};
 
 /// Buffers that are kept for the next chunks.
 const SPARES_MAX: usize = 2 * CREDITS as usize;
-/// Chunks of all peers that may be on their way at once; each link's are bounded by its credits, which only honest peers keep to.
-const IN_FLIGHT_MAX: usize = 4096;
 
 /// What UCX is bringing.
 #[derive(Default)]
@@ -21,41 +19,56 @@ pub(crate) struct Receiving {
     /// Chunks on their way.
     pub(crate) in_flight: usize,
     spares: Vec<Vec<u8>>,
+    /// Buffers of receives that failed, by link: kept until its endpoint is gone.
+    doubtful: Vec<(u64, Vec<u8>)>,
+}
+
+impl Receiving {
+    /// Lets the buffers of links go that `is_open` does not know any more.
+    pub(crate) fn settle(&mut self, is_open: impl Fn(u64) -> bool) {
+        self.doubtful.retain(|(link, _)| is_open(*link));
+    }
 }
 
 impl UcxTransport {
     /// A peer offers a chunk.
     pub(crate) fn announced(&mut self, rendezvous: Rendezvous) {
         let Rendezvous { header, bytes, .. } = rendezvous;
-        let known = self.numbers.get(&header.session).copied();
-        let fits = bytes <= RENDEZVOUS_BYTES_MAX - HEADER_BYTES && self.receiving.in_flight < IN_FLIGHT_MAX;
-        let wanted = Key::of(&header).is_some_and(|key| self.worker.inbox.wants(key));
-        if !(fits && wanted && known.is_some()) {
+        let id = self.numbers.get(&header.session).map(|(_, link)| *link);
+        let Some((id, link)) = id.and_then(|id| Some((id, self.links.get_mut(&id)?))) else {
+            return self.worker.decline(rendezvous);
+        };
+        if bytes > RENDEZVOUS_BYTES_MAX - HEADER_BYTES || link.receiving >= CREDITS {
             self.worker.decline(rendezvous);
-            if let Some((_, link)) = known.filter(|_| !fits) {
-                return self.lose_link(link, "a chunk is longer than one may be, or one too many");
-            }
-            // As one of a transfer that has ended here: it frees its place on the link.
-            self.worker.inbox.brought(header, &[]);
-            return self.take_arrivals();
+            return self.lose_link(id, "a chunk is longer than one may be, or one more than it has credits for");
         }
-        let buffer = self.receiving.spares.pop().unwrap_or_default();
+        if !Key::of(&header).is_some_and(|key| self.worker.inbox.wants(key)) {
+            self.worker.decline(rendezvous);
+            // Of a transfer that has ended here: it frees its place on the link.
+            link.consumed += 1;
+            return;
+        }
+        link.receiving += 1;
         self.receiving.in_flight += 1;
-        if let Begun::Over(operation, status) = self.worker.receive(rendezvous, buffer) {
+        let buffer = self.receiving.spares.pop().unwrap_or_default();
+        if let Begun::Over(operation, status) = self.worker.receive(id, rendezvous, buffer) {
             self.finished(operation, status);
         }
     }
 
     /// UCX has brought a chunk, or could not.
-    pub(crate) fn received(&mut self, header: Header, buffer: Vec<u8>, status: ucs_status_t) {
+    pub(crate) fn received(&mut self, link: u64, header: Header, buffer: Vec<u8>, status: ucs_status_t) {
         self.receiving.in_flight = self.receiving.in_flight.saturating_sub(1);
-        if status == UCS_OK {
-            self.worker.inbox.brought(header, &buffer);
-            self.take_arrivals();
-        } else if let Some((_, link)) = self.numbers.get(&header.session).copied() {
+        if status != UCS_OK {
+            self.receiving.doubtful.push((link, buffer));
             let reason = format!("receiving from the peer failed: {}", self.context.library.words(status));
-            self.lose_link(link, &reason);
+            return self.lose_link(link, &reason);
         }
+        if let Some(link) = self.links.get_mut(&link) {
+            link.receiving = link.receiving.saturating_sub(1);
+        }
+        self.worker.inbox.brought(header, &buffer);
+        self.take_arrivals();
         if self.receiving.spares.len() < SPARES_MAX {
             self.receiving.spares.push(buffer);
         }

@@ -132,13 +132,13 @@ impl Worker {
     }
 
     /// Has UCX bring an announced chunk into the buffer, which gets as many bytes as it has room for: reported as [`Operation::Received`].
-    pub(crate) fn receive(&self, rendezvous: Rendezvous, mut buffer: Vec<u8>) -> Begun<Operation> {
+    pub(crate) fn receive(&self, link: u64, rendezvous: Rendezvous, mut buffer: Vec<u8>) -> Begun<Operation> {
         let Rendezvous { header, description, bytes } = rendezvous;
         // What an earlier chunk left behind is overwritten.
         buffer.resize(bytes, 0);
         let at = buffer.as_mut_ptr();
         // SAFETY: UCX's description of an announced chunk, used once; the operation owns the buffer, whose `bytes` bytes do not move.
-        self.operations.start_receiving(Operation::Received { header, buffer }, |params| unsafe {
+        self.operations.start_receiving(Operation::Received { link, header, buffer }, |params| unsafe {
             self.library().api.ucp_am_recv_data_nbx(self.raw, description, at.cast(), bytes, params)
         })
     }

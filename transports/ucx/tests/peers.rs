@@ -134,10 +134,11 @@ fn resident_kib() -> u64 {
 fn connecting_and_letting_go_holds_nothing() {
     let Some(_turn) = turn() else { return };
     let cycles: u128 = std::env::var("KVFERRY_CYCLES").map_or(300, |cycles| cycles.parse().unwrap());
-    for device in ["memory", "lo"] {
+    for (device, two_sided) in [("memory", false), ("lo", false), ("memory", true), ("lo", true)] {
         let provider = UcxProvider::new().only(device);
-        let mut a = Party::open(&provider, &Options::default());
-        let mut b = Party::open(&provider, &Options::default());
+        let options = Options { two_sided, ..Options::default() };
+        let mut a = Party::open(&provider, &options);
+        let mut b = Party::open(&provider, &options);
         let (source, destination) = (pool(1), pool(2));
         let (source_keys, destination_keys) = (a.bind(&source), b.bind(&destination));
         let mut before = None;
@@ -153,7 +154,9 @@ fn connecting_and_letting_go_holds_nothing() {
         }
         let (fds, kib) = before.unwrap();
         let (fds_now, kib_now) = (descriptors(), resident_kib());
-        println!("{device}: {cycles} cycles, descriptors {fds} to {fds_now}, resident {kib} to {kib_now} KiB");
+        println!(
+            "{device}, two-sided {two_sided}: {cycles} cycles, descriptors {fds} to {fds_now}, resident {kib} to {kib_now} KiB"
+        );
         assert!(fds_now <= fds + 8, "{device}: descriptors grew from {fds} to {fds_now}");
         assert!(kib_now <= kib + kib / 5 + 4096, "{device}: memory grew from {kib} to {kib_now} KiB");
     }
@@ -248,6 +251,19 @@ fn a_peer_of_another_device_is_refused_by_name() {
     let b = Party::open(&UcxProvider::new().only("lo"), &Options::default());
     let error = a.transport.connect(&b.transport.address()).unwrap_err();
     assert!(error.to_string().contains("memory"), "{error}");
+}
+
+/// Their contexts are configured differently: told at once, on either side.
+#[test]
+fn one_side_cannot_meet_two() {
+    let Some(_turn) = turn() else { return };
+    let mut one = Party::open(&UcxProvider::new().only("lo"), &Options::default());
+    let mut two = Party::open(&UcxProvider::new().only("lo").two_sided(), &Options::default());
+    let addresses = [two.transport.address(), one.transport.address()];
+    for (here, there) in [&mut one, &mut two].into_iter().zip(addresses) {
+        let error = here.transport.connect(&there).unwrap_err();
+        assert!(error.to_string().contains("same UCX method"), "{error}");
+    }
 }
 
 /// A fence is proved for peers that are up, that are gone, and that never answered; then they are reached again.
