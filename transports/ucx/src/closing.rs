@@ -7,6 +7,7 @@ use kvferry_transport::{Event, PeerId};
 
 use crate::device::Method;
 use crate::endpoint::Operation;
+use crate::link::Outgoing;
 use crate::request::Begun;
 use crate::transport::UcxTransport;
 use crate::wire::KEY_BYTES;
@@ -118,9 +119,9 @@ impl UcxTransport {
         for peer in peers {
             self.hang_up(peer, "its transport was closed");
         }
-        while self.links.values().any(|l| !l.outgoing.messages.is_empty() || l.outgoing.in_flight > 0)
-            && Instant::now() < until
-        {
+        // Chunks that peers were offered may never be fetched; closing the endpoints ends them.
+        let speaks = |out: &Outgoing| !out.messages.is_empty() || out.in_flight > out.offered;
+        while self.links.values().any(|link| speaks(&link.outgoing)) && Instant::now() < until {
             self.progress_once();
             let links: Vec<u64> = self.links.keys().copied().collect();
             links.into_iter().for_each(|link| self.send_messages(link));
@@ -129,6 +130,7 @@ impl UcxTransport {
         for link in links {
             self.close_link(link);
         }
+        let until = Instant::now() + SHUT_DOWN_WAIT;
         while (self.worker.operations.in_flight() > 0 || self.worker.operations.has_done()) && Instant::now() < until {
             self.progress_once();
         }

@@ -85,6 +85,8 @@ pub(crate) struct Outgoing {
     pub(crate) answer_bytes: usize,
     /// Messages that UCX holds.
     pub(crate) in_flight: usize,
+    /// Those of them that are chunks the peer has to fetch.
+    pub(crate) offered: usize,
     pub(crate) credits: u32,
     pub(crate) sources: VecDeque<Source>,
     spares: Vec<Vec<u8>>,
@@ -96,6 +98,7 @@ impl Default for Outgoing {
             messages: VecDeque::new(),
             answer_bytes: 0,
             in_flight: 0,
+            offered: 0,
             credits: CREDITS,
             sources: VecDeque::new(),
             spares: Vec::new(),

@@ -13,6 +13,13 @@ use crate::request::Begun;
 use crate::transport::UcxTransport;
 use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX, RENDEZVOUS_BYTES_MAX, Read, Refusal, decode_first};
 
+impl Access {
+    /// Whether a chunk is offered for the peer to fetch.
+    fn offers(self, chunk: &[u8]) -> bool {
+        self == Access::TwoSided && chunk.len() > EAGER_BYTES_MAX
+    }
+}
+
 /// Pulls that a peer may have served at once.
 const READS_MAX: usize = 4096;
 /// Chunks up to this long are not worth a rendezvous.
@@ -121,9 +128,11 @@ impl UcxTransport {
             link.outgoing.credits -= 1;
             link.outgoing.in_flight += 1;
             // What is short is there sooner than it could be fetched.
-            let begun = match self.access {
-                Access::TwoSided if buffer.len() > EAGER_BYTES_MAX => link.endpoint.offer(id, buffer),
-                _ => link.endpoint.send(id, buffer, true),
+            let begun = if self.access.offers(&buffer) {
+                link.outgoing.offered += 1;
+                link.endpoint.offer(id, buffer)
+            } else {
+                link.endpoint.send(id, buffer, true)
             };
             if source.left > 0 {
                 link.outgoing.sources.push_back(source);
@@ -158,6 +167,9 @@ impl UcxTransport {
         let Operation::Sent { link, buffer, chunk } = operation else { return };
         if let Some(link) = self.links.get_mut(&link) {
             link.outgoing.in_flight = link.outgoing.in_flight.saturating_sub(1);
+            if chunk && self.access.offers(&buffer) {
+                link.outgoing.offered = link.outgoing.offered.saturating_sub(1);
+            }
             if chunk {
                 link.outgoing.spare(buffer);
             }
