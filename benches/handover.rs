@@ -15,7 +15,8 @@ fn handover(criterion: &mut Criterion) {
     group.sample_size(20);
     for kind in [TransportKind::Shm, TransportKind::Tcp] {
         for direction in [Direction::Pull, Direction::Push] {
-            let mut nodes = runtime.block_on(Nodes::start(GEOMETRY, kind, direction)).expect("three nodes");
+            let mut nodes =
+                runtime.block_on(Nodes::start(GEOMETRY, kind, direction, [None, None])).expect("three nodes");
             runtime.block_on(nodes.handovers(BURST, 16)).expect("a warm-up");
             group.throughput(criterion::Throughput::Elements(1));
             group.bench_function(format!("{kind}/{direction:?}/alone").to_lowercase(), |bencher| {

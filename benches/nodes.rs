@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use kvferry::{
     BlockTable, Direction, EngineCall, Epoch, Finished, Format, GroupGeometry, GroupId, LeastLoaded, Model, NodeConfig,
-    NodeId, Parallel, Pool, PoolId, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms, TableShape,
-    Tables, ThreadOptions, TransportKind, WorkerConfig, WorkerNode, transport,
+    NodeId, Parallel, PoolId, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms, TableShape, Tables,
+    ThreadOptions, TransportKind, WorkerConfig, WorkerNode, transport,
 };
 
 /// Anything that went wrong.
@@ -19,8 +19,13 @@ pub struct Nodes {
 }
 
 impl Nodes {
-    /// Starts them; `geometry` is a `--geometry` text.
-    pub async fn start(geometry: &str, kind: TransportKind, direction: Direction) -> Result<Nodes, Error> {
+    /// Starts them; `geometry` is a `--geometry` text. The prefill and the decode node open these devices, by default the best.
+    pub async fn start(
+        geometry: &str,
+        kind: TransportKind,
+        direction: Direction,
+        devices: [Option<&str>; 2],
+    ) -> Result<Nodes, Error> {
         let model = Model::from_spec(geometry)?.model;
         let geometry = Arc::new(GroupGeometry { model, format: Format::default(), parallel: Parallel::default() });
         let scheduler = SchedulerNode::start(
@@ -30,15 +35,16 @@ impl Nodes {
         )
         .await?;
         let mut engines = Vec::new();
-        for (node, role) in [(1, Role::Prefill), (2, Role::Decode)] {
+        for ((node, role), device) in [(1, Role::Prefill), (2, Role::Decode)].into_iter().zip(devices) {
             let blocks = vec![BLOCKS];
-            let pool = Pool::allocate(PoolId(0), geometry.shard(Rank(0))?.layout(&blocks), "bench")?;
+            let layout = geometry.shard(Rank(0))?.layout(&blocks);
+            let pool = transport::allocate(kind, device, PoolId(0), layout, "bench")?;
             let here = (NodeId(0), scheduler.address().to_owned());
             let mut config =
                 WorkerConfig::new(role, GroupId(node as u32), Rank(0), Arc::clone(&geometry), blocks, here);
             config.direction = Some(direction);
             config.handovers_max = 64;
-            let nics = vec![transport::select(kind, None, &transport::Options::default())?];
+            let nics = vec![transport::select(kind, device, &transport::Options::default())?];
             let worker = WorkerNode::start(
                 NodeConfig::new(NodeId(node), Epoch(1)),
                 config,

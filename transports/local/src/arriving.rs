@@ -18,6 +18,8 @@ const HELD_BYTES_MAX: usize = 256 << 20;
 /// What this side lets be written, and who came for it.
 pub(crate) struct Expecting {
     pub(crate) expected: Expected,
+    /// Of the program, known before its doorbell comes.
+    fingerprint: u64,
     arriving: Option<Arriving>,
 }
 
@@ -58,7 +60,8 @@ impl<B: Backend> LocalTransport<B> {
             .program
             .validate(End::Destination, bound.pool.layout())
             .map_err(|source| PostError::Program { id, source })?;
-        self.expecting.insert(id, Expecting { expected, arriving: None });
+        let fingerprint = expected.program.fingerprint();
+        self.expecting.insert(id, Expecting { expected, fingerprint, arriving: None });
         // Its doorbell may have been first.
         let first = self.held.keys().find(|(_, held)| *held == id).copied();
         if let Some((key, held)) = first.and_then(|key| self.held.remove_entry(&key)) {
@@ -115,7 +118,7 @@ impl<B: Backend> LocalTransport<B> {
             // Nobody's plan looks like that; the expectation stays for the true one.
             Err(error) => return self.refuse(peer, &doorbell, &format!("its program is malformed: {error}")),
         };
-        let (local, remote) = (expecting.expected.program.fingerprint(), announced.fingerprint());
+        let (local, remote) = (expecting.fingerprint, announced.fingerprint());
         let range = expecting.expected.range;
         let end = if local != remote {
             Some((PushOutcome::Mismatch(local), TransferError::Mismatch { local, remote }))
@@ -155,7 +158,7 @@ impl<B: Backend> LocalTransport<B> {
     }
 
     fn resume_push(&mut self, id: TransferId) {
-        let Some(Expecting { expected, arriving: Some(arriving) }) = self.expecting.get_mut(&id) else { return };
+        let Some(Expecting { expected, arriving: Some(arriving), .. }) = self.expecting.get_mut(&id) else { return };
         let Some(remote) = self.remotes.get(&arriving.remote) else { return };
         let (memory, layout) = match (&remote.access, &remote.layout) {
             (Access::Refused(reason), _) => {
@@ -186,6 +189,8 @@ impl<B: Backend> LocalTransport<B> {
         let Some(Expecting { arriving: Some(arriving), .. }) = self.expecting.remove(&id) else { return };
         let outcome = PushOutcome::Done { bytes, pieces };
         self.send(arriving.peer, &Frame::PushEnd { id, serial: arriving.doorbell.serial, outcome });
+        // Its source waits for that.
+        self.flush_all();
         self.events.push(Event::Arrived { id, bytes, pieces });
         if let Some(notice) = arriving.doorbell.notice {
             self.events.push(Event::Notice { notice });
@@ -207,7 +212,7 @@ impl<B: Backend> LocalTransport<B> {
 
     /// Fails one expectation at once, telling the source if it came already.
     pub(crate) fn fail_arriving_id(&mut self, id: TransferId, error: &TransferError, tell: Option<&str>) {
-        let Some(Expecting { expected, arriving }) = self.expecting.remove(&id) else { return };
+        let Some(Expecting { expected, arriving, .. }) = self.expecting.remove(&id) else { return };
         let Some(Arriving { peer, doorbell, .. }) = arriving else {
             self.events.push(Event::Failed { id, error: error.clone() });
             return;
