@@ -41,7 +41,20 @@ pub(crate) struct PhysicalMemory {
     pub(crate) no_fabric: Option<String>,
 }
 
+/// What was found out of each GPU: it does not change while the process lives. A failure may be a full GPU's, and is not kept.
+static PHYSICAL: Mutex<BTreeMap<u32, PhysicalMemory>> = Mutex::new(BTreeMap::new());
+
 impl PhysicalMemory {
+    fn known(ordinal: u32, device: DeviceHandle) -> Result<PhysicalMemory, String> {
+        let mut known = PHYSICAL.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(memory) = known.get(&ordinal) {
+            return Ok(memory.clone());
+        }
+        let memory = PhysicalMemory::of(ordinal, device)?;
+        known.insert(ordinal, memory.clone());
+        Ok(memory)
+    }
+
     /// Found out by trying, in the GPU's context: what the device supports, the container, IMEX or a driver's setting may still forbid.
     fn of(ordinal: u32, device: DeviceHandle) -> Result<PhysicalMemory, String> {
         let has = |attribute| driver::attribute(device, attribute).is_ok_and(|value| value != 0);
@@ -139,7 +152,7 @@ impl Gpu {
             let _released = unsafe { driver::release_context(device) };
             format!("the kernels cannot be loaded: {error}")
         })?;
-        let physical = PhysicalMemory::of(ordinal, device);
+        let physical = PhysicalMemory::known(ordinal, device);
         let null = std::ptr::null_mut();
         let mut gpu = Gpu {
             ordinal,
