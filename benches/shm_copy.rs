@@ -5,8 +5,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvferry_core::{Direction, Plane, PoolId, PoolLayout, Program, Segment, Side, TransferId};
+use kvferry_core::{Direction, PoolId, TransferId};
 use kvferry_shm::ShmProvider;
+use kvferry_transport::conformance::{block_planes, whole_blocks};
 use kvferry_transport::{Event, Expected, Options, Pool, Provider, RemotePool, Transfer, Transport};
 
 const ROUNDS: usize = 12;
@@ -84,9 +85,7 @@ impl Lane {
             ShmProvider.open(&device, &Options::default()).expect("shared memory opens")
         };
         let (mut source, mut destination) = (open(), open());
-        let size = block_bytes as u64;
-        let plane = Plane { region: 0, offset: 0, blocks: 2 * blocks as u32, block_stride: size, block_bytes: size };
-        let layout = PoolLayout { regions: vec![2 * blocks as u64 * size], planes: vec![plane] };
+        let layout = block_planes(1, 2 * blocks as u32, block_bytes as u64);
         let pool = |id| Pool::allocate(PoolId(id), layout.clone(), "bench").expect("there is memory");
         let pools = (pool(1), pool(2));
         (0..2 * blocks as u32)
@@ -104,33 +103,8 @@ impl Lane {
         let pull_from: RemotePool = destination.import(source_at_destination, &keys.0, &layout).expect("imports");
         let push_to = source.import(destination_at_source, &keys.1, &layout).expect("imports");
 
-        let side = Side {
-            plane: 0,
-            plane_step: 1,
-            table: 0,
-            first_block: 0,
-            block_tokens: 16,
-            cp: 1,
-            cp_rank: 0,
-            token_pitch: size / 16,
-            head_pitch: size / 16,
-            offset: 0,
-        };
-        let end = 16 * blocks as u64;
-        let segment = Segment {
-            source: side,
-            destination: side,
-            planes: 1,
-            start: 0,
-            end,
-            heads: 1,
-            run_bytes: block_bytes as u32 / 16,
-        };
-        let program = Arc::new(Program {
-            segments: vec![segment],
-            sources: vec![Some(pairs.iter().map(|p| p.1).collect())],
-            destinations: vec![Some(pairs.iter().map(|p| p.0).collect())],
-        });
+        let (to, from): (Vec<u32>, Vec<u32>) = pairs.iter().copied().unzip();
+        let program = Arc::new(whole_blocks(1, 16, block_bytes as u64, from, to));
         let range = program.whole();
         let pull = Transfer {
             id: TransferId(0),

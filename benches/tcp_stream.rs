@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use kvferry_core::{HandoverId, Plane, PoolId, PoolLayout, Program, Rank, Segment, Side, TransferId};
+use kvferry_core::{HandoverId, PoolId, PoolLayout, Program, Rank, TransferId};
 use kvferry_tcp::TcpProvider;
+use kvferry_transport::conformance::{block_planes, whole_blocks};
 use kvferry_transport::{
     Device, Direction, Event, Expected, Options, Pool, PoolKeys, Provider, Transfer, Transport, TransportKind, Wait,
 };
@@ -185,41 +186,10 @@ fn id(iteration: u32) -> TransferId {
 }
 
 fn layout(planes: u32, block_bytes: u64) -> PoolLayout {
-    let blocks = BLOCKS_PER_PLANE * 2;
-    let plane_bytes = u64::from(blocks) * block_bytes;
-    let plane = |plane: u32| Plane {
-        region: 0,
-        offset: u64::from(plane) * plane_bytes,
-        blocks,
-        block_stride: block_bytes,
-        block_bytes,
-    };
-    PoolLayout { regions: vec![u64::from(planes) * plane_bytes], planes: (0..planes).map(plane).collect() }
+    block_planes(planes, 2 * BLOCKS_PER_PLANE, block_bytes)
 }
 
 fn program(planes: u32, block_bytes: u64) -> Program {
-    let block_tokens = 16;
-    let side = Side {
-        plane: 0,
-        plane_step: 1,
-        table: 0,
-        first_block: 0,
-        block_tokens,
-        cp: 1,
-        cp_rank: 0,
-        token_pitch: block_bytes / u64::from(block_tokens),
-        head_pitch: block_bytes / u64::from(block_tokens),
-        offset: 0,
-    };
-    let segment = Segment {
-        source: side,
-        destination: side,
-        planes,
-        start: 0,
-        end: u64::from(BLOCKS_PER_PLANE * block_tokens),
-        heads: 1,
-        run_bytes: (block_bytes / u64::from(block_tokens)) as u32,
-    };
     let table = |seed: u64| {
         let mut state = seed;
         let mut blocks: Vec<u32> = (0..BLOCKS_PER_PLANE * 2).collect();
@@ -228,9 +198,9 @@ fn program(planes: u32, block_bytes: u64) -> Program {
             blocks.swap(index, (state >> 33) as usize % (index + 1));
         }
         blocks.truncate(BLOCKS_PER_PLANE as usize);
-        vec![Some(Arc::from(blocks))]
+        blocks
     };
-    Program { segments: vec![segment], sources: table(1), destinations: table(2) }
+    whole_blocks(planes, 16, block_bytes, table(1), table(2))
 }
 
 fn pattern(plane: u32, block: u32, bytes: u64) -> Vec<u8> {

@@ -1,6 +1,6 @@
 //! Which devices every rank opens.
 
-use kvferry::transport::{self, Options, Provider};
+use kvferry::transport::{self, Device, Options, Provider};
 use kvferry::{OpenNic, TransportKind};
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,10 @@ pub(crate) struct NicChoice {
 }
 
 impl NicChoice {
+    fn of(device: Device) -> NicChoice {
+        NicChoice { kind: device.kind, device: device.name, two_sided: false }
+    }
+
     /// How it is opened.
     pub(crate) fn select(&self) -> Result<OpenNic, transport::SelectError> {
         let options = Options { two_sided: self.two_sided, ..Options::default() };
@@ -68,11 +72,7 @@ pub(crate) fn choose(wanted: &str, devices: Option<&str>) -> Result<Vec<NicChoic
     let wants = |kind: &str| kind == wanted || (wanted == "auto" && asked(kind));
     for provider in providers.iter().filter(|provider| wants(provider.kind().name())) {
         let found = provider.discover();
-        known.extend(found.into_iter().map(|device| NicChoice {
-            kind: device.kind,
-            device: device.name,
-            two_sided: false,
-        }));
+        known.extend(found.into_iter().map(NicChoice::of));
     }
     let chosen = match devices {
         Some(list) => {
@@ -132,14 +132,11 @@ fn named(
 fn unlisted(providers: &[&dyn Provider], entry: &str) -> Result<NicChoice, String> {
     let mut why = String::new();
     for provider in providers {
-        let kind = provider.kind();
-        let name = entry.strip_prefix(&format!("{kind}:")).unwrap_or(entry);
-        match provider.named(name) {
-            Some(device) => match device.unavailable {
-                None => return Ok(NicChoice { kind, device: device.name, two_sided: false }),
-                Some(reason) => why = format!(" ({reason})"),
-            },
-            None => continue,
+        let name = entry.strip_prefix(&format!("{}:", provider.kind())).unwrap_or(entry);
+        let Some(device) = provider.named(name) else { continue };
+        match &device.unavailable {
+            None => return Ok(NicChoice::of(device)),
+            Some(reason) => why = format!(" ({reason})"),
         }
     }
     Err(why)

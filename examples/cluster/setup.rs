@@ -8,7 +8,6 @@ use kvferry::{
     GroupGeometry, GroupId, KvPlacement, Model, NodeId, PairPlan, PlanePlacement, Rank, RequestSpec, Role,
     TransportKind,
 };
-
 use kvferry_trtllm::Method;
 
 use crate::config;
@@ -83,19 +82,19 @@ impl Setup {
             _ => &options.transport,
         };
         let planned: String = plan.as_ref().map(|plan| plan.devices.value.join(",")).unwrap_or_default();
-        // Devices of the plan belong to its transport.
-        let of_plan = (transport != options.transport && !planned.is_empty()).then_some(planned.as_str());
+        // Devices and method of the plan belong to its transport.
+        let is_planned = transport != options.transport;
+        let of_plan = (is_planned && !planned.is_empty()).then_some(planned.as_str());
         let mut nics = nics::choose(transport, devices.as_deref().or(of_plan)).map_err(|error| {
-            match (error, options.config.as_deref().filter(|_| transport != options.transport)) {
+            match (error, options.config.as_deref().filter(|_| is_planned)) {
                 (UsageError::UnknownTransport { name, known }, Some(file)) => {
                     UsageError::PlannedTransport { file: file.to_owned(), name, known }
                 }
                 (error, _) => error,
             }
         })?;
-        let is_planned =
-            transport != options.transport && plan.as_ref().is_some_and(|plan| plan.method.value == Method::Ucx);
-        if options.two_sided || is_planned {
+        let is_two_sided = is_planned && plan.as_ref().is_some_and(|plan| plan.method.value == Method::Ucx);
+        if options.two_sided || is_two_sided {
             nics::two_sided(&mut nics)?;
         }
         let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use kvferry_core::{Direction, End, Plane, PoolId, PoolLayout, Program, Segment, Side, TransferId};
+use kvferry_core::{Direction, End, PoolId, PoolLayout, Program, TransferId};
+use kvferry_transport::conformance::{block_planes, whole_blocks};
 use kvferry_transport::{
     Device, DeviceEvent, Event, Expected, Options, PeerId, Pool, Provider, RemotePool, Transfer, TransferError,
     Transport, TransportKind,
@@ -25,28 +26,11 @@ const LATE: u8 = 0x33;
 const ID: TransferId = TransferId(9);
 
 fn layout() -> PoolLayout {
-    let plane = Plane { region: 0, offset: 0, blocks: BLOCKS, block_stride: BLOCK_BYTES, block_bytes: BLOCK_BYTES };
-    PoolLayout { regions: vec![u64::from(BLOCKS) * BLOCK_BYTES], planes: vec![plane] }
+    block_planes(1, BLOCKS, BLOCK_BYTES)
 }
 
 fn program() -> Program {
-    let pitch = BLOCK_BYTES / 16;
-    let side = Side {
-        plane: 0,
-        plane_step: 1,
-        table: 0,
-        first_block: 0,
-        block_tokens: 16,
-        cp: 1,
-        cp_rank: 0,
-        token_pitch: pitch,
-        head_pitch: pitch,
-        offset: 0,
-    };
-    let (run_bytes, end) = (pitch as u32, 16 * u64::from(BLOCKS));
-    let segments = vec![Segment { source: side, destination: side, planes: 1, start: 0, end, heads: 1, run_bytes }];
-    let (sources, destinations) = (vec![Some((0..BLOCKS).collect())], vec![Some((0..BLOCKS).rev().collect())]);
-    Program { segments, sources, destinations }
+    whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, (0..BLOCKS).rev())
 }
 
 /// Kernels that take a tenth of a second, and then write every byte of a pool.

@@ -7,8 +7,9 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvferry_core::{Direction, Plane, PoolId, PoolLayout, Program, Segment, Side, TransferId};
+use kvferry_core::{Direction, Plane, PoolId, PoolLayout, Program, TransferId};
 use kvferry_cuda::{Allocate, CudaProvider, check_blocks, fill_blocks, free_bytes, from_raw};
+use kvferry_transport::conformance::whole_blocks;
 use kvferry_transport::{
     Device, Event, Expected, Options, Pool, PoolKeys, Provider, Transfer, TransferError, Transport, TransportKind,
 };
@@ -44,23 +45,7 @@ fn layout() -> PoolLayout {
 
 /// Block `i` of the source goes to block `BLOCKS - 1 - i`.
 fn program() -> Arc<Program> {
-    let side = Side {
-        plane: 0,
-        plane_step: 1,
-        table: 0,
-        first_block: 0,
-        block_tokens: 16,
-        cp: 1,
-        cp_rank: 0,
-        token_pitch: BLOCK_BYTES / 16,
-        head_pitch: BLOCK_BYTES / 16,
-        offset: 0,
-    };
-    let (run_bytes, end) = ((BLOCK_BYTES / 16) as u32, 16 * u64::from(BLOCKS));
-    let segments =
-        vec![Segment { source: side, destination: side, planes: PLANES, start: 0, end, heads: 1, run_bytes }];
-    let (up, down) = ((0..BLOCKS).collect(), (0..BLOCKS).rev().collect());
-    Arc::new(Program { segments, sources: vec![Some(up)], destinations: vec![Some(down)] })
+    Arc::new(whole_blocks(PLANES, 16, BLOCK_BYTES, 0..BLOCKS, (0..BLOCKS).rev()))
 }
 
 /// What each block of the source is, or of the destination afterwards.

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvferry_core::{Direction, Plane, PoolId, PoolLayout, Program, Segment, Side, TransferId};
+use kvferry_core::{Direction, Plane, PoolId, PoolLayout, TransferId};
 use kvferry_cuda::{CudaProvider, check_blocks, fill_blocks};
+use kvferry_transport::conformance::whole_blocks;
 use kvferry_transport::{Device, Event, Options, Pool, Provider, Transfer, Transport, TransportKind};
 
 fn device() -> Device {
@@ -26,22 +27,8 @@ fn move_all(source: &Pool, destination: &Pool, tokens: u32, run_bytes: u32) {
     let down: Vec<u64> = up.iter().rev().copied().collect();
     fill_blocks(source, &up, 0).unwrap();
     fill_blocks(destination, &down, u64::MAX).unwrap();
-    let side = Side {
-        plane: 0,
-        plane_step: 1,
-        table: 0,
-        first_block: 0,
-        block_tokens: tokens,
-        cp: 1,
-        cp_rank: 0,
-        token_pitch: u64::from(run_bytes),
-        head_pitch: u64::from(run_bytes),
-        offset: 0,
-    };
-    let end = u64::from(tokens) * u64::from(blocks);
-    let segments = vec![Segment { source: side, destination: side, planes: 1, start: 0, end, heads: 1, run_bytes }];
-    let (sources, destinations) = (vec![Some((0..blocks).collect())], vec![Some((0..blocks).rev().collect())]);
-    let program = Arc::new(Program { segments, sources, destinations });
+    let block_bytes = u64::from(tokens) * u64::from(run_bytes);
+    let program = Arc::new(whole_blocks(1, tokens, block_bytes, 0..blocks, (0..blocks).rev()));
     let range = program.whole();
     let open = || CudaProvider::default().open(&device(), &Options::default()).unwrap();
     let (mut a, mut b): (Box<dyn Transport>, Box<dyn Transport>) = (open(), open());

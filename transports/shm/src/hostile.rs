@@ -7,7 +7,8 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvferry_core::{Direction, Plane, PoolId, PoolLayout, Program, Segment, Side, TransferId};
+use kvferry_core::{Direction, PoolId, PoolLayout, TransferId};
+use kvferry_transport::conformance::{block_planes, whole_blocks};
 use kvferry_transport::{Event, Options, Pool, PoolKeys, Provider, Transfer, TransferError, Transport, TransportKind};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -111,8 +112,7 @@ fn memfd(bytes: u64, seals: SealFlags) -> OwnedFd {
 }
 
 fn layout() -> PoolLayout {
-    let plane = Plane { region: 0, offset: 0, blocks: 16, block_stride: 4096, block_bytes: 4096 };
-    PoolLayout { regions: vec![SIZE], planes: vec![plane] }
+    block_planes(1, 16, 4096)
 }
 
 /// Pulls from a peer that answers `Open` with these descriptors; returns how the pull ended.
@@ -130,22 +130,7 @@ fn pull_from(fds: Vec<OwnedFd>, announced: u32, served: PoolLayout, kind: Memory
     victim.bind(&pool).unwrap();
     let keys = PoolKeys(Keys::new(TransportKind::Shm, [4; 16], PoolId(9), 5, layout().regions).encode());
     let remote = victim.import(peer, &keys, &layout()).unwrap();
-    let side = Side {
-        plane: 0,
-        plane_step: 1,
-        table: 0,
-        first_block: 0,
-        block_tokens: 16,
-        cp: 1,
-        cp_rank: 0,
-        token_pitch: 256,
-        head_pitch: 256,
-        offset: 0,
-    };
-    let table: Arc<[u32]> = (0..16).collect();
-    let segments =
-        vec![Segment { source: side, destination: side, planes: 1, start: 0, end: 256, heads: 1, run_bytes: 256 }];
-    let program = Arc::new(Program { segments, sources: vec![Some(table.clone())], destinations: vec![Some(table)] });
+    let program = Arc::new(whole_blocks(1, 16, 4096, 0..16, 0..16));
     let (id, range) = (TransferId(1), program.whole());
     let pull =
         Transfer { id, peer, direction: Direction::Pull, local: PoolId(1), remote, program, range, notice: None };

@@ -7,8 +7,9 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvferry_core::{Direction, Plane, PoolId, PoolLayout, Program, Segment, Side, TransferId};
+use kvferry_core::{Direction, PoolId, PoolLayout, Program, TransferId};
 use kvferry_shm::ShmProvider;
+use kvferry_transport::conformance::{block_planes, whole_blocks};
 use kvferry_transport::{Event, Expected, Options, Pool, PoolKeys, Provider, Transfer, TransferError, Transport, Wait};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -19,36 +20,12 @@ const BLOCK_BYTES: u64 = 16 << 10;
 const PUSH: TransferId = TransferId(77);
 
 fn layout() -> PoolLayout {
-    let plane = Plane { region: 0, offset: 0, blocks: BLOCKS, block_stride: BLOCK_BYTES, block_bytes: BLOCK_BYTES };
-    PoolLayout { regions: vec![u64::from(BLOCKS) * BLOCK_BYTES], planes: vec![plane] }
+    block_planes(1, BLOCKS, BLOCK_BYTES)
 }
 
 /// Block `i` of the source goes to block `BLOCKS - 1 - i`.
 fn program() -> Arc<Program> {
-    let side = Side {
-        plane: 0,
-        plane_step: 1,
-        table: 0,
-        first_block: 0,
-        block_tokens: 16,
-        cp: 1,
-        cp_rank: 0,
-        token_pitch: BLOCK_BYTES / 16,
-        head_pitch: BLOCK_BYTES / 16,
-        offset: 0,
-    };
-    let run_bytes = (BLOCK_BYTES / 16) as u32;
-    let segments = vec![Segment {
-        source: side,
-        destination: side,
-        planes: 1,
-        start: 0,
-        end: 16 * u64::from(BLOCKS),
-        heads: 1,
-        run_bytes,
-    }];
-    let (up, down) = ((0..BLOCKS).collect(), (0..BLOCKS).rev().collect());
-    Arc::new(Program { segments, sources: vec![Some(up)], destinations: vec![Some(down)] })
+    Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, (0..BLOCKS).rev()))
 }
 
 fn pattern(block: u32) -> Vec<u8> {

@@ -129,7 +129,7 @@ impl Inbox {
     fn announced(&self, header: &[u8], description: *mut c_void, bytes: usize) -> bool {
         let Ok(mut state) = self.state.try_borrow_mut() else { return false };
         match Header::decode(header) {
-            Some((header, [])) if matches!(header.kind, Kind::PullData | Kind::PushData) => {
+            Some((header, [])) if Key::of(&header).is_some() => {
                 state.arrivals.push(Arrival::Announced(Rendezvous { header, description, bytes }));
                 true
             }
@@ -284,7 +284,8 @@ pub(crate) unsafe extern "C" fn on_error(mark: *mut c_void, _endpoint: ucp_ep_h,
 mod tests {
     use std::sync::Arc;
 
-    use kvferry_core::{End, Plane, PoolId, PoolLayout, Program, Segment, Side};
+    use kvferry_core::{End, PoolId};
+    use kvferry_transport::conformance::{block_planes, whole_blocks};
     use kvferry_transport::{Pool, PoolOptions};
 
     use super::*;
@@ -293,25 +294,10 @@ mod tests {
 
     /// Two blocks of 32 bytes, and a cursor over both.
     fn cursor() -> (Pool, Cursor) {
-        let plane = Plane { region: 0, offset: 0, blocks: 2, block_stride: 32, block_bytes: 32 };
-        let layout = PoolLayout { regions: vec![64], planes: vec![plane] };
+        let layout = block_planes(1, 2, 32);
         let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
         let pool = Pool::allocate_with(PoolId(1), layout.clone(), "inbox", &options).unwrap();
-        let side = Side {
-            plane: 0,
-            plane_step: 1,
-            table: 0,
-            first_block: 0,
-            block_tokens: 16,
-            cp: 1,
-            cp_rank: 0,
-            token_pitch: 2,
-            head_pitch: 2,
-            offset: 0,
-        };
-        let segment = Segment { source: side, destination: side, planes: 1, start: 0, end: 32, heads: 1, run_bytes: 2 };
-        let blocks = || vec![Some(vec![0, 1].into())];
-        let program = Program { segments: vec![segment], sources: blocks(), destinations: blocks() };
+        let program = whole_blocks(1, 16, 32, 0..2, 0..2);
         let range = program.whole();
         (pool.clone(), Cursor::new(pool, Arc::new(layout), Arc::new(program), End::Destination, range))
     }

@@ -36,8 +36,6 @@ pub(crate) struct UcxTransport {
     pub(crate) options: Options,
     pub(crate) method: Method,
     pub(crate) access: Access,
-    /// Chunks that UCX is receiving by rendezvous, and buffers for them.
-    pub(crate) receiving: Receiving,
     pub(crate) own: Address,
     pub(crate) context: Rc<Context>,
     pub(crate) worker: Rc<Worker>,
@@ -66,6 +64,9 @@ pub(crate) struct UcxTransport {
     pub(crate) events: Vec<Event>,
     /// No deadline passes before this.
     pub(crate) next_deadline: Option<Instant>,
+    /// Chunks that UCX is receiving by rendezvous, and buffers for them. The last to be dropped: by then the worker is gone, which a receive
+    /// that failed might still have been writing for.
+    pub(crate) receiving: Receiving,
 }
 
 struct Waiting {
@@ -96,7 +97,6 @@ impl UcxTransport {
             options,
             method,
             access,
-            receiving: Receiving::default(),
             own,
             context,
             worker,
@@ -118,6 +118,7 @@ impl UcxTransport {
             counters: Counters::default(),
             events: Vec::new(),
             next_deadline: None,
+            receiving: Receiving::default(),
         })
     }
 

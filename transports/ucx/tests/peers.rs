@@ -4,8 +4,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvferry_core::{Direction, FenceProof, Plane, PoolId, PoolLayout, Program, Segment, Side, TransferId};
-use kvferry_transport::conformance::{Party, absent, until};
+use kvferry_core::{Direction, FenceProof, PoolId, Program, TransferId};
+use kvferry_transport::conformance::{Party, absent, block_planes, until, whole_blocks};
 use kvferry_transport::{Event, Expected, ImportError, Options, Pool, PoolKeys, PoolOptions, Transfer};
 use kvferry_ucx::UcxProvider;
 
@@ -24,31 +24,14 @@ fn turn() -> Option<MutexGuard<'static, ()>> {
 }
 
 fn pool(id: u32) -> Pool {
-    let plane = Plane { region: 0, offset: 0, blocks: BLOCKS, block_stride: BLOCK_BYTES, block_bytes: BLOCK_BYTES };
-    let layout = PoolLayout { regions: vec![u64::from(BLOCKS) * BLOCK_BYTES], planes: vec![plane] };
+    let layout = block_planes(1, BLOCKS, BLOCK_BYTES);
     let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
     Pool::allocate_with(PoolId(id), layout, "peers", &options).unwrap()
 }
 
 /// Block `i` of the source goes to block `BLOCKS - 1 - i`.
 fn program() -> Arc<Program> {
-    let side = Side {
-        plane: 0,
-        plane_step: 1,
-        table: 0,
-        first_block: 0,
-        block_tokens: 16,
-        cp: 1,
-        cp_rank: 0,
-        token_pitch: BLOCK_BYTES / 16,
-        head_pitch: BLOCK_BYTES / 16,
-        offset: 0,
-    };
-    let end = 16 * u64::from(BLOCKS);
-    let run_bytes = (BLOCK_BYTES / 16) as u32;
-    let segments = vec![Segment { source: side, destination: side, planes: 1, start: 0, end, heads: 1, run_bytes }];
-    let (up, down) = ((0..BLOCKS).collect(), (0..BLOCKS).rev().collect());
-    Arc::new(Program { segments, sources: vec![Some(up)], destinations: vec![Some(down)] })
+    Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, (0..BLOCKS).rev()))
 }
 
 fn fill(pool: &Pool, salt: u8) {

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "this is test code, which other crates' tests call")]
 
 mod absent;
+mod blocks;
 mod case;
 mod ends;
 mod harness;
@@ -14,6 +15,7 @@ mod order;
 mod refusals;
 
 pub use absent::absent;
+pub use blocks::{block_planes, whole_blocks};
 pub use case::{Format, Shape};
 pub use ends::*;
 pub use harness::{Pair, Party, until};

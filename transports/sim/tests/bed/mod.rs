@@ -4,10 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvferry_core::{
-    Direction, End, Epoch, HandoverId, Plane, PoolId, PoolLayout, Program, Rank, Segment, Side, TransferId,
-};
+use kvferry_core::{Direction, End, Epoch, HandoverId, PoolId, Program, Rank, TransferId};
 use kvferry_fabric_sim::{Fabric, FabricOptions, NicId, SimProvider};
+use kvferry_transport::conformance::{block_planes, whole_blocks};
 use kvferry_transport::{
     Device, Event, Expected, Notice, Options, PeerId, Pool, PoolKeys, PostError, Provider, RemotePool, Transfer,
     TransferError, Transport, TransportKind,
@@ -82,8 +81,7 @@ impl Bed {
 
     pub(crate) fn open(&mut self, options: Options) {
         let number = self.nodes.len() as u32;
-        let plane = Plane { region: 0, offset: 0, blocks: BLOCKS, block_stride: BLOCK_BYTES, block_bytes: BLOCK_BYTES };
-        let layout = PoolLayout { regions: vec![u64::from(BLOCKS) * BLOCK_BYTES], planes: vec![plane] };
+        let layout = block_planes(1, BLOCKS, BLOCK_BYTES);
         let pool = Pool::allocate(PoolId(number), layout, "bed").unwrap();
         self.open_with(pool, options);
     }
@@ -255,27 +253,5 @@ impl Bed {
 
 /// Copies the blocks of one pool to those of another, in that order.
 pub(crate) fn blocks(from: impl IntoIterator<Item = u32>, to: impl IntoIterator<Item = u32>) -> Arc<Program> {
-    let (from, to): (Vec<u32>, Vec<u32>) = (from.into_iter().collect(), to.into_iter().collect());
-    let side = Side {
-        plane: 0,
-        plane_step: 1,
-        table: 0,
-        first_block: 0,
-        block_tokens: 1,
-        cp: 1,
-        cp_rank: 0,
-        token_pitch: BLOCK_BYTES,
-        head_pitch: BLOCK_BYTES,
-        offset: 0,
-    };
-    let segment = Segment {
-        source: side,
-        destination: side,
-        planes: 1,
-        start: 0,
-        end: from.len() as u64,
-        heads: 1,
-        run_bytes: BLOCK_BYTES as u32,
-    };
-    Arc::new(Program { segments: vec![segment], sources: vec![Some(from.into())], destinations: vec![Some(to.into())] })
+    Arc::new(whole_blocks(1, 1, BLOCK_BYTES, from, to))
 }

@@ -7,7 +7,8 @@ mod wire;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvferry_core::{HandoverId, Plane, PoolId, PoolLayout, Program, Rank, Segment, Side, TransferId};
+use kvferry_core::{HandoverId, PoolId, PoolLayout, Program, Rank, TransferId};
+use kvferry_transport::conformance::{block_planes, whole_blocks};
 use kvferry_transport::{
     Device, Direction, Event, Expected, Options, PeerId, Pool, PoolKeys, Provider, RemotePool, Transfer, Transport,
     TransportKind,
@@ -130,45 +131,12 @@ fn id(number: u64) -> TransferId {
 }
 
 fn layout(planes: u32) -> PoolLayout {
-    let plane_bytes = u64::from(BLOCKS) * BLOCK_BYTES;
-    let plane = |plane: u32| Plane {
-        region: 0,
-        offset: u64::from(plane) * plane_bytes,
-        blocks: BLOCKS,
-        block_stride: BLOCK_BYTES,
-        block_bytes: BLOCK_BYTES,
-    };
-    PoolLayout { regions: vec![u64::from(planes) * plane_bytes], planes: (0..planes).map(plane).collect() }
+    block_planes(planes, BLOCKS, BLOCK_BYTES)
 }
 
 /// Every block of a pool to the block as far from the other end.
 fn program(pool: &Pool) -> Program {
-    let side = Side {
-        plane: 0,
-        plane_step: 1,
-        table: 0,
-        first_block: 0,
-        block_tokens: 4,
-        cp: 1,
-        cp_rank: 0,
-        token_pitch: BLOCK_BYTES / 4,
-        head_pitch: BLOCK_BYTES / 4,
-        offset: 0,
-    };
-    let segment = Segment {
-        source: side,
-        destination: side,
-        planes: pool.layout().planes.len() as u32,
-        start: 0,
-        end: u64::from(BLOCKS) * 4,
-        heads: 1,
-        run_bytes: BLOCK_BYTES as u32 / 4,
-    };
-    Program {
-        segments: vec![segment],
-        sources: vec![Some((0..BLOCKS).collect())],
-        destinations: vec![Some((0..BLOCKS).rev().collect())],
-    }
+    whole_blocks(pool.layout().planes.len() as u32, 4, BLOCK_BYTES, 0..BLOCKS, (0..BLOCKS).rev())
 }
 
 fn places(pool: &Pool) -> impl Iterator<Item = (u32, u32)> + use<> {
