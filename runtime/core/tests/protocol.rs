@@ -14,6 +14,20 @@ proptest! {
     }
 }
 
+/// Worlds that once ended badly.
+const ENDED_BADLY: &[u64] = &[
+    // An outcome reached a scheduler that had just started before its handover was announced, and was forgotten when that one was gone, too.
+    201_801_970_777_666_356,
+];
+
+#[test]
+fn what_went_wrong_once_does_not_again() {
+    for seed in ENDED_BADLY.iter().copied() {
+        let violations = world::run(seed, true);
+        assert!(violations.is_empty(), "world::run({seed}, true): {violations:#?}");
+    }
+}
+
 /// The worlds `KVFERRY_WORLDS=first..last`; without it, a few: for long searches in a release build.
 #[test]
 fn every_faulty_world_of_a_range_ends_well() {

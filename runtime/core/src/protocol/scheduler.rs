@@ -6,6 +6,8 @@ mod work;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use ends::Ended;
+
 use super::scheduler_group::{DecodeGroup, PrefillGroup};
 use super::{
     Awaited, Deadline, Event, FailReason, Finished, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox, Outcome,
@@ -71,14 +73,15 @@ pub struct Scheduler {
     handovers: BTreeMap<HandoverId, RequestId>,
     /// Decided handovers whose blocks are not the engines' again: their credits are out.
     held: BTreeMap<HandoverId, Held>,
-    /// The last requests that ended: whatever a leader announces of them late, they do not end again. Until the moment whoever asks for one that was
-    /// adopted gets its end.
-    ended: BTreeMap<RequestId, (Moment, Option<Finished>)>,
+    /// The last requests that ended: whatever a leader announces of them late, they do not end again.
+    ended: BTreeMap<RequestId, Ended>,
     /// The same, oldest first.
     ended_order: BTreeSet<(Moment, RequestId)>,
     /// Offers that are paired again only after a while, by when.
     resting: BTreeSet<(Moment, RequestId)>,
     next_handover: u64,
+    /// Handovers of lower numbers are a predecessor's.
+    first_handover: u64,
     /// Leaders may still be about to announce what a predecessor gave them: until then requests wait.
     listens_until: Option<Moment>,
     /// There may have been a scheduler before this one.
@@ -163,6 +166,7 @@ impl Scheduler {
             ended_order: BTreeSet::new(),
             resting: BTreeSet::new(),
             next_handover: first_handover,
+            first_handover,
             listens_until: None,
             succeeds: false,
             seen: BTreeSet::new(),
@@ -225,9 +229,7 @@ impl Scheduler {
             }
             return Err(super::Refusal::Duplicate(request));
         }
-        if let Some((until, finished)) = self.ended.get_mut(&request)
-            && let Some(finished) = finished.take().filter(|_| now < *until)
-        {
+        if let Some(finished) = self.take_end(now, request) {
             return Ok(Submitted::Ended(finished));
         }
         let deadline = Deadline::after(now, self.terms.queue_within);
@@ -457,11 +459,30 @@ impl Scheduler {
             self.outbox.event(Event::Ignored { from, what: "an outcome of another group's handover" });
             return;
         }
-        self.outbox.send(from, Message::OutcomesKnown { handovers: vec![report.handover] });
-        let Some(request) = self.handovers.remove(&report.handover) else {
-            self.delivered_after_all(now, from, report);
+        // A predecessor's, of which its leader has yet to tell with all that belongs to it: until then the leader has to keep it.
+        let told = self.handovers.contains_key(&report.handover) || self.held.contains_key(&report.handover);
+        if !told && report.handover.0 < self.first_handover {
             return;
-        };
+        }
+        let handover = report.handover;
+        let request = self.handovers.get(&handover).copied();
+        let request = request.or_else(|| self.held.get(&handover).map(|held| held.spec.request));
+        // Nobody has asked for it yet: the leader keeps it, lest it be lost with this scheduler.
+        let unasked = request.filter(|request| self.requests.get(request).is_some_and(|known| known.adopted));
+        if unasked.is_none() {
+            self.acknowledge(Some((from, handover)));
+        }
+        match self.handovers.remove(&handover) {
+            Some(request) => self.decided(now, request, report),
+            None => self.delivered_after_all(now, from, report),
+        }
+        if unasked.is_some() {
+            self.knows(now, from, handover, unasked);
+        }
+    }
+
+    /// The handover of a request is decided.
+    fn decided(&mut self, now: Moment, request: RequestId, report: OutcomeReport) {
         let Some(known) = self.requests.get_mut(&request) else { return };
         let Stage::Paired { group, offer, decode, handover } = known.stage.clone() else { return };
         if handover != report.handover {

@@ -103,7 +103,8 @@ impl Scheduler {
                     self.freed(now, from, handover);
                 }
             } else {
-                self.outbox.send(from, Message::OutcomesKnown { handovers: vec![report.handover] });
+                let request = report.outcome.is_delivered().then_some(pairing.spec.request);
+                self.knows(now, from, report.handover, request);
             }
         }
         for pairing in standing.under_way {

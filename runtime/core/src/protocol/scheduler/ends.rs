@@ -1,6 +1,6 @@
 //! How requests end, or begin again.
 
-use super::{Held, REST, Request, Stage};
+use super::{Held, REST, Request, Scheduler, Stage};
 use crate::protocol::scheduler_group::DecodeGroup;
 use crate::protocol::{
     Awaited, Deadline, Event, FailReason, Finished, Message, OfferSummary, Outcome, PathReport, PrefillView,
@@ -11,7 +11,16 @@ use crate::{GroupId, HandoverId, Moment, NodeId, Rank, RequestId};
 /// Ended requests that are remembered.
 const ENDED_MAX: usize = 65_536;
 
-use super::Scheduler;
+/// A request that ended.
+#[derive(Debug)]
+pub(super) struct Ended {
+    /// Until then whoever asks gets what is unclaimed.
+    until: Moment,
+    /// How it ended, if nobody has asked for it so far: it was adopted.
+    unclaimed: Option<Finished>,
+    /// The leader that keeps the outcome until then.
+    owed: Option<(NodeId, HandoverId)>,
+}
 
 impl Scheduler {
     /// A handover failed: the offer is paired again if it still stands, prefilled again if there is another group, or the request fails.
@@ -151,16 +160,48 @@ impl Scheduler {
         let attempts = known.attempts + 1;
         let finished = Finished { request, outcome, attempts, ready_at: known.ready_at, settled_at, paths };
         let until = now + self.terms.leases.duration * 2;
-        if let Some((earlier, _)) = self.ended.insert(request, (until, known.adopted.then(|| finished.clone()))) {
-            self.ended_order.remove(&(earlier, request));
+        let unclaimed = known.adopted.then(|| finished.clone());
+        if let Some(earlier) = self.ended.insert(request, Ended { until, unclaimed, owed: None }) {
+            self.ended_order.remove(&(earlier.until, request));
+            self.acknowledge(earlier.owed);
         }
         self.ended_order.insert((until, request));
         if self.ended.len() > ENDED_MAX
             && let Some((_, oldest)) = self.ended_order.pop_first()
+            && let Some(oldest) = self.ended.remove(&oldest)
         {
-            self.ended.remove(&oldest);
+            self.acknowledge(oldest.owed);
         }
         self.outbox.event(Event::Finished(finished));
+    }
+
+    /// The end of a request that ended before anybody had asked for it, for whoever asks now. Once, and not too late.
+    pub(super) fn take_end(&mut self, now: Moment, request: RequestId) -> Option<Finished> {
+        let ended = self.ended.get_mut(&request)?;
+        let finished = ended.unclaimed.take().filter(|_| now < ended.until);
+        let owed = ended.owed.take();
+        self.acknowledge(owed);
+        finished
+    }
+
+    /// An outcome is known here. Its leader may forget it, unless it has to tell it to the next scheduler, should this one be gone before
+    /// anybody asks for the request.
+    pub(super) fn knows(&mut self, now: Moment, leader: NodeId, handover: HandoverId, request: Option<RequestId>) {
+        let ended = request.filter(|request| !self.requests.contains_key(request));
+        let kept = ended.and_then(|request| self.ended.get_mut(&request));
+        let kept = kept.filter(|ended| ended.unclaimed.is_some() && now < ended.until);
+        // One delivery is enough to tell of.
+        let known = match kept {
+            Some(ended) => ended.owed.replace((leader, handover)).filter(|(_, earlier)| *earlier != handover),
+            None => Some((leader, handover)),
+        };
+        self.acknowledge(known);
+    }
+
+    pub(super) fn acknowledge(&mut self, known: Option<(NodeId, HandoverId)>) {
+        if let Some((leader, handover)) = known {
+            self.outbox.send(leader, Message::OutcomesKnown { handovers: vec![handover] });
+        }
     }
 
     /// What was cancelled while leaders were listened to, and no decode leader has announced.

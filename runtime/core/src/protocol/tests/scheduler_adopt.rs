@@ -103,7 +103,8 @@ fn a_handover_under_way_is_adopted_in_every_order() {
         said.extend(fixture.commands());
         assert_eq!(pairs(&said), [], "{order:?}: it is paired already");
         assert!(!said.iter().any(|command| matches!(command, Command::Send { message: Message::Abort { .. }, .. })));
-        assert_eq!(fixture.outcome(10, 7, Outcome::Delivered)[0], known(10, 7), "{order:?}");
+        let known_at_once = fixture.outcome(10, 7, Outcome::Delivered).contains(&known(10, 7));
+        assert_eq!(known_at_once, order.contains(&Client), "{order:?}: its leader keeps what nobody has asked for");
         assert_eq!(fixture.finished(), [(1, Outcome::Delivered)], "{order:?}");
         let again = fixture.scheduler.handle_submit(at(9), spec(1));
         match order.contains(&Client) {
@@ -111,6 +112,7 @@ fn a_handover_under_way_is_adopted_in_every_order() {
             false => {
                 let Ok(Submitted::Ended(finished)) = again else { panic!("{order:?}: {again:?}") };
                 assert_eq!((finished.request, finished.outcome), (R1, Outcome::Delivered), "{order:?}");
+                assert_eq!(fixture.commands(), [known(10, 7)], "{order:?}: now it need not");
                 fixture.freed(10, 7);
                 assert_quiet(&fixture);
             }
@@ -269,14 +271,15 @@ fn an_outcome_that_no_scheduler_has_heard_of_is_told_once() {
     for out in [true, false] {
         let mut fixture = restarted(1, 1);
         let said = fixture.say(10, decided(7, 0, Outcome::Delivered, out));
-        assert_eq!(said, [known(10, 7)], "no offer of it is known here yet");
+        assert_eq!(said, [], "no offer of it is known here yet, and its leader keeps what nobody has asked for");
         assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
         assert_eq!(fixture.scheduler.vitals().is_quiet(), !out, "{:?}", fixture.scheduler.vitals());
-        assert_eq!(fixture.say(10, decided(7, 0, Outcome::Delivered, out)), [known(10, 7)], "said twice");
+        assert_eq!(fixture.say(10, decided(7, 0, Outcome::Delivered, out)), [], "said twice");
         assert_eq!(fixture.finished(), []);
         assert_eq!(fixture.say(0, offers(1, Some(vec![4]))), [released(0, 1, PrefillView::Ended)]);
         let late = fixture.scheduler.handle_submit(at(2), spec(1));
         assert!(matches!(late, Ok(Submitted::Ended(ref finished)) if finished.outcome.is_delivered()), "{late:?}");
+        assert_eq!(fixture.commands(), [known(10, 7)], "now it need not");
         if out {
             fixture.freed(10, 7);
         }
@@ -288,6 +291,36 @@ fn an_outcome_that_no_scheduler_has_heard_of_is_told_once() {
     assert_eq!(fixture.say(10, decided(7, 0, failed, false)), [known(10, 7)]);
     assert_eq!(fixture.finished(), []);
     assert_quiet(&fixture);
+}
+
+#[test]
+fn an_outcome_that_comes_before_its_handover_is_announced_stays_with_its_leader() {
+    let mut fixture = restarted(1, 1);
+    fixture.submit(1);
+    assert_eq!(fixture.outcome(10, 7, Outcome::Delivered), [], "nobody here knows of what it is");
+    assert_eq!(fixture.finished(), []);
+    let said = fixture.say(10, decided(7, 0, Outcome::Delivered, true));
+    assert!(said.contains(&known(10, 7)), "{said:?}");
+    assert_eq!(fixture.finished(), [(1, Outcome::Delivered)]);
+    fixture.freed(10, 7);
+    assert_quiet(&fixture);
+    // One of its own is known, whatever has become of it.
+    assert_eq!(fixture.outcome(10, NEW + 5, Outcome::Cancelled), [known(10, NEW + 5)]);
+}
+
+#[test]
+fn a_leader_keeps_an_outcome_until_somebody_has_it() {
+    // The next scheduler hears of it, too, should this one be gone before anybody asks; asked too late, it need not be kept any longer.
+    let lease = SchedulerTerms::default().leases.duration;
+    for late in [false, true] {
+        let mut fixture = restarted(1, 1);
+        fixture.say(10, under_way(7, 1, 0));
+        assert!(!fixture.outcome(10, 7, Outcome::Delivered).contains(&known(10, 7)));
+        let now = if late { at(1) + lease * 2 } else { at(1) };
+        let taken = fixture.scheduler.handle_submit(now, spec(1));
+        assert_eq!(matches!(taken, Ok(Submitted::Ended(_))), !late, "{taken:?}");
+        assert!(fixture.commands().contains(&known(10, 7)), "late: {late}");
+    }
 }
 
 #[test]
