@@ -8,6 +8,9 @@ PROGRAM of --kvferry is the release build of the command; that of --host-limit c
 and prints a JSON object. What is left out is skipped. In every round each program runs once for each shape; tables hold the medians
 of the rounds, and ratios of one round's figures: their median, least and greatest. Run it on an otherwise idle machine.
 
+Processor time is that of both ends. NIXL's script does not tell its own: it is run a second time, for one iteration, and what the whole
+processes took longer for the others is theirs; waiting by polling counts, as it does for kvferry.
+
 Paths are transports, with a device where one is meant: shm,tcp,ucx:memory,ucx:lo. For ucx let KVFERRY_UCX_LIBRARY name the library that
 NIXL brings, so that both use one; UCX_MODULES=^ib keeps both from loading RDMA libraries of which the system has others.
 """
@@ -17,6 +20,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import statistics
 import subprocess
@@ -47,8 +51,8 @@ def main():
         parser.error(f"--paths: no {unknown[0]}; there are {', '.join(LIKE)}")
     options.cases = [(path, op) for path in options.paths for op in OPS]
     options.shapes = SHAPES + ([(32, 8, 1 << 20)] if options.mebibyte else [])
-    if options.rounds < 1 or options.iters < 1:
-        parser.error("--rounds and --iters must be at least 1")
+    if options.rounds < 1 or options.iters < 2:
+        parser.error("--rounds must be at least 1, and --iters 2")
 
     rounds = []
     for number in range(options.rounds):
@@ -70,10 +74,18 @@ def one_round(options, shape):
         report = kvferry(options, transport, op, shape)
         figures["kvferry", transport, op] = report["gigabytes_per_second"]
         figures["plan", transport, op] = report["plan_microseconds"]
-        figures["cpu", transport, op] = report["cpu_seconds"] / report["seconds"]["p50"]
+        figures["cpu", transport, op] = report["cpu_seconds"] / gibibytes(shape)
         if options.nixl:
-            figures["nixl", transport, op] = nixl(options, transport, op, shape)
+            rate, processor = nixl(options, transport, op, shape, options.iters)
+            _, rest = nixl(options, transport, op, shape, 1)
+            figures["nixl", transport, op] = rate
+            figures["nixl cpu", transport, op] = (processor - rest) / (options.iters - 1) / gibibytes(shape)
     return figures
+
+
+def gibibytes(shape):
+    layers, blocks, block_bytes = shape
+    return 2 * layers * blocks * block_bytes / 2**30
 
 
 def kvferry(options, transport, op, shape):
@@ -88,17 +100,26 @@ def kvferry(options, transport, op, shape):
     return report
 
 
-def nixl(options, transport, op, shape):
-    command = shlex.split(options.nixl) + [NIXL_OP[op], "UCX", *map(str, shape), str(options.iters)]
+def nixl(options, transport, op, shape, iters):
+    """GB/s, and the processor seconds of the whole run."""
+    command = shlex.split(options.nixl) + [NIXL_OP[op], "UCX", *map(str, shape), str(iters)]
     environment = dict(os.environ, NIXL_LOG_LEVEL="ERROR")
     environment.pop("UCX_TLS", None)
     if LIKE[transport] == "tcp":
         environment["UCX_TLS"] = "tcp"
+    before = processor_seconds()
     output = run(command, options.timeout, environment)
+    processor = processor_seconds() - before
     lines = [line for line in output.splitlines() if line.startswith("{")]
     if not lines:
         raise SystemExit(f"no JSON object from {shlex.join(command)}:\n{output}")
-    return json.loads(lines[-1])["gigabytes_per_second"]
+    return json.loads(lines[-1])["gigabytes_per_second"], processor
+
+
+def processor_seconds():
+    """Of everything that this process has started and that has ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def host_limit(options, pieces, block_bytes):
@@ -127,7 +148,7 @@ def run(command, timeout, environment=None):
 
 def table(rounds, options):
     head = ["path", "op", "pieces", "kvferry GB/s", "limit GB/s", "kvferry / limit", "NIXL GB/s", "kvferry / NIXL"]
-    head += ["plan µs", "CPU s / s"]
+    head += ["plan µs", "CPU s / GiB", "NIXL's"]
     rows = [head, ["---"] * len(head)]
     for transport, op in options.cases:
         for shape in options.shapes:
@@ -135,7 +156,7 @@ def table(rounds, options):
             own, limit, rival = ("kvferry", transport, op), ("limit", LIKE[transport]), ("nixl", transport, op)
             row = [transport, op, f"{2 * shape[0] * shape[1]:,} × {shape[2] >> 10} KiB", middle(figures, own)]
             row += [middle(figures, limit), ratio(figures, own, limit), middle(figures, rival), ratio(figures, own, rival)]
-            row += [middle(figures, ("plan", transport, op)), middle(figures, ("cpu", transport, op))]
+            row += [middle(figures, (figure, transport, op)) for figure in ("plan", "cpu", "nixl cpu")]
             rows.append(row)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", f"Medians of {options.rounds} rounds of {options.iters} iterations; ratios within a round: median (least-greatest)."]
