@@ -28,6 +28,11 @@
 
 pub mod transport;
 
+/// NICs and GPUs of this host, and which NICs serve which GPU.
+pub mod topology {
+    pub use kvferry_topology::{Affinity, BadOverride, GpuNics, Make, Nearness, Overrides, Pci, Port, Topology};
+}
+
 pub use kvferry_actors::{
     EnginePort, Handover, HandoverError, ListenError, NicStartError, NodeConfig, NodeError, OpenNic, SchedulerNode,
     ThreadOptions, WorkerConfig, WorkerNode,

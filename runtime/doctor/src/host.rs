@@ -2,38 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+
+use kvferry_topology::{Pci, Topology};
 
 use crate::root::{DeviceNode, SysRoot, names, text};
-
-/// Amazon's vendor number on PCI.
-const AMAZON: u32 = 0x1d0f;
-const NVIDIA: u32 = 0x10de;
-
-/// A PCI function.
-#[derive(Clone, Debug)]
-pub(crate) struct Pci {
-    pub(crate) address: String,
-    /// Names of the bridges above it, from the root.
-    pub(crate) path: Vec<String>,
-    /// -1 when the machine does not say.
-    pub(crate) numa: i32,
-    pub(crate) driver: Option<String>,
-    vendor: u32,
-    device: u32,
-    class: u32,
-}
-
-impl Pci {
-    /// 0xefa0 to 0xefaf, so that generations to come are known, too.
-    pub(crate) fn is_efa(&self) -> bool {
-        self.vendor == AMAZON && self.device & 0xfff0 == 0xefa0
-    }
-
-    pub(crate) fn is_gpu(&self) -> bool {
-        self.vendor == NVIDIA && self.class >> 16 == 0x03
-    }
-}
 
 /// An EFA device with its driver.
 #[derive(Clone, Debug)]
@@ -52,7 +24,7 @@ pub(crate) struct Efa {
 /// What was read.
 #[derive(Clone, Debug)]
 pub(crate) struct Host {
-    pub(crate) pci: Vec<Pci>,
+    pub(crate) topology: Topology,
     pub(crate) efa: Vec<Efa>,
     /// All RDMA devices, of whatever make.
     pub(crate) rdma: Vec<String>,
@@ -82,10 +54,10 @@ const WATCHED: [&str; 7] = ["libibverbs", "libefa", "libucp", "libucs", "libuct"
 
 impl Host {
     pub(crate) fn read(root: &SysRoot) -> Host {
-        let pci = pci_devices(root);
+        let topology = Topology::read(&root.files);
         let rdma = names(&root.sys.join("class/infiniband"));
         let verbs = verbs(root);
-        let efa = rdma.iter().filter_map(|name| efa_device(root, name, &pci, &verbs)).collect();
+        let efa = rdma.iter().filter_map(|name| efa_device(root, name, &topology.pci, &verbs)).collect();
         let memory = text(&root.proc.join("meminfo")).unwrap_or_default();
         let pages = |name: &str| field(&memory, name).and_then(|value| value.split_whitespace().next()?.parse().ok());
         let status = text(&root.own("status")).unwrap_or_default();
@@ -114,16 +86,16 @@ impl Host {
                 .collect(),
             gdr_node: root.device_node("gdrdrv"),
             loaded: if root.process == "self" { BTreeMap::new() } else { loaded(root) },
-            pci,
+            topology,
         }
     }
 
     pub(crate) fn gpus(&self) -> impl Iterator<Item = &Pci> {
-        self.pci.iter().filter(|pci| pci.is_gpu())
+        self.topology.gpus()
     }
 
     pub(crate) fn efa_on_pci(&self) -> impl Iterator<Item = &Pci> {
-        self.pci.iter().filter(|pci| pci.is_efa())
+        self.topology.efa_on_pci()
     }
 
     /// Whether the process has a capability, by its bit.
@@ -143,28 +115,6 @@ fn memlock(limits: &str) -> Option<Option<u64>> {
         "unlimited" => Some(None),
         bytes => bytes.parse().ok().map(Some),
     }
-}
-
-fn pci_devices(root: &SysRoot) -> Vec<Pci> {
-    let folder = root.sys.join("bus/pci/devices");
-    names(&folder).into_iter().filter_map(|address| pci_device(root, &folder.join(&address), address)).collect()
-}
-
-fn pci_device(root: &SysRoot, link: &Path, address: String) -> Option<Pci> {
-    let hex = |name: &str| u32::from_str_radix(text(&link.join(name))?.trim_start_matches("0x"), 16).ok();
-    let real = fs::canonicalize(link).ok()?;
-    let devices = fs::canonicalize(root.sys.join("devices")).ok()?;
-    let path = real.strip_prefix(devices).ok()?.parent()?;
-    let driver = fs::read_link(link.join("driver")).ok();
-    Some(Pci {
-        path: path.iter().map(|part| part.to_string_lossy().into_owned()).collect(),
-        numa: text(&link.join("numa_node")).and_then(|text| text.parse().ok()).unwrap_or(-1),
-        driver: driver.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned())),
-        vendor: hex("vendor")?,
-        device: hex("device")?,
-        class: hex("class").unwrap_or(0),
-        address,
-    })
 }
 
 /// Device name to `uverbsN`.

@@ -46,7 +46,8 @@ fn a_healthy_p5_has_nothing_wrong() {
             affinity
                 .evidence
                 .iter()
-                .any(|line| line == "GPU 0000:45:00.0: rdmap65s0 rdmap66s0 rdmap67s0 rdmap68s0 (below one switch)")
+                .any(|line| line
+                    == "GPU 0000:45:00.0: rdmap65s0:1 rdmap66s0:1 rdmap67s0:1 rdmap68s0:1 (below one switch)")
         );
         let libfabric = report.checks.iter().find(|check| check.id == "library.libfabric").unwrap();
         assert!(

@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use kvferry_topology::{Make, Topology};
+
 use crate::library::Version;
 
 /// The device of this host's memory.
 pub(crate) const MEMORY: &str = "memory";
-/// EFA's name at the PCI bus: vendor, and the device's number without its last digit.
-const EFA: (u32, u32) = (0x1d0f, 0xefa0);
 /// Added to a method's number where both sides move the bytes.
 const TWO_SIDED: u8 = 16;
 /// The first UCX whose srd reads and writes memory.
@@ -136,45 +136,19 @@ impl SysRoot {
 
     /// Ports of the RDMA devices.
     fn ports(&self, version: Option<Version>) -> Vec<Found> {
-        let class = self.0.join("sys/class/infiniband");
-        let mut found = Vec::new();
-        for device in names(&class) {
-            let folder = class.join(&device);
-            let number = |file: &str| hexadecimal(&read(&folder.join("device").join(file))?);
-            let efa = matches!((number("vendor"), number("device")), (Some(v), Some(d)) if (v, d & 0xfff0) == EFA);
-            let method = if efa { Method::Srd } else { Method::Verbs };
-            let unusable = self.unusable(&device);
-            for port in names(&folder.join("ports")) {
-                let at = folder.join("ports").join(&port);
-                let state = read(&at.join("state")).unwrap_or_default();
-                let inactive =
-                    (!state.starts_with("4:")).then(|| format!("its port is not active but {state:?}; bring it up"));
-                let old = version.and_then(|version| too_old(method, version));
-                let name = format!("{device}:{port}");
-                found.push(Found {
-                    network: name.clone(),
-                    name,
-                    method,
-                    bits_per_second: read(&at.join("rate")).as_deref().and_then(rate),
-                    unavailable: unusable.clone().or(inactive).or(old),
-                });
+        let found = Topology::read(&self.0).ports.into_iter().map(|port| {
+            let method = if port.make == Make::Efa { Method::Srd } else { Method::Verbs };
+            let old = version.and_then(|version| too_old(method, version));
+            let name = port.name();
+            Found {
+                network: name.clone(),
+                name,
+                method,
+                bits_per_second: port.bits_per_second,
+                unavailable: port.unusable.or(old),
             }
-        }
-        found
-    }
-
-    /// Why a process here cannot open an RDMA device: UCX would skip it without a word.
-    fn unusable(&self, device: &str) -> Option<String> {
-        let class = self.0.join("sys/class/infiniband_verbs");
-        let of = |node: &String| read(&class.join(node).join("ibdev")).as_deref() == Some(device);
-        let Some(node) = names(&class).into_iter().find(of) else {
-            return Some("the kernel has no uverbs node for it; load ib_uverbs".to_owned());
-        };
-        let path = self.0.join("dev/infiniband").join(&node);
-        let opened = std::fs::OpenOptions::new().read(true).write(true).open(&path);
-        opened.err().map(|error| {
-            format!("/dev/infiniband/{node} cannot be opened ({error}); give this container its device (for EFA: vpc.amazonaws.com/efa)")
-        })
+        });
+        found.collect()
     }
 
     /// Network interfaces that are up, loopback last. An RDMA device's own interface is there, too.
@@ -215,54 +189,29 @@ fn hexadecimal(text: &str) -> Option<u32> {
     u32::from_str_radix(text.trim_start_matches("0x"), 16).ok()
 }
 
-/// Bits per second of `100 Gb/sec (4X EDR)`.
-fn rate(text: &str) -> Option<u64> {
-    let (number, rest) = text.split_once(' ')?;
-    let gigabits: f64 = number.parse().ok()?;
-    (rest.starts_with("Gb/sec") && gigabits.is_finite() && gigabits >= 0.0).then_some((gigabits * 1e9) as u64)
-}
-
 #[cfg(test)]
 mod tests {
+    use kvferry_topology::simulated::{Host, Nic};
+
     use super::*;
 
-    struct Tree(PathBuf);
-
-    impl Tree {
-        fn new(name: &str) -> Tree {
-            let root = std::env::temp_dir().join(format!("kvferry-ucx-{}-{name}", std::process::id()));
-            let tree = Tree(root);
-            tree.file("sys/class/net/lo/flags", "0x9");
-            tree.file("sys/class/net/eth0/flags", "0x1003");
-            tree.file("sys/class/net/eth0/speed", "25000");
-            tree.file("sys/class/net/eth1/flags", "0x1002");
-            tree
+    /// A host with loopback, an interface that is up and one that is down.
+    fn host(name: &str) -> Host {
+        let host = Host::empty(name).unwrap();
+        let files = [("lo/flags", "0x9"), ("eth0/flags", "0x1003"), ("eth0/speed", "25000"), ("eth1/flags", "0x1002")];
+        for (file, text) in files {
+            host.write(&format!("sys/class/net/{file}"), text).unwrap();
         }
-
-        fn file(&self, path: &str, text: &str) {
-            let path = self.0.join(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        }
-
-        fn port(&self, device: &str, vendor: &str, number: &str, uverbs: &str) {
-            let folder = format!("sys/class/infiniband/{device}");
-            self.file(&format!("{folder}/device/vendor"), vendor);
-            self.file(&format!("{folder}/device/device"), number);
-            self.file(&format!("{folder}/ports/1/state"), "4: ACTIVE\n");
-            self.file(&format!("{folder}/ports/1/rate"), "100 Gb/sec (4X EDR)\n");
-            self.file(&format!("sys/class/infiniband_verbs/{uverbs}/ibdev"), device);
-        }
-
-        fn discover(&self, version: Version) -> Vec<Found> {
-            SysRoot(self.0.clone()).discover(Some(version))
-        }
+        host
     }
 
-    impl Drop for Tree {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
+    fn efa(host: &Host, device: &str) {
+        let nic = Nic { name: "rdmap40s0", vendor: "0x1d0f", device, driver: "efa", gigabits: 100 };
+        host.nic("pci0000:20", "0000:28:00.0", nic, Some(0)).unwrap();
+    }
+
+    fn discover(host: &Host, version: Version) -> Vec<Found> {
+        SysRoot(host.path().to_owned()).discover(Some(version))
     }
 
     fn named<'a>(found: &'a [Found], name: &str) -> &'a Found {
@@ -271,8 +220,7 @@ mod tests {
 
     #[test]
     fn a_host_without_rdma_has_memory_and_interfaces() {
-        let tree = Tree::new("plain");
-        let found = tree.discover(Version(1, 22, 0));
+        let found = discover(&host("plain"), Version(1, 22, 0));
         let names: Vec<&str> = found.iter().map(|found| found.name.as_str()).collect();
         assert_eq!(names, ["memory", "eth0", "lo"], "what is down is not there");
         assert_eq!(named(&found, "memory").network, "lo");
@@ -281,12 +229,11 @@ mod tests {
 
     #[test]
     fn efa_is_told_from_other_devices_and_comes_first() {
-        let tree = Tree::new("efa");
-        tree.port("mlx5_0", "0x15b3", "0x101e", "uverbs0");
-        tree.port("rdmap40s0", "0x1d0f", "0xefa4", "uverbs1");
-        tree.file("dev/infiniband/uverbs0", "");
-        tree.file("dev/infiniband/uverbs1", "");
-        let found = tree.discover(Version(1, 20, 0));
+        let host = host("efa");
+        let other = Nic { name: "mlx5_0", vendor: "0x15b3", device: "0x101e", driver: "mlx5_core", gigabits: 100 };
+        host.nic("pci0000:10", "0000:18:00.0", other, Some(0)).unwrap();
+        efa(&host, "0xefa4");
+        let found = discover(&host, Version(1, 20, 0));
         let names: Vec<&str> = found.iter().map(|found| found.name.as_str()).collect();
         assert_eq!(names, ["rdmap40s0:1", "mlx5_0:1", "memory", "eth0", "lo"]);
         let efa = named(&found, "rdmap40s0:1");
@@ -308,13 +255,14 @@ mod tests {
 
     #[test]
     fn a_device_that_cannot_be_opened_says_why() {
-        let tree = Tree::new("absent");
-        tree.port("rdmap40s0", "0x1d0f", "0xefa1", "uverbs0");
-        let why = |version| named(&tree.discover(version), "rdmap40s0:1").unavailable.clone().unwrap();
+        let host = host("absent");
+        efa(&host, "0xefa1");
+        host.remove("dev/infiniband/uverbs0").unwrap();
+        let why = |version| named(&discover(&host, version), "rdmap40s0:1").unavailable.clone().unwrap();
         assert!(why(Version(1, 22, 0)).contains("/dev/infiniband/uverbs0"), "{}", why(Version(1, 22, 0)));
-        tree.file("dev/infiniband/uverbs0", "");
+        host.write("dev/infiniband/uverbs0", "").unwrap();
         assert!(why(Version(1, 13, 1)).contains("1.20.0"), "{}", why(Version(1, 13, 1)));
-        tree.file("sys/class/infiniband/rdmap40s0/ports/1/state", "1: DOWN");
+        host.write("sys/class/infiniband/rdmap40s0/ports/1/state", "1: DOWN").unwrap();
         assert!(why(Version(1, 22, 0)).contains("DOWN"), "{}", why(Version(1, 22, 0)));
     }
 }

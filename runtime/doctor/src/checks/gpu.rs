@@ -1,7 +1,8 @@
 //! GPUs: reachable by RDMA, near their NICs, in an NVLink domain if one is expected.
 
+use kvferry_topology::{GpuNics, Nearness, Overrides};
+
 use super::Subject;
-use crate::host::{Efa, Pci};
 use crate::report::Check;
 use crate::root::DeviceNode;
 
@@ -54,14 +55,14 @@ fn affinity(subject: &Subject<'_>) -> Check {
     if subject.host.efa.is_empty() || subject.host.gpus().next().is_none() {
         return Check::ok(ID, "of no concern without both a GPU and an EFA device");
     }
-    let mut far = false;
-    let mut lines = Vec::new();
-    for gpu in subject.host.gpus() {
-        let (how, nics) = nearest(gpu, &subject.host.efa);
-        far |= how == FAR;
-        let names: Vec<&str> = nics.iter().map(|efa| efa.name.as_str()).collect();
-        lines.push(format!("GPU {}: {} ({how})", gpu.address, names.join(" ")));
-    }
+    // Where they lie, whatever else is wrong with them: other checks say that.
+    let mut host = subject.host.topology.clone();
+    host.ports.iter_mut().for_each(|port| port.unusable = None);
+    let affinity = host.affinity(&Overrides::default());
+    let far = affinity.gpus.iter().any(|gpu| gpu.nearness == Nearness::Far);
+    let line = |gpu: &GpuNics| format!("GPU {}: {} ({})", gpu.gpu, gpu.nics.join(" "), gpu.nearness);
+    let spare = (!affinity.spare.is_empty()).then(|| format!("near no GPU: {}", affinity.spare.join(" ")));
+    let lines = affinity.gpus.iter().map(line).chain(spare);
     if far {
         let fix = "give the container the EFA devices that belong to its GPUs (topology manager policy single-numa-node), or let the pod have \
                    the whole node";
@@ -73,19 +74,6 @@ fn affinity(subject: &Subject<'_>) -> Check {
         .and(lines);
     }
     Check::ok(ID, "every GPU has EFA devices near it").and(lines)
-}
-
-const FAR: &str = "on another NUMA node";
-
-fn nearest<'a>(gpu: &Pci, nics: &'a [Efa]) -> (&'static str, Vec<&'a Efa>) {
-    let common = |efa: &Efa| gpu.path.iter().zip(&efa.pci.path).take_while(|(a, b)| a == b).count();
-    let best = nics.iter().map(common).max().unwrap_or(0);
-    if best > 0 {
-        let how = if best > 1 { "below one switch" } else { "on one PCI root" };
-        return (how, nics.iter().filter(|efa| common(efa) == best).collect());
-    }
-    let near: Vec<&Efa> = nics.iter().filter(|efa| gpu.numa < 0 || efa.pci.numa == gpu.numa).collect();
-    if near.is_empty() { (FAR, nics.iter().collect()) } else { ("on one NUMA node", near) }
 }
 
 fn imex(subject: &Subject<'_>) -> Check {
