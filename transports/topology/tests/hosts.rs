@@ -1,5 +1,5 @@
 //! Devices and affinity of simulated hosts.
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, reason = "this is test code")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

@@ -186,7 +186,12 @@ impl World {
         if self.tainted.contains(&handover) {
             self.violations.push(format!("I2: {handover} was delivered from blocks that were given away"));
         }
-        let Some((request, _)) = self.paired.get(&handover).copied() else { return };
+        let Some((request, group)) = self.paired.get(&handover).copied() else { return };
+        // Its leader was declared lost and does not know it: another group has the request, and whatever this one decides is ended with it.
+        let lost_leader = |node| self.places.get(node) == Some(&(group, Rank(0)));
+        if self.expelled.iter().any(lost_leader) {
+            return;
+        }
         let earlier = self.delivered.entry(request).or_default();
         let lost = |group: &GroupId| {
             self.places.iter().any(|(node, (theirs, _))| {
