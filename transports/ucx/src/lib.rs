@@ -19,6 +19,7 @@ mod posted;
 mod progress;
 mod proof;
 mod provider;
+pub mod raw;
 mod receiving;
 mod remote;
 mod request;
