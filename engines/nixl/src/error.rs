@@ -115,3 +115,61 @@ pub enum WireError {
     #[error("{0}")]
     Frame(&'static str),
 }
+
+/// Why an agent could not do something.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// The agent cannot be set up so.
+    #[error("the agent cannot be set up: {0}")]
+    Config(String),
+    /// UCX does not do it.
+    #[error("{0}")]
+    Ucx(String),
+    /// A peer's metadata is not what it should be.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The agent's thread is gone: it was shut down.
+    #[error("the agent is shut down")]
+    Gone,
+    /// A pool of that number is registered already, or none is.
+    #[error("{0}")]
+    Pool(String),
+    /// A peer cannot be added.
+    #[error("agent {name:?}: {reason}")]
+    Peer {
+        /// Its name.
+        name: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// A transfer's bytes are not local or not the peer's.
+    #[error("piece {piece}: {reason}")]
+    Piece {
+        /// Which, from 0.
+        piece: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A program does not fit the pools.
+    #[error("the program does not fit: {0}")]
+    Program(String),
+    /// The peer failed.
+    #[error("agent {name:?} failed: {reason}; add it again once it is back, under its new name")]
+    Failed {
+        /// Its name.
+        name: String,
+        /// What UCX said.
+        reason: String,
+    },
+    /// Time is up. The connection to the peer was closed, so that nothing of the transfer touches memory any more; the next one connects again.
+    #[error(
+        "agent {name:?} did not answer within {waited_ms} ms; look whether it still runs: for NIXL it must call its agent now and then, or have a progress thread"
+    )]
+    Deadline {
+        /// Its name.
+        name: String,
+        /// How long it was waited for.
+        waited_ms: u64,
+    },
+}
