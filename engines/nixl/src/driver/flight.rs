@@ -12,7 +12,7 @@ use crate::pieces::{Operation, Piece, joined};
 use crate::{AgentError, MemoryKind, Notification, Transfer};
 
 /// A transfer that is under way.
-pub(super) struct Flight {
+pub(crate) struct Flight {
     pub(super) peer: String,
     operation: Operation,
     memory: (MemoryKind, u64),

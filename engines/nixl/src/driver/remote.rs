@@ -15,7 +15,7 @@ use crate::metadata::{AgentMetadata, MemoryKind, RANGES_MAX, Section};
 const PEERS_MAX: usize = 4096;
 
 /// A peer.
-pub(super) struct Remote {
+pub(crate) struct Remote {
     address: WorkerAddress,
     kind: PeerKind,
     sections: Vec<Section>,
@@ -27,7 +27,7 @@ pub(super) struct Remote {
 }
 
 /// A connection.
-pub(super) struct Link {
+pub(crate) struct Link {
     pub(super) number: u64,
     pub(super) raw: RawPeer,
     /// By kind, device, address and length of their range.
