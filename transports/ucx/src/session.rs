@@ -74,10 +74,13 @@ impl UcxTransport {
     }
 
     fn new_link(&mut self, instance: [u8; KEY_BYTES], worker: &[u8]) -> Result<u64, String> {
-        let number = random::<8>().map_err(|error| format!("no random bytes: {error}"))?;
+        // UCX counts those that it refuses, too.
+        let made = self.endpoints_made.entry(instance).or_default();
+        let number = *made;
+        *made += 1;
         let id = self.new_number();
         let endpoint = Endpoint::new(&self.worker, id, worker)?;
-        self.links.insert(id, Link::new(instance, worker.to_vec(), endpoint, u64::from_le_bytes(number)));
+        self.links.insert(id, Link::new(instance, worker.to_vec(), endpoint, number));
         Ok(id)
     }
 
@@ -103,10 +106,16 @@ impl UcxTransport {
         }
         let mut link = self.link_to(&hello.from);
         if let Some(id) = link {
-            let theirs = self.links.get(&id).and_then(|link| link.theirs);
+            let (theirs, ours) = self.links.get(&id).map_or((None, 0), |link| (link.theirs, link.number));
             if theirs.is_some_and(|theirs| theirs != hello.link) {
-                self.lose_link(id, ANEW);
-                link = None;
+                if hello.link > ours {
+                    // The peer has given up the one that ours is paired with.
+                    self.lose_link(id, ANEW);
+                    link = None;
+                } else {
+                    // Ours is paired with this one, or a later one: closing it would reset that, and so on for ever.
+                    self.lose_sessions(id, None);
+                }
             }
         }
         let link = match link {
@@ -139,11 +148,7 @@ impl UcxTransport {
         let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
         if link.theirs.replace(welcome.link).is_some_and(|theirs| theirs != welcome.link) {
             // The peer has lost its end of this link, and the sessions that were over it.
-            let others: Vec<PeerId> = link.sessions.iter().copied().filter(|other| *other != peer).collect();
-            for other in others {
-                self.lose_session(other, ANEW);
-                self.events.push(Event::PeerLost { peer: other, reason: ANEW.to_owned() });
-            }
+            self.lose_sessions(id, Some(peer));
         }
         self.events.push(Event::Connected { peer });
         self.show(peer);
@@ -227,6 +232,15 @@ impl UcxTransport {
             if let Some(leaving) = &mut bound.leaving {
                 leaving.readers.remove(&peer);
             }
+        }
+    }
+
+    /// Takes the sessions of a link down, but one, whose peer has lost its end of them.
+    fn lose_sessions(&mut self, link: u64, but: Option<PeerId>) {
+        let of = self.links.get(&link).map(|link| link.sessions.clone()).unwrap_or_default();
+        for peer in of.into_iter().filter(|peer| Some(*peer) != but) {
+            self.lose_session(peer, ANEW);
+            self.events.push(Event::PeerLost { peer, reason: ANEW.to_owned() });
         }
     }
 
