@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use kvferry_core::FenceProof;
 use kvferry_transport::{Event, PeerId};
 
-use crate::device::Method;
 use crate::endpoint::{Endpoint, Operation};
 use crate::link::Outgoing;
 use crate::request::Begun;
@@ -50,7 +49,7 @@ impl UcxTransport {
         self.numbers.retain(|_, (_, over)| *over != id);
         let reads = self.fetches.values().any(|fetch| fetch.link == id && fetch.holds_endpoint());
         // The kernel's copies are made by this thread, inside UCX's progress, and are over when that returns.
-        let is_device = matches!(self.method, Method::Srd | Method::Verbs);
+        let is_device = self.method.is_rdma();
         let closing = Closing { instance: link.instance, by_device: is_device && reads, draining: None, over: false };
         self.closing.insert(id, closing);
         // A peer that never answered was sent nothing that could fill a socket.

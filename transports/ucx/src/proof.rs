@@ -5,7 +5,7 @@ use std::time::Instant;
 use kvferry_transport::{Event, Evidence, Grade, LibraryName, PeerId};
 
 use crate::counters::Way;
-use crate::device::{Access, Method};
+use crate::device::Access;
 use crate::transport::UcxTransport;
 
 impl UcxTransport {
@@ -59,7 +59,7 @@ impl UcxTransport {
             library: Some(LibraryName { path: library.path.clone(), version: library.version.to_string() }),
             ..Evidence::connected(lanes)
         };
-        let is_rdma = matches!(self.method, Method::Srd | Method::Verbs);
+        let is_rdma = self.method.is_rdma();
         if reads {
             evidence.grade = Grade::E4;
             evidence = evidence.seen("large reads are zero-copy (rma_bw#)");

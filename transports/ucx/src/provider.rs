@@ -6,6 +6,7 @@ use crate::context::Context;
 use crate::counters::Counters;
 use crate::device::{self, Access, Found, Method, SysRoot};
 use crate::library::Library;
+use crate::memlock::Lockable;
 use crate::settings;
 use crate::transport::UcxTransport;
 
@@ -133,20 +134,35 @@ impl Provider for UcxProvider {
         if !users.is_empty() {
             tracing::info!(settings = users.join(" "), "UCX is also told by the environment, which wins");
         }
-        let context = Context::open(library, found, access).map_err(unavailable)?;
+        let others = library.others();
+        if !others.is_empty() {
+            let (builds, used) = (others.join(", "), &library.path);
+            tracing::warn!(
+                builds,
+                used,
+                "other builds of UCX are loaded in this process; they may compete for devices"
+            );
+        }
+        let refused = |reason: String| {
+            let doubt = if found.method.is_rdma() { Lockable::read().doubt() } else { String::new() };
+            unavailable(reason + &doubt)
+        };
+        let context = Context::open(library, found, access).map_err(refused)?;
+        let mut named = format!("{} {}", library.path, library.version);
+        for (what, list) in [("with", users), ("beside", others)] {
+            if !list.is_empty() {
+                named = format!("{named} {what} {}", list.join(" "));
+            }
+        }
         let info = NicInfo {
             kind: TransportKind::Ucx,
             device: found.name.clone(),
             host,
-            library: Some(if users.is_empty() {
-                format!("{} {}", library.path, library.version)
-            } else {
-                format!("{} {} with {}", library.path, library.version, users.join(" "))
-            }),
+            library: Some(named),
             bits_per_second: found.bits_per_second,
         };
         let mut transport =
-            UcxTransport::open(info, found.method, access, context, options.clone()).map_err(unavailable)?;
+            UcxTransport::open(info, found.method, access, context, options.clone()).map_err(refused)?;
         transport.counters = Counters::open(&self.root, &found.network);
         Ok(Box::new(transport))
     }
