@@ -72,46 +72,7 @@ impl UcxProvider {
         Some(found)
     }
 
-    fn access(&self, two_sided: bool) -> Access {
-        if self.two_sided || two_sided { Access::TwoSided } else { Access::OneSided }
-    }
-
-    fn found(&self, version: Option<crate::library::Version>) -> Vec<Found> {
-        let mut found = self.root.discover(version);
-        found.retain(|found| self.only.as_ref().is_none_or(|only| found.name == *only));
-        found
-    }
-}
-
-impl Provider for UcxProvider {
-    fn kind(&self) -> TransportKind {
-        TransportKind::Ucx
-    }
-
-    /// RDMA ports, `memory`, and the interfaces that are up. Without a usable library each of them says so.
-    fn discover(&self) -> Vec<Device> {
-        let library = Library::find();
-        let version = library.as_ref().ok().map(|library| library.version);
-        let device = |found: Found| Device {
-            kind: TransportKind::Ucx,
-            name: found.name,
-            unavailable: found.unavailable.or_else(|| library.as_ref().err().cloned()),
-        };
-        self.found(version).into_iter().map(device).collect()
-    }
-
-    fn named(&self, name: &str) -> Option<Device> {
-        let found = match Library::find() {
-            Ok(library) => self.find(library, self.access(false), name)?,
-            Err(reason) => {
-                let listed = self.found(None).into_iter().find(|found| found.name == name);
-                Found { unavailable: Some(reason), ..listed.or_else(|| device::meant(name))? }
-            }
-        };
-        Some(Device { kind: TransportKind::Ucx, name: found.name, unavailable: found.unavailable })
-    }
-
-    fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError> {
+    pub(crate) fn opened(&self, device: &Device, options: &Options) -> Result<UcxTransport, OpenError> {
         let unavailable = |reason: String| OpenError::Unavailable { device: device.name.clone(), reason };
         if device.kind != TransportKind::Ucx {
             return Err(unavailable(format!("it is a {} device; open it with that provider", device.kind)));
@@ -164,7 +125,50 @@ impl Provider for UcxProvider {
         let mut transport =
             UcxTransport::open(info, found.method, access, context, options.clone()).map_err(refused)?;
         transport.counters = Counters::open(&self.root, &found.network);
-        Ok(Box::new(transport))
+        Ok(transport)
+    }
+
+    fn access(&self, two_sided: bool) -> Access {
+        if self.two_sided || two_sided { Access::TwoSided } else { Access::OneSided }
+    }
+
+    fn found(&self, version: Option<crate::library::Version>) -> Vec<Found> {
+        let mut found = self.root.discover(version);
+        found.retain(|found| self.only.as_ref().is_none_or(|only| found.name == *only));
+        found
+    }
+}
+
+impl Provider for UcxProvider {
+    fn kind(&self) -> TransportKind {
+        TransportKind::Ucx
+    }
+
+    /// RDMA ports, `memory`, and the interfaces that are up. Without a usable library each of them says so.
+    fn discover(&self) -> Vec<Device> {
+        let library = Library::find();
+        let version = library.as_ref().ok().map(|library| library.version);
+        let device = |found: Found| Device {
+            kind: TransportKind::Ucx,
+            name: found.name,
+            unavailable: found.unavailable.or_else(|| library.as_ref().err().cloned()),
+        };
+        self.found(version).into_iter().map(device).collect()
+    }
+
+    fn named(&self, name: &str) -> Option<Device> {
+        let found = match Library::find() {
+            Ok(library) => self.find(library, self.access(false), name)?,
+            Err(reason) => {
+                let listed = self.found(None).into_iter().find(|found| found.name == name);
+                Found { unavailable: Some(reason), ..listed.or_else(|| device::meant(name))? }
+            }
+        };
+        Some(Device { kind: TransportKind::Ucx, name: found.name, unavailable: found.unavailable })
+    }
+
+    fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError> {
+        Ok(Box::new(self.opened(device, options)?))
     }
 }
 

@@ -285,3 +285,95 @@ impl UcxTransport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use kvferry_core::{Direction, PoolId, TransferId};
+    use kvferry_transport::conformance::{absent, block_planes, whole_blocks};
+    use kvferry_transport::{Expected, Options, Pool, PoolKeys, PoolOptions, Provider, Transfer, Transport};
+
+    use super::*;
+    use crate::UcxProvider;
+    use crate::lanes::Lanes;
+
+    const BLOCKS: u32 = 16;
+    const BLOCK_BYTES: u64 = 64 << 10;
+
+    /// What a transfer would have to wait for if it were not there.
+    #[derive(Debug, PartialEq, Eq)]
+    struct Wired {
+        /// Endpoints made so far.
+        endpoints: u64,
+        /// Those that stand, and their lanes as UCX has them now.
+        lanes: Vec<(u64, Lanes)>,
+        /// Pools that are registered.
+        registered: usize,
+        /// Sessions that are up.
+        sessions: usize,
+    }
+
+    impl Wired {
+        fn of(transport: &UcxTransport) -> Wired {
+            let lanes = |link: &Link| Lanes::new(&link.endpoint.description(), link.endpoint.lanes());
+            Wired {
+                endpoints: transport.endpoints_made.values().sum(),
+                lanes: transport.links.iter().map(|(id, link)| (*id, lanes(link))).collect(),
+                registered: transport.pools.values().filter(|bound| bound.mapped.is_some()).count(),
+                sessions: transport.sessions.values().filter(|session| session.there.is_some()).count(),
+            }
+        }
+    }
+
+    fn until(parties: [&mut UcxTransport; 2], done: impl Fn(&[Vec<Event>; 2]) -> bool) {
+        let mut events = [Vec::new(), Vec::new()];
+        let [a, b] = parties;
+        let until = Instant::now() + Duration::from_secs(30);
+        while !done(&events) {
+            assert!(Instant::now() < until, "{events:?}");
+            a.poll(&mut events[0]);
+            b.poll(&mut events[1]);
+        }
+    }
+
+    #[test]
+    fn nothing_is_wired_by_the_first_transfer() {
+        if let Some(reason) = UcxProvider::unavailable() {
+            return absent("ucx", &reason);
+        }
+        for (device, two_sided) in [("memory", false), ("lo", false), ("memory", true), ("lo", true)] {
+            for direction in [Direction::Pull, Direction::Push] {
+                let options = Options { two_sided, ..Options::default() };
+                let open = || {
+                    let provider = UcxProvider::new();
+                    provider.opened(&provider.named(device).unwrap(), &options).unwrap()
+                };
+                let pool = |id| {
+                    let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
+                    Pool::allocate_with(PoolId(id), block_planes(1, BLOCKS, BLOCK_BYTES), "wired", &options).unwrap()
+                };
+                let (mut a, mut b, ours, theirs) = (open(), open(), pool(1), pool(2));
+                a.bind(&ours).unwrap();
+                let PoolKeys(keys) = b.bind(&theirs).unwrap();
+                let peer = a.connect(&b.address()).unwrap();
+                let remote = a.import(peer, &PoolKeys(keys), theirs.layout()).unwrap();
+                until([&mut a, &mut b], |events| {
+                    events.iter().all(|events| events.iter().any(|event| matches!(event, Event::Connected { .. })))
+                });
+                let joined = [Wired::of(&a), Wired::of(&b)];
+                assert!(joined.iter().all(|wired| wired.endpoints == 1 && wired.sessions == 1), "{joined:?}");
+                assert!(joined.iter().flat_map(|wired| &wired.lanes).all(|(_, lanes)| !lanes.names().is_empty()));
+                let (id, local) = (TransferId(1), ours.id());
+                let program = Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, 0..BLOCKS));
+                let range = program.whole();
+                if direction == Direction::Push {
+                    b.expect(Expected { id, pool: theirs.id(), program: program.clone(), range }).unwrap();
+                }
+                a.post(Transfer { id, peer, direction, local, remote, program, range, notice: None }).unwrap();
+                until([&mut a, &mut b], |[events, _]| events.iter().any(|e| matches!(e, Event::Completed { .. })));
+                assert_eq!([Wired::of(&a), Wired::of(&b)], joined, "{device}, two-sided {two_sided}, {direction:?}");
+            }
+        }
+    }
+}

@@ -9,7 +9,9 @@ use kvferry_core::{Direction, FenceProof, PoolId, TransferId};
 use kvferry_transport::conformance::{Party, until};
 use kvferry_transport::{Event, ImportError, Options, PoolKeys, Transfer};
 use kvferry_ucx::UcxProvider;
-use support::{BLOCK_BYTES, WAYS, Way, begin, cycle, descriptors, fill, pool, program, resident_kib, try_cycle, turn};
+use support::{
+    BLOCK_BYTES, WAYS, Way, begin, cycle, descriptors, fill, pool, program, resident_kib, try_cycle, turn, verify,
+};
 
 const BLOCKS: u32 = 64;
 
@@ -43,6 +45,38 @@ fn connecting_and_letting_go_holds_nothing() {
         assert!(fds_now <= fds + 8, "{way}: descriptors grew from {fds} to {fds_now}");
         assert!(kib_now <= kib + kib / 5 + 4096, "{way}: memory grew from {kib} to {kib_now} KiB");
     }
+}
+
+/// Connections are made when peers join: the first transfer opens no descriptor, in either direction.
+#[test]
+fn the_first_transfer_makes_no_connection() {
+    let Some(_turn) = turn() else { return };
+    for way in WAYS {
+        for direction in [Direction::Pull, Direction::Push] {
+            let (mut a, mut b) =
+                (Party::open(&way.provider(), &Options::default()), Party::open(&way.provider(), &Options::default()));
+            let (source, destination) = (pool(1, BLOCKS), pool(2, BLOCKS));
+            let (source_keys, destination_keys) = (a.bind(&source), b.bind(&destination));
+            fill(&source, 5);
+            // As nodes that join do; what is posted goes over the same link.
+            let _session = a.connect(&b);
+            until(&mut [&mut a, &mut b], "both are connected", |parties| parties.iter().all(has_met));
+            let joined = descriptors();
+            let id = TransferId(1);
+            begin(&mut a, &mut b, (&source, &source_keys), (&destination, &destination_keys), direction, id);
+            until(&mut [&mut a, &mut b], "it ends", |parties| match parties {
+                [_, b] => b.end(id).is_some(),
+                _ => false,
+            });
+            assert!(!b.failed(id), "{way}: {:?}", b.events);
+            verify(&destination, 5);
+            assert_eq!(descriptors(), joined, "{way}, {direction:?}");
+        }
+    }
+}
+
+fn has_met(party: &&mut Party) -> bool {
+    party.events.iter().any(|event| matches!(event, Event::Connected { .. }))
 }
 
 /// Every round a peer appears, moves something and goes: endpoints, workers and contexts come and go with it.
@@ -103,7 +137,6 @@ fn close_under_way(way: Way, direction: Direction, source_goes: bool, polls: usi
     fill(&source, 1);
     let id = TransferId(1);
     begin(&mut a, &mut b, (&source, &source_keys), (&destination, &destination_keys), direction, id);
-    let has_met = |party: &&mut Party| party.events.iter().any(|event| matches!(event, Event::Connected { .. }));
     until(&mut [&mut a, &mut b], "both are connected", |parties| parties.iter().all(has_met));
     for _ in 0..polls {
         a.transport.poll(&mut a.events);
