@@ -14,6 +14,7 @@ use ucx_sys::{
 
 use crate::device::{Access, Found};
 use crate::library::Library;
+use crate::memlock::Lockable;
 use crate::settings;
 use crate::wire::RKEY_BYTES_MAX;
 
@@ -214,16 +215,6 @@ fn pack(context: &Context, memory: ucp_mem_h) -> Result<Vec<u8>, String> {
 }
 
 fn refused(library: &Library, bytes: u64, status: ucs_status_t) -> String {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: a structure to fill in.
-    let known = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) } == 0;
-    let locked = match limit.rlim_cur {
-        _ if !known => String::new(),
-        libc::RLIM_INFINITY => " (locked memory is unlimited here)".to_owned(),
-        limit => format!(
-            "; only {} KiB of memory may be locked here: raise it (`ulimit -l unlimited`, or the capability IPC_LOCK for a container)",
-            limit / 1024
-        ),
-    };
+    let locked = Lockable::read().explain(bytes);
     format!("UCX cannot register {bytes} bytes: {}{locked}", library.words(status))
 }

@@ -15,6 +15,7 @@ mod inbox;
 mod lanes;
 mod library;
 mod link;
+mod memlock;
 mod posted;
 mod progress;
 mod proof;
