@@ -1,0 +1,20 @@
+// How a target's corpus is run by ordinary tests. Shared by `include!`.
+
+/// Checks every file of a target's corpus, each cut and each damaged, which is what a fuzzer would try first.
+fn survive(target: &str, check: impl Fn(&[u8])) {
+    let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(target);
+    let mut files = 0;
+    for entry in std::fs::read_dir(corpus).expect("the corpus is checked in") {
+        let bytes = std::fs::read(entry.expect("a file").path()).expect("readable");
+        check(&bytes);
+        // All places of small files, two thousand of large ones.
+        for length in (0..bytes.len()).step_by(1 + bytes.len() / 2048) {
+            check(&bytes[..length]);
+            let mut flipped = bytes.clone();
+            flipped[length] ^= 0xff;
+            check(&flipped);
+        }
+        files += 1;
+    }
+    assert!(files >= 8, "{files} files in the corpus of {target}");
+}
