@@ -2,7 +2,9 @@
 
 /// Checks every file of a target's corpus, each cut and each damaged, which is what a fuzzer would try first.
 fn survive(target: &str, check: impl Fn(&[u8])) {
-    let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(target);
+    let mut folders = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
+    let corpus = folders.find_map(|folder| Some(folder.join("fuzz/corpus").join(target)).filter(|corpus| corpus.is_dir()));
+    let corpus = corpus.expect("the corpus is checked in");
     let mut files = 0;
     for entry in std::fs::read_dir(corpus).expect("the corpus is checked in") {
         let bytes = std::fs::read(entry.expect("a file").path()).expect("readable");

@@ -1,6 +1,6 @@
 // What is done with a library that somebody names. Shared by the fuzz target and the corpus test, by `include!`.
 
-use kvferry_nixl::{Elf, ElfError};
+use kvferry_nixl_plugins::{Elf, ElfError};
 
 /// Reads `bytes` as a library: what is wrong is said with its place, and what is right is bounded by the file.
 fn elf(bytes: &[u8]) {

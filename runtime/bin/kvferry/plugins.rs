@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use kvferry_doctor::Environment;
-use kvferry_nixl::{Inspector, PluginReport, Probe, Verdict, find_core, plugins_in};
+use kvferry_nixl_plugins::{Inspector, PluginReport, Probe, Verdict, find_core, plugins_in};
 use serde::Serialize;
 
 use crate::env_file;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::Args;
 use kvferry_doctor::Environment;
-use kvferry_nixl::{Loaded, Probe};
+use kvferry_nixl_plugins::{Loaded, Probe};
 
 /// How long a process may take to load a plugin; some look for devices as they are loaded.
 const SECONDS_MAX: u64 = 20;

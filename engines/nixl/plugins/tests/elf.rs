@@ -5,11 +5,11 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-include!("../../../fuzz/checks/corpus.rs");
-include!("../../../fuzz/checks/elf.rs");
+include!("../../../../fuzz/checks/corpus.rs");
+include!("../../../../fuzz/checks/elf.rs");
 
 fn library(name: &str) -> Vec<u8> {
-    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/elf").join(name)).unwrap()
+    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../fuzz/corpus/elf").join(name)).unwrap()
 }
 
 #[test]
