@@ -214,9 +214,14 @@ pub async fn assemble_worker(
     let require_rdma = config.require_rdma;
     match config.role {
         Role::Prefill => {
-            let (leases, quarantine) = (node.leases, node.quarantine);
-            let make = move |group, profile, shell| {
-                let core = PrefillRank::new(profile, leases, quarantine).with_rdma_required(require_rdma);
+            let (here, leases, quarantine) = (node.identity.node, node.leases, node.quarantine);
+            let make = move |group, profile: WorkerProfile, shell: Shell| {
+                let leads = profile.rank == Rank(0);
+                let mut core = PrefillRank::new(profile, leases, quarantine).with_rdma_required(require_rdma);
+                if leads {
+                    // There is no session with a leader on the same node that would introduce it.
+                    core.handle_leader_up(shell.now(), here);
+                }
                 PrefillWorker::new(core, shell, group)
             };
             run_worker(around, node, config, pool, nics, make).await

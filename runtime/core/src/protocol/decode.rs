@@ -325,6 +325,11 @@ impl DecodeRank {
                     peer.show_path(node, &self.local, shown, self.require_rdma, &mut self.outbox);
                 }
             }
+            NicEvent::Posted { id, took } => {
+                if let Some(fetch) = self.fetches.get_mut(&id.handover()) {
+                    fetch.times.posting = fetch.times.posting.saturating_add(took);
+                }
+            }
             NicEvent::Connected { .. } => {}
         }
     }
@@ -383,6 +388,7 @@ impl DecodeRank {
         }
         let bytes = self.local.geometry.bytes_expected_by_a_rank(fetch.pairing.spec.tokens, have);
         fetch.placed = Some(Placed { tables, have, bytes });
+        fetch.times.placed = Some(now);
         fetch.turn_to(now, Awaited::Transfer, self.pace.allowance(bytes, queued));
         self.resolve(now, handover);
     }
@@ -412,6 +418,7 @@ impl DecodeRank {
                 });
             }
         }
+        fetch.times.paths.clone_from(&paths);
         self.pace.observe(paths.iter().map(|path| path.bytes).sum(), fetch.moved_for);
         self.tell_leader(Message::RankDone { handover, result: Ok(paths) });
     }
