@@ -23,6 +23,7 @@ use crate::scheduler::{DirectoryActor, Scheduler};
 use crate::seams::{Environment, ListenError, NicPort, OpenNic};
 use crate::shell::{Inspect, Observer, Shell};
 use crate::supervise::{self, OnEnd};
+use crate::watch::Watch;
 use crate::worker::{Answer, DecodeWorker, PrefillWorker};
 
 /// Sessions that a node makes before anything needs them: the first handover between two ranks then does not wait for a handshake.
@@ -48,6 +49,8 @@ pub struct NodeConfig {
     pub deadlines: DeadlineTerms,
     /// How long blocks that somebody may still touch are waited for.
     pub quarantine: QuarantineTerms,
+    /// Who watches it; nobody by default.
+    pub watchers: Vec<Arc<dyn Watch>>,
 }
 
 impl NodeConfig {
@@ -62,6 +65,7 @@ impl NodeConfig {
             leases: LeaseTerms::default(),
             deadlines: DeadlineTerms::default(),
             quarantine: QuarantineTerms::default(),
+            watchers: Vec::new(),
         }
     }
 }
@@ -253,7 +257,7 @@ where
         + Handler<PeerDown>
         + Handler<Inspect>,
 {
-    let router = Router::new(node.identity.node, config.scheduler.0);
+    let router = Router::new(node.identity.node, config.scheduler.0).watched(&node.watchers);
     // NICs report to the worker, which cannot start before it knows them; its address can.
     let context = Context::<A>::new();
     let address = context.address();
@@ -314,7 +318,7 @@ pub fn assemble_scheduler(
     policy: Box<dyn Policy>,
 ) -> Result<SchedulerParts, NodeError> {
     let around = &around.of(node.identity.node);
-    let router = Router::new(node.identity.node, node.identity.node);
+    let router = Router::new(node.identity.node, node.identity.node).watched(&node.watchers);
     // Handover numbers must ascend over restarts: the epoch stands in their upper half.
     let core = protocol::Scheduler::new(terms, policy, node.identity.epoch.0 << 32);
     let first = node.identity.epoch <= Epoch(1);

@@ -99,7 +99,11 @@ impl DecodeRank {
         let quarantined = self.fetches.values().filter(|fetch| fetch.settled.is_some()).count() as u64;
         Vitals {
             name: "decode rank",
-            waiting: vec![("fetches", self.fetches.len() as u64 - quarantined), ("quarantined", quarantined)],
+            waiting: vec![
+                ("fetches", self.fetches.len() as u64 - quarantined),
+                ("quarantined", quarantined),
+                ("quarantined_blocks", self.quarantined_blocks()),
+            ],
             engine: vec![("held", self.held.len() as u64)],
             credits: Vec::new(),
             due: self.poll_timeout(),
@@ -490,6 +494,13 @@ impl DecodeRank {
             Some(kind) => FailReason::Transport { kind, peer: node, message },
             None => FailReason::Mismatch(message),
         }
+    }
+
+    /// Blocks of this rank that something may still write although their handover is over.
+    fn quarantined_blocks(&self) -> u64 {
+        let quarantined = self.fetches.values().filter(|fetch| fetch.settled.is_some());
+        let tables = quarantined.filter_map(|fetch| fetch.placed.as_ref()).flat_map(|placed| &placed.tables.groups);
+        tables.map(|table| u64::from(table.shape().blocks)).sum()
     }
 
     fn queued_bytes(&self) -> u64 {
