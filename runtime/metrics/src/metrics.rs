@@ -83,12 +83,12 @@ impl Metrics {
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("kvferry");
         let times: Family<Stage, Histogram, fn() -> Histogram> = Family::new_with_constructor(histogram);
-        registry.register_with_unit(
-            "handover",
+        // The unit is in the name only: some parsers refuse a `# UNIT` of histograms, which OpenMetrics allows.
+        registry.register(
+            "handover_seconds",
             "Times of handovers by stage. queue: submission to pairing (scheduler). At decode ranks, room: asked to blocks found; plan: to the \
              last source's tables and plan; post: until NICs had taken its transfers (at prefill ranks, its pushes); wire: first transfer to \
              last byte; notice: last byte to the leader's decision",
-            Unit::Seconds,
             times.clone(),
         );
         let stage = |stage| times.get_or_create_owned(&Stage { stage });
@@ -170,8 +170,11 @@ impl Metrics {
         match stands {
             false if lives == 0 => None,
             false => Some("its incarnation is over".to_owned()),
-            true if self.vitals().await.is_some() => None,
-            true => Some(format!("its actors have not answered for {} s", ANSWER_WITHIN.as_secs())),
+            true => match self.vitals().await {
+                Some(vitals) if vitals.is_empty() => Some("its actors have ended".to_owned()),
+                Some(_) => None,
+                None => Some(format!("its actors have not answered for {} s", ANSWER_WITHIN.as_secs())),
+            },
         }
     }
 
@@ -180,10 +183,10 @@ impl Metrics {
         self.state().unready()
     }
 
-    /// `None` when no node runs, or it does not answer.
+    /// `None` when no node runs, or it does not answer; empty when it is about to end.
     async fn vitals(&self) -> Option<Vec<Vitals>> {
         let standing = self.state().standing()?;
-        tokio::time::timeout(ANSWER_WITHIN, standing.vitals()).await.ok().filter(|vitals| !vitals.is_empty())
+        tokio::time::timeout(ANSWER_WITHIN, standing.vitals()).await.ok()
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -273,7 +276,7 @@ impl AtScrape {
     }
 
     fn set(&self, vitals: Option<&[Vitals]>, ready: bool, draining: bool) {
-        self.up.set(i64::from(vitals.is_some()));
+        self.up.set(i64::from(vitals.is_some_and(|vitals| !vitals.is_empty())));
         self.ready.set(i64::from(ready));
         self.draining.set(i64::from(draining));
         // What an incarnation had in hand that is over is nobody's.

@@ -16,7 +16,6 @@ pub(crate) struct State {
 
 impl State {
     pub(crate) fn stands(&mut self, standing: Standing) {
-        // What came before it was told that it stands is of this incarnation, too.
         self.standing = Some(standing);
         self.lives += 1;
     }
@@ -29,7 +28,7 @@ impl State {
         self.standing.clone()
     }
 
-    /// Takes in what happened. Says whether it is the loss of this incarnation, or the like.
+    /// Takes in what happened.
     pub(crate) fn happened(&mut self, event: &Event) {
         match event {
             Event::Met { node, .. } if self.is_scheduler(*node) => self.met_scheduler = true,

@@ -4,11 +4,13 @@
 
 use core::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Outcome, PathReport, PrefillView};
 use crate::{HandoverId, Moment, RequestId};
 
 /// One decode rank's part of one handover.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FetchCourse {
     /// Which handover.
     pub handover: HandoverId,
@@ -35,7 +37,7 @@ pub struct FetchCourse {
 }
 
 /// One prefill rank's offer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OfferCourse {
     /// Of which request.
     pub request: RequestId,
@@ -56,7 +58,7 @@ pub struct OfferCourse {
 }
 
 /// One request at the scheduler.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RequestCourse {
     /// Which request.
     pub request: RequestId,
