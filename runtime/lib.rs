@@ -25,6 +25,15 @@
 //! - `Place` → [`EnginePort::placed`] with blocks, or [`EngineEvent::NoRoom`].
 //! - `Settled` → delivered: the blocks hold the KV, [`EnginePort::freed`] once they are let go. Otherwise they are free, unless
 //!   `quarantined`: then only after `Returned`.
+//!
+//! # To leave
+//!
+//! A prefill rank that is to end says [`EnginePort::drain`]: its group gets no work any more, what is offered goes on until it was fetched or
+//! its lease expires. [`EngineCall::Drained`] says that it can be shut down.
+//!
+//! # To be watched
+//!
+//! [`NodeConfig::watchers`] see everything that a node does. [`Metrics`] is one; [`MetricsServer`] shows it to Prometheus and to probes.
 
 pub mod transport;
 
@@ -35,13 +44,13 @@ pub mod topology {
 
 pub use kvferry_actors::{
     EnginePort, Handover, HandoverError, ListenError, NicStartError, NodeConfig, NodeError, OpenNic, SchedulerNode,
-    ThreadOptions, WorkerConfig, WorkerNode,
+    Standing, ThreadOptions, Watch, WorkerConfig, WorkerNode,
 };
 pub use kvferry_core::protocol::{
-    Away, ChosenPath, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, Finished, GroupView, Identity,
-    LeaseTerms, LeastLoaded, LongestHeldPrefix, Obstacle, Outcome, PassedOver, PathReport, PeerName, Policy,
-    PrefillJob, PrefillView, Protocols, QuarantineTerms, RdmaShortfall, Refusal, RequestSpec, Role, SchedulerTerms,
-    SessionTerms, ShownPath,
+    Away, ChosenPath, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchCourse, Finished, GroupView,
+    Identity, LeaseTerms, LeastLoaded, LongestHeldPrefix, Message as ControlMessage, Obstacle, OfferCourse, Outcome,
+    PassedOver, PathReport, PeerName, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms, RdmaShortfall,
+    Refusal, RequestCourse, RequestSpec, Role, SchedulerTerms, SessionTerms, ShownPath, Vitals,
 };
 pub use kvferry_core::{
     BlockTable, Direction, Dtype, Epoch, Evidence, Extent, FenceProof, Format, GeometryError, GeometrySpec, Grade,
@@ -49,4 +58,5 @@ pub use kvferry_core::{
     Parallel, PlanRequest, Plane, PlanePlacement, PoolId, PoolLayout, Program, Rank, RequestId, Shard, Sharding,
     SpecError, TableBlocks, TableShape, Tables, Tensor, TransportKind, destinations, sources,
 };
+pub use kvferry_metrics::{Metrics, MetricsServer, ServeError};
 pub use kvferry_transport::{Pool, PoolError, PoolOptions};

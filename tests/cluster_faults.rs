@@ -49,6 +49,58 @@ fn a_killed_decode_rank_fails_what_nobody_else_can_decode() {
     }
 }
 
+/// A real SIGTERM: nothing that was offered is lost, and nothing new is offered.
+#[test]
+fn a_prefill_rank_that_is_told_to_leave_takes_nothing_with_it() {
+    for direction in ["pull", "push"] {
+        let case = Case { transport: "auto", direction, in_process: false };
+        let sides = ["--prefill", "tp=2,groups=2", "--decode", "tp=2", "--drain", "prefill:1@2"];
+        let ran = run(&case, &[&TINY[..], &sides].concat());
+        ran.check_delivered(&case);
+        let left = "note: prefill:1 has left, and nothing was offered there any more";
+        assert!(ran.stderr.lines().any(|line| line == left), "{}", ran.stderr);
+        let paths = ran.paths();
+        let of_its_group = paths.iter().filter(|path| path["from"] == "prefill:0");
+        let bytes: u64 = of_its_group.filter_map(|path| path["bytes"].as_u64()).sum();
+        assert!(bytes < ran.number("bytes") / 2, "the other group took over: {}", ran.stdout);
+    }
+}
+
+#[test]
+fn a_prefill_rank_that_has_left_is_started_again() {
+    let drains = ["--drain", "prefill:0@2", "--drain", "prefill:3@4", "--restart"];
+    let ran = processes(&[&["--prefill", "tp=2,groups=2", "--decode", "tp=2"][..], &drains].concat());
+    ran.check_sound();
+    assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
+}
+
+#[test]
+fn a_timeline_has_every_request_at_every_rank() {
+    let file = TraceFile::new("timeline", "");
+    let case = Case { transport: "auto", direction: "auto", in_process: true };
+    let ran = run(&case, &[&TINY[..], &["--prefill", "tp=2", "--decode", "tp=2", "--timeline", file.path()]].concat());
+    ran.check_delivered(&case);
+    let text = std::fs::read_to_string(file.path()).expect("it was written");
+    let trace: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
+    let events = trace["traceEvents"].as_array().expect("a Chrome trace");
+    let names: Vec<&str> = events.iter().filter_map(|event| event["args"]["name"].as_str()).collect();
+    assert_eq!(names, ["scheduler", "prefill:0", "prefill:1", "decode:0", "decode:1"]);
+    for pid in 1..=5 {
+        let of = |phase: &str| events.iter().filter(|event| event["pid"] == pid && event["ph"] == phase).count();
+        assert_eq!(of("b"), of("e"), "what begins ends");
+        let requests: std::collections::BTreeSet<u64> =
+            events.iter().filter(|event| event["pid"] == pid).filter_map(|event| event["id"].as_u64()).collect();
+        assert_eq!(requests.len(), 12, "of process {pid}");
+    }
+    for stage in ["queue", "handover", "room", "prefill", "offered", "plan", "wire", "notice"] {
+        assert!(events.iter().any(|event| event["name"] == stage), "no {stage}");
+    }
+    assert!(events.iter().filter_map(|event| event["ts"].as_f64()).all(|ts| (0.0..60e6).contains(&ts)));
+    let nowhere = run_bare(&[&TINY[..], &["--in-process", "--timeline", "/nowhere/at/all.json"]].concat());
+    assert_eq!(nowhere.code, Some(1));
+    assert!(nowhere.stderr.contains("/nowhere/at/all.json"), "{}", nowhere.stderr);
+}
+
 #[test]
 fn a_wrong_byte_fails_the_run() {
     for in_process in [false, true] {
@@ -221,6 +273,10 @@ fn bad_options_are_named() {
         (&["--model", "tiny", "--pause", "decode:9@5ms"], &["--pause decode:9@5ms", "0 to 3"]),
         (&["--model", "tiny", "--kill", "scheduler@1", "--in-process"], &["--kill scheduler@1", "--in-process"]),
         (&["--model", "tiny", "--silence", "5"], &["--silence 5", "from 120"]),
+        (&["--model", "tiny", "--drain", "decode:0@1"], &["--drain decode:0@1", "only prefill ranks"]),
+        (&["--model", "tiny", "--drain", "prefill:7@1"], &["--drain prefill:7@1", "0 to 1"]),
+        (&["--model", "tiny", "--metrics", "here"], &["--metrics here", "127.0.0.1:9464"]),
+        (&["--model", "tiny", "--metrics", "127.0.0.1:65535"], &["--metrics 127.0.0.1:65535", "7 free ports"]),
         (&["--model", "tiny", "--lease", "5"], &["--lease 5", "from 300"]),
         (&["--model", "tiny", "--kill", "decode:0@1", "--in-process"], &["--kill decode:0@1", "--in-process"]),
         (

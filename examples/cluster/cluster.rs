@@ -99,6 +99,8 @@ impl<'a> Cluster<'a> {
             listen: self.address.clone().unwrap_or_else(|| "127.0.0.1:0".to_owned()),
             policy: self.setup.policy,
             terms: self.setup.terms,
+            metrics: self.setup.metrics.map(|address| address.to_string()),
+            timeline: self.setup.timeline.is_some(),
         };
         let inbox = self.inbox.clone();
         // Whoever collects may be done.
@@ -206,6 +208,8 @@ impl<'a> Cluster<'a> {
                     self.record.finished.insert(request, end);
                 }
             }
+            Word::Said(scheduler::Said::Serving(address)) => say_where("the scheduler", &address),
+            Word::Said(scheduler::Said::Course(course)) => self.record.courses.push((None, course)),
             Word::Said(scheduler::Said::Report { census }) => self.scheduler_census = Some(census),
             // Its next incarnation learns from the ranks what stands.
             Word::Said(scheduler::Said::Away(why)) if !self.ending => {
@@ -236,6 +240,16 @@ impl<'a> Cluster<'a> {
             }
             Word::Said(rank::Said::Lost(cause)) => self.complain(index, &cause),
             Word::Said(rank::Said::Failed(reason)) => rank.failed = Some(reason),
+            Word::Said(rank::Said::Serving(address)) => say_where(&self.name(index), &address),
+            Word::Said(rank::Said::Course(course)) => self.record.courses.push((Some(index), course)),
+            Word::Said(rank::Said::Left(left)) => {
+                let name = self.name(index);
+                self.record.notes.push(match left {
+                    0 => format!("{name} has left, and nothing was offered there any more"),
+                    left => format!("{name} has left although {left} requests were still offered there"),
+                });
+            }
+            Word::Ended if rank.leaving && !rank.gone && !self.ending => self.has_left(index),
             Word::Ended => {
                 rank.ended = true;
                 if !rank.gone && self.stood {
@@ -357,4 +371,8 @@ impl<'a> Cluster<'a> {
         let said = self.record.ranks.get(index).and_then(|rank| rank.failed.clone());
         said.unwrap_or_else(|| self.ranks.get_mut(index).map(Launched::ending).unwrap_or_default())
     }
+}
+
+fn say_where(name: &str, address: &str) {
+    eprintln!("note: {name} serves metrics at http://{address}/metrics");
 }

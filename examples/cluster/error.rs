@@ -74,6 +74,12 @@ pub(crate) enum UsageError {
     Fault { option: &'static str, value: String },
     #[error("--{option} {value}: there is no such rank; the {role} side has ranks 0 to {last}")]
     FaultRank { option: &'static str, value: String, role: Role, last: u64 },
+    #[error("--drain {value}: only prefill ranks drain; write for example prefill:1@3")]
+    DrainTarget { value: String },
+    #[error(
+        "--metrics {value}: {reason}; give an address such as 127.0.0.1:9464, with {ports} free ports from it on, or port 0"
+    )]
+    Metrics { value: String, reason: String, ports: u64 },
     #[error("--{option} {value}: nothing inside this process can be killed, stopped or paused; leave --in-process out")]
     FaultInProcess { option: &'static str, value: String },
     #[error("--two-sided: it is a method of ucx, and {transport} has none; say --transport ucx, or leave it out")]

@@ -22,6 +22,8 @@ pub(crate) struct Fault {
 pub(crate) enum Action {
     /// SIGKILL.
     Kill,
+    /// SIGTERM: a prefill rank drains and leaves.
+    Drain,
     /// SIGSTOP, and SIGKILL once it is declared lost.
     Stop,
     /// SIGSTOP, and SIGCONT after so long; `None` for longer than peers put up with.
@@ -82,6 +84,9 @@ impl Fault {
                 Target::Rank { role, rank }
             }
         };
+        if action == Action::Drain && !matches!(target, Target::Rank { role: Role::Prefill, .. }) {
+            return Err(UsageError::DrainTarget { value: value.to_owned() });
+        }
         if in_process {
             return Err(UsageError::FaultInProcess { option, value: value.to_owned() });
         }
@@ -98,6 +103,7 @@ impl Action {
     fn option(self) -> &'static str {
         match self {
             Action::Kill => "kill",
+            Action::Drain => "drain",
             Action::Stop => "stop",
             Action::Pause(_) => "pause",
         }

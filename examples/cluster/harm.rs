@@ -53,6 +53,13 @@ impl Cluster<'_> {
         let lost_after = self.setup.terms.lost_after();
         match fault.action {
             Action::Kill => self.fence(target),
+            // It ends by itself.
+            Action::Drain => {
+                if let Some(index) = self.index(target) {
+                    self.record.ranks.get_mut(index).into_iter().for_each(|rank| rank.leaving = true);
+                    self.ranks.get_mut(index).into_iter().for_each(Launched::terminate);
+                }
+            }
             Action::Stop => {
                 self.stop(target);
                 if let Some(index) = self.index(target) {
@@ -133,6 +140,13 @@ impl Cluster<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A rank that was told to leave has left.
+    pub(crate) fn has_left(&mut self, index: usize) {
+        if let Err(error) = self.replace_rank(index) {
+            self.record.complaints.push(error.to_string());
+        }
     }
 
     /// Which rank is meant; `None` for the scheduler.

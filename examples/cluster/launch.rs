@@ -102,6 +102,11 @@ impl<O: Serialize + Send + 'static> Launched<O> {
         }
     }
 
+    /// SIGTERM.
+    pub(crate) fn terminate(&mut self) {
+        self.signal(Signal::TERM);
+    }
+
     /// SIGSTOP. Threads cannot be stopped; options that would are refused.
     pub(crate) fn stop(&mut self) {
         self.signal(Signal::STOP);

@@ -1,7 +1,7 @@
 //! The main job: a scheduler and one OS process per rank hand over the KV of requests, and every byte is checked where it arrives.
 //!
 //! `cargo run --release --example cluster -- --help` lists the options. Exit status: 0 when nothing was mismatched or leaked on the
-//! survivors, every request is accounted for, and none failed that no `--kill`, `--stop` or `--pause` explains; 1 otherwise; 2 for bad usage.
+//! survivors, every request is accounted for, and none failed that no `--kill`, `--drain`, `--stop` or `--pause` explains; 1 otherwise; 2 for bad usage.
 
 mod cluster;
 mod config;
@@ -23,6 +23,7 @@ mod setup;
 mod share;
 mod side;
 mod terms;
+mod timeline;
 mod verdict;
 mod worker;
 mod workload;
@@ -68,7 +69,15 @@ fn main() -> ExitCode {
             if let Err(error) = &written {
                 eprintln!("error: the result cannot be written: {error}");
             }
-            if verdict.complaints.is_empty() && written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            let drawn = setup.timeline.as_deref().map_or(Ok(()), |file| timeline::write(file, &setup, &record));
+            if let Err(error) = &drawn {
+                eprintln!("error: {error}");
+            }
+            if verdict.complaints.is_empty() && written.is_ok() && drawn.is_ok() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
         }
         Err(error) => {
             eprintln!("error: {error}");

@@ -92,7 +92,21 @@ pub(crate) struct Options {
     /// has declared it lost. May repeat
     #[arg(long, value_name = "ROLE:RANK@N+MS")]
     pub(crate) pause: Vec<String>,
-    /// Ranks that were killed are started again at once, as the next incarnation of their node
+    /// SIGTERM for a prefill rank, in the same forms: it drains (its group takes no new work, what is offered is fetched or expires) and leaves.
+    /// May repeat
+    #[arg(long, value_name = "prefill:RANK@N")]
+    pub(crate) drain: Vec<String>,
+    /// A rank that drains leaves after so many milliseconds, whatever is still offered [default: 30000]
+    #[arg(long, value_name = "MS")]
+    pub(crate) drain_within: Option<u64>,
+    /// Serves Prometheus metrics and probes (/metrics, /healthz, /readyz): the scheduler there, the ranks at the ports that follow, prefill
+    /// first; with port 0 everybody anywhere. Standard error says where
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) metrics: Option<String>,
+    /// Writes when what happened to each request, at the scheduler and at each rank, as a Chrome trace: open it in Perfetto
+    #[arg(long, value_name = "FILE")]
+    pub(crate) timeline: Option<PathBuf>,
+    /// Ranks that were killed or have left are started again at once, as the next incarnation of their node
     #[arg(long)]
     pub(crate) restart: bool,
     /// Nodes count a link as broken after so many milliseconds of silence, and the peer as lost a sixth of that later [default: 6000]

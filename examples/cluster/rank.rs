@@ -6,19 +6,21 @@ use std::time::Duration;
 
 use kvferry::{
     Direction, EngineCall, EngineEvent, EnginePort, Epoch, Event, GroupGeometry, GroupId, HandoverId, NodeConfig,
-    NodeError, NodeId, Outcome, Pool, PoolError, PoolId, PoolLayout, Rank, Role, Shard, ThreadOptions, TransportKind,
-    WorkerConfig, WorkerNode, transport,
+    NodeError, NodeId, Outcome, Pool, PoolError, PoolId, PoolLayout, Rank, Role, ServeError, Shard, ThreadOptions,
+    TransportKind, WorkerConfig, WorkerNode, transport,
 };
 use kvferry_synthetic::{DecodeEngine, Engine, EngineConfig, EngineError, EngineReport, PrefillEngine};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::nics::NicChoice;
 use crate::paths::{Paths, Told};
 use crate::share;
 use crate::terms::Terms;
-use crate::worker::{Census, Worker};
+use crate::timeline::Course;
+use crate::worker::{Census, Worker, serve_metrics};
 
 /// Everything that a rank is told at its start: one line of JSON on its standard input.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,6 +49,14 @@ pub(crate) struct RankConfig {
     /// NIC threads of the whole cluster, all on this machine.
     pub(crate) nic_threads: usize,
     pub(crate) terms: Terms,
+    /// SIGTERM tells it to leave: only in a process of its own.
+    pub(crate) may_leave: bool,
+    /// How long it then waits for what it offers.
+    pub(crate) drain_within: Duration,
+    /// Where its metrics are served.
+    pub(crate) metrics: Option<String>,
+    /// Whether it says when what happened to requests.
+    pub(crate) timeline: bool,
     /// The scheduler's control address; known once it listens.
     pub(crate) scheduler: String,
 }
@@ -97,6 +107,12 @@ pub(crate) enum Said {
     Report(Box<RankReport>),
     /// An incarnation is over, for that reason; the next one follows.
     Lost(String),
+    /// Its metrics are served there.
+    Serving(String),
+    /// When what happened to a request here.
+    Course(Course),
+    /// It was told to leave and does, with so many requests still offered.
+    Left(u64),
     /// It cannot go on.
     Failed(String),
 }
@@ -135,6 +151,10 @@ pub(crate) enum RankError {
     Select(#[from] transport::SelectError),
     #[error(transparent)]
     Node(#[from] NodeError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error("SIGTERM cannot be listened for: {0}")]
+    Signal(std::io::Error),
     #[error("it has no runtime: {0}")]
     Runtime(std::io::Error),
     #[error("its node has stopped and did not say why")]
@@ -159,8 +179,7 @@ impl Worker for RankWorker {
         orders: mpsc::UnboundedReceiver<Order>,
         say: &mut dyn FnMut(Said),
     ) -> Result<(), RankError> {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(RankError::Runtime)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(RankError::Runtime)?;
         runtime.block_on(live(&config, orders, say))
     }
 }
@@ -174,8 +193,18 @@ async fn live(
     let shard = config.geometry.shard(config.rank)?;
     let pool = allocate(config, shard.layout(&config.blocks))?;
     let mut report = RankReport::default();
+    let mut node = NodeConfig::new(config.node, Epoch(0));
+    config.terms.apply(&mut node);
+    let serving = config.metrics.as_deref().map(|address| serve_metrics(&mut node, address)).transpose()?;
+    if let Some(serving) = &serving {
+        say(Said::Serving(serving.address().to_string()));
+    }
+    let mut told_to_leave = match config.may_leave && config.role == Role::Prefill {
+        true => Some(signal(SignalKind::terminate()).map_err(RankError::Signal)?),
+        false => None,
+    };
     loop {
-        let mut worker = start(config, report.restarts, pool.clone()).await?;
+        let mut worker = start(config, node.clone(), report.restarts, pool.clone()).await?;
         let past = std::mem::take(&mut report.engine);
         let ledger = Ledger { shard: shard.clone(), config, placed: BTreeMap::new(), past, report };
         let engine = make_engine(config, pool.clone())?;
@@ -186,8 +215,9 @@ async fn live(
             pool: pool.clone(),
             paths: Paths::default(),
             fresh: BTreeSet::new(),
+            left: None,
         };
-        let ended = runner.serve(&mut worker, &mut orders, say).await;
+        let ended = runner.serve(&mut worker, &mut orders, told_to_leave.as_mut(), say).await;
         // Peers see this incarnation end; a thread that hangs does not keep the process.
         let _ = tokio::time::timeout(Duration::from_secs(10), worker.shutdown()).await;
         match ended? {
@@ -216,7 +246,7 @@ fn allocate(config: &RankConfig, layout: PoolLayout) -> Result<Pool, RankError> 
 /// Between two incarnations.
 const REST: Duration = Duration::from_millis(20);
 
-async fn start(config: &RankConfig, restarts: u32, pool: Pool) -> Result<WorkerNode, RankError> {
+async fn start(config: &RankConfig, mut node: NodeConfig, restarts: u32, pool: Pool) -> Result<WorkerNode, RankError> {
     let nics = config.nics.iter().map(NicChoice::select).collect::<Result<Vec<_>, _>>()?;
     let scheduler = (NodeId(0), config.scheduler.clone());
     let geometry = Arc::clone(&config.geometry);
@@ -227,9 +257,7 @@ async fn start(config: &RankConfig, restarts: u32, pool: Pool) -> Result<WorkerN
     worker.require_rdma = config.require_rdma;
     worker.host = config.host.clone();
     // Every process begins beyond what the one before it can have come to.
-    let epoch = Epoch((u64::from(config.life) << 16) + u64::from(restarts) + 1);
-    let mut node = NodeConfig::new(config.node, epoch);
-    config.terms.apply(&mut node);
+    node.identity.epoch = Epoch((u64::from(config.life) << 16) + u64::from(restarts) + 1);
     Ok(WorkerNode::start(node, worker, pool, nics, ThreadOptions::for_nic_threads(config.nic_threads)).await?)
 }
 
@@ -274,6 +302,8 @@ struct Runner<'a> {
     paths: Paths,
     /// Paths of which the parent has not been told the latest.
     fresh: BTreeSet<(NodeId, TransportKind)>,
+    /// It may leave, with so many requests still offered.
+    left: Option<u64>,
 }
 
 impl Runner<'_> {
@@ -281,6 +311,7 @@ impl Runner<'_> {
         &mut self,
         worker: &mut WorkerNode,
         orders: &mut mpsc::UnboundedReceiver<Order>,
+        mut told_to_leave: Option<&mut Signal>,
         say: &mut dyn FnMut(Said),
     ) -> Result<Ended, RankError> {
         let (_keep, nothing) = mpsc::unbounded_channel();
@@ -297,6 +328,11 @@ impl Runner<'_> {
             while let Ok(event) = events.try_recv() {
                 tracing::debug!(%node, ?event);
                 self.fresh.extend(self.paths.note(&event));
+                if self.ledger.config.timeline
+                    && let Some(course) = Course::of(&event)
+                {
+                    say(Said::Course(course));
+                }
                 lost = lost.or(loss_of(node, event));
             }
             while let Ok(order) = orders.try_recv() {
@@ -314,6 +350,10 @@ impl Runner<'_> {
             if std::mem::take(&mut news) {
                 // A rank that is killed later has told what it checked.
                 say(Said::Report(Box::new(self.report(true))));
+            }
+            if let Some(left) = self.left {
+                say(Said::Left(left));
+                return Ok(Ended::Told);
             }
             tokio::select! {
                 call = worker.next_call() => match call {
@@ -333,6 +373,10 @@ impl Runner<'_> {
                     Some(Order::Audit) => self.audit(say),
                     Some(Order::Stop) | None => return Ok(Ended::Told),
                 },
+                () = heard(&mut told_to_leave) => {
+                    self.port.drain(self.ledger.config.drain_within);
+                    told_to_leave = None;
+                }
             }
         }
     }
@@ -364,6 +408,9 @@ impl Runner<'_> {
                 let _ = pool.write(0, block, 0, &[0x5a]);
             }
         }
+        if let EngineCall::Drained { left } = call {
+            self.left = Some(left);
+        }
         ledger.note(&call);
         engine.handle(call, &mut |event| ledger.emit(port, event));
     }
@@ -386,6 +433,14 @@ impl Runner<'_> {
         let mut engine = self.engine.report();
         engine.merge(&self.ledger.past);
         RankReport { engine, idle, ..self.ledger.report.clone() }
+    }
+}
+
+/// Pends where nobody can say that.
+async fn heard(signal: &mut Option<&mut Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
     }
 }
 

@@ -6,6 +6,7 @@ use kvferry::{Finished, Refusal, RequestId};
 
 use crate::paths::Paths;
 use crate::rank::RankReport;
+use crate::timeline::Course;
 use crate::worker::Census;
 
 /// What was seen.
@@ -22,6 +23,8 @@ pub(crate) struct Record {
     pub(crate) complaints: Vec<String>,
     /// What is worth knowing, and no failure.
     pub(crate) notes: Vec<String>,
+    /// When what happened to requests, by rank; `None` is the scheduler. Empty unless a timeline is wanted.
+    pub(crate) courses: Vec<(Option<usize>, Course)>,
 }
 
 /// What is known of one rank.
@@ -32,6 +35,8 @@ pub(crate) struct RankRecord {
     pub(crate) ended: bool,
     /// It was killed, stopped, paused or lost: perhaps it has not checked, or not told, all that it got.
     pub(crate) hurt: bool,
+    /// It was told to leave.
+    pub(crate) leaving: bool,
     /// The last that it said.
     pub(crate) report: RankReport,
     /// The last that its earlier processes said.

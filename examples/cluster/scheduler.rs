@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use kvferry::{
     Epoch, Event, Finished, GroupId, Handover, HandoverError, LeastLoaded, LongestHeldPrefix, NodeConfig, NodeError,
-    NodeId, Policy, Refusal, RequestId, RequestSpec, SchedulerNode, SchedulerTerms,
+    NodeId, Policy, Refusal, RequestId, RequestSpec, SchedulerNode, SchedulerTerms, ServeError,
 };
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -14,7 +14,8 @@ use tokio::task::JoinSet;
 
 use crate::options::PolicyName;
 use crate::terms::Terms;
-use crate::worker::{Census, Worker};
+use crate::timeline::Course;
+use crate::worker::{Census, Worker, serve_metrics};
 
 /// Everything that the scheduler is told at its start: one line of JSON on its standard input.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -24,6 +25,10 @@ pub(crate) struct SchedulerConfig {
     pub(crate) listen: String,
     pub(crate) policy: PolicyName,
     pub(crate) terms: Terms,
+    /// Where its metrics are served.
+    pub(crate) metrics: Option<String>,
+    /// Whether it says when what happened to requests.
+    pub(crate) timeline: bool,
 }
 
 /// What it is told later. The end of the orders means `Stop`.
@@ -59,6 +64,10 @@ pub(crate) enum Said {
         request: RequestId,
         end: Result<Finished, Refusal>,
     },
+    /// Its metrics are served there.
+    Serving(String),
+    /// When what happened to a request.
+    Course(Course),
     /// The answer to `Report`.
     Report {
         census: Census,
@@ -73,6 +82,8 @@ pub(crate) enum Said {
 pub(crate) enum SchedulerError {
     #[error(transparent)]
     Node(#[from] NodeError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     #[error("it has no runtime: {0}")]
     Runtime(std::io::Error),
     #[error("its node has stopped: {0}")]
@@ -115,6 +126,10 @@ async fn serve(
     let mut node = NodeConfig::new(SCHEDULER, config.epoch);
     node.listen = config.listen;
     config.terms.apply(&mut node);
+    let serving = config.metrics.as_deref().map(|address| serve_metrics(&mut node, address)).transpose()?;
+    if let Some(serving) = &serving {
+        say(Said::Serving(serving.address().to_string()));
+    }
     let terms = SchedulerTerms { leases: node.leases, ..SchedulerTerms::default() };
     let scheduler = SchedulerNode::start(node, terms, policy(config.policy)).await?;
     let (_keep, nothing) = mpsc::unbounded_channel();
@@ -134,6 +149,7 @@ async fn serve(
             Some(event) = events.recv() => match event {
                 Event::GroupReady { group } => say(Said::GroupReady { group }),
                 Event::Started { .. } => say(Said::Started),
+                Event::RequestEnded(course) if config.timeline => say(Said::Course(Course::Request(*course))),
                 Event::WasAway(away) => {
                     say(Said::Away(away.to_string()));
                     return Ok(());

@@ -1,6 +1,8 @@
 //! Options, checked: what will run.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +31,7 @@ const CONCURRENCY_PER_GROUP: u64 = 4;
 const SILENCE_MIN: u64 = 120;
 const LEASE_MIN: u64 = 300;
 const MILLISECONDS_MAX: u64 = 600_000;
+const DRAIN_WITHIN: u64 = 30_000;
 
 /// A cluster that can be.
 pub(crate) struct Setup {
@@ -46,6 +49,10 @@ pub(crate) struct Setup {
     pub(crate) in_process: bool,
     pub(crate) reuse_prefix: bool,
     pub(crate) deadline: Duration,
+    /// Where the scheduler serves metrics.
+    pub(crate) metrics: Option<SocketAddr>,
+    /// Where the timeline goes.
+    pub(crate) timeline: Option<PathBuf>,
 }
 
 impl Setup {
@@ -99,12 +106,16 @@ impl Setup {
         }
         let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);
         let counts = (prefill.ranks(), decode.ranks());
-        let faults =
-            [(Action::Kill, &options.kill), (Action::Stop, &options.stop), (Action::Pause(None), &options.pause)]
-                .into_iter()
-                .flat_map(|(action, values)| values.iter().map(move |value| (action, value)))
-                .map(|(action, value)| Fault::parse(action, value, counts, options.in_process))
-                .collect::<Result<Vec<_>, _>>()?;
+        let faults = [
+            (Action::Kill, &options.kill),
+            (Action::Drain, &options.drain),
+            (Action::Stop, &options.stop),
+            (Action::Pause(None), &options.pause),
+        ]
+        .into_iter()
+        .flat_map(|(action, values)| values.iter().map(move |value| (action, value)))
+        .map(|(action, value)| Fault::parse(action, value, counts, options.in_process))
+        .collect::<Result<Vec<_>, _>>()?;
         let milliseconds = |option, given: Option<u64>, least| {
             given.map(|given| number(option, Some(given), given, least, MILLISECONDS_MAX)).transpose()
         };
@@ -113,6 +124,8 @@ impl Setup {
             lease_ms: milliseconds("lease", options.lease, LEASE_MIN)?,
             deadlines: plan.as_ref().map(|plan| plan.deadlines.terms()),
         };
+        let drain_within = milliseconds("drain-within", options.drain_within, 0)?.unwrap_or(DRAIN_WITHIN);
+        let metrics = options.metrics.as_deref().map(|value| metrics(value, ranks)).transpose()?;
         let handovers = |role: Role| {
             let credits = plan.as_ref().and_then(|plan| match role {
                 Role::Prefill => plan.credits.prefill_handovers.value,
@@ -158,6 +171,10 @@ impl Setup {
                         seed: options.seed,
                         nic_threads: if of_gpus { 1 } else { nics.len() } * ranks as usize,
                         terms,
+                        may_leave: !options.in_process,
+                        drain_within: Duration::from_millis(drain_within),
+                        metrics: metrics.map(|first| port_of(first, configs.len() as u16 + 1).to_string()),
+                        timeline: options.timeline.is_some(),
                         scheduler: String::new(),
                     });
                     number += 1;
@@ -188,6 +205,8 @@ impl Setup {
             in_process: options.in_process,
             reuse_prefix: options.reuse_prefix,
             deadline,
+            metrics,
+            timeline: options.timeline.clone(),
         })
     }
 
@@ -209,6 +228,22 @@ impl Setup {
         };
         u64::from(group.0.saturating_sub(first)) * u64::from(side.geometry.ranks()) + u64::from(rank.0)
     }
+}
+
+/// The address of the scheduler's metrics; those of `ranks` ranks follow.
+fn metrics(value: &str, ranks: u64) -> Result<SocketAddr, UsageError> {
+    let wrong = |reason: String| UsageError::Metrics { value: value.to_owned(), reason, ports: ranks + 1 };
+    let first: SocketAddr = value.parse().map_err(|error: std::net::AddrParseError| wrong(error.to_string()))?;
+    if u64::from(first.port()) + ranks > u64::from(u16::MAX) {
+        return Err(wrong("there are not enough ports after it".to_owned()));
+    }
+    Ok(first)
+}
+
+/// The port of the process with that number, the scheduler's being 0; any, if the first is any.
+fn port_of(first: SocketAddr, number: u16) -> SocketAddr {
+    let port = if first.port() == 0 { 0 } else { first.port().saturating_add(number) };
+    SocketAddr::new(first.ip(), port)
 }
 
 fn refuse_what_is_not_there(options: &Options) -> Result<(), UsageError> {

@@ -164,8 +164,10 @@ impl Verdict {
             }
         }
         if verdict.failed > 0 && setup.faults.is_empty() {
-            complaints
-                .push(format!("{} requests failed, and no --kill, --stop or --pause explains it", verdict.failed));
+            complaints.push(format!(
+                "{} requests failed, and no --kill, --drain, --stop or --pause explains it",
+                verdict.failed
+            ));
         }
         if verdict.mismatched_bytes > 0 {
             complaints.push(format!("{} bytes are not what they have to be", verdict.mismatched_bytes));

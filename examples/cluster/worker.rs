@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::io::{BufRead, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use kvferry::{Metrics, MetricsServer, NodeConfig, ServeError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -66,6 +68,13 @@ pub(crate) fn process<W: Worker>() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Has a node watched by metrics that are served there.
+pub(crate) fn serve_metrics(node: &mut NodeConfig, address: &str) -> Result<MetricsServer, ServeError> {
+    let metrics = Metrics::new();
+    node.watchers.push(Arc::new(metrics.clone()));
+    MetricsServer::start(metrics, address)
 }
 
 /// What the kernel shows of a process.

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use kvferry::{
-    BlockTable, Direction, EngineCall, Epoch, Event, Finished, Format, GroupGeometry, GroupId, HandoverError,
-    LeastLoaded, Model, NodeConfig, NodeId, OpenNic, Parallel, Pool, PoolId, Rank, RequestId, RequestSpec, Role,
-    SchedulerNode, SchedulerTerms, Tables, ThreadOptions, TransportKind, WorkerConfig, WorkerNode, transport,
+    BlockTable, Direction, EngineCall, EnginePort, Epoch, Event, Finished, Format, GroupGeometry, GroupId,
+    HandoverError, LeastLoaded, Model, NodeConfig, NodeId, OpenNic, Parallel, Pool, PoolId, Rank, RequestId,
+    RequestSpec, Role, SchedulerNode, SchedulerTerms, Tables, ThreadOptions, TransportKind, WorkerConfig, WorkerNode,
+    transport,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -47,6 +48,8 @@ pub(crate) struct Rig {
     pub(crate) prefills: Arc<AtomicU32>,
     /// How often it was told that a prefill is released.
     pub(crate) releases: Arc<AtomicU32>,
+    /// Where its engine speaks.
+    pub(crate) port: EnginePort,
     /// What happens at its node.
     pub(crate) events: mpsc::UnboundedReceiver<Event>,
     /// Ends when the node's calls end.
@@ -98,10 +101,11 @@ pub(crate) async fn rank_over(
     config.direction = direction;
     let worker = WorkerNode::start(node, config, pool, nics, ThreadOptions::default()).await.unwrap();
     let (address, events) = (worker.address().to_owned(), worker.events().unwrap());
+    let port = worker.port();
     let (prefills, releases) = Default::default();
     let counts = (Arc::clone(&prefills), Arc::clone(&releases));
     let engine = tokio::spawn(answer(worker, geometry, counts, watch));
-    Rig { address, prefills, releases, events, engine }
+    Rig { address, port, prefills, releases, events, engine }
 }
 
 async fn answer(

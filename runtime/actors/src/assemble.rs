@@ -23,6 +23,7 @@ use crate::scheduler::{DirectoryActor, Scheduler};
 use crate::seams::{Environment, ListenError, NicPort, OpenNic};
 use crate::shell::{Inspect, Observer, Shell};
 use crate::supervise::{self, OnEnd};
+use crate::watch::Watch;
 use crate::worker::{Answer, DecodeWorker, PrefillWorker};
 
 /// Sessions that a node makes before anything needs them: the first handover between two ranks then does not wait for a handshake.
@@ -48,6 +49,8 @@ pub struct NodeConfig {
     pub deadlines: DeadlineTerms,
     /// How long blocks that somebody may still touch are waited for.
     pub quarantine: QuarantineTerms,
+    /// Who watches it; nobody by default.
+    pub watchers: Vec<Arc<dyn Watch>>,
 }
 
 impl NodeConfig {
@@ -62,6 +65,7 @@ impl NodeConfig {
             leases: LeaseTerms::default(),
             deadlines: DeadlineTerms::default(),
             quarantine: QuarantineTerms::default(),
+            watchers: Vec::new(),
         }
     }
 }
@@ -214,9 +218,14 @@ pub async fn assemble_worker(
     let require_rdma = config.require_rdma;
     match config.role {
         Role::Prefill => {
-            let (leases, quarantine) = (node.leases, node.quarantine);
-            let make = move |group, profile, shell| {
-                let core = PrefillRank::new(profile, leases, quarantine).with_rdma_required(require_rdma);
+            let (here, leases, quarantine) = (node.identity.node, node.leases, node.quarantine);
+            let make = move |group, profile: WorkerProfile, shell: Shell| {
+                let leads = profile.rank == Rank(0);
+                let mut core = PrefillRank::new(profile, leases, quarantine).with_rdma_required(require_rdma);
+                if leads {
+                    // There is no session with a leader on the same node that would introduce it.
+                    core.handle_leader_up(shell.now(), here);
+                }
                 PrefillWorker::new(core, shell, group)
             };
             run_worker(around, node, config, pool, nics, make).await
@@ -248,7 +257,7 @@ where
         + Handler<PeerDown>
         + Handler<Inspect>,
 {
-    let router = Router::new(node.identity.node, config.scheduler.0);
+    let router = Router::new(node.identity.node, config.scheduler.0).watched(&node.watchers);
     // NICs report to the worker, which cannot start before it knows them; its address can.
     let context = Context::<A>::new();
     let address = context.address();
@@ -309,7 +318,7 @@ pub fn assemble_scheduler(
     policy: Box<dyn Policy>,
 ) -> Result<SchedulerParts, NodeError> {
     let around = &around.of(node.identity.node);
-    let router = Router::new(node.identity.node, node.identity.node);
+    let router = Router::new(node.identity.node, node.identity.node).watched(&node.watchers);
     // Handover numbers must ascend over restarts: the epoch stands in their upper half.
     let core = protocol::Scheduler::new(terms, policy, node.identity.epoch.0 << 32);
     let first = node.identity.epoch <= Epoch(1);

@@ -15,6 +15,7 @@ mod strangers;
 mod supervise;
 mod tcp_link;
 mod threads;
+mod watch;
 mod worker;
 
 pub use assemble::{
@@ -28,4 +29,5 @@ pub use seams::{Clock, Environment, Host, Link, LinkInput, LinkUp, ListenError, 
 pub use shell::{Inspect, Observer};
 pub use supervise::OnEnd;
 pub use threads::{MonotonicClock, NicThreads, ThreadOptions, environment, local_runtime};
+pub use watch::{Standing, Watch};
 pub use worker::Answer;

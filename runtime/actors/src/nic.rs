@@ -8,7 +8,7 @@ use std::sync::Arc;
 use actix::prelude::*;
 use bytes::Bytes;
 use kvferry_core::protocol::{NicAdvert, NicCommand, NicEvent};
-use kvferry_core::{NodeId, PoolId, PoolLayout};
+use kvferry_core::{Moment, NodeId, PoolId, PoolLayout, TransferId};
 use kvferry_transport::{
     BindError, Event, Expected, OpenError, PeerId, Pool, PoolKeys, PostError, RemotePool, Transfer, Transport, Wait,
 };
@@ -84,6 +84,12 @@ pub struct Nic {
     events: Vec<Event>,
     reports: Recipient<NicReport>,
     outgoing: Vec<NicEvent>,
+    /// The time, where somebody wants to know how long it takes to take transfers.
+    clock: Option<fn() -> Moment>,
+    /// Transfers that it has not taken yet, and since when they are to be.
+    untaken: BTreeMap<TransferId, Moment>,
+    /// How long it took; told with whatever is told next, since nobody waits for it.
+    taken: Vec<NicEvent>,
 }
 
 impl Nic {
@@ -115,8 +121,16 @@ impl Nic {
             events: Vec::new(),
             reports,
             outgoing: Vec::new(),
+            clock: None,
+            untaken: BTreeMap::new(),
+            taken: Vec::new(),
         };
         Ok((nic, advert))
+    }
+
+    /// Tells of every transfer how long it took to be taken: [`NicEvent::Posted`].
+    pub fn timed(self, clock: fn() -> Moment) -> Self {
+        Nic { clock: Some(clock), ..self }
     }
 
     /// Makes progress: polls the transport once and reports. Says whether anything happened.
@@ -144,7 +158,8 @@ impl Nic {
 
     fn report(&mut self) {
         if !self.outgoing.is_empty() {
-            let events = std::mem::take(&mut self.outgoing);
+            let mut events = std::mem::take(&mut self.taken);
+            events.append(&mut self.outgoing);
             self.reports.do_send(NicReport { nic: self.index, events });
         }
     }
@@ -227,14 +242,17 @@ impl Nic {
             }
             // What is posted now must not be taken for what the fence was asked for, nor be ended by it.
             NicCommand::Post { id, node, .. } if self.is_fencing(node) => {
+                self.begin(id);
                 if self.backlog.len() < BACKLOG_MAX {
                     self.backlog.push_back(command);
                 } else {
+                    self.untaken.remove(&id);
                     let reason = "too many transfers wait for the peer to be fenced".to_owned();
                     self.outgoing.push(NicEvent::Failed { id, reason });
                 }
             }
             NicCommand::Post { id, node, direction, program } => {
+                self.begin(id);
                 let pair = match self.peers.get(&node).copied() {
                     Some(pair) => Ok(pair),
                     None => self.reach(node),
@@ -242,6 +260,7 @@ impl Nic {
                 let (peer, remote) = match pair {
                     Ok(pair) => pair,
                     Err(reason) => {
+                        self.untaken.remove(&id);
                         self.outgoing.push(NicEvent::Failed { id, reason });
                         return;
                     }
@@ -261,6 +280,7 @@ impl Nic {
                 self.accept(posted, id, NicCommand::Post { id, node, direction, program });
             }
             NicCommand::Expect { id, program } => {
+                self.begin(id);
                 let range = program.whole();
                 let expected = self.transport.expect(Expected { id, pool: self.pool, program: program.clone(), range });
                 self.accept(expected, id, NicCommand::Expect { id, program });
@@ -269,6 +289,7 @@ impl Nic {
                 let waiting = self.backlog.len();
                 self.backlog.retain(|command| !names(command, id));
                 if self.backlog.len() < waiting {
+                    self.untaken.remove(&id);
                     self.outgoing.push(NicEvent::Failed { id, reason: "cancelled".to_owned() });
                 } else {
                     self.transport.cancel(id);
@@ -304,12 +325,27 @@ impl Nic {
         }
     }
 
-    fn accept(&mut self, result: Result<(), PostError>, id: kvferry_core::TransferId, command: NicCommand) {
+    /// A transfer is to be taken; it may have been before, when there was no room.
+    fn begin(&mut self, id: TransferId) {
+        if let Some(clock) = self.clock {
+            self.untaken.entry(id).or_insert_with(clock);
+        }
+    }
+
+    fn accept(&mut self, result: Result<(), PostError>, id: TransferId, command: NicCommand) {
         match result {
-            Ok(()) => {}
-            Err(PostError::Full) if self.backlog.len() < BACKLOG_MAX => self.backlog.push_back(command),
+            Err(PostError::Full) if self.backlog.len() < BACKLOG_MAX => {
+                self.backlog.push_back(command);
+                return;
+            }
+            Ok(()) => {
+                if let (Some(clock), Some(since)) = (self.clock, self.untaken.get(&id)) {
+                    self.taken.push(NicEvent::Posted { id, took: clock().since(*since) });
+                }
+            }
             Err(error) => self.outgoing.push(NicEvent::Failed { id, reason: error.to_string() }),
         }
+        self.untaken.remove(&id);
     }
 }
 
@@ -320,7 +356,7 @@ struct Reach {
     layout: Arc<PoolLayout>,
 }
 
-fn names(command: &NicCommand, wanted: kvferry_core::TransferId) -> bool {
+fn names(command: &NicCommand, wanted: TransferId) -> bool {
     matches!(command, NicCommand::Post { id, .. } | NicCommand::Expect { id, .. } if *id == wanted)
 }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context as Poller, Poll};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use actix::prelude::*;
 use kvferry_core::protocol::{EngineCall, EngineEvent, Event, Finished, Policy, Refusal, RequestSpec, SchedulerTerms};
@@ -20,6 +21,7 @@ use crate::scheduler::{CancelRequest, Scheduler, Submit};
 use crate::seams::OpenNic;
 use crate::shell::Observer;
 use crate::threads::{ThreadOptions, environment, local_runtime};
+use crate::watch::{Standing, Watch};
 use crate::worker::Answer;
 
 /// Requests that may be submitted and not finished at once.
@@ -42,11 +44,15 @@ impl SchedulerNode {
     pub async fn start(config: NodeConfig, terms: SchedulerTerms, policy: Box<dyn Policy>) -> Result<Self, NodeError> {
         let (parts, events, thread) = NodeThread::start(
             "kvferry-scheduler",
+            config.watchers.clone(),
             config.identity.node,
             ThreadOptions::default(),
             move |around| async move {
+                let (node, epoch) = (config.identity.node, config.identity.epoch);
                 let parts = assemble_scheduler(&around, config, terms, policy)?;
-                Ok(((parts.scheduler, parts.address), None))
+                let actors = vec![parts.scheduler.clone().recipient()];
+                let standing = Standing { node, epoch, role: None, scheduler: node, actors };
+                Ok(((parts.scheduler, parts.address), standing, None))
             },
         )
         .await?;
@@ -162,9 +168,12 @@ impl WorkerNode {
     ) -> Result<Self, NodeError> {
         let name = format!("kvferry-{}-{}", worker.role, worker.rank.0);
         let node = config.identity.node;
-        let (parts, events, thread) = NodeThread::start(&name, node, threads, move |around| async move {
+        let (watchers, epoch) = (config.watchers.clone(), config.identity.epoch);
+        let (role, scheduler) = (Some(worker.role), worker.scheduler.0);
+        let (parts, events, thread) = NodeThread::start(&name, watchers, node, threads, move |around| async move {
             let parts = assemble_worker(&around, config, worker, pool, nics).await?;
-            Ok(((parts.calls, parts.answers, parts.address), Some(parts.keep)))
+            let standing = Standing { node, epoch, role, scheduler, actors: parts.inspect };
+            Ok(((parts.calls, parts.answers, parts.address), standing, Some(parts.keep)))
         })
         .await?;
         let (calls, answers, address) = parts;
@@ -223,6 +232,12 @@ impl EnginePort {
     /// Prefill: the first `steps` steps are computed.
     pub fn ready(&self, request: RequestId, steps: u32) {
         self.tell(EngineEvent::Ready { request, steps });
+    }
+
+    /// Prefill: this rank is to leave. Its group takes no work from now on; once nothing is offered any more, or after so long, there is
+    /// [`EngineCall::Drained`].
+    pub fn drain(&self, within: Duration) {
+        self.tell(EngineEvent::Drain { within });
     }
 
     /// Prefill: a release was taken.
@@ -302,6 +317,7 @@ impl NodeThread {
     /// incarnation is over.
     async fn start<T, A, F>(
         name: &str,
+        watchers: Vec<Arc<dyn Watch>>,
         node: NodeId,
         threads: ThreadOptions,
         assemble: A,
@@ -309,7 +325,7 @@ impl NodeThread {
     where
         T: Send + 'static,
         A: FnOnce(Surroundings) -> F + Send + 'static,
-        F: Future<Output = Result<(T, Option<mpsc::UnboundedSender<EngineCall>>), NodeError>>,
+        F: Future<Output = Result<(T, Standing, Option<mpsc::UnboundedSender<EngineCall>>), NodeError>>,
     {
         let events = EventTap::new();
         let tap = events.clone();
@@ -318,7 +334,8 @@ impl NodeThread {
         let (end, ended) = oneshot::channel();
         let body = move || {
             let (nic_failed, mut nic_failures) = mpsc::unbounded_channel();
-            let (environment, nic_threads) = environment(threads, nic_failed);
+            let (environment, nic_threads) = environment(threads, !watchers.is_empty(), nic_failed);
+            let watching = watchers.clone();
             let runtime = match local_runtime() {
                 Ok(runtime) => runtime,
                 Err(error) => {
@@ -328,7 +345,11 @@ impl NodeThread {
             };
             let keep = runtime.block_on(async move {
                 let over = Rc::new(tokio::sync::Notify::new());
-                let observer: Observer = Rc::new(move |event| tap.pass(event));
+                let seen = watching.clone();
+                let observer: Observer = Rc::new(move |event| {
+                    seen.iter().for_each(|watcher| watcher.happened(&event));
+                    tap.pass(event);
+                });
                 let around = Surroundings {
                     environment,
                     observer: Rc::clone(&observer),
@@ -338,7 +359,10 @@ impl NodeThread {
                     },
                 };
                 let keep = match assemble(around).await {
-                    Ok((parts, keep)) => started.send(Ok(parts)).is_ok().then_some(keep)?,
+                    Ok((parts, standing, keep)) => {
+                        watching.iter().for_each(|watcher| watcher.stands(&standing));
+                        started.send(Ok(parts)).is_ok().then_some(keep)?
+                    }
                     Err(error) => {
                         let _ = started.send(Err(error));
                         return None;
@@ -359,6 +383,7 @@ impl NodeThread {
             drop(runtime);
             // Until its NICs have stopped, a transfer may still touch the pool.
             nic_threads.join();
+            watchers.iter().for_each(|watcher| watcher.ended());
             // Only now does the engine see the end of its calls.
             drop(keep);
             let _ = end.send(());

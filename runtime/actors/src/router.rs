@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use actix::prelude::*;
 use dashmap::{DashMap, DashSet};
@@ -11,6 +12,7 @@ use kvferry_core::{Epoch, NodeId};
 
 use crate::mesh::Meet;
 use crate::peer_session::{PeerSession, Speak};
+use crate::watch::Watch;
 
 /// Messages that may wait for a first session with one node.
 const WAITING_MAX: usize = 4096;
@@ -59,6 +61,7 @@ pub(crate) struct Router {
     waiting: Rc<DashMap<NodeId, VecDeque<Wire>>>,
     /// Nodes that had a session: what was meant for one that ended is dropped.
     met: Rc<DashSet<NodeId>>,
+    watchers: Rc<[Arc<dyn Watch>]>,
 }
 
 /// What this node and one incarnation of another have to say to each other.
@@ -82,7 +85,13 @@ impl Router {
             talks: Rc::default(),
             waiting: Rc::default(),
             met: Rc::default(),
+            watchers: Rc::new([]),
         }
+    }
+
+    /// With watchers, who see what is said to other nodes and heard of them.
+    pub(crate) fn watched(self, watchers: &[Arc<dyn Watch>]) -> Self {
+        Router { watchers: watchers.into(), ..self }
     }
 
     /// This node.
@@ -168,7 +177,10 @@ impl Router {
     pub(crate) fn send(&self, to: NodeId, message: Wire) {
         if to == self.node {
             self.deliver(to, message);
-        } else if let Some(mut talk) = self.talks.get_mut(&to) {
+            return;
+        }
+        self.watchers.iter().for_each(|watcher| watcher.said(to, true, &message));
+        if let Some(mut talk) = self.talks.get_mut(&to) {
             if let Err(error) = talk.conversation.say(message) {
                 tracing::warn!(%to, %error, "the conversation ends");
             }
@@ -199,6 +211,9 @@ impl Router {
 
     /// Gives a message to the local actors that it concerns.
     pub(crate) fn deliver(&self, from: NodeId, message: Wire) {
+        if from != self.node {
+            self.watchers.iter().for_each(|watcher| watcher.said(from, false, &message));
+        }
         let ports = self.ports.borrow();
         let talk = self.talks.get(&from).map_or(0, |talk| talk.name);
         let give = |port: &Option<Recipient<Incoming>>, from, message| match port {

@@ -61,9 +61,13 @@ impl NicThreads {
 /// The seams of a production node, for the thread that calls, and the NIC threads that will be started through them.
 ///
 /// `failed` is told the number of a NIC whose thread panicked.
-pub fn environment(options: ThreadOptions, failed: mpsc::UnboundedSender<usize>) -> (Environment, NicThreads) {
+pub fn environment(
+    options: ThreadOptions,
+    timed: bool,
+    failed: mpsc::UnboundedSender<usize>,
+) -> (Environment, NicThreads) {
     let threads = NicThreads::default();
-    let host = Rc::new(Threads { options, threads: threads.clone(), failed });
+    let host = Rc::new(Threads { options, timed, threads: threads.clone(), failed });
     let environment = Environment {
         clock: Rc::new(MonotonicClock),
         network: Rc::new(TcpNetwork),
@@ -113,6 +117,8 @@ impl Clock for MonotonicClock {
 
 struct Threads {
     options: ThreadOptions,
+    /// Whether NICs tell how long they take to take transfers.
+    timed: bool,
     threads: NicThreads,
     failed: mpsc::UnboundedSender<usize>,
 }
@@ -141,7 +147,7 @@ impl Host for Threads {
         opened: oneshot::Sender<Result<NicOpened, NicStartError>>,
         reports: Recipient<NicReport>,
     ) {
-        let spin = self.options.spin;
+        let (spin, timed) = (self.options.spin, self.timed);
         let (index, failed) = (nic, self.failed.clone());
         let sentinel = Sentinel { nic, failed: failed.clone() };
         let body = move || {
@@ -159,6 +165,7 @@ impl Host for Threads {
                 // Whoever started this has gone if it does not take the answer; then there is nothing to drive.
                 match started {
                     Ok((nic, advert)) => {
+                        let nic = if timed { nic.timed(MonotonicClock::moment) } else { nic };
                         let (nic, wake) = (Rc::new(RefCell::new(nic)), Rc::new(Notify::new()));
                         // A panic in the actor must end the thread, not only its task.
                         let panicked = Rc::new(Cell::new(false));

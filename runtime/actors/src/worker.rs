@@ -232,7 +232,7 @@ rank_core! {
     members: |_: &mut PrefillRank, _, _| {},
     lost: |core: &mut PrefillRank, now, lost, mine: Option<Rank>| core.handle_lost(now, lost, mine.is_some()),
     peer_down: |core: &mut PrefillRank, now, node, _| core.handle_peer_down(now, node),
-    leader_up: |_: &mut PrefillRank, _, _| {},
+    leader_up: |core: &mut PrefillRank, now, leader| core.handle_leader_up(now, leader),
     leader_down: |core: &mut PrefillRank, now, _, _| core.handle_leader_down(now)
 }
 

@@ -203,6 +203,14 @@ impl Cluster {
         Ok(())
     }
 
+    /// Tells a worker to leave at a time from now, for so long at most; it comes back a second after it has left.
+    pub fn drain_at(&mut self, node: usize, after: Duration, within: Duration) -> Result<(), SimError> {
+        self.hurt(node)?;
+        let at = self.time(after);
+        self.world.at(at, move |world| world.drain(node, within));
+        Ok(())
+    }
+
     /// Stops a worker's node at a time from now; it goes on at another, if at all.
     pub fn pause_at(&mut self, node: usize, after: Duration, until: Option<Duration>) -> Result<(), SimError> {
         self.hurt(node)?;

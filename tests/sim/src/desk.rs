@@ -48,6 +48,8 @@ pub(crate) struct Desk {
     asked: BTreeMap<HandoverId, RequestId>,
     /// Calls that wait, and for how many slices of work.
     waiting: VecDeque<(EngineCall, u32)>,
+    /// Its worker leaves.
+    drained: bool,
 }
 
 struct Placement {
@@ -74,11 +76,17 @@ impl Desk {
             placed: BTreeMap::new(),
             asked: BTreeMap::new(),
             waiting: VecDeque::new(),
+            drained: false,
         }
     }
 
     pub(crate) fn report(&self) -> EngineReport {
         self.engine.report()
+    }
+
+    /// Whether its worker has said that it may leave.
+    pub(crate) fn has_drained(&self) -> bool {
+        self.drained
     }
 
     pub(crate) fn audit(&mut self) {
@@ -131,6 +139,7 @@ impl Desk {
                 }
                 self.forward(EngineCall::Release { request, view }, emit);
             }
+            EngineCall::Drained { .. } => self.drained = true,
             call => self.forward(call, emit),
         }
     }

@@ -72,6 +72,8 @@ kinds! {
     OldPeers = "old-peers",
     /// Alarms ring late, as on nodes that have too much to do: what ran out at its time is met before anybody has noticed.
     LateAlarms = "late-alarms",
+    /// Prefill nodes are told to leave: they drain, end, and come back in their next epoch.
+    Drains = "drains",
 }
 
 impl FaultKind {
@@ -225,6 +227,13 @@ pub enum Fault {
     },
     /// Of a million transfers, so many end in errors.
     CompletionErrors(u32),
+    /// A prefill node leaves once nothing is offered there any more.
+    Drain {
+        /// Which node.
+        node: usize,
+        /// After that long, whatever is offered.
+        within: Duration,
+    },
 }
 
 impl fmt::Display for Fault {
@@ -242,6 +251,7 @@ impl fmt::Display for Fault {
             Fault::NicDead { node, nic, silent: false } => write!(f, "NIC {nic} of n{node} is dead"),
             Fault::NicSlow { node, nic, factor } => write!(f, "NIC {nic} of n{node} is {factor} times slower"),
             Fault::DataCut { from, to } => write!(f, "data n{from} -x-> n{to}"),
+            Fault::Drain { node, within } => write!(f, "n{node} leaves within {within:?}"),
             Fault::CompletionErrors(ppm) => write!(f, "{ppm} of a million transfers end in errors"),
         }
     }

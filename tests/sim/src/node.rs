@@ -115,6 +115,16 @@ impl SimNode {
         any
     }
 
+    /// Whether its worker has said that it may leave.
+    pub(crate) fn has_drained(&self) -> bool {
+        self.local.is_some() && self.engine.as_ref().is_some_and(Desk::has_drained)
+    }
+
+    /// Tells its worker something in the engine's name. Says whether it stands.
+    pub(crate) fn tell(&self, event: EngineEvent) -> bool {
+        self.seat.borrow().as_ref().map(|parts| parts.answers.do_send(Answer(event))).is_some()
+    }
+
     /// Lets the engine work for a slice. Says whether it has more to do.
     pub(crate) fn work(&mut self) -> bool {
         let seat = self.seat.borrow();

@@ -199,6 +199,7 @@ impl Timeline {
         let everywhere = vec![self.everywhere()];
         let hits = match fault {
             Fault::Down { node, .. }
+            | Fault::Drain { node, .. }
             | Fault::Pause { node }
             | Fault::NicDead { node, .. }
             | Fault::NicSlow { node, .. } => vec![*node],

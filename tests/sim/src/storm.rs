@@ -89,6 +89,10 @@ fn plan_kind(config: &Config, kind: FaultKind, dice: &mut Dice, plan: &mut Vec<P
                 let to = 1 + (prefill + dice.below(workers - prefill)) as usize;
                 (Fault::DataCut { from, to }, 4_000)
             }
+            FaultKind::Drains => {
+                let node = 1 + dice.below(u64::from(config.shape.prefill)) as usize;
+                (Fault::Drain { node, within: log_uniform(dice, 2_000) }, 1)
+            }
             FaultKind::ClockDrift
             | FaultKind::Cancels
             | FaultKind::NoRoom
@@ -211,6 +215,7 @@ fn begin(world: &mut World, yard: &Yard, fault: &Fault) {
         }
         Fault::NicSlow { node, nic, factor } => slow(world, *node, *nic, *factor),
         Fault::DataCut { from, to } => cut_data(world, *from, *to, true),
+        Fault::Drain { node, within } => world.drain(*node, *within),
     }
 }
 
@@ -230,6 +235,8 @@ fn mend(world: &mut World, fault: &Fault, back: &dyn Fn(&mut World, usize)) {
         Fault::NicSlow { node, nic, .. } => slow(world, *node, *nic, 1),
         Fault::DataCut { from, to } => cut_data(world, *from, *to, false),
         Fault::CompletionErrors(_) => world.fabric().fail_completions(0),
+        // It comes back by itself.
+        Fault::Drain { .. } => {}
     }
 }
 

@@ -156,6 +156,8 @@ pub(crate) fn event_words(event: &Event) -> [u64; 2] {
         Event::Health { trouble } => [15, u64::from(trouble.is_some())],
         Event::Met { node, epoch } => [16 | epoch.0 << 8, node.0],
         Event::Parted { node, epoch, .. } => [17 | epoch.0 << 8, node.0],
+        Event::Draining { offers, until } => [18 | offers << 8, until.0],
+        Event::DrainEnded { left } => [19, *left],
         Event::Freed { request } => [10, request.0],
         Event::Ignored { from, .. } => [11, from.0],
         _ => [255, 0],
@@ -173,6 +175,7 @@ pub(crate) fn call_words(call: &EngineCall) -> [u64; 2] {
         }
         EngineCall::Returned { handover, .. } => [0x1003, handover.0],
         EngineCall::Rejected { request, .. } => [0x1004, request.0],
+        EngineCall::Drained { left } => [0x1005, *left],
         _ => [0x10ff, 0],
     }
 }
@@ -187,6 +190,7 @@ pub(crate) fn engine_words(event: &EngineEvent) -> [u64; 2] {
         EngineEvent::Placed { handover, .. } => [0x2003, handover.0],
         EngineEvent::NoRoom { handover, .. } => [0x2004, handover.0],
         EngineEvent::Freed { handover } => [0x2005, handover.0],
+        EngineEvent::Drain { .. } => [0x2006, 0],
         _ => [0x20ff, 0],
     }
 }

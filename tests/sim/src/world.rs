@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kvferry_actors::{Environment, Inspect, Observer, OnEnd, Surroundings};
 use kvferry_core::Epoch;
-use kvferry_core::protocol::Vitals;
+use kvferry_core::protocol::{EngineEvent, Vitals};
 use kvferry_fabric_sim::{Fabric, FabricOptions, NicId, OnTheWire, Pacing};
 use kvferry_synthetic::EngineReport;
 use tokio::sync::mpsc;
@@ -252,6 +252,15 @@ impl World {
         node.unheard.clear();
         self.wires.cut(life);
         self.send();
+    }
+
+    /// Tells a worker's node to leave: it ends once nothing is offered there any more, or after so long.
+    pub(crate) fn drain(&mut self, node: usize, within: Duration) {
+        let said = EngineEvent::Drain { within };
+        let told = self.nodes.get(node).filter(|node| node.local.is_some()).is_some_and(|node| node.tell(said.clone()));
+        if told {
+            self.note_of(node, What::Told(said));
+        }
     }
 
     /// Stops polling a node: it hears and says nothing, while its NICs go on.

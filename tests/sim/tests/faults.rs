@@ -116,3 +116,26 @@ fn a_crashed_rank_is_restarted() {
         ends_well(cluster, seed);
     }
 }
+
+/// Ranks that leave take no request with them: what was offered is fetched, what was not is prefilled by the other group.
+#[test]
+fn who_leaves_in_time_fails_nothing() {
+    for seed in 0..SEEDS {
+        let (mut cluster, at) = busy(seed);
+        let node = cluster.node_of(Role::Prefill, 0, (seed % 2) as u32).unwrap();
+        cluster.drain_at(node, at, 20 * SECOND).unwrap();
+        let report = ends_well(cluster, seed);
+        assert_eq!((report.undelivered, report.failed), (0, 0), "seed {seed}: {:#?}", report.reasons);
+    }
+}
+
+/// Who may not wait ends with what it offers, as in a crash.
+#[test]
+fn who_leaves_at_once_harms_nobody_else() {
+    for seed in 0..SEEDS {
+        let (mut cluster, at) = busy(seed);
+        let node = cluster.node_of(Role::Prefill, 1, (seed % 2) as u32).unwrap();
+        cluster.drain_at(node, at, Duration::ZERO).unwrap();
+        ends_well(cluster, seed);
+    }
+}

@@ -1,5 +1,6 @@
 //! All effects of the core are a [`Command`], all its observations an [`Event`].
 
+use core::time::Duration;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -7,8 +8,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Away, ChosenPath, FailReason, Message, Outcome, OutcomeReport, PathReport, PrefillJob, PrefillView, Refusal,
-    RequestSpec, ShownPath,
+    Away, ChosenPath, FailReason, FetchCourse, Message, OfferCourse, Outcome, OutcomeReport, PathReport, PrefillJob,
+    PrefillView, Refusal, RequestCourse, RequestSpec, ShownPath,
 };
 use crate::{
     Direction, Epoch, Evidence, FenceProof, GroupId, HandoverId, Moment, NodeId, PoolLayout, Program, RequestId,
@@ -80,6 +81,11 @@ pub enum EngineCall {
         /// How that is known.
         proof: FenceProof,
     },
+    /// Prefill, after [`EngineEvent::Drain`]: nothing is offered any more, or the time is up. The node can be shut down.
+    Drained {
+        /// Offers that are still not over; what reads them fails.
+        left: u64,
+    },
     /// Something that the engine said made no sense.
     Rejected {
         /// About which request.
@@ -120,6 +126,12 @@ pub enum EngineEvent {
     Released {
         /// Which request.
         request: RequestId,
+    },
+    /// Prefill: this rank is to leave. It offers nothing new, its group takes no work any more, and what is offered is waited for:
+    /// [`EngineCall::Drained`].
+    Drain {
+        /// For so long at most.
+        within: Duration,
     },
     /// Decode: here are blocks.
     Placed {
@@ -233,6 +245,13 @@ pub enum NicEvent {
         /// Why.
         reason: String,
     },
+    /// The NIC has taken a posted or expected transfer. Only where somebody measures that, and not before anything else of it is told.
+    Posted {
+        /// Which.
+        id: TransferId,
+        /// How long it took, from the command on.
+        took: Duration,
+    },
     /// A posted transfer, or an expected one, is done.
     Done {
         /// Which.
@@ -332,6 +351,24 @@ pub enum Event {
         /// Why not; `None` when it does.
         trouble: Option<String>,
     },
+    /// A prefill rank offers nothing new any more and waits for what is offered.
+    Draining {
+        /// What is offered.
+        offers: u64,
+        /// For how long at most, on the rank's clock.
+        until: Moment,
+    },
+    /// It waits no longer.
+    DrainEnded {
+        /// Offers that are still not over.
+        left: u64,
+    },
+    /// A decode rank's part of a handover is decided.
+    FetchEnded(Box<FetchCourse>),
+    /// A prefill rank's offer is over.
+    OfferEnded(Box<OfferCourse>),
+    /// A request is over at the scheduler.
+    RequestEnded(Box<RequestCourse>),
     /// A lease ran out before anybody released it.
     LeaseExpired {
         /// Which request.

@@ -99,7 +99,11 @@ impl DecodeRank {
         let quarantined = self.fetches.values().filter(|fetch| fetch.settled.is_some()).count() as u64;
         Vitals {
             name: "decode rank",
-            waiting: vec![("fetches", self.fetches.len() as u64 - quarantined), ("quarantined", quarantined)],
+            waiting: vec![
+                ("fetches", self.fetches.len() as u64 - quarantined),
+                ("quarantined", quarantined),
+                ("quarantined_blocks", self.quarantined_blocks()),
+            ],
             engine: vec![("held", self.held.len() as u64)],
             credits: Vec::new(),
             due: self.poll_timeout(),
@@ -325,6 +329,11 @@ impl DecodeRank {
                     peer.show_path(node, &self.local, shown, self.require_rdma, &mut self.outbox);
                 }
             }
+            NicEvent::Posted { id, took } => {
+                if let Some(fetch) = self.fetches.get_mut(&id.handover()) {
+                    fetch.times.posting = fetch.times.posting.saturating_add(took);
+                }
+            }
             NicEvent::Connected { .. } => {}
         }
     }
@@ -383,6 +392,7 @@ impl DecodeRank {
         }
         let bytes = self.local.geometry.bytes_expected_by_a_rank(fetch.pairing.spec.tokens, have);
         fetch.placed = Some(Placed { tables, have, bytes });
+        fetch.times.placed = Some(now);
         fetch.turn_to(now, Awaited::Transfer, self.pace.allowance(bytes, queued));
         self.resolve(now, handover);
     }
@@ -412,6 +422,7 @@ impl DecodeRank {
                 });
             }
         }
+        fetch.times.paths.clone_from(&paths);
         self.pace.observe(paths.iter().map(|path| path.bytes).sum(), fetch.moved_for);
         self.tell_leader(Message::RankDone { handover, result: Ok(paths) });
     }
@@ -483,6 +494,13 @@ impl DecodeRank {
             Some(kind) => FailReason::Transport { kind, peer: node, message },
             None => FailReason::Mismatch(message),
         }
+    }
+
+    /// Blocks of this rank that something may still write although their handover is over.
+    fn quarantined_blocks(&self) -> u64 {
+        let quarantined = self.fetches.values().filter(|fetch| fetch.settled.is_some());
+        let tables = quarantined.filter_map(|fetch| fetch.placed.as_ref()).flat_map(|placed| &placed.tables.groups);
+        tables.map(|table| u64::from(table.shape().blocks)).sum()
     }
 
     fn queued_bytes(&self) -> u64 {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use super::{Awaited, Deadline, Outcome, Pairing};
+use super::{Awaited, Deadline, FetchCourse, Outcome, Pairing, PathReport};
 use crate::{Direction, Moment, NodeId, Rank, Tables, TransferId};
 
 /// This rank's part of one handover. It ends with the leader's word *and* with nothing in flight.
@@ -26,6 +26,7 @@ pub(super) struct Fetch {
     pub(super) fence_at: Option<Moment>,
     /// How long it has waited for bytes, until `since`; waiting for layers that are still being computed says nothing of the rate.
     pub(super) moved_for: Duration,
+    pub(super) times: Times,
     /// When what is waited for changed last.
     pub(super) since: Moment,
 }
@@ -78,7 +79,52 @@ pub(super) enum LegState {
     Done,
 }
 
+/// When what happened to it, and what it brought: what its [`FetchCourse`] is made of.
+#[derive(Debug, Default)]
+pub(super) struct Times {
+    pub(super) asked: Moment,
+    pub(super) placed: Option<Moment>,
+    pub(super) planned: Option<Moment>,
+    pub(super) posted: Option<Moment>,
+    pub(super) moved: Option<Moment>,
+    pub(super) posting: Duration,
+    pub(super) paths: Vec<PathReport>,
+}
+
 impl Fetch {
+    /// Notes what has come about by now.
+    pub(super) fn look(&mut self, now: Moment) {
+        let (legs, resolved, steps) = (&self.legs, self.resolved, self.pairing.steps.len() as u32);
+        let all = |is: fn(&Leg, u32) -> bool| resolved && legs.values().all(|leg| is(leg, steps));
+        if all(|leg, _| leg.source_tables.is_some()) {
+            self.times.planned.get_or_insert(now);
+        }
+        if legs.values().any(|leg| !leg.in_flight.is_empty() || leg.bytes > 0) {
+            self.times.posted.get_or_insert(now);
+        }
+        if all(|leg, steps| leg.source_tables.is_some() && leg.posted == steps && leg.in_flight.is_empty()) {
+            self.times.moved.get_or_insert(now);
+        }
+    }
+
+    /// The record of it, now that it is decided.
+    pub(super) fn course(&mut self, now: Moment, outcome: Outcome) -> FetchCourse {
+        let times = core::mem::take(&mut self.times);
+        FetchCourse {
+            handover: self.pairing.handover,
+            request: self.pairing.spec.request,
+            asked: times.asked,
+            placed: times.placed,
+            planned: times.planned,
+            posted: times.posted,
+            moved: times.moved,
+            settled: now,
+            posting: times.posting,
+            outcome,
+            paths: times.paths,
+        }
+    }
+
     /// Blocks are still to be found.
     pub(super) fn new(pairing: Pairing, deadline: Deadline, now: Moment) -> Self {
         Fetch {
@@ -93,6 +139,7 @@ impl Fetch {
             settled: None,
             fence_at: None,
             moved_for: Duration::ZERO,
+            times: Times { asked: now, ..Times::default() },
             since: now,
         }
     }

@@ -1,16 +1,20 @@
 //! One prefill rank: offers, their leases, and the readers that they have.
 
+mod drain;
 mod readers;
 
+use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
 
+use drain::Drain;
+
 use super::peer::Peer;
 use super::{
-    EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent, OpenFetch,
-    Outbox, PrefillJob, PrefillView, QuarantineTerms, Refusal, Role, Vitals, WorkerProfile,
+    EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent, OfferCourse,
+    OpenFetch, Outbox, PrefillJob, PrefillView, QuarantineTerms, Refusal, Role, Vitals, WorkerProfile,
 };
 use crate::{Direction, HandoverId, Moment, NodeId, RequestId, Tables, TransferId, limits};
 
@@ -24,7 +28,7 @@ const RELEASING_MAX: usize = 65_536;
 #[derive(Debug)]
 pub struct PrefillRank {
     local: WorkerProfile,
-    /// Whoever gave the latest job: the node of the group's rank 0.
+    /// The node of the group's rank 0: whoever gave the latest job, or introduced itself as that.
     leader: Option<NodeId>,
     terms: LeaseTerms,
     quarantine: QuarantineTerms,
@@ -34,6 +38,8 @@ pub struct PrefillRank {
     /// Requests whose release the engine has not acknowledged, with the same request's next prefill if that came already: until then
     /// the engine may still be speaking of the old one.
     releasing: BTreeMap<RequestId, Option<PrefillJob>>,
+    /// This rank leaves.
+    drain: Option<Drain>,
     outbox: Outbox,
 }
 
@@ -41,6 +47,10 @@ pub struct PrefillRank {
 #[derive(Debug)]
 struct Offer {
     job: PrefillJob,
+    /// When it was asked for.
+    asked: Moment,
+    /// How long our NICs took to take its pushes.
+    posting: Duration,
     /// `None` until the engine has allocated blocks.
     held: Option<Held>,
     /// Set when it is over but our own NICs still read its blocks.
@@ -58,6 +68,8 @@ struct Held {
     steps: Vec<u32>,
     /// The ready watermark: layers of the first `ready` steps are immutable until release.
     ready: u32,
+    opened_at: Moment,
+    ready_at: Option<Moment>,
     lease: Lease,
     /// The handover that has it: I9, no offer to two live consumers.
     handover: Option<HandoverId>,
@@ -84,6 +96,26 @@ struct Reader {
     path: (usize, Bytes),
 }
 
+impl Offer {
+    fn new(now: Moment, job: PrefillJob) -> Self {
+        Offer { job, asked: now, posting: Duration::ZERO, held: None, closing: None, fence_at: None, next: None }
+    }
+
+    fn course(&self, now: Moment, view: PrefillView) -> OfferCourse {
+        let held = self.held.as_ref();
+        OfferCourse {
+            request: self.job.spec.request,
+            handover: held.and_then(|held| held.handover),
+            asked: self.asked,
+            opened: held.map(|held| held.opened_at),
+            ready: held.and_then(|held| held.ready_at),
+            closed: now,
+            posting: self.posting,
+            view,
+        }
+    }
+}
+
 impl PrefillRank {
     /// A rank with no offers.
     pub fn new(local: WorkerProfile, terms: LeaseTerms, quarantine: QuarantineTerms) -> Self {
@@ -96,6 +128,7 @@ impl PrefillRank {
             peers: BTreeMap::new(),
             require_rdma: false,
             releasing: BTreeMap::new(),
+            drain: None,
             outbox: Outbox::default(),
         }
     }
@@ -120,7 +153,8 @@ impl PrefillRank {
     pub fn poll_timeout(&self) -> Option<Moment> {
         let leases = self.offers.values().filter(|offer| offer.closing.is_none());
         let leases = leases.filter_map(|offer| Some(offer.held.as_ref()?.lease.expires()));
-        leases.chain(self.offers.values().filter_map(|offer| offer.fence_at)).min()
+        let drain = self.drain.as_ref().and_then(Drain::due);
+        leases.chain(self.offers.values().filter_map(|offer| offer.fence_at)).chain(drain).min()
     }
 
     /// What is in hand.
@@ -135,6 +169,12 @@ impl PrefillRank {
             credits: Vec::new(),
             due: self.poll_timeout(),
         }
+    }
+
+    /// The leader can be reached (again).
+    pub fn handle_leader_up(&mut self, _now: Moment, leader: NodeId) {
+        self.leader = Some(leader);
+        self.tell_of_drain();
     }
 
     /// The leader cannot be reached any more, while both live: it has given up every offer of this group, and nobody else can release them.
@@ -185,11 +225,11 @@ impl PrefillRank {
     }
 
     /// A session ended. What the peer was reading is no longer its business.
-    pub fn handle_peer_down(&mut self, _now: Moment, node: NodeId) {
+    pub fn handle_peer_down(&mut self, now: Moment, node: NodeId) {
         // Transfers are cancelled while it is still known through which NIC they run.
         for request in self.offers.keys().copied().collect::<Vec<_>>() {
             self.stop_reader(request, node);
-            self.finish_closing(request);
+            self.finish_closing(now, request);
         }
         if let Some(Ok(peer)) = self.peers.remove(&node)
             && peer.initiates(Role::Prefill)
@@ -211,7 +251,7 @@ impl PrefillRank {
         match message {
             Message::Prefill(job) => {
                 self.leader = Some(from);
-                self.prefill(job);
+                self.prefill(now, job);
             }
             Message::Renew { requests } => {
                 for request in requests {
@@ -241,14 +281,14 @@ impl PrefillRank {
                     && let Some(reader) = self.held(request).and_then(|held| held.readers.get_mut(&from))
                 {
                     reader.expecting = true;
-                    self.push_ready(request, from);
+                    self.push_ready(now, request, from);
                 }
             }
             Message::Fetched { handover } => self.fetched(now, from, handover),
             Message::Abandon { handover } => {
                 if let Some(request) = self.request_of(handover) {
                     self.stop_reader(request, from);
-                    self.finish_closing(request);
+                    self.finish_closing(now, request);
                 }
             }
             _ => self.outbox.event(Event::Ignored { from, what: "a message that a prefill rank does not take" }),
@@ -268,24 +308,30 @@ impl PrefillRank {
             EngineEvent::Unable { request, reason } => self.unable(now, request, reason),
             EngineEvent::Released { request } => {
                 if let Some(Some(job)) = self.releasing.remove(&request) {
-                    self.prefill(job);
+                    self.prefill(now, job);
                 }
             }
+            EngineEvent::Drain { within } => self.drain(now, within),
             _ => {}
         }
     }
 
     /// Something happened at a NIC of this node.
-    pub fn handle_nic(&mut self, _now: Moment, nic: usize, event: NicEvent) {
+    pub fn handle_nic(&mut self, now: Moment, nic: usize, event: NicEvent) {
         match event {
-            NicEvent::Done { id, .. } => self.push_ended(id, Ok(())),
-            NicEvent::Failed { id, reason } => self.push_ended(id, Err(reason)),
+            NicEvent::Done { id, .. } => self.push_ended(now, id, Ok(())),
+            NicEvent::Failed { id, reason } => self.push_ended(now, id, Err(reason)),
+            NicEvent::Posted { id, took } => {
+                if let Some(offer) = self.request_of(id.handover()).and_then(|request| self.offers.get_mut(&request)) {
+                    offer.posting = offer.posting.saturating_add(took);
+                }
+            }
             NicEvent::PeerLost { node, reason } => {
                 for request in self.offers.keys().copied().collect::<Vec<_>>() {
                     if self.initiates_with(node) {
                         self.fail_reader(request, node, &reason);
                     }
-                    self.finish_closing(request);
+                    self.finish_closing(now, request);
                 }
             }
             NicEvent::Fenced { node, .. } => {
@@ -296,7 +342,7 @@ impl PrefillRank {
                     if let Some(reader) = reader.filter(|reader| reader.fencing) {
                         reader.fencing = false;
                         reader.in_flight.clear();
-                        self.finish_closing(request);
+                        self.finish_closing(now, request);
                     }
                 }
             }
@@ -329,6 +375,7 @@ impl PrefillRank {
             let view = self.unreleased_view(request);
             self.close(now, request, view);
         }
+        self.go_on_draining(now);
     }
 
     fn renew(&mut self, now: Moment, request: RequestId) {
@@ -360,8 +407,12 @@ impl PrefillRank {
         }
     }
 
-    fn prefill(&mut self, job: PrefillJob) {
+    fn prefill(&mut self, now: Moment, job: PrefillJob) {
         let request = job.spec.request;
+        if self.drain.is_some() {
+            self.refuse_to_begin(request);
+            return;
+        }
         if let Some(next) = self.releasing.get_mut(&request) {
             next.get_or_insert(job);
             return;
@@ -370,8 +421,7 @@ impl PrefillRank {
             Some(offer) if offer.closing.is_some() && offer.next.is_none() => offer.next = Some(job),
             Some(_) => self.fail_to_leader(request, FailReason::Refused(Refusal::Duplicate(request))),
             None => {
-                self.offers
-                    .insert(request, Offer { job: job.clone(), held: None, closing: None, fence_at: None, next: None });
+                self.offers.insert(request, Offer::new(now, job.clone()));
                 self.outbox.engine(EngineCall::Prefill(job));
             }
         }
@@ -386,6 +436,7 @@ impl PrefillRank {
             self.close(now, request, PrefillView::Ended);
         } else {
             self.offers.remove(&request);
+            self.go_on_draining(now);
         }
     }
 
@@ -402,8 +453,16 @@ impl PrefillRank {
         if let Some(offer) = self.offers.get_mut(&request) {
             let lease = Lease::granted(now, &self.terms);
             let until = lease.expires();
-            offer.held =
-                Some(Held { tables, steps: steps.clone(), ready: 0, lease, handover: None, readers: BTreeMap::new() });
+            offer.held = Some(Held {
+                tables,
+                steps: steps.clone(),
+                ready: 0,
+                opened_at: now,
+                ready_at: None,
+                lease,
+                handover: None,
+                readers: BTreeMap::new(),
+            });
             self.outbox.event(Event::OfferOpened { request });
             self.outbox.event(Event::LeaseHeld { request, until });
             self.tell_leader(Message::RankOpened { request, steps });
@@ -425,6 +484,7 @@ impl PrefillRank {
             return;
         }
         held.ready = steps;
+        held.ready_at = (steps == total).then_some(now);
         let told: Vec<(NodeId, HandoverId)> = held
             .readers
             .iter()
@@ -441,7 +501,7 @@ impl PrefillRank {
             self.outbox.send(node, Message::StepsReady { handover, ready: steps });
         }
         for node in pushes {
-            self.push_ready(request, node);
+            self.push_ready(now, request, node);
         }
         if steps == total {
             self.tell_leader(Message::RankReady { request, at: now });
@@ -468,22 +528,25 @@ impl PrefillRank {
         for node in readers {
             self.stop_reader(request, node);
         }
-        self.finish_closing(request);
+        self.finish_closing(now, request);
     }
 
-    fn finish_closing(&mut self, request: RequestId) {
+    fn finish_closing(&mut self, now: Moment, request: RequestId) {
         let Some(offer) = self.offers.get(&request) else { return };
         let Some(view) = offer.closing else { return };
         let busy = offer.held.iter().flat_map(|held| held.readers.values()).any(|reader| !reader.in_flight.is_empty());
         if !busy {
+            let course = offer.course(now, view);
             let next = self.offers.remove(&request).and_then(|offer| offer.next);
             self.outbox.engine(EngineCall::Release { request, view });
             self.outbox.event(Event::OfferClosed { request, view });
+            self.outbox.event(Event::OfferEnded(Box::new(course)));
             self.releasing.insert(request, next);
             // An engine that acknowledges nothing only loses the protection for the smallest ids.
             while self.releasing.len() > RELEASING_MAX {
                 self.releasing.pop_first();
             }
+            self.go_on_draining(now);
         }
     }
 

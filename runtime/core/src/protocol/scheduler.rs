@@ -116,6 +116,9 @@ struct Request {
     deadline: Deadline,
     attempts: u32,
     ready_at: Option<Moment>,
+    submitted: Moment,
+    /// When it was paired the last time, as which handover.
+    paired: Option<(Moment, HandoverId)>,
     cancelled: bool,
     /// The prefill side said that its offer is gone while a handover was under way.
     withdrawn: bool,
@@ -242,6 +245,8 @@ impl Scheduler {
                 deadline,
                 attempts: 0,
                 ready_at: None,
+                submitted: now,
+                paired: None,
                 cancelled: false,
                 withdrawn: false,
                 adopted: false,

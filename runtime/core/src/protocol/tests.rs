@@ -1,9 +1,11 @@
 //! Command-vector tests: inputs in, exact commands and events out.
 
 mod adoption;
+mod courses;
 mod decode;
 mod decode_ends;
 mod directory;
+mod drain;
 mod fences;
 mod kit;
 mod leaders;

@@ -82,7 +82,7 @@ impl Judge {
             Box::new(bytes::Bytes::new(groups.clone())),
             Box::new(outcomes::Outcomes::new(groups.clone(), listens)),
             Box::new(back::Back),
-            Box::new(progress::Progress),
+            Box::new(progress::Progress::default()),
             Box::new(epochs::Epochs::default()),
             Box::new(credits::Credits::new(yard)),
             Box::new(consumers::Consumers::new(groups)),

@@ -1,16 +1,22 @@
 //! I5: every wait has a deadline, and the system makes progress once faults stop.
 //!
 //! From the kernel: nodes must not wake each other for ever, no actor may panic, and every node must come up. From the actors' vitals: none
-//! of them waits for something that may never come without a deadline. And from the run: everything ends within its bound, and a second
+//! of them waits for something that may never come without a deadline. A rank that leaves offers nothing new, and leaves. And from the run: everything ends within its bound, and a second
 //! wave of requests, without faults, is delivered.
 
-use kvferry_core::protocol::Vitals;
+use std::collections::BTreeMap;
+
+use kvferry_core::protocol::{Event, Vitals};
 
 use super::{Invariant, Scene};
 use crate::chronicle::{Entry, What};
 use crate::world::World;
 
-pub(super) struct Progress;
+#[derive(Default)]
+pub(super) struct Progress {
+    /// Incarnations that leave, by node.
+    leaving: BTreeMap<usize, u64>,
+}
 
 impl Invariant for Progress {
     fn name(&self) -> &'static str {
@@ -18,8 +24,15 @@ impl Invariant for Progress {
     }
 
     fn see(&mut self, _: &World, entry: &Entry, broken: &mut Vec<String>) {
-        if let What::NoStart(error) = &entry.what {
-            broken.push(format!("n{} did not start: {error}", entry.node));
+        let leaves = self.leaving.get(&entry.node) == Some(&entry.epoch);
+        match &entry.what {
+            What::NoStart(error) => broken.push(format!("n{} did not start: {error}", entry.node)),
+            What::Observed(Event::Draining { .. }) => drop(self.leaving.insert(entry.node, entry.epoch)),
+            What::Observed(Event::OfferOpened { request }) if leaves => {
+                broken.push(format!("n{} leaves and offers {request} all the same", entry.node));
+            }
+            What::Crashed if leaves => drop(self.leaving.remove(&entry.node)),
+            _ => {}
         }
     }
 
@@ -32,6 +45,9 @@ impl Invariant for Progress {
     fn look_around(&mut self, scene: &Scene<'_>, broken: &mut Vec<String>) {
         for what in &scene.unmet {
             broken.push(what.clone());
+        }
+        for (node, epoch) in &self.leaving {
+            broken.push(format!("n{node} was to leave in epoch {epoch} and has not"));
         }
         if scene.world.is_stuck() {
             broken.push("nodes wake each other without end".to_owned());

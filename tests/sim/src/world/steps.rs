@@ -34,6 +34,9 @@ impl World {
                 if self.nodes.get_mut(*index).is_some_and(|node| !node.paused && node.hand_over_calls()) {
                     self.engage(*index);
                 }
+                if let Some(node) = self.nodes.get(*index).filter(|node| node.has_drained()) {
+                    self.ended.borrow_mut().push((node.life, "it has left".to_owned()));
+                }
             }
             self.bury();
             let ready = self.fabric.take_ready();

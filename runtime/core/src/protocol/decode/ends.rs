@@ -53,7 +53,11 @@ impl DecodeRank {
             self.stop(handover);
         }
         let quarantined = self.fetches.get(&handover).is_some_and(Fetch::in_flight);
+        let course = self.fetches.get_mut(&handover).map(|fetch| fetch.course(now, outcome.clone()));
         self.outbox.engine(EngineCall::Settled { handover, request, outcome, quarantined });
+        if let Some(course) = course {
+            self.outbox.event(Event::FetchEnded(Box::new(course)));
+        }
         if quarantined {
             if let Some(fetch) = self.fetches.get_mut(&handover) {
                 fetch.fence_at = Some(now + self.quarantine.fence_after);

@@ -145,6 +145,8 @@ impl DecodeRank {
             self.fail(now, handover, reason);
             return;
         }
+        fetch.look(now);
+        let Some(leg) = fetch.legs.get_mut(&node) else { return };
         if !fetch.started && (!leg.in_flight.is_empty() || leg.bytes > 0) {
             fetch.started = true;
             if let Some(leader) = self.leader {

@@ -87,7 +87,7 @@ impl PrefillRank {
     }
 
     /// Posts every ready step that was not posted yet.
-    pub(super) fn push_ready(&mut self, request: RequestId, to: NodeId) {
+    pub(super) fn push_ready(&mut self, now: Moment, request: RequestId, to: NodeId) {
         let (Some(offer), Some(Ok(peer))) = (self.offers.get_mut(&request), self.peers.get(&to)) else { return };
         let tokens = offer.job.spec.tokens;
         let (Some(held), None) = (&mut offer.held, offer.closing) else { return };
@@ -121,10 +121,10 @@ impl PrefillRank {
         if let Some((handover, refusal)) = refusal {
             self.outbox.send(to, Message::Refused { handover, refusal });
         }
-        self.finish_closing(request);
+        self.finish_closing(now, request);
     }
 
-    pub(super) fn push_ended(&mut self, id: TransferId, end: Result<(), String>) {
+    pub(super) fn push_ended(&mut self, now: Moment, id: TransferId, end: Result<(), String>) {
         let Some((request, offer)) = self.offers.iter_mut().find(|(_, offer)| {
             offer.held.as_ref().is_some_and(|held| held.readers.values().any(|reader| reader.in_flight.contains(&id)))
         }) else {
@@ -144,7 +144,7 @@ impl PrefillRank {
         if let Some((node, reason)) = failed {
             self.fail_reader(request, node, reason);
         }
-        self.finish_closing(request);
+        self.finish_closing(now, request);
     }
 
     /// Our transport gave up on a reader: it is told, instead of waiting for what will not come.

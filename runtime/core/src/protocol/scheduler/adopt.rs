@@ -161,7 +161,7 @@ impl Scheduler {
             group.adopt(handover, &pairing.spec);
         }
         self.held.remove(&handover);
-        self.known(now, &pairing.spec);
+        self.known(now, &pairing.spec).paired = Some((now, handover));
         let (group, steps) = (pairing.source, pairing.steps.clone());
         let offer = OfferSummary { request, dp: pairing.source_dp, steps };
         self.enter(now, request, Stage::Paired { group, offer, decode, handover }, self.terms.outcome_within);
@@ -217,6 +217,8 @@ impl Scheduler {
                 deadline,
                 attempts: 0,
                 ready_at: None,
+                submitted: now,
+                paired: None,
                 cancelled: false,
                 withdrawn: false,
                 adopted: true,

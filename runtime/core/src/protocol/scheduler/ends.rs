@@ -4,7 +4,7 @@ use super::{Held, REST, Request, Scheduler, Stage};
 use crate::protocol::scheduler_group::DecodeGroup;
 use crate::protocol::{
     Awaited, Deadline, Event, FailReason, Finished, Message, OfferSummary, Outcome, PathReport, PrefillView,
-    RequestSpec, Role,
+    RequestCourse, RequestSpec, Role,
 };
 use crate::{GroupId, HandoverId, Moment, NodeId, Rank, RequestId};
 
@@ -158,6 +158,14 @@ impl Scheduler {
         };
         let Some(known) = self.strike(request, view) else { return };
         let attempts = known.attempts + 1;
+        let course = RequestCourse {
+            request,
+            handover: known.paired.map(|(_, handover)| handover),
+            submitted: known.submitted,
+            paired: known.paired.map(|(at, _)| at),
+            finished: now,
+            outcome: outcome.clone(),
+        };
         let finished = Finished { request, outcome, attempts, ready_at: known.ready_at, settled_at, paths };
         let until = now + self.terms.leases.duration * 2;
         let unclaimed = known.adopted.then(|| finished.clone());
@@ -173,6 +181,7 @@ impl Scheduler {
             self.acknowledge(oldest.owed);
         }
         self.outbox.event(Event::Finished(finished));
+        self.outbox.event(Event::RequestEnded(Box::new(course)));
     }
 
     /// The end of a request that ended before anybody had asked for it, for whoever asks now. Once, and not too late.

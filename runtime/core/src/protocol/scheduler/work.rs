@@ -105,6 +105,7 @@ impl Scheduler {
             steps: offer.steps.clone(),
         };
         known.stage = Stage::Paired { group, offer, decode: choice, handover };
+        known.paired = Some((now, handover));
         known.wait(&mut self.deadlines, Deadline::after(now, self.terms.outcome_within));
         self.outbox.event(Event::Paired { request, handover, group: choice });
         self.outbox.send(leader, Message::Pair(pairing));

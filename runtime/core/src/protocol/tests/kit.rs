@@ -90,8 +90,19 @@ pub(super) fn commands(outbox: &mut Outbox) -> Vec<Command> {
     std::iter::from_fn(|| outbox.poll_command()).collect()
 }
 
+/// What happened, without the records of what is over: those have tests of their own.
 pub(super) fn events(outbox: &mut Outbox) -> Vec<Event> {
-    std::iter::from_fn(|| outbox.poll_event()).collect()
+    let all = std::iter::from_fn(|| outbox.poll_event());
+    all.filter(|event| !is_course(event)).collect()
+}
+
+/// The records of what is over.
+pub(super) fn courses(outbox: &mut Outbox) -> Vec<Event> {
+    std::iter::from_fn(|| outbox.poll_event()).filter(is_course).collect()
+}
+
+fn is_course(event: &Event) -> bool {
+    matches!(event, Event::FetchEnded(_) | Event::OfferEnded(_) | Event::RequestEnded(_))
 }
 
 pub(super) fn send(to: u64, message: Message) -> Command {

@@ -1,0 +1,12 @@
+//! What a node does, for Prometheus (`/metrics`) and for probes (`/healthz`, `/readyz`).
+//!
+//! [`Metrics`] watches nodes: counters and histograms grow when something is over, one record per request and actor; what is in hand is asked of
+//! the actors only when somebody scrapes. [`MetricsServer`] answers on a thread of its own.
+
+mod labels;
+mod metrics;
+mod server;
+mod state;
+
+pub use metrics::Metrics;
+pub use server::{MetricsServer, ServeError};
