@@ -28,6 +28,7 @@ const LIKE_NIXL: [(&str, &str); 6] = [
 pub struct AgentConfig {
     name: String,
     devices: Option<String>,
+    transports: Option<String>,
     extension: Option<Bytes>,
     pub(crate) in_flight_max: usize,
     pub(crate) notifications_max: usize,
@@ -47,6 +48,7 @@ impl AgentConfig {
         AgentConfig {
             name: name.to_owned(),
             devices: None,
+            transports: None,
             extension: None,
             in_flight_max: 1024,
             notifications_max: 1 << 16,
@@ -57,6 +59,12 @@ impl AgentConfig {
     /// The devices that UCX may use, as its `NET_DEVICES` lists them; all by default.
     pub fn devices(mut self, devices: &str) -> AgentConfig {
         self.devices = Some(devices.to_owned());
+        self
+    }
+
+    /// UCX's transports, as its `TLS` lists them; all by default. Both ends must have one in common, and choose better among more.
+    pub fn transports(mut self, transports: &str) -> AgentConfig {
+        self.transports = Some(transports.to_owned());
         self
     }
 
@@ -94,9 +102,12 @@ impl AgentConfig {
         }
         let like = LIKE_NIXL.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned()));
         let devices = self.devices.iter().map(|devices| ("NET_DEVICES".to_owned(), devices.clone()));
+        let transports = self.transports.iter().map(|transports| ("TLS".to_owned(), transports.clone()));
         let settings = RawSettings {
             name: format!("kvferry:nixl:{}", self.name),
-            settings: like.chain(devices).collect(),
+            settings: like.chain(devices).chain(transports).collect(),
+            // NIXL goes on without them, too.
+            optional: LIKE_NIXL.map(|(key, _)| key).to_vec(),
             oldest: OLDEST,
             message: MESSAGE,
             // Its name and the fields around both.

@@ -38,7 +38,7 @@ impl Context {
         }
         let name = format!("kvferry:{}", device.name);
         let settings = [("NET_DEVICES", device.network.as_str())].into_iter().chain(settings);
-        Context::with(library, &name, features, settings).map_err(|error| match error {
+        Context::with(library, &name, features, settings, &[]).map_err(|error| match error {
             Refused::Setting(error) => error,
             Refused::Context(status) => format!(
                 "UCX {} ({}) cannot use it with transports {}: {}; UCX_LOG_LEVEL=info says more",
@@ -50,18 +50,27 @@ impl Context {
         })
     }
 
-    /// Opens a context with settings of which a user's `UCX_*` are left alone, and those unknown that this build lacks.
+    /// Opens a context with settings of which a user's `UCX_*` are left alone, and so are those that this build lacks.
     pub(crate) fn with<'a>(
         library: &'static Library,
         name: &str,
         features: u32,
         settings: impl Iterator<Item = (&'a str, &'a str)>,
+        optional: &[&str],
     ) -> Result<Rc<Context>, Refused> {
         let config = Config::read(library).map_err(Refused::Setting)?;
         for (key, value) in settings.filter(|(key, _)| !settings::is_users(key)) {
             match config.modify(key, value).map_err(Refused::Setting)? {
                 // Left out of this build.
                 UCS_OK | UCS_ERR_NO_ELEM => {}
+                status if optional.contains(&key) => {
+                    tracing::debug!(
+                        key,
+                        value,
+                        status = library.words(status),
+                        "UCX does not take a setting; it is left out"
+                    );
+                }
                 status => {
                     let words = library.words(status);
                     return Err(Refused::Setting(format!("UCX does not take {key}={value}: {words}")));

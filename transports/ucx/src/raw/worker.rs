@@ -26,6 +26,8 @@ pub struct RawSettings {
     pub name: String,
     /// UCX's settings without `UCX_`; a variable of the environment counts more, and a setting that this build of UCX lacks is left out.
     pub settings: Vec<(String, String)>,
+    /// Those of them that are left out where UCX refuses their value: what only some devices have.
+    pub optional: Vec<&'static str>,
     /// The oldest UCX that the peers can be spoken to with.
     pub oldest: (u32, u32, u32),
     /// The active message that peers send.
@@ -119,16 +121,19 @@ impl RawWorker {
         }
         let features = UCP_FEATURE_RMA | UCP_FEATURE_AMO32 | UCP_FEATURE_AMO64 | UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
         let pairs = settings.settings.iter().map(|(key, value)| (key.as_str(), value.as_str()));
-        let context = Context::with(library, &settings.name, features, pairs).map_err(|error| match error {
-            Refused::Setting(error) => error,
-            Refused::Context(status) => {
-                let words = library.words(status);
-                format!(
-                    "UCX {} ({}) opens no context: {words}; UCX_LOG_LEVEL=info says more",
-                    library.version, library.path
-                )
-            }
-        })?;
+        let context =
+            Context::with(library, &settings.name, features, pairs, &settings.optional).map_err(
+                |error| match error {
+                    Refused::Setting(error) => error,
+                    Refused::Context(status) => {
+                        let words = library.words(status);
+                        format!(
+                            "UCX {} ({}) opens no context: {words}; UCX_LOG_LEVEL=info says more",
+                            library.version, library.path
+                        )
+                    }
+                },
+            )?;
         Ok(RawWorker { inner: Inner::new(&context, settings)? })
     }
 

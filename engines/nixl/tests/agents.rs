@@ -1,0 +1,273 @@
+//! Our agent and NIXL's: reads, writes and notifications both ways, peers that die, stop and come back.
+//!
+//! `KVFERRY_NIXL_PYTHON` names a Python with a NIXL wheel; without it the cases say so and pass, unless `KVFERRY_REQUIRE` names nixl-agent.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "this is test code")]
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvferry_core::PoolId;
+use kvferry_nixl::{Agent, AgentConfig, AgentError, PeerKind, Piece, Transfer};
+use serde_json::json;
+use support::{Peer, address, config, contents, hex, ours, pattern, pool, run, turn, with};
+
+const SIZE: u64 = 1 << 20;
+
+/// Pieces of `bytes` bytes, of which the local ones lie backwards: none follows another at both ends.
+fn scattered(count: u64, bytes: u64, remote: u64) -> Vec<Piece> {
+    let piece =
+        |index| Piece { region: 0, offset: (count - 1 - index) * bytes, address: remote + index * bytes, bytes };
+    (0..count).map(piece).collect()
+}
+
+#[test]
+fn we_read_and_write_a_nixl_agents_memory() {
+    let Some(_turn) = turn() else { return };
+    for (count, bytes) in [(1, SIZE), (1, 1), (256, 4096), (20_000, 48)] {
+        let mut peer = Peer::start("nixl", SIZE as usize, "tcp");
+        run(async {
+            let (agent, _notifications, local) = ours(SIZE, 0xEE).await;
+            let added = agent.add_peer(peer.metadata.clone()).await.unwrap();
+            assert_eq!((added.name.as_str(), added.kind, added.ranges), ("nixl", PeerKind::Nixl, 1));
+            let pieces = scattered(count, bytes, peer.address);
+            let moved =
+                agent.transfer(Transfer::read("nixl", PoolId(1), pieces.clone()).then_notify("read")).await.unwrap();
+            assert_eq!((moved.bytes, moved.operations), (count * bytes, count));
+            let here = contents(&local);
+            for index in 0..count {
+                for at in 0..bytes {
+                    let offset = (count - 1 - index) * bytes + at;
+                    assert_eq!(here[offset as usize], pattern(index * bytes + at), "piece {index}, byte {at}");
+                }
+            }
+            assert!(here[(count * bytes) as usize..].iter().all(|byte| *byte == 0xEE), "nothing beside it");
+            assert_eq!(peer.heard(), [(agent.name().to_owned(), b"read".to_vec())]);
+
+            local.write(0, 0, 0, &vec![0x5A; SIZE as usize]).unwrap();
+            agent.transfer(Transfer::write("nixl", PoolId(1), pieces).then_notify("written")).await.unwrap();
+            assert_eq!(peer.heard(), [(agent.name().to_owned(), b"written".to_vec())]);
+            let digest = |bytes: u64| json!({"do": "digest", "at": 0, "bytes": bytes});
+            let there = peer.ask(&digest(count * bytes));
+            peer.ask(&json!({"do": "fill", "byte": 0x5A}));
+            assert_eq!(there, peer.ask(&digest(count * bytes)), "every byte was written before it was said");
+            agent.shutdown().await;
+        });
+    }
+}
+
+#[test]
+fn a_nixl_agent_reads_and_writes_our_memory_while_nobody_polls_here() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", SIZE as usize, "tcp");
+    run(async {
+        let (agent, mut notifications, local) = ours(SIZE, 0x11).await;
+        let added = peer.ask(&json!({"do": "add", "metadata": hex(&agent.metadata().await.unwrap())}));
+        assert_eq!(added, agent.name());
+        let pieces: Vec<(u64, u64, u64)> =
+            (0..64).map(|i| (i * 4096, address(&local) + (63 - i) * 4096, 4096)).collect();
+        let order = |op: &str| json!({"do": "transfer", "op": op, "peer": agent.name(), "pieces": pieces, "notify": hex(op.as_bytes())});
+        assert_eq!(peer.ask(&order("WRITE")), "DONE");
+        let said = tokio::time::timeout(Duration::from_secs(10), notifications.next()).await.unwrap().unwrap();
+        assert_eq!((said.from.as_str(), &said.message[..]), ("nixl", &b"WRITE"[..]));
+        let here = contents(&local);
+        for (from, to, bytes) in &pieces {
+            let offset = (to - address(&local)) as usize;
+            let expected = (*from..from + bytes).map(pattern);
+            assert!(here[offset..offset + 4096].iter().copied().eq(expected), "from {from}");
+        }
+        local.write(0, 0, 0, &vec![0x77; SIZE as usize]).unwrap();
+        assert_eq!(peer.ask(&order("READ")), "DONE");
+        let said = tokio::time::timeout(Duration::from_secs(10), notifications.next()).await.unwrap().unwrap();
+        assert_eq!(&said.message[..], b"READ");
+        let got = peer.ask(&json!({"do": "digest", "at": 0, "bytes": 64 * 4096}));
+        peer.ask(&json!({"do": "fill", "byte": 0x77}));
+        assert_eq!(got, peer.ask(&json!({"do": "digest", "at": 0, "bytes": 64 * 4096})));
+    });
+}
+
+#[test]
+fn notifications_go_both_ways_whatever_they_hold() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", 4096, "tcp");
+    run(async {
+        let (agent, mut notifications, _local) = ours(4096, 0).await;
+        peer.ask(&json!({"do": "add", "metadata": hex(&agent.metadata().await.unwrap())}));
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        for message in [Vec::new(), b"a|b\0nixlSerDes|".to_vec(), vec![7; 200_000]] {
+            if !message.is_empty() {
+                agent.notify("nixl", Bytes::from(message.clone()), None).await.unwrap();
+                assert_eq!(peer.heard(), [(agent.name().to_owned(), message.clone())]);
+            }
+            peer.ask(&json!({"do": "notify", "peer": agent.name(), "message": hex(&message)}));
+            let said = tokio::time::timeout(Duration::from_secs(10), notifications.next()).await.unwrap().unwrap();
+            assert_eq!((said.from.as_str(), &said.message[..]), ("nixl", &message[..]));
+        }
+    });
+}
+
+#[test]
+fn over_whatever_transports_ucx_finds_too() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", SIZE as usize, "");
+    run(async {
+        let (agent, _notifications, local) = with(AgentConfig::new("kvferry"), SIZE, 0).await;
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        let pieces = scattered(256, 4096, peer.address);
+        agent.transfer(Transfer::read("nixl", PoolId(1), pieces).then_notify("x")).await.unwrap();
+        let here = contents(&local);
+        assert!((0..SIZE).all(|at| here[((255 - at / 4096) * 4096 + at % 4096) as usize] == pattern(at)));
+        assert_eq!(peer.heard().len(), 1);
+    });
+}
+
+#[test]
+fn a_killed_peer_fails_its_transfers_and_comes_back_under_a_new_name() {
+    let Some(_turn) = turn() else { return };
+    let mut first = Peer::start("nixl#1", SIZE as usize, "tcp");
+    run(async {
+        let (agent, _notifications, _local) = ours(SIZE, 0).await;
+        agent.add_peer(first.metadata.clone()).await.unwrap();
+        let read = |name: &str, at| Transfer::read(name, PoolId(1), scattered(16, 4096, at));
+        agent.transfer(read("nixl#1", first.address)).await.unwrap();
+        first.kill();
+        let began = Instant::now();
+        let failed = agent.transfer(read("nixl#1", first.address).within(Duration::from_secs(20))).await.unwrap_err();
+        assert!(matches!(failed, AgentError::Failed { .. } | AgentError::Deadline { .. }), "{failed}");
+        assert!(began.elapsed() < Duration::from_secs(25));
+
+        let second = Peer::start("nixl#2", SIZE as usize, "tcp");
+        agent.add_peer(second.metadata.clone()).await.unwrap();
+        agent.transfer(read("nixl#2", second.address)).await.unwrap();
+        agent.remove_peer("nixl#1").await.unwrap();
+        let unknown = agent.transfer(read("nixl#1", first.address)).await.unwrap_err();
+        assert!(matches!(unknown, AgentError::Peer { .. }), "{unknown}");
+        // Under its old name, another incarnation is refused until the first is removed.
+        drop(second);
+        let again = Peer::start("nixl#2", SIZE as usize, "tcp");
+        let refused = agent.add_peer(again.metadata.clone()).await.unwrap_err();
+        assert!(refused.to_string().contains("started again"), "{refused}");
+        agent.remove_peer("nixl#2").await.unwrap();
+        agent.add_peer(again.metadata.clone()).await.unwrap();
+        agent.transfer(read("nixl#2", again.address)).await.unwrap();
+    });
+}
+
+#[test]
+fn a_stopped_peer_costs_a_deadline_and_is_met_again() {
+    let Some(_turn) = turn() else { return };
+    let peer = Peer::start("nixl", SIZE as usize, "tcp");
+    run(async {
+        let (agent, _notifications, local) = ours(SIZE, 0).await;
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        let read = || Transfer::read("nixl", PoolId(1), scattered(256, 4096, peer.address));
+        agent.transfer(read()).await.unwrap();
+        rustix::process::kill_process(peer.pid(), rustix::process::Signal::STOP).unwrap();
+        let began = Instant::now();
+        let late = agent.transfer(read().within(Duration::from_millis(500))).await.unwrap_err();
+        assert!(matches!(late, AgentError::Deadline { waited_ms: 500.., .. }), "{late}");
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        // Nothing comes afterwards, also when the peer goes on.
+        local.write(0, 0, 0, &vec![0xCC; SIZE as usize]).unwrap();
+        rustix::process::kill_process(peer.pid(), rustix::process::Signal::CONT).unwrap();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(contents(&local).iter().all(|byte| *byte == 0xCC));
+        agent.transfer(read()).await.unwrap();
+        assert_eq!(contents(&local)[0], pattern(255 * 4096));
+    });
+}
+
+#[test]
+fn memory_is_registered_anew_and_told_in_parts() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", SIZE as usize, "tcp");
+    run(async {
+        let (agent, _notifications, _local) = ours(4096, 1).await;
+        peer.ask(&json!({"do": "add", "metadata": hex(&agent.metadata().await.unwrap())}));
+        let more = pool(2, 8192, 2);
+        agent.register(more.clone()).await.unwrap();
+        let twice = agent.register(more.clone()).await.unwrap_err();
+        assert!(twice.to_string().contains("already"), "{twice}");
+        let part = agent.partial_metadata(vec![PoolId(2)], false).await.unwrap();
+        assert_eq!(peer.ask(&json!({"do": "add", "metadata": hex(&part)})), agent.name());
+        let pieces = [(0, address(&more), 8192)];
+        let order = json!({"do": "transfer", "op": "READ", "peer": agent.name(), "pieces": pieces, "notify": ""});
+        assert_eq!(peer.ask(&order), "DONE");
+        agent.deregister(PoolId(2)).await.unwrap();
+        assert!(agent.deregister(PoolId(2)).await.is_err());
+        agent.register(more).await.unwrap();
+    });
+}
+
+#[test]
+fn a_dropped_future_frees_nothing_and_stops_what_was_not_begun() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", SIZE as usize, "tcp");
+    run(async {
+        let (agent, _notifications) = Agent::start(config().in_flight_max(4)).await.unwrap();
+        agent.register(pool(1, SIZE, 0)).await.unwrap();
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        let read = Transfer::read("nixl", PoolId(1), scattered(20_000, 48, peer.address)).then_notify("never");
+        let gone = tokio::time::timeout(Duration::from_millis(2), agent.transfer(read)).await;
+        // The pool goes, too; what is in flight keeps it.
+        agent.deregister(PoolId(1)).await.unwrap();
+        agent.notify("nixl", Bytes::from_static(b"after"), None).await.unwrap();
+        let heard: Vec<Vec<u8>> = peer.heard().into_iter().map(|(_, message)| message).collect();
+        // Unless it was done within two milliseconds.
+        assert!(gone.is_ok() || heard == [b"after".to_vec()], "{heard:?}");
+        agent.shutdown().await;
+        assert_eq!(agent.notify("nixl", Bytes::from_static(b"x"), None).await, Err(AgentError::Gone));
+    });
+}
+
+#[test]
+fn what_is_not_the_peers_or_ours_is_refused_before_anything_moves() {
+    let Some(_turn) = turn() else { return };
+    let peer = Peer::start("nixl", 65536, "tcp");
+    run(async {
+        let (agent, _notifications, _local) = ours(65536, 9).await;
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        let piece = |offset, address, bytes| Piece { region: 0, offset, address, bytes };
+        let last = peer.address + 65536;
+        for (wrong, word) in [
+            (piece(0, last - 1, 2), "no range"),
+            (piece(0, peer.address - 1, 1), "no range"),
+            (piece(65535, peer.address, 2), "outside"),
+            (piece(u64::MAX, peer.address, 2), "outside"),
+            (Piece { region: 3, ..piece(0, peer.address, 1) }, "outside"),
+        ] {
+            let good = piece(0, peer.address, 16);
+            let refused = agent.transfer(Transfer::write("nixl", PoolId(1), vec![good, wrong])).await.unwrap_err();
+            assert!(matches!(refused, AgentError::Piece { piece: 1, .. }), "{refused}");
+            assert!(refused.to_string().contains(word), "{refused}");
+        }
+        let own = agent.metadata().await.unwrap();
+        assert!(agent.add_peer(own).await.unwrap_err().to_string().contains("own name"));
+        for (at, byte) in [(75, 0xF2), (80, 0)] {
+            let mut broken = peer.metadata.to_vec();
+            broken[at] = byte;
+            // Refused, or as harmless as another identity.
+            let _ = agent.add_peer(broken.into()).await;
+        }
+        let mut cut = peer.metadata.to_vec();
+        cut.truncate(peer.metadata.len() - 1);
+        assert!(matches!(agent.add_peer(cut.into()).await, Err(AgentError::Wire(_))));
+    });
+}
+
+#[test]
+fn peers_of_ours_tell_more_and_nixl_does_not_mind() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", 4096, "tcp");
+    run(async {
+        let extended = config().extension(Bytes::from_static(b"control=10.0.0.1:7000"));
+        let (agent, _notifications) = Agent::start(extended).await.unwrap();
+        agent.register(pool(1, 4096, 0)).await.unwrap();
+        let metadata = agent.metadata().await.unwrap();
+        assert_eq!(peer.ask(&json!({"do": "add", "metadata": hex(&metadata)})), agent.name());
+        let (other, _notifications, _local) = ours(4096, 0).await;
+        let added = other.add_peer(metadata).await.unwrap();
+        assert_eq!(added.kind, PeerKind::Kvferry(Bytes::from_static(b"control=10.0.0.1:7000")));
+    });
+}
