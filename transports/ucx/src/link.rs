@@ -46,6 +46,8 @@ pub(crate) struct Link {
     pub(crate) consumed: u32,
     /// Chunks that UCX is bringing by rendezvous: no more than the peer has credits for.
     pub(crate) receiving: u32,
+    /// A chunk went out over it.
+    pub(crate) is_warm: bool,
     /// Nobody uses it; it is kept until then, since an endpoint that is made anew while the peer still closes the old one is often reset.
     pub(crate) idle_until: Option<Instant>,
     /// Numbers of sessions that are over: chunks of them may still come, and free their places.
@@ -67,6 +69,7 @@ impl Link {
             sessions: BTreeSet::new(),
             consumed: 0,
             receiving: 0,
+            is_warm: false,
             idle_until: None,
             ended: VecDeque::new(),
         }

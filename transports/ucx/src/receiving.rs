@@ -8,7 +8,7 @@ use crate::inbox::{Key, Rendezvous};
 use crate::link::CREDITS;
 use crate::request::Begun;
 use crate::transport::UcxTransport;
-use crate::wire::{HEADER_BYTES, Header, RENDEZVOUS_BYTES_MAX};
+use crate::wire::{HEADER_BYTES, Header, RENDEZVOUS_BYTES_MAX, WARMING_TAG};
 
 /// Buffers that are kept for the next chunks.
 const SPARES_MAX: usize = 2 * CREDITS as usize;
@@ -42,7 +42,8 @@ impl UcxTransport {
             self.worker.decline(rendezvous);
             return self.lose_link(id, "a chunk is longer than one may be, or one more than it has credits for");
         }
-        if !Key::of(&header).is_some_and(|key| self.worker.inbox.wants(key)) {
+        // What warms the link up is received, too: for that it comes.
+        if header.tag != WARMING_TAG && !Key::of(&header).is_some_and(|key| self.worker.inbox.wants(key)) {
             self.worker.decline(rendezvous);
             // Of a transfer that has ended here: it frees its place on the link.
             link.consumed += 1;

@@ -11,9 +11,17 @@ use crate::inbox::{Flow, Key};
 use crate::link::{SENDS_MAX, Serving, Source};
 use crate::request::Begun;
 use crate::transport::UcxTransport;
-use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX, RENDEZVOUS_BYTES_MAX, Read, Refusal, decode_first};
+use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX, RENDEZVOUS_BYTES_MAX, Read, Refusal, WARMING_TAG, decode_first};
 
 impl Access {
+    /// The longest chunk, with its header.
+    fn chunk_bytes_max(self) -> usize {
+        match self {
+            Access::OneSided => MESSAGE_BYTES_MAX,
+            Access::TwoSided => RENDEZVOUS_BYTES_MAX,
+        }
+    }
+
     /// Whether a chunk is offered for the peer to fetch.
     fn offers(self, chunk: &[u8]) -> bool {
         self == Access::TwoSided && chunk.len() > EAGER_BYTES_MAX
@@ -24,6 +32,8 @@ impl Access {
 const READS_MAX: usize = 4096;
 /// Chunks up to this long are not worth a rendezvous.
 const EAGER_BYTES_MAX: usize = 32 << 10;
+/// Bytes of the chunk that warms a link up: long enough for a rendezvous.
+const WARMING_BYTES: usize = 64 << 10;
 /// Bytes of requests that a peer may make this side hold.
 const REQUEST_BYTES_MAX: usize = 256 << 20;
 
@@ -98,12 +108,42 @@ impl UcxTransport {
         }
     }
 
+    /// Sends one chunk of no transfer, which its receiver takes and forgets: UCX chooses its protocols, and both ends get their buffers, at
+    /// the first message of a kind. Once a link, when its first session is up.
+    pub(crate) fn warm_up(&mut self, peer: PeerId) {
+        let Some(session) = self.sessions.get(&peer) else { return };
+        let (Some(there), id) = (session.there, session.link) else { return };
+        let Some(link) = self.links.get_mut(&id) else { return };
+        if std::mem::replace(&mut link.is_warm, true) || link.outgoing.credits == 0 {
+            return;
+        }
+        let header = Header { kind: Kind::PushData, number: 0, session: there, tag: WARMING_TAG };
+        let mut buffer = link.outgoing.buffer(self.access.chunk_bytes_max());
+        buffer.extend_from_slice(&header.encode());
+        buffer.resize(WARMING_BYTES, 0);
+        self.send_chunk(id, buffer);
+    }
+
+    /// Hands a chunk to UCX.
+    fn send_chunk(&mut self, id: u64, buffer: Vec<u8>) {
+        let Some(link) = self.links.get_mut(&id) else { return };
+        link.outgoing.credits = link.outgoing.credits.saturating_sub(1);
+        link.outgoing.in_flight += 1;
+        // What is short is there sooner than it could be fetched.
+        let begun = if self.access.offers(&buffer) {
+            link.outgoing.offered += 1;
+            link.endpoint.offer(id, buffer)
+        } else {
+            link.endpoint.send(id, buffer, true)
+        };
+        if let Begun::Over(operation, status) = begun {
+            self.finished(operation, status);
+        }
+    }
+
     /// Sends chunks over a link, up to about `budget` bytes; says how many.
     pub(crate) fn send_chunks(&mut self, id: u64, budget: u64) -> u64 {
-        let bytes_max = match self.access {
-            Access::OneSided => MESSAGE_BYTES_MAX,
-            Access::TwoSided => RENDEZVOUS_BYTES_MAX,
-        };
+        let bytes_max = self.access.chunk_bytes_max();
         let mut sent = 0;
         while sent < budget
             && let Some(link) = self.links.get_mut(&id)
@@ -125,23 +165,12 @@ impl UcxTransport {
                 return sent;
             }
             sent += buffer.len() as u64;
-            link.outgoing.credits -= 1;
-            link.outgoing.in_flight += 1;
-            // What is short is there sooner than it could be fetched.
-            let begun = if self.access.offers(&buffer) {
-                link.outgoing.offered += 1;
-                link.endpoint.offer(id, buffer)
-            } else {
-                link.endpoint.send(id, buffer, true)
-            };
             if source.left > 0 {
                 link.outgoing.sources.push_back(source);
             } else {
                 self.source_ended(&source);
             }
-            if let Begun::Over(operation, status) = begun {
-                self.finished(operation, status);
-            }
+            self.send_chunk(id, buffer);
         }
         sent
     }

@@ -132,6 +132,7 @@ impl UcxTransport {
         found.theirs = Some(hello.link);
         let welcome = Welcome { link: found.number, session: here };
         self.say(peer, Kind::Welcome, 0, 0, &encode(&welcome));
+        self.warm_up(peer);
         self.events.push(Event::Connected { peer });
         Ok(())
     }
@@ -151,6 +152,7 @@ impl UcxTransport {
             self.lose_sessions(id, Some(peer));
         }
         self.events.push(Event::Connected { peer });
+        self.warm_up(peer);
         self.show(peer);
         let queued: Vec<_> = self.posts.iter().filter(|(_, p)| p.peer == peer).map(|(id, _)| *id).collect();
         for id in queued {
@@ -297,6 +299,7 @@ mod tests {
     use super::*;
     use crate::UcxProvider;
     use crate::lanes::Lanes;
+    use crate::link::CREDITS;
 
     const BLOCKS: u32 = 16;
     const BLOCK_BYTES: u64 = 64 << 10;
@@ -312,6 +315,8 @@ mod tests {
         registered: usize,
         /// Sessions that are up.
         sessions: usize,
+        /// Whether a chunk went out over every link and was taken.
+        warm: bool,
     }
 
     impl Wired {
@@ -322,16 +327,17 @@ mod tests {
                 lanes: transport.links.iter().map(|(id, link)| (*id, lanes(link))).collect(),
                 registered: transport.pools.values().filter(|bound| bound.mapped.is_some()).count(),
                 sessions: transport.sessions.values().filter(|session| session.there.is_some()).count(),
+                warm: transport.links.values().all(|link| link.is_warm && link.outgoing.credits == CREDITS),
             }
         }
     }
 
-    fn until(parties: [&mut UcxTransport; 2], done: impl Fn(&[Vec<Event>; 2]) -> bool) {
+    fn until(parties: [&mut UcxTransport; 2], done: impl Fn(&[Vec<Event>; 2], [&UcxTransport; 2]) -> bool) {
         let mut events = [Vec::new(), Vec::new()];
         let [a, b] = parties;
         let until = Instant::now() + Duration::from_secs(30);
-        while !done(&events) {
-            assert!(Instant::now() < until, "{events:?}");
+        while !done(&events, [a, b]) {
+            assert!(Instant::now() < until, "{events:?} {:?} {:?}", Wired::of(a), Wired::of(b));
             a.poll(&mut events[0]);
             b.poll(&mut events[1]);
         }
@@ -358,8 +364,9 @@ mod tests {
                 let PoolKeys(keys) = b.bind(&theirs).unwrap();
                 let peer = a.connect(&b.address()).unwrap();
                 let remote = a.import(peer, &PoolKeys(keys), theirs.layout()).unwrap();
-                until([&mut a, &mut b], |events| {
+                until([&mut a, &mut b], |events, parties| {
                     events.iter().all(|events| events.iter().any(|event| matches!(event, Event::Connected { .. })))
+                        && parties.iter().all(|party| Wired::of(party).warm)
                 });
                 let joined = [Wired::of(&a), Wired::of(&b)];
                 assert!(joined.iter().all(|wired| wired.endpoints == 1 && wired.sessions == 1), "{joined:?}");
@@ -371,7 +378,10 @@ mod tests {
                     b.expect(Expected { id, pool: theirs.id(), program: program.clone(), range }).unwrap();
                 }
                 a.post(Transfer { id, peer, direction, local, remote, program, range, notice: None }).unwrap();
-                until([&mut a, &mut b], |[events, _]| events.iter().any(|e| matches!(e, Event::Completed { .. })));
+                until([&mut a, &mut b], |[events, _], parties| {
+                    events.iter().any(|event| matches!(event, Event::Completed { .. }))
+                        && parties.iter().all(|party| Wired::of(party).warm)
+                });
                 assert_eq!([Wired::of(&a), Wired::of(&b)], joined, "{device}, two-sided {two_sided}, {direction:?}");
             }
         }

@@ -22,6 +22,8 @@ const CHECK_BYTES: usize = 16;
 pub(crate) const MESSAGE_BYTES_MAX: usize = 252 << 10;
 /// Bytes of a chunk that is sent by rendezvous, and its header.
 pub(crate) const RENDEZVOUS_BYTES_MAX: usize = (1 << 20) + HEADER_BYTES;
+/// The tag of what warms a link up: of no transfer, since theirs begin with one.
+pub(crate) const WARMING_TAG: u64 = 0;
 /// Bytes of a message that came in parts.
 pub(crate) const WHOLE_BYTES_MAX: usize = FRAME_BYTES_MAX + (64 << 10);
 /// Bytes of a worker's address: with one device there are tens.
