@@ -55,7 +55,11 @@ fn every_transport_and_direction_is_measured_and_verified() {
                 assert!(report["cpu_seconds"].as_f64().unwrap() > 0.0);
                 let fields: Vec<&String> = report.as_object().unwrap().keys().collect();
                 assert!(report["first_seconds"].as_f64().unwrap() > 0.0);
-                assert_eq!(fields.len(), 11, "{fields:?}");
+                assert_eq!(fields.len(), 12, "{fields:?}");
+                let evidence = &report["evidence"];
+                let grade = if transport == "shm" { "E4" } else { "E3" };
+                assert_eq!(evidence["grade"], grade, "{evidence}");
+                assert!(!evidence["lanes"].as_array().unwrap().is_empty(), "{evidence}");
             }
         }
     }

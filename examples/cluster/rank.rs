@@ -232,11 +232,12 @@ async fn live(
     }
 }
 
-/// The rank's pool, on its GPU if it has one.
+/// The rank's pool: on its GPU if it has one, and where UCX is the only way, in the memory that suits that.
 fn allocate(config: &RankConfig, layout: PoolLayout) -> Result<Pool, RankError> {
     let (id, name) = (PoolId(0), config.pool_name());
+    let all_ucx = config.nics.iter().all(|nic| nic.kind == TransportKind::Ucx);
     match config.nics.first() {
-        Some(nic) if nic.kind == TransportKind::Cuda => {
+        Some(nic) if nic.kind == TransportKind::Cuda || all_ucx => {
             Ok(transport::allocate(nic.kind, Some(&nic.device), id, layout, &name)?)
         }
         _ => Ok(Pool::allocate(id, layout, &name)?),

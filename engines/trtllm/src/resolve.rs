@@ -317,7 +317,15 @@ impl Resolver<'_> {
         );
         let transport = Resolved {
             value: carrier,
-            reason: format!("{} is carried by kvferry's {} transport", method.value.name(), carrier.name()),
+            reason: match method.value {
+                Method::Ucx => {
+                    "UCX is carried by kvferry's ucx transport, by its two-sided method: messages by rendezvous, no remote keys"
+                        .to_owned()
+                }
+                Method::Nixl(_) => {
+                    format!("{} is carried by kvferry's {} transport", method.value.name(), carrier.name())
+                }
+            },
             source: method.source.clone(),
         };
         let (library_transports, devices) = match carrier {

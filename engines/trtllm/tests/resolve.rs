@@ -161,6 +161,9 @@ fn devices_and_transports_of_the_library_come_from_its_variables() {
     assert_eq!(plan.devices.value, ["rdmap40s0:1", "rdmap62s0:1"]);
     assert_eq!(plan.devices.source, Source::Variable("UCX_NET_DEVICES".to_owned()));
     assert_eq!(plan.library_transports.value, ["srd", "cuda_copy"]);
+    assert!(plan.transport.reason.contains("two-sided method"), "{}", plan.transport.reason);
+    let nixl = self::plan("backend: NIXL", &[]).transport;
+    assert_eq!((nixl.value, nixl.reason.contains("two-sided")), (Carrier::Ucx, false));
     let all = self::plan("backend: UCX", &[("UCX_NET_DEVICES", "all")]);
     assert!(all.devices.value.is_empty());
 }

@@ -34,6 +34,9 @@ use kv::Holds;
 /// is overwritten, the request is moved once more, and everything is compared again: blocks that are not the request's must be
 /// untouched.
 ///
+/// `evidence` is what the destination knows of the path, else the initiator: how far it is proven, over which lanes, and where pieces may
+/// come in two ways, from which length on they are read and why.
+///
 /// Exits with 0 when every byte was right, with 1 when one was not or something failed, with 2 when the options make no sense.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Options {
@@ -84,6 +87,11 @@ pub(crate) struct Options {
     /// Active messages by rendezvous instead of remote access (ucx).
     #[arg(long)]
     two_sided: bool,
+
+    /// Have the source pack pieces shorter than this, and read longer ones one by one (ucx, where memory can be read). By default what earlier
+    /// transfers took decides.
+    #[arg(long, value_name = "BYTES")]
+    packed_below: Option<u64>,
 
     /// Also take the GPU's time of every transfer by CUDA events (cuda), which costs each a few microseconds: `gpu_seconds`.
     #[arg(long)]

@@ -29,6 +29,9 @@ pub struct Options {
     pub poll_bytes_max: u64,
     /// Thread blocks of 1024 threads that one launch occupies at most (cuda): few leave the GPU to the model.
     pub thread_blocks: u32,
+    /// Pieces that are shorter than this on average, in bytes, are packed by their source where the destination could also read them one by
+    /// one (ucx). By default what earlier transfers took decides.
+    pub packed_below_bytes: Option<u64>,
     /// How long a push that nobody expects may wait, in milliseconds.
     pub unexpected_wait_ms: u64,
     /// Both sides move the bytes, by messages with rendezvous, and neither reads the other's memory (ucx: TensorRT-LLM's `backend: UCX`).
@@ -43,6 +46,7 @@ impl Default for Options {
             transfers_max: 1024,
             poll_bytes_max: 4 << 20,
             thread_blocks: 16,
+            packed_below_bytes: None,
             unexpected_wait_ms: 5_000,
             two_sided: false,
         }

@@ -126,6 +126,15 @@ impl Pool {
         Ok(Pool { inner: Arc::new(Inner { id, layout, regions, shared: true, device: None, _keep_alive: None }) })
     }
 
+    /// A pool of this process's own memory, which others can at most read through their kernel: on huge pages where the kernel gives them when
+    /// asked, which it seldom does for shared memory. For transports that map nothing; shared memory reads it more slowly.
+    pub fn allocate_private(id: PoolId, layout: PoolLayout, options: &PoolOptions) -> Result<Pool, PoolError> {
+        layout.validate()?;
+        let regions =
+            layout.regions.iter().map(|&bytes| Region::private(bytes, options)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Pool { inner: Arc::new(Inner { id, layout, regions, shared: false, device: None, _keep_alive: None }) })
+    }
+
     /// A pool over memory that someone else allocated.
     ///
     /// # Safety
@@ -391,6 +400,22 @@ mod tests {
         let wrong =
             Pool::allocate(PoolId(1), PoolLayout { regions: vec![1], planes: vec![plane] }, "test").unwrap_err();
         assert!(matches!(wrong, PoolError::Layout(_)), "{wrong}");
+    }
+
+    #[test]
+    fn private_memory_is_aligned_for_huge_pages_and_has_no_descriptor() {
+        let bytes = (4 << 20) + 64;
+        let pool = Pool::allocate_private(PoolId(3), layout(bytes), &PoolOptions::default()).unwrap();
+        let [large, empty] = pool.regions() else { panic!("two regions") };
+        assert_eq!((large.base() as usize % (2 << 20), large.bytes(), empty.bytes()), (0, bytes, 0));
+        assert!(large.fd().is_none() && !pool.is_shared());
+        let last = (bytes / 64) as u32 - 1;
+        let mut out = [1; 48];
+        pool.read(0, last, 0, &mut out).unwrap();
+        assert_eq!(out, [0; 48]);
+        pool.write(0, last, 0, &[7; 48]).unwrap();
+        pool.read(0, last, 0, &mut out).unwrap();
+        assert_eq!(out, [7; 48]);
     }
 
     #[test]

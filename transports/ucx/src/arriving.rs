@@ -141,6 +141,7 @@ impl UcxTransport {
             return;
         }
         let Some(link) = self.sessions.get(&peer).map(|session| session.link) else { return };
+        self.watched = None;
         let readable = write.source.filter(|_| self.reads_memory(link));
         let progress = match readable.map(|named| (named, self.with_source(id, program))) {
             None => Progress::Sent,
@@ -250,6 +251,7 @@ impl UcxTransport {
         if let Some(session) = self.sessions.get_mut(&arriving.peer) {
             session.writes.remove(&arriving.tag);
         }
+        self.note_taken(id);
         self.say(arriving.peer, Kind::Done, 0, arriving.tag, &encode(&Done { pieces }));
         self.events.push(Event::Arrived { id, bytes, pieces });
         self.events.extend(arriving.write.notice.map(|notice| Event::Notice { notice }));

@@ -7,6 +7,7 @@ use kvferry_core::{PoolLayout, Program, TransferId, UnitRange};
 use kvferry_transport::{PeerId, RemotePool, TransferError, first_part};
 use ucx_sys::UCS_OK;
 
+use crate::cost::Manner;
 use crate::counters::Way;
 use crate::endpoint::{GetMemory, RemoteKeys};
 use crate::inbox::Flow;
@@ -79,20 +80,21 @@ impl UcxTransport {
     ) -> Option<u64> {
         let mapped = local.mapped.clone()?;
         let link = self.sessions.get(&peer)?.link;
-        let piece_bytes_min = self.lanes(link)?.piece_bytes_min();
-        let endpoint = &self.links.get(&link)?.endpoint;
-        let remote = self.remotes.get_mut(&remote)?;
-        let (keys, source) = remote.lent.clone().filter(|(keys, _)| keys.are_readable())?;
+        let (keys, source) = self.remotes.get(&remote)?.lent.clone().filter(|(keys, _)| keys.are_readable())?;
         let sample = program.copies(range, &source, &local.layout).take(SAMPLE);
         let (count, bytes) = sample.fold((0, 0), |(count, bytes), copy| (count + 1, bytes + copy.bytes));
-        if bytes < piece_bytes_min * count {
+        let left = program.bytes_in(range);
+        if self.choose(link, id, bytes / count.max(1), left) == Manner::Packed {
             return None;
         }
+        let endpoint = &self.links.get(&link)?.endpoint;
+        let remote = self.remotes.get_mut(&remote)?;
         if remote.unpacked.is_none() {
             let packed = keys.regions.iter().map(|region| region.rkey.as_slice());
             match RemoteKeys::unpack(endpoint, packed) {
                 Ok(unpacked) => remote.unpacked = Some(Rc::new(unpacked)),
                 Err(reason) => {
+                    self.watched = None;
                     tracing::warn!(reason, "a peer's memory cannot be read; its owner sends it");
                     return None;
                 }
@@ -100,7 +102,6 @@ impl UcxTransport {
         }
         let memory = Rc::new(GetMemory { keys: remote.unpacked.clone()?, _local: mapped });
         let named = remote.named;
-        let left = program.bytes_in(range);
         let number = self.new_number();
         let fetch = Fetch {
             flow,
@@ -205,6 +206,7 @@ impl UcxTransport {
         }
         let Some(fetch) = self.fetches.remove(&number) else { return };
         if fetch.stop.is_none() {
+            self.note_taken(fetch.id);
             self.note_moved(fetch.link, Way::Read, fetch.bytes);
         }
         match fetch.flow {

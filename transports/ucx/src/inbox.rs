@@ -137,6 +137,11 @@ impl Inbox {
         }
     }
 
+    /// Whether any transfer's bytes are waited for.
+    pub(crate) fn has_sinks(&self) -> bool {
+        !self.state.borrow().sinks.is_empty()
+    }
+
     /// Whether somebody waits for a transfer's bytes.
     pub(crate) fn wants(&self, key: Key) -> bool {
         self.state.borrow().sinks.contains_key(&key)

@@ -2,16 +2,18 @@
 
 use ucx_text::{EndpointLane, Lane};
 
+use crate::cost::{Line, Rule};
+
 /// UCX's transports that read remote memory without the peer's help.
 const READERS: [&str; 9] = ["cma", "knem", "xpmem", "rc_verbs", "rc_mlx5", "dc_mlx5", "dc_devx", "srd", "cuda_ipc"];
 
 /// Those of them that are a system call of this side's kernel each time.
 const KERNEL_READERS: [&str; 3] = ["cma", "knem", "xpmem"];
-/// Shorter pieces are sent packed where a read is a system call: through cma 4 KiB pieces came at 1.4 GB/s and 8 KiB ones at 2.0, packed at
+/// Where a read is a system call, shorter pieces are sent packed until both ways are measured: through cma 4 KiB pieces came at 1.4 GB/s and 8 KiB ones at 2.0, packed at
 /// 2.6 to 3.2; from 16 KiB on both are equal and reading takes half the processor time (UCX 1.22, one host of two cores).
-const KERNEL_PIECE_BYTES_MIN: u64 = 12 << 10;
-/// Shorter pieces are sent packed where the hardware reads: it takes millions of reads a second, and each costs a descriptor here.
-const HARDWARE_PIECE_BYTES_MIN: u64 = 1 << 10;
+const KERNEL: Rule = Rule { piece_bytes_min: 12 << 10, read: Line { piece: 1750.0, byte: 0.28 }, packed_piece: 100.0 };
+/// The hardware takes millions of reads a second, and each costs a descriptor here. Its figures are round ones of 25 GB/s.
+const HARDWARE: Rule = Rule { piece_bytes_min: 1 << 10, read: Line { piece: 150.0, byte: 0.04 }, packed_piece: 50.0 };
 
 /// The lanes of an endpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,11 +34,11 @@ impl Lanes {
         self.printed.iter().any(|lane| lane.is_zero_copy() && READERS.contains(&lane.lane.transport.as_str()))
     }
 
-    /// The mean length from which pieces are better read one by one than packed at their source and sent.
-    pub(crate) fn piece_bytes_min(&self) -> u64 {
+    /// From which mean length on pieces are taken to be better read one by one than packed at their source and sent.
+    pub(crate) fn rule(&self) -> Rule {
         let kernel =
             |lane: &EndpointLane| lane.is_zero_copy() && KERNEL_READERS.contains(&lane.lane.transport.as_str());
-        if self.printed.iter().any(kernel) { KERNEL_PIECE_BYTES_MIN } else { HARDWARE_PIECE_BYTES_MIN }
+        if self.printed.iter().any(kernel) { KERNEL } else { HARDWARE }
     }
 
     /// Their names, each once, in order.
@@ -69,7 +71,7 @@ mod tests {
         let lanes = parse(text);
         assert_eq!(lanes.names(), ["sysv/memory", "cma/memory"]);
         assert!(lanes.read_remote_memory());
-        assert!(lanes.piece_bytes_min() > 8192, "a system call for each");
+        assert!(lanes.rule().piece_bytes_min > 8192, "a system call for each");
     }
 
     #[test]

@@ -5,8 +5,10 @@
 //! the source packs chunks and sends them as eager messages, and the destination unpacks them by the program that it already knows.
 
 mod arriving;
+mod choice;
 mod closing;
 mod context;
+mod cost;
 mod counters;
 mod device;
 mod endpoint;

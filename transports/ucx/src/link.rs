@@ -6,6 +6,7 @@ use std::time::Instant;
 use kvferry_core::TransferId;
 use kvferry_transport::{Cursor, PeerId};
 
+use crate::cost::Costs;
 use crate::counters::Way;
 use crate::endpoint::Endpoint;
 use crate::inbox::Key;
@@ -36,6 +37,8 @@ pub(crate) struct Link {
     pub(crate) theirs: Option<u64>,
     /// Known once it is wired.
     pub(crate) lanes: Option<Lanes>,
+    /// What reading over them costs and what packing; as soon as one of the two has to be chosen.
+    pub(crate) costs: Option<Costs>,
     /// Which way bytes went without passing a processor at the end that holds them, if they did.
     pub(crate) moved: Option<Way>,
     /// What the device's counters showed of that.
@@ -63,6 +66,7 @@ impl Link {
             number,
             theirs: None,
             lanes: None,
+            costs: None,
             moved: None,
             proven: None,
             outgoing: Outgoing::default(),

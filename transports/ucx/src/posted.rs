@@ -104,6 +104,7 @@ impl UcxTransport {
         let Some(peer) = self.posts.get(&id).map(|posted| posted.peer) else { return };
         let Some(session) = self.sessions.get_mut(&peer) else { return };
         let (tag, here, link) = (session.new_tag(), session.here, session.link);
+        self.watched = None;
         session.posts.insert(tag, id);
         let reads = self.reads_memory(link);
         let Some(posted) = self.posts.get_mut(&id) else { return };
@@ -213,6 +214,7 @@ impl UcxTransport {
     /// The last byte of a pull is here.
     pub(crate) fn pulled(&mut self, peer: PeerId, tag: u64, pieces: u64) {
         let Some((id, posted)) = self.take_posted(peer, tag) else { return };
+        self.note_taken(id);
         if let Some(notice) = posted.notice {
             self.say(peer, Kind::Notice, 0, tag, &encode(&notice));
         }

@@ -50,11 +50,13 @@ impl UcxTransport {
         }
     }
 
-    fn evidence(&mut self, id: u64) -> Option<Evidence> {
+    pub(crate) fn evidence(&mut self, id: u64) -> Option<Evidence> {
         let reads = self.reads_memory(id);
         let lanes = self.lanes(id)?.names();
         let link = self.links.get(&id)?;
         let library = self.context.library;
+        let proven = link.proven.clone();
+        let moved = link.moved;
         let mut evidence = Evidence {
             library: Some(LibraryName { path: library.path.clone(), version: library.version.to_string() }),
             ..Evidence::connected(lanes)
@@ -62,25 +64,26 @@ impl UcxTransport {
         let is_rdma = self.method.is_rdma();
         if reads {
             evidence.grade = Grade::E4;
-            evidence = evidence.seen("large reads are zero-copy (rma_bw#)");
+            evidence = evidence.seen("large reads are zero-copy (rma_bw#)").seen(self.costs(id)?.words());
         } else if self.access == Access::TwoSided {
             evidence = evidence.unseen("remote access, which the two-sided method leaves to UCX's rendezvous");
         } else {
             evidence.emulated = is_rdma;
             evidence = evidence.unseen("zero-copy reads, which these lanes have not: bytes go in messages");
         }
-        Some(match &link.proven {
+        Some(match &proven {
             Some(counted) if reads => Evidence { grade: Grade::E5, ..evidence }.seen(counted.clone()),
             _ if !is_rdma => evidence.unseen("counters of a device"),
-            _ if reads => evidence
-                .unseen(format!("bytes on the device ({})", self.counters.words(link.moved.unwrap_or(Way::Read)))),
+            _ if reads => {
+                evidence.unseen(format!("bytes on the device ({})", self.counters.words(moved.unwrap_or(Way::Read))))
+            }
             _ => evidence,
         })
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::path::PathBuf;
     use std::time::Duration;
 
@@ -91,7 +94,7 @@ mod tests {
     use crate::counters::Counters;
     use crate::device::{MEMORY, SysRoot};
 
-    fn open() -> Option<UcxTransport> {
+    pub(crate) fn open() -> Option<UcxTransport> {
         if let Some(reason) = UcxProvider::unavailable() {
             kvferry_transport::conformance::absent("ucx", &reason);
             return None;

@@ -1,6 +1,9 @@
 //! Finds the devices that UCX can use here and opens them.
 
-use kvferry_transport::{Device, NicInfo, OpenError, Options, Provider, Transport, TransportKind};
+use kvferry_core::{PoolId, PoolLayout};
+use kvferry_transport::{
+    Device, NicInfo, OpenError, Options, Pool, PoolError, PoolOptions, Provider, Transport, TransportKind,
+};
 
 use crate::context::Context;
 use crate::counters::Counters;
@@ -165,6 +168,11 @@ impl Provider for UcxProvider {
             }
         };
         Some(Device { kind: TransportKind::Ucx, name: found.name, unavailable: found.unavailable })
+    }
+
+    /// Private memory on huge pages: it is read and registered by the page, and shared memory seldom has large ones.
+    fn allocate(&self, _: &Device, id: PoolId, layout: PoolLayout, _: &str) -> Result<Pool, PoolError> {
+        Pool::allocate_private(id, layout, &PoolOptions::default())
     }
 
     fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError> {

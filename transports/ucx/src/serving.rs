@@ -84,6 +84,7 @@ impl UcxTransport {
         let Some(session) = self.sessions.get(&peer) else { return };
         let (Some(there), Some(link)) = (session.there, self.links.get_mut(&session.link)) else { return };
         let key = Key { session: there, flow, tag };
+        self.watched = None;
         link.outgoing.sources.push_back(Source { key, peer, cursor, left: bytes, number: 0 });
     }
 

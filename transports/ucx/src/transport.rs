@@ -18,6 +18,7 @@ use rustix::event::epoll;
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
 use crate::arriving::{Expectation, Held};
+use crate::choice::Watched;
 use crate::closing::{Closing, Fence};
 use crate::context::{Context, Mapped};
 use crate::counters::Counters;
@@ -60,6 +61,8 @@ pub(crate) struct UcxTransport {
     pub(crate) fetches: BTreeMap<u64, Fetch>,
     /// Fetches that can go on, in turn.
     pub(crate) turns: VecDeque<u64>,
+    /// The lone transfer whose time is taken.
+    pub(crate) watched: Option<Watched>,
     /// What its device has counted.
     pub(crate) counters: Counters,
     /// What happened since the last poll.
@@ -118,6 +121,7 @@ impl UcxTransport {
             held: BTreeMap::new(),
             fetches: BTreeMap::new(),
             turns: VecDeque::new(),
+            watched: None,
             counters: Counters::default(),
             events: Vec::new(),
             next_deadline: None,

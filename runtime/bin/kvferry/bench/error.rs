@@ -24,6 +24,9 @@ pub(crate) enum BenchError {
     /// The two-sided method is UCX's.
     #[error("--two-sided is for --transport ucx only; leave it out")]
     NoTwoSides,
+    /// So is the choice.
+    #[error("--packed-below is for --transport ucx only; leave it out")]
+    NoChoice,
     /// There is no memory for a pool.
     #[error(transparent)]
     Allocate(#[from] AllocateError),
@@ -86,6 +89,7 @@ impl BenchError {
             BenchError::NoStreams
                 | BenchError::NoGpus
                 | BenchError::NoTwoSides
+                | BenchError::NoChoice
                 | BenchError::Select(SelectError::UnknownDevice { .. })
                 | BenchError::Geometry(_)
                 | BenchError::Plan(_)

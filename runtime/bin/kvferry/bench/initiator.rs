@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kvferry::{BlockTable, PoolId, Tables};
+use kvferry_core::Evidence;
 use kvferry_transport::{Event, PeerId, PoolKeys, RemotePool, Transfer};
 
 use super::error::BenchError;
@@ -31,9 +32,9 @@ pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
         format!("{from} to {to}")
     };
     match compare(options, &shape, nic, &mut peer.words, deadline) {
-        Ok((first, samples, mismatch)) => {
+        Ok(measured) => {
             peer.finish(deadline)?;
-            Ok(Report::new(options, (device, library), &shape, (first, &samples), mismatch))
+            Ok(Report::new(options, (device, library), &shape, measured))
         }
         Err(error) => Err(peer.explain(error)),
     }
@@ -51,27 +52,40 @@ pub(crate) struct Sample {
     pub(crate) gpu: Duration,
 }
 
-/// The first iteration after the connection stood, the timed ones, and the first wrong byte after them.
+/// What came out of all iterations.
+#[derive(Debug)]
+pub(crate) struct Measured {
+    /// The first after the connection stood.
+    pub(crate) first: Sample,
+    /// The timed ones.
+    pub(crate) samples: Vec<Sample>,
+    /// What is known of the path after them.
+    pub(crate) evidence: Option<Evidence>,
+    /// The first wrong byte.
+    pub(crate) mismatch: Option<String>,
+}
+
 fn compare(
     options: &Options,
     shape: &Shape,
     nic: Nic,
     words: &mut Words,
     deadline: Deadline,
-) -> Result<(Sample, Vec<Sample>, Option<String>), BenchError> {
+) -> Result<Measured, BenchError> {
     let mut session = Session::open(options, shape, nic, words, deadline)?;
     let first = session.iterate(0)?;
     let mut samples = Vec::with_capacity(options.iters as usize);
     for handover in 1..=u64::from(options.iters) {
         samples.push(session.iterate(handover)?);
     }
+    let evidence = session.evidence()?;
     let mut mismatch = session.verify()?;
     if mismatch.is_none() {
         session.write()?;
         session.iterate(u64::from(options.iters) + 1)?;
         mismatch = session.verify()?;
     }
-    Ok((first, samples, mismatch))
+    Ok(Measured { first, samples, evidence, mismatch })
 }
 
 /// Both sides connected, with their pools filled.
@@ -161,6 +175,18 @@ impl<'a> Session<'a> {
         let Spent { processor, gpu } = there_after.since(there_before, here);
         let (processor, gpu) = (Duration::from_nanos(processor), Duration::from_nanos(gpu));
         Ok(Sample { plan, moved: elapsed, processor, gpu })
+    }
+
+    /// What the destination knows of the path, since it chooses how bytes come; else what is known here.
+    fn evidence(&mut self) -> Result<Option<Evidence>, BenchError> {
+        if self.op == Op::Pull {
+            return Ok(self.nic.evidence.clone());
+        }
+        let during = "what it knows of the path";
+        match self.ask(&ToPeer::Tell, during)? {
+            FromPeer::Knows(there) => Ok(there.or_else(|| self.nic.evidence.clone())),
+            other => Err(unexpected(&other, during)),
+        }
     }
 
     /// Compares the destination, wherever it is.

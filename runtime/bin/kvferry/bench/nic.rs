@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvferry::transport::{self, SelectError, Transport};
 use kvferry::{ThreadOptions, TransportKind};
+use kvferry_core::Evidence;
 use kvferry_cuda::CudaProvider;
 use kvferry_transport::{Device, Event, Provider, Wait};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -42,6 +43,8 @@ pub(crate) struct Nic {
     pub(crate) transport: Box<dyn Transport>,
     spin: Duration,
     worked: Instant,
+    /// What was shown last of the path to the other process.
+    pub(crate) evidence: Option<Evidence>,
 }
 
 impl Nic {
@@ -63,11 +66,15 @@ impl Nic {
             return Err(BenchError::NoTwoSides);
         }
         how.two_sided = options.two_sided;
+        if options.packed_below.is_some() && options.transport != TransportKind::Ucx {
+            return Err(BenchError::NoChoice);
+        }
+        how.packed_below_bytes = options.packed_below;
         let device = options.device_of(holds);
         let open = transport::select(options.transport, device.as_deref(), &how)?;
         let transport = if options.gpu_times { open_timed(device.as_deref(), &how)? } else { open()? };
         let spin = ThreadOptions::for_nic_threads(NIC_THREADS).spin;
-        Ok(Nic { transport, spin, worked: Instant::now() })
+        Ok(Nic { transport, spin, worked: Instant::now(), evidence: None })
     }
 
     /// Polls once; waits when there was nothing to do, at most to the deadline. Says whether `words` can be read, as far as it looked:
@@ -82,6 +89,13 @@ impl Nic {
         let before = events.len();
         self.transport.poll(events);
         if events.len() > before {
+            let shown = |event: &Event| match event {
+                Event::Shown { evidence, .. } => Some(Evidence::clone(evidence)),
+                _ => None,
+            };
+            if let Some(evidence) = events.iter().skip(before).filter_map(shown).next_back() {
+                self.evidence = Some(evidence);
+            }
             self.worked = Instant::now();
             return Ok(false);
         }

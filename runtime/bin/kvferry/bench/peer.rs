@@ -127,6 +127,7 @@ impl Peer {
                 let mismatch = self.cache.verify()?.map(|mismatch| mismatch.to_string());
                 Some(FromPeer::Compared { mismatch })
             }
+            ToPeer::Tell => Some(FromPeer::Knows(self.nic.evidence.clone())),
             ToPeer::Write => {
                 self.cache.write()?;
                 Some(FromPeer::Spent(spent()))

@@ -50,6 +50,9 @@ impl PeerProcess {
         if let Some(streams) = options.streams {
             command.arg("--streams").arg(streams.to_string());
         }
+        if let Some(bytes) = options.packed_below {
+            command.arg("--packed-below").arg(bytes.to_string());
+        }
         if options.two_sided {
             command.arg("--two-sided");
         }

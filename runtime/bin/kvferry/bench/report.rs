@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use kvferry_core::Evidence;
 use serde::Serialize;
 
 use super::Options;
-use super::initiator::Sample;
+use super::initiator::{Measured, Sample};
 use super::kv::Shape;
 
 /// The result; serialised, it is what `--json` prints.
@@ -33,6 +34,9 @@ pub(crate) struct Report {
     /// The destination's GPU by CUDA events, with `--gpu-times`.
     #[serde(skip_serializing_if = "Option::is_none")]
     gpu_seconds: Option<Spread>,
+    /// What is known of the path, if anything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    evidence: Option<Evidence>,
     /// Whether every byte was right.
     verified: bool,
     #[serde(skip)]
@@ -54,9 +58,9 @@ impl Report {
         options: &Options,
         (device, library): (String, Option<String>),
         shape: &Shape,
-        (first, samples): (Sample, &[Sample]),
-        mismatch: Option<String>,
+        measured: Measured,
     ) -> Report {
+        let Measured { first, samples, evidence, mismatch } = measured;
         let spread =
             |part: fn(&Sample) -> Duration| Spread::of(samples.iter().map(|sample| part(sample).as_secs_f64()));
         let seconds = spread(|sample| sample.moved);
@@ -73,6 +77,7 @@ impl Report {
             plan_microseconds: spread(|sample| sample.plan).p50 * 1e6,
             cpu_seconds: spread(|sample| sample.processor).p50,
             gpu_seconds: options.gpu_times.then(|| spread(|sample| sample.gpu)),
+            evidence,
             verified: mismatch.is_none(),
             shape: (2 * options.layers, options.blocks, options.block_bytes, options.iters),
             mismatch,
@@ -107,8 +112,14 @@ impl Report {
             ("verified", if self.verified { "every byte".to_owned() } else { "NO".to_owned() }),
         ];
         let library = self.library.clone().map(|library| ("library", library));
-        let lines: Vec<String> =
-            rows.into_iter().chain(gpu).chain(library).map(|(name, value)| format!("{name:<9} {value}")).collect();
+        let evidence = self.evidence.as_ref().map(|evidence| ("evidence", evidence.to_string()));
+        let lines: Vec<String> = rows
+            .into_iter()
+            .chain(gpu)
+            .chain(library)
+            .chain(evidence)
+            .map(|(name, value)| format!("{name:<9} {value}"))
+            .collect();
         lines.join("\n")
     }
 }

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use kvferry::PoolLayout;
+use kvferry_core::Evidence;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{Errno, read, write};
@@ -27,6 +28,8 @@ pub(crate) enum ToPeer {
     End { handover: u64 },
     /// Compare everything. Answered by [`FromPeer::Compared`].
     Verify,
+    /// Say what is known of the path. Answered by [`FromPeer::Knows`].
+    Tell,
     /// Overwrite everything. Answered by [`FromPeer::Spent`].
     Write,
     /// That was all.
@@ -38,6 +41,8 @@ pub(crate) enum ToPeer {
 pub(crate) enum FromPeer {
     /// It is there, with everything that the initiator needs.
     Hello { address: Vec<u8>, keys: Vec<u8>, layout: PoolLayout, table: Vec<u32> },
+    /// What it was shown last of the path, if anything.
+    Knows(Option<Evidence>),
     /// Done; what it has used so far.
     Spent(Spent),
     /// The first difference, if any.
