@@ -37,6 +37,11 @@ impl Alarm {
         set
     }
 
+    /// Whether it was set for a moment that has come.
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.at.is_some_and(|at| at <= now)
+    }
+
     /// Forgets that it rang.
     pub fn quiet(&mut self) {
         let mut count = [0; 8];

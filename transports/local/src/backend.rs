@@ -29,6 +29,8 @@ pub trait Backend: 'static {
     /// Whether a copy may seem to have succeeded though its source was withdrawn meanwhile. Then its owner is asked after the last byte
     /// whether the pool is still bound under the token by which it was opened, and only that makes it a success.
     const CHECKS: bool = false;
+    /// Whether reaching a peer's memory takes so long that a push's source is made known to its destination before the first push.
+    const OFFERS: bool = false;
     /// What proves that copies which were [cut off](Backend::sever) write no more.
     const SEVERED: FenceProof = FenceProof::OwnerCopies;
 
@@ -76,6 +78,12 @@ pub trait Backend: 'static {
     fn order(&mut self, copy: &mut Self::Copy, after: &dyn DeviceEvent) -> Result<bool, TransferError> {
         let (_, _) = (copy, after);
         Ok(false)
+    }
+
+    /// Goes on with what the backend does beside copies; called at every poll. Whether there is more of it, which nothing may announce: then there is
+    /// another poll within milliseconds.
+    fn tend(&mut self) -> bool {
+        false
     }
 
     /// How to wait while copies run that need nobody's hand; `None` where the carrier's descriptor tells of them, too.

@@ -52,6 +52,11 @@ impl<B: Backend> LocalTransport<B> {
             ));
         }
         let remote = self.remote(id, keys.pool, keys.token);
+        if B::OFFERS {
+            let ours = self.pools.iter().filter(|(_, bound)| !bound.leaving);
+            let offers: Vec<Frame> = ours.map(|(&pool, bound)| Frame::Offered { pool, token: bound.token }).collect();
+            offers.iter().for_each(|frame| self.send(id, frame));
+        }
         if let Some(found) = self.remotes.get_mut(&remote) {
             match &found.layout {
                 Some(known) if **known != *layout => {

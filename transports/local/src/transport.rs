@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::{PoolId, PoolLayout, TransferId};
@@ -21,6 +21,8 @@ use crate::posted::Posted;
 use crate::remote::Remote;
 use crate::wire::{Address, Frame, Keys};
 
+/// How often a backend is polled that has more to do than it announces.
+const TEND_EVERY: Duration = Duration::from_millis(5);
 /// Bytes that one transfer copies before it is another's turn.
 const SLICE_BYTES: u64 = 512 << 10;
 
@@ -48,6 +50,8 @@ pub struct LocalTransport<B: Backend> {
     pub(crate) announced: Option<Instant>,
     /// Every job waits for something that needs nobody's hand.
     resting: bool,
+    /// The backend has more to do beside jobs.
+    tending: bool,
     /// What was stopped and still runs.
     pub(crate) draining: Vec<Draining<B::Copy>>,
     pub(crate) fencing: Vec<Fencing>,
@@ -107,6 +111,7 @@ impl<B: Backend> LocalTransport<B> {
             jobs: VecDeque::new(),
             announced: None,
             resting: false,
+            tending: false,
             draining: Vec::new(),
             fencing: Vec::new(),
             events: Vec::new(),
@@ -285,6 +290,7 @@ impl<B: Backend> Transport for LocalTransport<B> {
         self.check_held(now);
         self.check_events();
         self.carrier.flush();
+        self.tending = self.backend.tend();
         self.copy();
         self.settle_draining();
         self.settle_pools();
@@ -311,6 +317,8 @@ impl<B: Backend> Transport for LocalTransport<B> {
         if !self.waiting.is_empty() {
             return Wait::MustPoll;
         }
-        self.carrier.wait(self.deadline(), Instant::now())
+        let now = Instant::now();
+        let tend = self.tending.then(|| now + TEND_EVERY);
+        self.carrier.wait(self.deadline().into_iter().chain(tend).min(), now)
     }
 }

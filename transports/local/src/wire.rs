@@ -121,6 +121,8 @@ pub enum Frame {
     Notice(Notice),
     /// A pool is not to be read any more.
     Withdrawn { pool: PoolId, token: u64 },
+    /// A pool that pushes may come from, so that the way to it is there before the first.
+    Offered { pool: PoolId, token: u64 },
     /// Asks whether a pool is still bound under that token.
     Check { serial: u64, pool: PoolId, token: u64 },
     /// Whether it is.

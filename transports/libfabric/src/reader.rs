@@ -1,0 +1,198 @@
+//! The endpoint through which one peer's memory is read. Closed, it proves that nothing of that peer is written here any more.
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::ffi::c_void;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use kvferry_transport::Pool;
+
+use crate::domain::{Domain, Registered};
+use crate::endpoint::{Done, Endpoint, Posted};
+use crate::slab::Slab;
+
+/// Reads that one peer is asked for at a time.
+const READS_MAX: usize = 128;
+/// How long the first read, which only wires the way, is tried and waited for.
+const WARMING: Duration = Duration::from_secs(2);
+/// Why reads of a peer end that is gone or fenced.
+const CUT: &str = "it was cut off: its peer is gone or fenced";
+
+/// Reads from one peer.
+pub(crate) struct Reader {
+    /// None once it was cut off.
+    open: RefCell<Option<Open>>,
+    /// The first read, until it is over.
+    warming: RefCell<Option<Warming>>,
+}
+
+/// A read of one byte, so that no transfer pays for connecting.
+struct Warming {
+    source: Source,
+    scratch: Rc<Slab>,
+    ticket: Rc<Ticket>,
+    is_asked: bool,
+    until: Instant,
+}
+
+struct Open {
+    endpoint: Endpoint<Read>,
+    /// The peer's endpoint.
+    address: u64,
+    done: Vec<Done<Read>>,
+}
+
+/// How the reads of one copy are.
+#[derive(Default)]
+pub(crate) struct Ticket {
+    /// How many are under way.
+    pub(crate) under_way: Cell<usize>,
+    /// Why the first of them failed.
+    pub(crate) failed: RefCell<Option<String>>,
+}
+
+/// A read under way; it keeps the memory that is written.
+pub(crate) struct Read {
+    ticket: Rc<Ticket>,
+    _into: Rc<dyn Any>,
+}
+
+/// Dropped without an end it was cut off.
+impl Drop for Read {
+    fn drop(&mut self) {
+        self.ticket.under_way.set(self.ticket.under_way.get().saturating_sub(1));
+    }
+}
+
+/// Where a read begins at the peer, and how long it is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Source {
+    pub(crate) address: u64,
+    pub(crate) key: u64,
+    pub(crate) bytes: usize,
+}
+
+impl Reader {
+    /// An endpoint that reads what the endpoint of that name lends.
+    pub(crate) fn open(domain: &Rc<Domain>, name: &[u8]) -> Result<Reader, String> {
+        let reads = READS_MAX.min(domain.info.transmit_size().max(1)) as u32;
+        let mut endpoint = Endpoint::open(domain, reads)?;
+        let address = endpoint.insert(name)?;
+        let open = RefCell::new(Some(Open { endpoint, address, done: Vec::new() }));
+        Ok(Reader { open, warming: RefCell::new(None) })
+    }
+
+    /// Has one byte read, so that the way is wired before the first transfer. What comes of it nobody cares.
+    pub(crate) fn warm(&self, source: Source, scratch: &Rc<Slab>) {
+        let until = Instant::now() + WARMING;
+        let (scratch, ticket) = (scratch.clone(), Rc::default());
+        *self.warming.borrow_mut() = Some(Warming { source, scratch, ticket, is_asked: false, until });
+    }
+
+    /// Goes on with that. Whether there is more to do.
+    pub(crate) fn tend(&self) -> bool {
+        let mut place = self.warming.borrow_mut();
+        let Some(warming) = place.as_mut() else { return false };
+        self.progress();
+        let mut is_over = self.is_closed() || Instant::now() >= warming.until;
+        if warming.is_asked {
+            is_over |= warming.ticket.under_way.get() == 0;
+        } else if let Some(buffer) = warming.scratch.buffer(0) {
+            let keep: Rc<dyn Any> = warming.scratch.clone();
+            // SAFETY: the buffer holds a byte, nobody looks at what is written there, and the operation keeps it.
+            match unsafe { self.ask(warming.source, buffer, warming.scratch.desc(), keep, &warming.ticket) } {
+                Ok(asked) => warming.is_asked = asked,
+                Err(reason) => {
+                    tracing::debug!(reason, "the way to a peer's memory is not wired yet");
+                    is_over = true;
+                }
+            }
+        }
+        if is_over {
+            *place = None;
+        }
+        !is_over
+    }
+
+    /// Asks for bytes. `Ok(false)`: not now. An error ends the copy.
+    ///
+    /// # Safety
+    /// `source.bytes` bytes at `to` lie inside the registered memory, and nobody else writes there until the read is over.
+    pub(crate) unsafe fn read(
+        &self,
+        source: Source,
+        to: *mut u8,
+        into: &Rc<Registered<Pool>>,
+        ticket: &Rc<Ticket>,
+    ) -> Result<bool, String> {
+        // SAFETY: the memory is registered and kept by the operation; the caller answers for the range.
+        unsafe { self.ask(source, to, into.desc(), into.clone(), ticket) }
+    }
+
+    /// # Safety
+    /// As for [`Reader::read`], of memory that `keep` keeps and `desc` describes.
+    unsafe fn ask(
+        &self,
+        source: Source,
+        to: *mut u8,
+        desc: *mut c_void,
+        keep: Rc<dyn Any>,
+        ticket: &Rc<Ticket>,
+    ) -> Result<bool, String> {
+        let mut open = self.open.borrow_mut();
+        let Some(Open { endpoint, address, .. }) = open.as_mut() else { return Err(CUT.to_owned()) };
+        ticket.under_way.set(ticket.under_way.get() + 1);
+        let read = Read { ticket: ticket.clone(), _into: keep };
+        let Source { address: at, key, bytes } = source;
+        // SAFETY: the operation keeps the memory; the caller answers for the range.
+        match unsafe { endpoint.read(*address, at, key, to, bytes, desc, read) } {
+            Posted::Yes => Ok(true),
+            Posted::Later(_) => Ok(false),
+            Posted::Never(_, reason) => Err(reason),
+        }
+    }
+
+    /// Makes progress, and tells copies of their reads that are over. A completion error fails the one copy that asked.
+    pub(crate) fn progress(&self) {
+        let mut place = self.open.borrow_mut();
+        let Some(open) = place.as_mut() else { return };
+        if open.endpoint.under_way() == 0 {
+            return;
+        }
+        let polled = open.endpoint.poll(&mut open.done, READS_MAX);
+        for Done { operation, result } in open.done.drain(..) {
+            if let Err(reason) = result {
+                operation.ticket.failed.borrow_mut().get_or_insert(reason);
+            }
+        }
+        // It is of no further use, and closing it ends what is under way.
+        if let Some(reason) = polled.err().or_else(|| open.endpoint.error()) {
+            tracing::warn!(reason, "the provider reports an error of an endpoint that reads; it is closed");
+            *place = None;
+        }
+    }
+
+    /// Ends every read: none is under way when this returns.
+    pub(crate) fn cut(&self) {
+        *self.open.borrow_mut() = None;
+    }
+
+    /// Whether it was cut off, or broke.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.open.borrow().is_none()
+    }
+
+    /// What ends copies from a closed one.
+    pub(crate) fn why_closed() -> String {
+        CUT.to_owned()
+    }
+}
+
+#[cfg(test)]
+impl Reader {
+    /// One that was cut off.
+    pub(crate) fn closed() -> Reader {
+        Reader { open: RefCell::new(None), warming: RefCell::new(None) }
+    }
+}
