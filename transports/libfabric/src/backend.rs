@@ -8,7 +8,7 @@ use std::sync::Arc;
 use kvferry_core::{FenceProof, PoolId, PoolLayout, Program, UnitRange};
 use kvferry_local::wire::MemoryKind;
 use kvferry_local::{Backend, Owner, Shared};
-use kvferry_transport::{Evidence, LibraryName, PeerId, Pool, TransferError, TransportKind, Wait};
+use kvferry_transport::{Evidence, Grade, LibraryName, PeerId, Pool, TransferError, TransportKind, Wait};
 use libfabric_sys::FI_READ;
 
 use crate::copy::Reads;
@@ -28,13 +28,15 @@ pub(crate) struct Fabric {
     readers: BTreeMap<PeerId, Rc<Reader>>,
     /// Where bytes go that nobody needs.
     scratch: Rc<Slab>,
+    /// Whether the provider emulates reads, where it tells.
+    emulates_reads: Option<bool>,
 }
 
 impl Fabric {
-    pub(crate) fn new(domain: &Rc<Domain>, name: &[u8]) -> Result<Fabric, String> {
+    pub(crate) fn new(domain: &Rc<Domain>, name: &[u8], emulates_reads: Option<bool>) -> Result<Fabric, String> {
         let scratch = Rc::new(Slab::new(domain, 1, 64, FI_READ)?);
         let (domain, name) = (domain.clone(), name.to_vec());
-        Ok(Fabric { domain, name, bound: BTreeMap::new(), readers: BTreeMap::new(), scratch })
+        Ok(Fabric { domain, name, bound: BTreeMap::new(), readers: BTreeMap::new(), scratch, emulates_reads })
     }
 
     fn evidence(&self) -> Evidence {
@@ -51,7 +53,7 @@ impl Backend for Fabric {
     type Memory = Lent;
     type Copy = Reads;
 
-    // Shared memory of libfabric's reports success for a key that nobody knows (any more).
+    // Shared memory of libfabric's reads what is at an address under any key, also one that was withdrawn.
     const CHECKS: bool = true;
     // An endpoint and its connection.
     const OFFERS: bool = true;
@@ -98,9 +100,7 @@ impl Backend for Fabric {
     }
 
     fn reached(&self, _: &Lent) -> Evidence {
-        self.evidence()
-            .seen("the receiver reads the peer's registered memory")
-            .unseen("that a device does so without a processor, which providers do not tell")
+        of_reads(self.evidence().seen("the receiver reads the peer's registered memory"), self.emulates_reads)
             .unseen("counters of a device")
     }
 
@@ -135,5 +135,33 @@ impl Backend for Fabric {
 
     fn wait(&self) -> Option<Wait> {
         None
+    }
+}
+
+/// What is known of who does the reading. Only EFA's provider tells.
+fn of_reads(evidence: Evidence, emulates_reads: Option<bool>) -> Evidence {
+    match emulates_reads {
+        Some(false) => {
+            Evidence { grade: Grade::E4, ..evidence }.seen("the device reads (FI_OPT_EFA_EMULATED_READ is 0)")
+        }
+        Some(true) => Evidence { emulated: true, ..evidence }
+            .unseen("reads by the device, which has none: the provider emulates them by messages"),
+        None => evidence.unseen("that a device does so without a processor, which this provider does not tell"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_device_that_reads_by_itself_is_zero_copy() {
+        let of = |emulates_reads| {
+            let evidence = of_reads(Evidence::connected(vec!["efa/rdmap40s0-rdm".to_owned()]), emulates_reads);
+            (evidence.grade, evidence.emulated, evidence.unseen.len())
+        };
+        assert_eq!(of(Some(false)), (Grade::E4, false, 0));
+        assert_eq!(of(Some(true)), (Grade::E3, true, 1));
+        assert_eq!(of(None), (Grade::E3, false, 1));
     }
 }

@@ -6,9 +6,9 @@ use std::ptr;
 use std::rc::Rc;
 
 use libfabric_sys::{
-    FI_AV_TABLE, FI_CQ_FORMAT_MSG, FI_EAGAIN, FI_EAVAIL, FI_RECV, FI_TRANSMIT, FI_WAIT_FD, FI_WAIT_NONE, Padded, calls,
-    fi_av_attr, fi_cq_attr, fi_cq_err_entry, fi_cq_msg_entry, fi_eq_attr, fi_eq_err_entry, fid, fid_av, fid_cq, fid_ep,
-    fid_eq, version,
+    FI_AV_TABLE, FI_CQ_FORMAT_MSG, FI_EAGAIN, FI_EAVAIL, FI_OPT_EFA_EMULATED_READ, FI_OPT_ENDPOINT, FI_RECV,
+    FI_TRANSMIT, FI_WAIT_FD, FI_WAIT_NONE, Padded, calls, fi_av_attr, fi_cq_attr, fi_cq_err_entry, fi_cq_msg_entry,
+    fi_eq_attr, fi_eq_err_entry, fid, fid_av, fid_cq, fid_ep, fid_eq, version,
 };
 
 use crate::domain::Domain;
@@ -291,6 +291,19 @@ impl<T> Endpoint<T> {
             tracing::debug!(reason, "a completion error of no operation of ours");
         }
         Ok(true)
+    }
+
+    /// Whether EFA's provider emulates reads by messages, as it does where the device cannot read; `None` for other providers.
+    pub(crate) fn emulates_reads(&self) -> Option<bool> {
+        if self.domain.info.provider() != "efa" {
+            return None;
+        }
+        let (mut emulated, mut bytes) = (0u8, size_of::<bool>());
+        let (level, option) = (FI_OPT_ENDPOINT.cast_signed(), FI_OPT_EFA_EMULATED_READ);
+        // SAFETY: an open endpoint, room for the one byte that C's bool has.
+        let status =
+            unsafe { calls::fi_getopt(self.endpoint.0, level, option, (&raw mut emulated).cast(), &mut bytes) };
+        (status == 0).then_some(emulated != 0)
     }
 
     /// An error that the provider reports of the endpoint as a whole, if there is one.

@@ -135,6 +135,11 @@ impl Messages {
         &self.place.name
     }
 
+    /// Whether the provider emulates reads, where it tells.
+    pub(crate) fn emulates_reads(&self) -> Option<bool> {
+        self.endpoint.emulates_reads()
+    }
+
     /// Posts what is free to receive into.
     fn receive(&mut self) {
         let (bytes, desc) = (self.body_bytes + HEADER_BYTES, self.slab.desc());

@@ -89,7 +89,7 @@ impl Provider for LibfabricProvider {
         };
         let domain = Domain::open(library, found).map_err(explain)?;
         let messages = Messages::open(&domain).map_err(explain)?;
-        let fabric = Fabric::new(&domain, messages.name()).map_err(explain)?;
+        let fabric = Fabric::new(&domain, messages.name(), messages.emulates_reads()).map_err(explain)?;
         Ok(Box::new(LocalTransport::over(fabric, messages, info, options)?))
     }
 }

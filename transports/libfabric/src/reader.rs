@@ -190,6 +190,76 @@ impl Reader {
 }
 
 #[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device;
+    use crate::library::Library;
+    use kvferry_core::{Plane, PoolId, PoolLayout};
+    use libfabric_sys::{FI_READ, FI_REMOTE_READ};
+
+    const BYTES: usize = 4096;
+
+    fn pool(id: u32, byte: u8) -> Pool {
+        let plane = Plane { region: 0, offset: 0, blocks: 1, block_stride: BYTES as u64, block_bytes: BYTES as u64 };
+        let layout = PoolLayout { regions: vec![BYTES as u64], planes: vec![plane] };
+        let pool = Pool::allocate(PoolId(id), layout, "reader").unwrap();
+        pool.fill(0, 0, byte).unwrap();
+        pool
+    }
+
+    fn first_byte(pool: &Pool) -> u8 {
+        let mut byte = [0];
+        pool.read(0, 0, 0, &mut byte).unwrap();
+        byte[0]
+    }
+
+    /// A key that nobody knows: the read that used it ends in an error with nothing read, and so does nothing else; the process and the
+    /// owner's endpoint go on, and the right key works through another endpoint. Shared memory does not look at keys at all.
+    #[test]
+    fn a_bad_key_ends_its_own_read_only() {
+        let library = match Library::find() {
+            Ok(library) => library,
+            Err(reason) => return kvferry_transport::conformance::absent("libfabric", &reason),
+        };
+        for name in ["lo", "tcp;ofi_rxm/lo", "shm"] {
+            if name == "shm" && library.version.0 >= libfabric_sys::version(2, 0) {
+                continue;
+            }
+            let open = || Domain::open(library, device::find(library, name).unwrap()).unwrap();
+            let (here, there) = (open(), open());
+            let mut owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
+            let (source, into) = (pool(1, 7), pool(2, 1));
+            let base = source.regions()[0].base();
+            let lent = Registered::new(&there, base, BYTES, FI_READ | FI_REMOTE_READ, source.clone()).unwrap();
+            let to = into.regions()[0].base();
+            let registered = Rc::new(Registered::new(&here, to, BYTES, FI_READ, into.clone()).unwrap());
+            let address = if there.mode.addresses { base as u64 } else { 0 };
+            let mut read = |key: u64| {
+                let reader = Reader::open(&here, owner.name()).unwrap();
+                let ticket: Rc<Ticket> = Rc::default();
+                let (mut is_asked, until) = (false, Instant::now() + Duration::from_secs(20));
+                while Instant::now() < until && (!is_asked || ticket.under_way.get() > 0) {
+                    if !is_asked {
+                        let source = Source { address, key, bytes: BYTES };
+                        // SAFETY: the registered memory, of that length, which nobody else touches.
+                        is_asked = unsafe { reader.read(source, to, &registered, &ticket) }.unwrap();
+                    }
+                    reader.progress();
+                    owner.poll(&mut Vec::new(), 8).unwrap();
+                }
+                assert!(is_asked && ticket.under_way.get() == 0, "{name}: it does not end");
+                ticket.failed.borrow_mut().take()
+            };
+            let failed = read(!lent.key());
+            if name != "shm" {
+                assert!(failed.is_some() && first_byte(&into) == 1, "{name}: success for a key that nobody knows");
+            }
+            assert_eq!((read(lent.key()), first_byte(&into)), (None, 7), "{name}");
+        }
+    }
+}
+
+#[cfg(test)]
 impl Reader {
     /// One that was cut off.
     pub(crate) fn closed() -> Reader {
