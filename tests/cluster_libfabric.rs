@@ -88,30 +88,24 @@ fn ranks_die_and_stop_in_the_middle() {
     if !usable() {
         return;
     }
+    let is_native = LibfabricProvider::version() >= Some((2, 0));
+    let harms = [["--kill", "decode:1@2"], ["--kill", "prefill:1@2"], ["--stop", "prefill:0@2"]];
+    let all = ["pull", "push"].into_iter().flat_map(|direction| harms.map(|harm| (direction, harm)));
+    // tcp;ofi_rxm takes seconds to wire all ways, longer than the census of descriptors before the fault waits; the example then waits a
+    // minute for them to become fewer. So these are only a few, and what else is told of them counts.
+    let some = [("pull", harms[0]), ("push", harms[2])];
+    let runs: Vec<_> = if is_native { all.collect() } else { some.to_vec() };
     let sides = ["--model", "tiny", "--prefill", "tp=2,groups=2", "--decode", "tp=2,groups=2", "--requests", "12"];
-    let native = LibfabricProvider::version() >= Some((2, 0));
-    let devices: &[&str] = if native { &["lo", "tcp;ofi_rxm/lo"] } else { &["lo"] };
-    for &device in devices {
-        for direction in ["pull", "push"] {
-            let case = Case { transport: "libfabric", direction, in_process: false };
-            for harm in [["--kill", "decode:1@2"], ["--kill", "prefill:1@2"], ["--stop", "prefill:0@2"]] {
-                let devices = ["--devices", device, "--silence", "1200"];
-                let ran = run(&case, &[&sides[..], &devices, &harm].concat());
-                if native && device == "lo" {
-                    ran.check_sound();
-                }
-                // tcp;ofi_rxm takes seconds to wire all ways, longer than the census of descriptors before the fault waits.
-                let grown = ran.stderr.contains("before the first fault");
-                assert!(
-                    ran.code == Some(0) || grown && ran.code == Some(1),
-                    "{harm:?} {device} {direction}: {}",
-                    ran.stderr
-                );
-                for none in ["failed", "mismatched_bytes", "leaked_blocks", "quarantined_blocks"] {
-                    assert_eq!(ran.number(none), 0, "{harm:?} {device} {direction}: {}", ran.stdout);
-                }
-                assert_eq!(ran.number("delivered"), 12, "{harm:?} {device} {direction}: {}", ran.stdout);
-            }
+    for (direction, harm) in runs {
+        let case = Case { transport: "libfabric", direction, in_process: false };
+        let ran = run(&case, &[&sides[..], &["--devices", "lo", "--silence", "1200"], &harm].concat());
+        let has_grown = !is_native && ran.stderr.contains("before the first fault");
+        if !has_grown {
+            ran.check_sound();
+        }
+        assert_eq!(ran.number("delivered"), 12, "{harm:?} {direction}: {}", ran.stdout);
+        for none in ["failed", "mismatched_bytes", "leaked_blocks", "quarantined_blocks"] {
+            assert_eq!(ran.number(none), 0, "{harm:?} {direction}: {}", ran.stdout);
         }
     }
 }

@@ -190,6 +190,14 @@ impl Reader {
 }
 
 #[cfg(test)]
+impl Reader {
+    /// One that was cut off.
+    pub(crate) fn closed() -> Reader {
+        Reader { open: RefCell::new(None), warming: RefCell::new(None) }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::device;
@@ -256,13 +264,5 @@ mod tests {
             }
             assert_eq!((read(lent.key()), first_byte(&into)), (None, 7), "{name}");
         }
-    }
-}
-
-#[cfg(test)]
-impl Reader {
-    /// One that was cut off.
-    pub(crate) fn closed() -> Reader {
-        Reader { open: RefCell::new(None), warming: RefCell::new(None) }
     }
 }
