@@ -19,6 +19,7 @@ pub fn providers() -> Vec<Box<dyn Provider>> {
     vec![
         Box::new(kvferry_shm::ShmProvider),
         Box::new(kvferry_ucx::UcxProvider::new()),
+        Box::new(kvferry_libfabric::LibfabricProvider::new()),
         Box::new(kvferry_tcp::TcpProvider::default()),
         Box::new(kvferry_cuda::CudaProvider::default()),
     ]

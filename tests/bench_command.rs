@@ -33,7 +33,8 @@ fn json(arguments: &str) -> Value {
 
 #[test]
 fn every_transport_and_direction_is_measured_and_verified() {
-    for transport in ["shm", "tcp"] {
+    let has_libfabric = kvferry_libfabric::LibfabricProvider::unavailable().is_none();
+    for transport in ["shm", "tcp"].into_iter().chain(has_libfabric.then_some("libfabric")) {
         for op in ["pull", "push"] {
             // Blocks of whole tokens, a block that sixteen tokens cannot share, and one of a single byte.
             for (layers, blocks, block_bytes) in [(3, 40, 4096), (2, 9, 1000), (1, 5, 1)] {
@@ -87,8 +88,8 @@ fn people_get_a_table() {
 fn options_without_sense_are_refused_with_two() {
     for (arguments, hint) in [
         ("", "--transport"),
-        ("--transport carrier-pigeon", "shm, ucx, tcp, cuda"),
-        ("--transport sim", "shm, ucx, tcp, cuda"),
+        ("--transport carrier-pigeon", "shm, ucx, libfabric, tcp, cuda"),
+        ("--transport sim", "shm, ucx, libfabric, tcp, cuda"),
         ("--transport shm --op shove", "pull, push"),
         ("--transport shm --layers 0", "--layers"),
         ("--transport shm --blocks 0", "--blocks"),

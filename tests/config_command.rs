@@ -138,9 +138,18 @@ fn the_cluster_runs_the_plan_over_a_transport_that_it_has() {
     assert_eq!((&report["delivered"], &report["mismatched_bytes"]), (&3.into(), &0.into()));
     assert!(report["paths"].as_array().unwrap().iter().all(|path| path["transport"] == "tcp"));
     let libfabric = [("TRTLLM_NIXL_KVCACHE_BACKEND", "LIBFABRIC")];
-    let lacking = folder.cluster(&format!("--config e.yaml {quick}"), &libfabric);
+    let library = std::env::var("KVFERRY_LIBFABRIC_LIBRARY").unwrap_or_default();
+    let here = [libfabric[0], ("KVFERRY_LIBFABRIC_LIBRARY", library.as_str())];
+    let ran = folder.cluster(&format!("--config e.yaml {quick}"), &here);
+    if kvferry_libfabric::LibfabricProvider::unavailable().is_none() {
+        assert!(ran.status.success(), "{}", text(&ran.stderr));
+        let report: Value = serde_json::from_slice(&ran.stdout).unwrap();
+        assert!(report["paths"].as_array().unwrap().iter().all(|path| path["transport"] == "libfabric"));
+    }
+    let nowhere = [libfabric[0], ("KVFERRY_LIBFABRIC_LIBRARY", "/nowhere/libfabric.so.1")];
+    let lacking = folder.cluster(&format!("--config e.yaml {quick}"), &nowhere);
     assert_eq!(lacking.status.code(), Some(2));
-    for word in ["--config e.yaml", "libfabric", "--transport tcp"] {
+    for word in ["libfabric", "/nowhere/libfabric.so.1", "KVFERRY_LIBFABRIC_LIBRARY"] {
         assert!(text(&lacking.stderr).contains(word), "{}", text(&lacking.stderr));
     }
     let off = folder.cluster(&format!("--config off.yaml {quick}"), &[]);

@@ -9,7 +9,7 @@ use crate::error::UsageError;
 /// What `auto` opens, best first, as far as this host has it.
 const AUTO: [(&str, &str); 2] = [("shm", "memory"), ("tcp", "lo")];
 /// The device of each transport that surely reaches every rank of this machine.
-const LOCAL: [(&str, &str); 3] = [("shm", "memory"), ("tcp", "lo"), ("ucx", "memory")];
+const LOCAL: [(&str, &str); 4] = [("shm", "memory"), ("tcp", "lo"), ("ucx", "memory"), ("libfabric", "lo")];
 
 /// A device that every rank opens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

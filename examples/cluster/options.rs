@@ -57,8 +57,7 @@ pub(crate) struct Options {
     /// Requests in flight at once [default: 4 per decode group]
     #[arg(long, value_name = "N")]
     pub(crate) concurrency: Option<u64>,
-    /// auto (shared memory where ranks share a host, otherwise TCP), shm, tcp, ucx, or cuda (pools in GPU memory); libfabric is not in this
-    /// build yet
+    /// auto (shared memory where ranks share a host, otherwise TCP), shm, tcp, ucx, libfabric, or cuda (pools in GPU memory)
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) transport: String,
     /// Devices by name, best first within each transport: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]

@@ -19,6 +19,8 @@ pub enum TransportKind {
     Cuda,
     /// UCX, a context per device.
     Ucx,
+    /// libfabric, a domain per device.
+    Libfabric,
 }
 
 impl TransportKind {
@@ -30,6 +32,7 @@ impl TransportKind {
             TransportKind::Sim => "sim",
             TransportKind::Cuda => "cuda",
             TransportKind::Ucx => "ucx",
+            TransportKind::Libfabric => "libfabric",
         }
     }
 }
@@ -50,7 +53,8 @@ impl FromStr for TransportKind {
             "sim" => Ok(TransportKind::Sim),
             "cuda" => Ok(TransportKind::Cuda),
             "ucx" => Ok(TransportKind::Ucx),
-            other => Err(format!("no transport is called {other:?}; there are shm, tcp, ucx and cuda")),
+            "libfabric" => Ok(TransportKind::Libfabric),
+            other => Err(format!("no transport is called {other:?}; there are shm, tcp, ucx, libfabric and cuda")),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use kvferry_core::{PoolId, PoolLayout, Program, UnitRange};
 use kvferry_local::wire::MemoryKind;
-use kvferry_local::{Backend, Owner, Shared};
+use kvferry_local::{Backend, Owner, Shared, Sockets};
 use kvferry_transport::{DeviceEvent, Evidence, Grade, Pool, TransferError, TransportKind, Wait};
 
 use crate::copy::{Kernels, Pace};
@@ -38,6 +38,7 @@ impl GpuPools {
 
 impl Backend for GpuPools {
     const KIND: TransportKind = TransportKind::Cuda;
+    type Carrier = Sockets;
     type Memory = Reached;
     type Copy = Kernels;
 
@@ -116,8 +117,8 @@ impl Backend for GpuPools {
         after.downcast_ref::<GpuEvent>().map_or(Ok(false), |event| copy.hold_back(event).map(|()| true))
     }
 
-    fn wait(&self) -> Wait {
+    fn wait(&self) -> Option<Wait> {
         let recent = self.launcher.borrow().launched.is_some_and(|at| at.elapsed() < SPIN);
-        if recent { Wait::Busy } else { Wait::MustPoll }
+        Some(if recent { Wait::Busy } else { Wait::MustPoll })
     }
 }

@@ -8,6 +8,8 @@ use kvferry_core::{End, Program, TransferId};
 use kvferry_transport::{Event, Expected, PeerId, PostError, RemotePool, TransferError};
 
 use crate::backend::{Backend, Copying};
+use crate::carrier::Carrier;
+use crate::posted::FELL;
 use crate::remote::Access;
 use crate::transport::{Job, LocalTransport, Role};
 use crate::wire::{Doorbell, Frame, PushOutcome};
@@ -34,6 +36,8 @@ struct Arriving {
     /// Both ends' tables.
     program: Arc<Program>,
     copying: bool,
+    /// Its bytes and pieces are here, if its source still stood: what the owner is asked under, bytes, pieces.
+    checking: Option<(u64, u64, u64)>,
 }
 
 /// A doorbell that nobody expects yet.
@@ -140,7 +144,8 @@ impl<B: Backend> LocalTransport<B> {
         let tables = announced.tables(End::Source).to_vec();
         let program = Arc::new(Program::clone(&expecting.expected.program).with_tables(End::Source, tables));
         let (pool, token) = (doorbell.pool, doorbell.token);
-        expecting.arriving = Some(Arriving { peer, remote: RemotePool(u32::MAX), doorbell, program, copying: false });
+        expecting.arriving =
+            Some(Arriving { peer, remote: RemotePool(u32::MAX), doorbell, program, copying: false, checking: None });
         let remote = self.remote(peer, pool, token);
         if let Some(Expecting { arriving: Some(arriving), .. }) = self.expecting.get_mut(&id) {
             arriving.remote = remote;
@@ -186,11 +191,38 @@ impl<B: Backend> LocalTransport<B> {
 
     /// The last byte of a push is in place.
     pub(crate) fn arrived(&mut self, id: TransferId, bytes: u64, pieces: u64) {
+        if !B::CHECKS {
+            return self.arrival_counts(id, bytes, pieces);
+        }
+        let serial = self.next_serial;
+        let Some(Expecting { arriving: Some(arriving), .. }) = self.expecting.get_mut(&id) else { return };
+        self.next_serial += 1;
+        arriving.checking = Some((serial, bytes, pieces));
+        let (peer, remote) = (arriving.peer, arriving.remote);
+        self.ask_whether_stood(peer, serial, remote);
+    }
+
+    /// The owner says whether the source of a push stood while it was copied.
+    pub(crate) fn arrival_checked(&mut self, peer: PeerId, serial: u64, stood: bool) {
+        let found = self.expecting.iter().find_map(|(&id, expecting)| {
+            let arriving = expecting.arriving.as_ref().filter(|arriving| arriving.peer == peer)?;
+            let (asked, bytes, pieces) = arriving.checking?;
+            (asked == serial).then_some((id, bytes, pieces))
+        });
+        let Some((id, bytes, pieces)) = found else { return };
+        if stood {
+            self.arrival_counts(id, bytes, pieces);
+        } else {
+            self.fail_arriving_id(id, &TransferError::Refused(FELL.into()), Some(FELL));
+        }
+    }
+
+    fn arrival_counts(&mut self, id: TransferId, bytes: u64, pieces: u64) {
         let Some(Expecting { arriving: Some(arriving), .. }) = self.expecting.remove(&id) else { return };
         let outcome = PushOutcome::Done { bytes, pieces };
         self.send(arriving.peer, &Frame::PushEnd { id, serial: arriving.doorbell.serial, outcome });
         // Its source waits for that.
-        self.flush_all();
+        self.carrier.flush();
         self.events.push(Event::Arrived { id, bytes, pieces });
         if let Some(notice) = arriving.doorbell.notice {
             self.events.push(Event::Notice { notice });

@@ -1,14 +1,14 @@
-//! The seam between the protocol of one host and the memory that it moves.
+//! The seam between the protocol and the memory that it moves.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvferry_core::{PoolId, PoolLayout, Program, TransportKind, UnitRange};
+use kvferry_core::{FenceProof, PoolId, PoolLayout, Program, TransportKind, UnitRange};
 use kvferry_transport::{DeviceEvent, Evidence, Pool, TransferError, Wait};
-use rustix::process::Pid;
 
+use crate::carrier::{Carrier, Descriptor, Owner};
 use crate::wire::MemoryKind;
 
 /// How pools of one kind of memory are shared with peers and copied from them.
@@ -17,6 +17,8 @@ use crate::wire::MemoryKind;
 pub trait Backend: 'static {
     /// The kind of transport that it makes.
     const KIND: TransportKind;
+    /// How its frames travel.
+    type Carrier: Carrier;
     /// A peer's pool, as this process reaches it. Dropped when nothing needs it any more, by copies too.
     type Memory: 'static;
     /// A program on its way into a local pool.
@@ -24,6 +26,13 @@ pub trait Backend: 'static {
 
     /// How long after a push was announced its end is looked for all the time.
     const PUSH_SPIN: Duration = Duration::ZERO;
+    /// Whether a copy may seem to have succeeded though its source was withdrawn meanwhile. Then its owner is asked after the last byte
+    /// whether the pool is still bound under the token by which it was opened, and only that makes it a success.
+    const CHECKS: bool = false;
+    /// Whether reaching a peer's memory takes so long that a push's source is made known to its destination before the first push.
+    const OFFERS: bool = false;
+    /// What proves that copies which were [cut off](Backend::sever) write no more.
+    const SEVERED: FenceProof = FenceProof::OwnerCopies;
 
     /// Takes a pool, or says why this memory cannot be shared or copied.
     fn bind(&mut self, pool: &Pool) -> Result<(), String>;
@@ -59,14 +68,26 @@ pub trait Backend: 'static {
         pool: Pool,
     ) -> Result<Self::Copy, TransferError>;
 
+    /// Ends the copies from a peer's memory that wait for the peer, which is gone or fenced: none of them runs when this returns. Nothing is
+    /// copied from this memory any more.
+    fn sever(&mut self, memory: &Self::Memory) {
+        let _its_copies_wait_for_nobody = memory;
+    }
+
     /// Has a copy that has not begun wait for an event by itself. `false` if it cannot: then it is begun when the event is done.
     fn order(&mut self, copy: &mut Self::Copy, after: &dyn DeviceEvent) -> Result<bool, TransferError> {
         let (_, _) = (copy, after);
         Ok(false)
     }
 
-    /// How to wait while copies run that need nobody's hand.
-    fn wait(&self) -> Wait;
+    /// Goes on with what the backend does beside copies; called at every poll. Whether there is more of it, which nothing may announce: then there is
+    /// another poll within milliseconds.
+    fn tend(&mut self) -> bool {
+        false
+    }
+
+    /// How to wait while copies run that need nobody's hand; `None` where the carrier's descriptor tells of them, too.
+    fn wait(&self) -> Option<Wait>;
 }
 
 /// A copy under way. Dropping it while it [runs](Copying::is_running) is a bug of the caller.
@@ -104,19 +125,4 @@ pub struct Shared {
     pub memory: MemoryKind,
     /// What they are given, in order.
     pub descriptors: Vec<Box<dyn Descriptor>>,
-}
-
-/// A descriptor that waits to be sent.
-pub trait Descriptor {
-    /// It, for as long as this value keeps it open.
-    fn fd(&self) -> Option<BorrowedFd<'_>>;
-}
-
-/// Who shares a pool, as the kernel told.
-#[derive(Clone, Copy, Debug)]
-pub struct Owner<'a> {
-    /// Our end of the connection.
-    pub socket: BorrowedFd<'a>,
-    /// Its process, where it is visible here.
-    pub pid: Option<Pid>,
 }

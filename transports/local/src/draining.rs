@@ -23,6 +23,7 @@ pub(crate) struct Fencing {
     peer: PeerId,
     /// All connections to the same transport.
     same: BTreeSet<PeerId>,
+    proof: FenceProof,
 }
 
 impl<B: Backend> LocalTransport<B> {
@@ -58,9 +59,17 @@ impl<B: Backend> LocalTransport<B> {
         self.draining.iter().any(|draining| draining.pool == pool)
     }
 
-    /// Proves a fence once nothing that reads from these connections writes here any more.
+    /// Proves a fence once nothing that reads from these connections writes here any more. What could wait for the peer is cut off, and with
+    /// it the connections.
     pub(crate) fn fence_when_drained(&mut self, peer: PeerId, same: BTreeSet<PeerId>) {
-        self.fencing.push(Fencing { peer, same });
+        let cuts =
+            B::SEVERED != FenceProof::OwnerCopies && self.draining.iter().any(|draining| same.contains(&draining.peer));
+        let proof = if cuts { B::SEVERED } else { FenceProof::OwnerCopies };
+        if cuts {
+            same.iter().for_each(|&peer| self.lose(peer, "it was fenced here"));
+        }
+        self.fencing.push(Fencing { peer, same, proof });
+        self.settle_draining();
         self.settle_fences();
     }
 
@@ -87,7 +96,7 @@ impl<B: Backend> LocalTransport<B> {
             if self.draining.iter().any(|draining| fencing.same.contains(&draining.peer)) {
                 self.fencing.push(fencing);
             } else {
-                self.events.push(Event::Fenced { peer: fencing.peer, proof: FenceProof::OwnerCopies });
+                self.events.push(Event::Fenced { peer: fencing.peer, proof: fencing.proof });
             }
         }
     }

@@ -8,9 +8,13 @@ use kvferry_core::{End, TransferId};
 use kvferry_transport::{DeviceEvent, Direction, Event, PeerId, PostError, RemotePool, Transfer, TransferError};
 
 use crate::backend::{Backend, Copying};
+use crate::carrier::Carrier;
 use crate::remote::Access;
 use crate::transport::{Job, LocalTransport, Role};
 use crate::wire::{Doorbell, Frame, PUSH_BYTES_MAX, PushOutcome};
+
+/// Why a source that was copied does not count.
+pub(crate) const FELL: &str = "its owner withdrew the pool while it was read";
 
 /// A transfer that this side initiated.
 pub(crate) struct Posted {
@@ -26,6 +30,8 @@ enum Progress {
     Waiting,
     /// A pull that is being copied.
     Copying,
+    /// A pull whose bytes are here, if its source still stood: bytes and pieces.
+    Checking(u64, u64),
     /// A push that the destination knows of.
     Announced,
     /// A push that was called back and may still be read; why it was.
@@ -121,7 +127,7 @@ impl<B: Backend> LocalTransport<B> {
         let peer = transfer.peer;
         self.send(peer, &Frame::Push(doorbell));
         // Its destination need not wait for our next turn.
-        self.flush_all();
+        self.carrier.flush();
         self.announced = Some(Instant::now());
     }
 
@@ -198,11 +204,43 @@ impl<B: Backend> LocalTransport<B> {
 
     /// The last byte of a pull is here.
     pub(crate) fn pulled(&mut self, id: TransferId, bytes: u64, pieces: u64) {
-        if let Some(posted) = self.posted.remove(&id) {
-            if let Some(notice) = posted.transfer.notice {
-                self.send(posted.transfer.peer, &Frame::Notice(notice));
+        let Some(posted) = self.posted.get_mut(&id) else { return };
+        posted.progress = Progress::Checking(bytes, pieces);
+        let (peer, serial, remote) = (posted.transfer.peer, posted.serial, posted.transfer.remote);
+        if let Some(notice) = posted.transfer.notice {
+            self.send(peer, &Frame::Notice(notice));
+        }
+        if B::CHECKS {
+            return self.ask_whether_stood(peer, serial, remote);
+        }
+        self.posted.remove(&id);
+        self.events.push(Event::Completed { id, bytes, pieces });
+    }
+
+    /// Asks a source's owner whether what was copied from it counts.
+    pub(crate) fn ask_whether_stood(&mut self, peer: PeerId, serial: u64, remote: RemotePool) {
+        if let Some(remote) = self.remotes.get(&remote) {
+            let frame = Frame::Check { serial, pool: remote.pool, token: remote.token };
+            self.send(peer, &frame);
+            self.carrier.flush();
+        }
+    }
+
+    /// The owner says whether a source stood while it was copied.
+    pub(crate) fn checked(&mut self, peer: PeerId, serial: u64, stood: bool) {
+        let pull = self.posted.iter().find_map(|(&id, posted)| match posted.progress {
+            Progress::Checking(bytes, pieces) if posted.serial == serial && posted.transfer.peer == peer => {
+                Some((id, bytes, pieces))
             }
+            _ => None,
+        });
+        let Some((id, bytes, pieces)) = pull else { return self.arrival_checked(peer, serial, stood) };
+        if stood {
+            self.posted.remove(&id);
             self.events.push(Event::Completed { id, bytes, pieces });
+        } else {
+            let error = TransferError::Refused(FELL.into());
+            self.fail_posted(|posted| posted.transfer.id == id, &error);
         }
     }
 

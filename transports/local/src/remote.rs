@@ -7,15 +7,16 @@ use std::sync::Arc;
 use kvferry_core::{PoolId, PoolLayout};
 use kvferry_transport::{Event, ImportError, PeerId, PoolKeys, RemotePool, TransferError};
 
-use crate::backend::{Backend, Owner, Shared};
+use crate::backend::{Backend, Shared};
+use crate::carrier::Carrier;
 use crate::transport::{Bound, LocalTransport};
 use crate::wire::{FDS_PER_FRAME_MAX, Frame, Keys, MemoryKind};
 
 /// A pool of a peer.
 pub(crate) struct Remote<M> {
     pub(crate) peer: PeerId,
-    pool: PoolId,
-    token: u64,
+    pub(crate) pool: PoolId,
+    pub(crate) token: u64,
     /// From the import, else from the owner.
     pub(crate) layout: Option<Arc<PoolLayout>>,
     pub(crate) access: Access<M>,
@@ -51,6 +52,11 @@ impl<B: Backend> LocalTransport<B> {
             ));
         }
         let remote = self.remote(id, keys.pool, keys.token);
+        if B::OFFERS {
+            let ours = self.pools.iter().filter(|(_, bound)| !bound.leaving);
+            let offers: Vec<Frame> = ours.map(|(&pool, bound)| Frame::Offered { pool, token: bound.token }).collect();
+            offers.iter().for_each(|frame| self.send(id, frame));
+        }
         if let Some(found) = self.remotes.get_mut(&remote) {
             match &found.layout {
                 Some(known) if **known != *layout => {
@@ -78,16 +84,14 @@ impl<B: Backend> LocalTransport<B> {
 
     /// The owner's side.
     pub(crate) fn open_for(&mut self, id: PeerId, request: u32, pool: PoolId, token: u64) {
-        let Some(peer) = self.peers.get_mut(&id) else { return };
-        self.unflushed.insert(id);
         let Some(Bound { pool, .. }) = self.pools.get(&pool).filter(|bound| bound.token == token && !bound.leaving)
         else {
             let reason = format!("{pool} is not bound there, or was bound anew; exchange keys again");
-            return peer.connection.send(&Frame::NotOpened { request, reason });
+            return self.send(id, &Frame::NotOpened { request, reason });
         };
         let Shared { memory, descriptors } = match self.backend.share(pool) {
             Ok(shared) => shared,
-            Err(reason) => return peer.connection.send(&Frame::NotOpened { request, reason }),
+            Err(reason) => return self.send(id, &Frame::NotOpened { request, reason }),
         };
         let mut descriptors = descriptors.into_iter();
         loop {
@@ -95,14 +99,15 @@ impl<B: Backend> LocalTransport<B> {
             if part.is_empty() {
                 break;
             }
-            peer.connection.send_with(&Frame::Fds { request, count: part.len() as u32 }, part);
+            self.carrier.send(id, &Frame::Fds { request, count: part.len() as u32 }, part);
         }
         // A peer that reads several pools, or both ways, shows itself more by what is read from it.
         let reads = self.remotes.values().any(|remote| remote.peer == id && matches!(remote.access, Access::Ready(_)));
         if !reads {
             self.events.push(Event::Shown { peer: id, evidence: Box::new(self.backend.lent(&memory)) });
         }
-        peer.connection.send(&Frame::Opened { request, layout: pool.layout().clone(), memory });
+        let layout = pool.layout().clone();
+        self.send(id, &Frame::Opened { request, layout, memory });
     }
 
     pub(crate) fn take_fds(&mut self, peer: PeerId, request: u32, fds: Vec<OwnedFd>) -> Result<(), String> {
@@ -137,13 +142,7 @@ impl<B: Backend> LocalTransport<B> {
             _ if known.is_some_and(|known| *known != layout) => {
                 Err("the pool's layout is not the one that was imported; exchange both again".into())
             }
-            (Ok(()), kind) => match self.peers.get(&peer) {
-                Some(peer) => {
-                    let owner = Owner { socket: peer.connection.fd(), pid: peer.pid };
-                    self.backend.open(owner, &layout, kind, fds)
-                }
-                None => Err("it is gone".into()),
-            },
+            (Ok(()), kind) => self.backend.open(self.carrier.owner(peer), &layout, kind, fds),
         };
         match memory {
             Ok(memory) => {
@@ -168,6 +167,12 @@ impl<B: Backend> LocalTransport<B> {
             self.resume_pulls(id);
             self.resume_pushes(id);
         }
+    }
+
+    /// The owner's side of asking whether what was copied counts.
+    pub(crate) fn check_for(&mut self, id: PeerId, serial: u64, pool: PoolId, token: u64) {
+        let stood = self.pools.get(&pool).is_some_and(|bound| bound.token == token && !bound.leaving);
+        self.send(id, &Frame::Checked { serial, stood });
     }
 
     pub(crate) fn withdrawn(&mut self, peer: PeerId, pool: PoolId, token: u64) {

@@ -11,7 +11,7 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 
-use crate::backend::Descriptor;
+use crate::carrier::Descriptor;
 use crate::wire::{FDS_PER_FRAME_MAX, Frame, GREETING_BYTES_MAX};
 
 /// Frames that may wait for a peer that does not read.
@@ -68,11 +68,7 @@ impl Connection {
         !self.outgoing.is_empty()
     }
 
-    pub(crate) fn send(&mut self, frame: &Frame) {
-        self.outgoing.push_back(Outgoing { bytes: frame.encode(), sent: 0, descriptors: Vec::new() });
-    }
-
-    /// Sends a frame together with descriptors.
+    /// Queues a frame, together with descriptors.
     pub(crate) fn send_with(&mut self, frame: &Frame, descriptors: Vec<Box<dyn Descriptor>>) {
         self.outgoing.push_back(Outgoing { bytes: frame.encode(), sent: 0, descriptors });
     }

@@ -1,55 +1,40 @@
 //! The transport: all its state, and the loop over it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::{PoolId, PoolLayout, TransferId};
+use kvferry_transport::codec::random;
 use kvferry_transport::{
-    BindError, ConnectError, DeviceEvent, Event, Expected, ImportError, NicInfo, Options, PeerId, Pool, PoolKeys,
-    PostError, RemotePool, Transfer, TransferError, Transport, Wait,
+    BindError, ConnectError, DeviceEvent, Event, Expected, ImportError, NicInfo, OpenError, Options, PeerId, Pool,
+    PoolKeys, PostError, RemotePool, Transfer, TransferError, Transport, Wait,
 };
-use rustix::buffer::spare_capacity;
-use rustix::event::epoll;
-use rustix::time::{Itimerspec, TimerfdTimerFlags, Timespec, timerfd_settime};
 
 use crate::arriving::{Expecting, Held};
 use crate::backend::{Backend, Copying, Step};
+use crate::carrier::Carrier;
 use crate::draining::{Draining, Fencing};
 use crate::peer::{Peer, Stage};
 use crate::posted::Posted;
 use crate::remote::Remote;
 use crate::wire::{Address, Frame, Keys};
 
-/// What epoll calls the listener and the timer; peers have their numbers.
-pub(crate) const LISTENER: u64 = u64::MAX;
-pub(crate) const TIMER: u64 = u64::MAX - 1;
+/// How often a backend is polled that has more to do than it announces.
+const TEND_EVERY: Duration = Duration::from_millis(5);
 /// Bytes that one transfer copies before it is another's turn.
 const SLICE_BYTES: u64 = 512 << 10;
-/// Sockets that are looked at in one poll.
-const READY_MAX: usize = 64;
 
-/// A transport between processes of one host, opened.
+/// An opened transport whose destination fetches every byte itself.
 pub struct LocalTransport<B: Backend> {
     pub(crate) backend: B,
     pub(crate) info: NicInfo,
     pub(crate) options: Options,
     pub(crate) instance: [u8; 16],
     pub(crate) key: [u8; 16],
-    socket: [u8; 16],
-    pub(crate) listener: OwnedFd,
-    /// Until when it is not listened to, since nothing could be accepted.
-    pub(crate) deaf_until: Option<Instant>,
-    timer: OwnedFd,
-    timer_at: Option<Instant>,
-    pub(crate) poller: Arc<OwnedFd>,
-    ready: Vec<epoll::Event>,
+    pub(crate) carrier: B::Carrier,
     pub(crate) peers: BTreeMap<PeerId, Peer>,
-    pub(crate) next_peer: u32,
-    /// Peers with something to write.
-    pub(crate) unflushed: BTreeSet<PeerId>,
     pub(crate) pools: BTreeMap<PoolId, Bound>,
     pub(crate) remotes: BTreeMap<RemotePool, Remote<B::Memory>>,
     pub(crate) next_remote: u32,
@@ -65,6 +50,8 @@ pub struct LocalTransport<B: Backend> {
     pub(crate) announced: Option<Instant>,
     /// Every job waits for something that needs nobody's hand.
     resting: bool,
+    /// The backend has more to do beside jobs.
+    tending: bool,
     /// What was stopped and still runs.
     pub(crate) draining: Vec<Draining<B::Copy>>,
     pub(crate) fencing: Vec<Fencing>,
@@ -94,34 +81,25 @@ pub(crate) enum Role {
 }
 
 impl<B: Backend> LocalTransport<B> {
-    #[expect(clippy::too_many_arguments, reason = "the parts of one device, made in one place")]
-    pub(crate) fn new(
+    /// A transport over a backend and what carries its frames.
+    pub fn over(
         backend: B,
+        carrier: B::Carrier,
         info: NicInfo,
-        socket: [u8; 16],
-        key: [u8; 16],
-        instance: [u8; 16],
-        listener: OwnedFd,
-        timer: OwnedFd,
-        poller: Arc<OwnedFd>,
-        options: Options,
-    ) -> LocalTransport<B> {
-        LocalTransport {
+        options: &Options,
+    ) -> Result<LocalTransport<B>, OpenError> {
+        let drawn = || {
+            random().map_err(|source| OpenError::Io { device: info.device.clone(), context: "drawing a key", source })
+        };
+        let (key, instance) = (drawn()?, drawn()?);
+        Ok(LocalTransport {
             backend,
             info,
-            options,
+            options: options.clone(),
             instance,
             key,
-            socket,
-            listener,
-            deaf_until: None,
-            timer,
-            timer_at: None,
-            poller,
-            ready: Vec::with_capacity(READY_MAX),
+            carrier,
             peers: BTreeMap::new(),
-            next_peer: 0,
-            unflushed: BTreeSet::new(),
             pools: BTreeMap::new(),
             remotes: BTreeMap::new(),
             next_remote: 0,
@@ -133,40 +111,11 @@ impl<B: Backend> LocalTransport<B> {
             jobs: VecDeque::new(),
             announced: None,
             resting: false,
+            tending: false,
             draining: Vec::new(),
             fencing: Vec::new(),
             events: Vec::new(),
-        }
-    }
-
-    fn read_sockets(&mut self) {
-        self.ready.clear();
-        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if epoll::wait(&self.poller, spare_capacity(&mut self.ready), Some(&zero)).is_err() {
-            return;
-        }
-        let mut ready = std::mem::take(&mut self.ready);
-        for event in ready.drain(..) {
-            match event.data.u64() {
-                LISTENER => self.accept_all(),
-                TIMER => {
-                    let mut count = [0; 8];
-                    // Only its readiness counts.
-                    let _expirations = rustix::io::read(&self.timer, &mut count);
-                    self.timer_at = None;
-                }
-                id => {
-                    let id = PeerId(id as u32);
-                    let flags = event.flags;
-                    if flags.contains(epoll::EventFlags::OUT) {
-                        self.unflushed.insert(id);
-                    }
-                    self.read_from(id);
-                }
-            }
-        }
-        // Its room serves the next poll, too.
-        self.ready = ready;
+        })
     }
 
     /// Copies in turn, a slice of each transfer, until the budget is spent or everything waits.
@@ -226,23 +175,9 @@ impl<B: Backend> LocalTransport<B> {
     }
 
     /// The next moment at which something has to be done unasked.
-    fn deadline(&self, now: Instant) -> Option<Instant> {
-        let greetings = self.peers.values().filter_map(|peer| peer.deadline(now));
-        greetings.chain(self.held.values().map(|held| held.until)).chain(self.deaf_until).min()
-    }
-
-    fn set_timer(&mut self, now: Instant) {
-        let at = self.deadline(now);
-        if at == self.timer_at {
-            return;
-        }
-        // Zero would disarm it.
-        let wait = at.map(|at| at.saturating_duration_since(now).max(Duration::from_micros(1))).unwrap_or_default();
-        let it_value = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() };
-        let value = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
-        if timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &value).is_ok() {
-            self.timer_at = at;
-        }
+    fn deadline(&self) -> Option<Instant> {
+        let greetings = self.peers.values().filter_map(Peer::deadline);
+        greetings.chain(self.held.values().map(|held| held.until)).min()
     }
 }
 
@@ -252,7 +187,7 @@ impl<B: Backend> Transport for LocalTransport<B> {
     }
 
     fn address(&self) -> Bytes {
-        Address::new(B::KIND, self.info.host.clone(), self.socket, self.key, self.instance).encode()
+        Address::new(B::KIND, self.info.host.clone(), self.carrier.place(), self.key, self.instance).encode()
     }
 
     fn bind(&mut self, pool: &Pool) -> Result<PoolKeys, BindError> {
@@ -342,41 +277,39 @@ impl<B: Backend> Transport for LocalTransport<B> {
     }
 
     fn disconnect(&mut self, peer: PeerId) {
-        if self.peers.contains_key(&peer) {
-            // What was said before is sent, as far as the socket takes it.
-            self.unflushed.insert(peer);
-            self.flush_all();
-        }
         if self.peers.remove(&peer).is_some() {
             self.forget(peer, &TransferError::PeerLost("it was disconnected here".into()));
         }
     }
 
     fn poll(&mut self, events: &mut Vec<Event>) {
-        self.read_sockets();
         let now = Instant::now();
-        self.listen_again(now);
+        self.carrier.look(now);
+        self.take_frames();
         self.check_greetings(now);
         self.check_held(now);
         self.check_events();
-        self.flush_all();
+        self.carrier.flush();
+        self.tending = self.backend.tend();
         self.copy();
         self.settle_draining();
         self.settle_pools();
-        self.flush_all();
+        self.carrier.flush();
         events.append(&mut self.events);
     }
 
     fn arm(&mut self) -> Wait {
-        self.flush_all();
+        self.carrier.flush();
         if (!self.jobs.is_empty() && !self.resting)
             || !self.events.is_empty()
             || self.pools.values().any(|bound| bound.leaving && self.is_idle(bound.pool.id()))
         {
             return Wait::Busy;
         }
-        if !self.jobs.is_empty() || !self.draining.is_empty() {
-            return self.backend.wait();
+        if (!self.jobs.is_empty() || !self.draining.is_empty())
+            && let Some(wait) = self.backend.wait()
+        {
+            return wait;
         }
         if self.announced.is_some_and(|at| at.elapsed() < B::PUSH_SPIN) && self.posted.values().any(Posted::is_push) {
             return Wait::Busy;
@@ -384,7 +317,8 @@ impl<B: Backend> Transport for LocalTransport<B> {
         if !self.waiting.is_empty() {
             return Wait::MustPoll;
         }
-        self.set_timer(Instant::now());
-        Wait::Ready(Arc::clone(&self.poller))
+        let now = Instant::now();
+        let tend = self.tending.then(|| now + TEND_EVERY);
+        self.carrier.wait(self.deadline().into_iter().chain(tend).min(), now)
     }
 }

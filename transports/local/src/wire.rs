@@ -1,4 +1,4 @@
-//! What crosses the socket: addresses and keys (through the control link), frames (between two transports).
+//! What crosses between two transports: addresses and keys (through the control link), frames (between two transports).
 #![allow(missing_docs, reason = "variants explain their fields, and constructors take them in order")]
 
 use bytes::Bytes;
@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file; both ends must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Descriptors that travel with one frame; the kernel takes 253.
 pub const FDS_PER_FRAME_MAX: usize = 200;
 /// Bytes of a frame before its sender has shown the key.
@@ -29,8 +29,8 @@ pub struct Address {
     version: u32,
     /// Identity of the host.
     pub boot: String,
-    /// Name of the abstract socket.
-    pub socket: [u8; 16],
+    /// Where the carrier finds it.
+    pub place: Bytes,
     /// Session key.
     pub key: [u8; 16],
     /// Which opened transport this is.
@@ -38,8 +38,8 @@ pub struct Address {
 }
 
 impl Address {
-    pub fn new(kind: TransportKind, boot: String, socket: [u8; 16], key: [u8; 16], instance: [u8; 16]) -> Address {
-        Address { magic: magic(ADDRESS_MAGIC, kind), version: VERSION, boot, socket, key, instance }
+    pub fn new(kind: TransportKind, boot: String, place: Bytes, key: [u8; 16], instance: [u8; 16]) -> Address {
+        Address { magic: magic(ADDRESS_MAGIC, kind), version: VERSION, boot, place, key, instance }
     }
 
     pub fn encode(&self) -> Bytes {
@@ -121,6 +121,12 @@ pub enum Frame {
     Notice(Notice),
     /// A pool is not to be read any more.
     Withdrawn { pool: PoolId, token: u64 },
+    /// A pool that pushes may come from, so that the way to it is there before the first.
+    Offered { pool: PoolId, token: u64 },
+    /// Asks whether a pool is still bound under that token.
+    Check { serial: u64, pool: PoolId, token: u64 },
+    /// Whether it is.
+    Checked { serial: u64, stood: bool },
 }
 
 /// How a pool's memory is reached.
@@ -234,7 +240,8 @@ mod tests {
 
     #[test]
     fn every_cut_of_an_address_and_of_keys_is_refused() {
-        let address = Address::new(TransportKind::Shm, "boot".into(), [1; 16], [2; 16], [3; 16]).encode();
+        let address =
+            Address::new(TransportKind::Shm, "boot".into(), Bytes::from_static(&[1; 16]), [2; 16], [3; 16]).encode();
         let keys = Keys::new(TransportKind::Shm, [3; 16], PoolId(7), 99, vec![1, 2]).encode();
         assert!(
             Address::decode(TransportKind::Shm, &address).is_ok() && Keys::decode(TransportKind::Shm, &keys).is_ok()

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kvferry_core::{PoolId, PoolLayout, Program, UnitRange};
 use kvferry_local::wire::MemoryKind;
-use kvferry_local::{Backend, Copying, Descriptor, Owner, Shared, Step};
+use kvferry_local::{Backend, Copying, Descriptor, Owner, Shared, Sockets, Step};
 use kvferry_transport::{Evidence, Grade, Pool, TransferError, TransportKind, Wait};
 
 use crate::copy::Walk;
@@ -21,6 +21,7 @@ pub(crate) struct HostMemory;
 
 impl Backend for HostMemory {
     const KIND: TransportKind = TransportKind::Shm;
+    type Carrier = Sockets;
     type Memory = Memory;
     type Copy = Walk;
 
@@ -51,8 +52,9 @@ impl Backend for HostMemory {
             MemoryKind::Shared => Memory::map(descriptors, &layout.regions),
             MemoryKind::Addresses(bases) if bases.len() == layout.regions.len() => {
                 let regions = bases.into_iter().zip(layout.regions.iter().copied()).collect();
-                let pid = owner.pid.ok_or("its process is not visible here; share the PID namespace")?;
-                Process::of_peer(&owner.socket, pid).map(|process| Memory::Process { process, regions })
+                let (pid, socket) =
+                    owner.pid.zip(owner.socket).ok_or("its process is not visible here; share the PID namespace")?;
+                Process::of_peer(&socket, pid).map(|process| Memory::Process { process, regions })
             }
             MemoryKind::Addresses(_) => Err("its addresses and its regions differ in number".into()),
             MemoryKind::Opaque(_) => Err("its memory is not the host's; run the same release on both".into()),
@@ -90,8 +92,8 @@ impl Backend for HostMemory {
         Ok(Walk::new(program, range, layout, memory, pool))
     }
 
-    fn wait(&self) -> Wait {
-        Wait::Busy
+    fn wait(&self) -> Option<Wait> {
+        Some(Wait::Busy)
     }
 }
 

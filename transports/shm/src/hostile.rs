@@ -23,7 +23,7 @@ fn open() -> Box<dyn Transport> {
     ShmProvider.open(&ShmProvider.discover()[0], &Options::default()).unwrap()
 }
 
-fn name(socket: &[u8; 16]) -> SocketAddr {
+fn name(socket: &[u8]) -> SocketAddr {
     let hex: String = socket.iter().map(|byte| format!("{byte:02x}")).collect();
     SocketAddr::from_abstract_name(format!("kvferry-{hex}")).unwrap()
 }
@@ -69,10 +69,10 @@ fn strangers_cost_only_their_own_connection() {
         [hello(address.key), Frame::Fds { request: 1, count: 3 }.encode()].concat(),
         [hello(address.key), u32::MAX.to_le_bytes().to_vec(), vec![2]].concat(),
     ];
-    let mut silent = UnixStream::connect_addr(&name(&address.socket)).unwrap();
+    let mut silent = UnixStream::connect_addr(&name(&address.place)).unwrap();
     let mut events = Vec::new();
     for greeting in greetings {
-        let mut stream = UnixStream::connect_addr(&name(&address.socket)).unwrap();
+        let mut stream = UnixStream::connect_addr(&name(&address.place)).unwrap();
         stream.write_all(&greeting).unwrap();
         let start = Instant::now();
         while !closed(&mut stream) {
@@ -93,7 +93,7 @@ fn strangers_cost_only_their_own_connection() {
 fn a_silent_stranger_is_dropped_in_time() {
     let mut victim = open();
     let mut silent =
-        UnixStream::connect_addr(&name(&Address::decode(TransportKind::Shm, &victim.address()).unwrap().socket))
+        UnixStream::connect_addr(&name(&Address::decode(TransportKind::Shm, &victim.address()).unwrap().place))
             .unwrap();
     let start = Instant::now();
     while !closed(&mut silent) {
@@ -122,7 +122,9 @@ fn pull_from(fds: Vec<OwnedFd>, announced: u32, served: PoolLayout, kind: Memory
     let mut socket = [0; 16];
     getrandom::fill(&mut socket).unwrap();
     let listener = UnixListener::bind_addr(&name(&socket)).unwrap();
-    let peer = victim.connect(&Address::new(TransportKind::Shm, boot, socket, [3; 16], [4; 16]).encode()).unwrap();
+    let peer = victim
+        .connect(&Address::new(TransportKind::Shm, boot, socket.to_vec().into(), [3; 16], [4; 16]).encode())
+        .unwrap();
     let (mut stream, _) = listener.accept().unwrap();
     stream.write_all(&Frame::Welcome { instance: [4; 16] }.encode()).unwrap();
 

@@ -6,8 +6,14 @@ use super::{NicAdvert, RdmaShortfall, Role, WorkerProfile};
 use crate::{Direction, Evidence, GroupId, NodeId, Rank, TransportKind};
 
 /// The best first: GPU and shared memory of one host before anything that crosses a network.
-const PREFERENCE: [TransportKind; 5] =
-    [TransportKind::Cuda, TransportKind::Shm, TransportKind::Sim, TransportKind::Ucx, TransportKind::Tcp];
+const PREFERENCE: [TransportKind; 6] = [
+    TransportKind::Cuda,
+    TransportKind::Shm,
+    TransportKind::Sim,
+    TransportKind::Ucx,
+    TransportKind::Libfabric,
+    TransportKind::Tcp,
+];
 
 /// A worker as logs name it: `prefill/group-0/rank-1/node-2`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,11 +139,11 @@ pub(super) fn passed_over(source: &[NicAdvert], destination: &[NicAdvert], chose
     better.filter_map(|kind| Some(PassedOver { kind, obstacle: obstacle(kind)? })).collect()
 }
 
-/// A NIC that reaches by memory names its host; of UCX's, some do and others cross the network.
+/// A NIC that reaches by memory names its host; of UCX's and libfabric's, some do and others cross the network.
 fn reaches(local: &NicAdvert, remote: &NicAdvert) -> bool {
     match local.kind {
         kind if is_local(kind) => !local.host.is_empty() && local.host == remote.host,
-        TransportKind::Ucx => local.host == remote.host,
+        TransportKind::Ucx | TransportKind::Libfabric => local.host == remote.host,
         _ => true,
     }
 }

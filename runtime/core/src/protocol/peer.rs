@@ -64,10 +64,12 @@ impl Peer {
     }
 
     /// Whether the destination reads the source's memory: then what it read counts only if the source still held it afterwards. A push
-    /// inside one host or through UCX is a doorbell to the destination, which may hear it late.
+    /// inside one host, through UCX or libfabric is a doorbell to the destination, which may hear it late.
     pub(crate) fn destination_reads(&self) -> bool {
         self.direction == Direction::Pull
-            || self.remote().is_some_and(|nic| is_local(nic.kind) || nic.kind == TransportKind::Ucx)
+            || self.remote().is_some_and(|nic| {
+                is_local(nic.kind) || matches!(nic.kind, TransportKind::Ucx | TransportKind::Libfabric)
+            })
     }
 
     /// The path, and what was better, for whoever watches.

@@ -1,15 +1,17 @@
 //! Whether KV that should go by RDMA does.
 //!
 //! RDMA is expected between two ranks when it is required, or when one of them has opened an RDMA device. Memory of one host (shared memory,
-//! NVLink, UCX's `memory`) is as good: nothing crosses a network. What falls short is told once per peer; where RDMA is required it is refused.
+//! NVLink, UCX's `memory`, libfabric's `shm`) is as good: nothing crosses a network. What falls short is told once per peer; where RDMA is required it is refused.
 
 use thiserror::Error;
 
 use super::NicAdvert;
 use crate::{Evidence, TransportKind};
 
-/// UCX's transports over RDMA devices begin with one of these.
-const RDMA_LANES: [&str; 6] = ["srd", "rc", "dc", "ud", "gga", "gda"];
+/// Lanes over RDMA devices begin with one of these: UCX's transports, libfabric's provider.
+const RDMA_LANES: [&str; 7] = ["srd", "rc", "dc", "ud", "gga", "gda", "efa/"];
+/// What EFA devices are called; libfabric names them without a port.
+const EFA_NAMES: [&str; 2] = ["rdmap", "efa_"];
 
 /// What carries the bytes of a NIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,16 +24,19 @@ enum Carrier {
     Network,
 }
 
-/// UCX names RDMA devices with their port; its other devices that cross a network are interfaces.
+/// UCX names RDMA devices with their port; its other devices that cross a network are interfaces. libfabric's may be `PROVIDER/DEVICE`.
 fn carrier(nic: &NicAdvert) -> Carrier {
     let has_port = nic.device.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u8>().is_ok());
+    let plain = nic.device.rsplit_once('/').map_or(nic.device.as_str(), |(_, plain)| plain);
+    let is_efa = EFA_NAMES.iter().any(|name| plain.starts_with(name));
     match nic.kind {
         TransportKind::Shm | TransportKind::Cuda => Carrier::Memory,
-        TransportKind::Ucx if !nic.host.is_empty() => Carrier::Memory,
+        TransportKind::Ucx | TransportKind::Libfabric if !nic.host.is_empty() => Carrier::Memory,
         TransportKind::Ucx if has_port => Carrier::Rdma,
+        TransportKind::Libfabric if is_efa => Carrier::Rdma,
         // The simulated fabric is one of one-sided NICs.
         TransportKind::Sim => Carrier::Rdma,
-        TransportKind::Ucx | TransportKind::Tcp => Carrier::Network,
+        TransportKind::Ucx | TransportKind::Libfabric | TransportKind::Tcp => Carrier::Network,
     }
 }
 
@@ -103,7 +108,7 @@ pub(super) fn of_path(
 
 /// What the lanes to a peer fall short of. An RDMA device was opened: RDMA is expected.
 pub(super) fn of_lanes(nic: &NicAdvert, evidence: &Evidence) -> Option<RdmaShortfall> {
-    if nic.kind != TransportKind::Ucx || carrier(nic) != Carrier::Rdma {
+    if !matches!(nic.kind, TransportKind::Ucx | TransportKind::Libfabric) || carrier(nic) != Carrier::Rdma {
         return None;
     }
     let device = nic.device.clone();
@@ -131,13 +136,21 @@ mod tests {
 
     #[test]
     fn one_host_and_rdma_are_good_enough() {
-        for kind in [TransportKind::Shm, TransportKind::Cuda, TransportKind::Ucx] {
+        for kind in [TransportKind::Shm, TransportKind::Cuda, TransportKind::Ucx, TransportKind::Libfabric] {
             let memory = [nic(kind, "memory", "host")];
             assert_eq!(path(true, &memory, &memory), None, "{kind}");
         }
         for device in ["rdmap40s0:1", "mlx5_0:1", "efa_0:1"] {
             let rdma = [nic(TransportKind::Ucx, device, "")];
             assert_eq!(path(true, &rdma, &rdma), None, "{device}");
+        }
+        for device in ["rdmap40s0", "efa/rdmap40s0", "efa_0"] {
+            let rdma = [nic(TransportKind::Libfabric, device, "")];
+            assert_eq!(path(true, &rdma, &rdma), None, "{device}");
+        }
+        for device in ["eth0", "tcp;ofi_rxm/eth0"] {
+            let network = [nic(TransportKind::Libfabric, device, "")];
+            assert!(path(true, &network, &network).is_some(), "{device}");
         }
         let simulated = [nic(TransportKind::Sim, "n", "")];
         assert_eq!(path(true, &simulated, &simulated), None);

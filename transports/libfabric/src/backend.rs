@@ -1,0 +1,167 @@
+//! Registered memory behind the protocol, read by the destination.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use kvferry_core::{FenceProof, PoolId, PoolLayout, Program, UnitRange};
+use kvferry_local::wire::MemoryKind;
+use kvferry_local::{Backend, Owner, Shared};
+use kvferry_transport::{Evidence, Grade, LibraryName, PeerId, Pool, TransferError, TransportKind, Wait};
+use libfabric_sys::FI_READ;
+
+use crate::copy::Reads;
+use crate::domain::Domain;
+use crate::memory::{Lent, Own};
+use crate::messages::Messages;
+use crate::reader::Reader;
+use crate::slab::Slab;
+use crate::wire;
+
+/// The pools of one device.
+pub(crate) struct Fabric {
+    domain: Rc<Domain>,
+    /// The well-known endpoint, through which peers read.
+    name: Vec<u8>,
+    bound: BTreeMap<PoolId, Rc<Own>>,
+    readers: BTreeMap<PeerId, Rc<Reader>>,
+    /// Where bytes go that nobody needs.
+    scratch: Rc<Slab>,
+    /// Whether the provider emulates reads, where it tells.
+    emulates_reads: Option<bool>,
+}
+
+impl Fabric {
+    pub(crate) fn new(domain: &Rc<Domain>, name: &[u8], emulates_reads: Option<bool>) -> Result<Fabric, String> {
+        let scratch = Rc::new(Slab::new(domain, 1, 64, FI_READ)?);
+        let (domain, name) = (domain.clone(), name.to_vec());
+        Ok(Fabric { domain, name, bound: BTreeMap::new(), readers: BTreeMap::new(), scratch, emulates_reads })
+    }
+
+    fn evidence(&self) -> Evidence {
+        let (info, library) = (&self.domain.info, self.domain.library);
+        let lane = format!("{}/{}", info.provider(), info.domain());
+        let library = LibraryName { path: library.path.clone(), version: library.version.to_string() };
+        Evidence { library: Some(library), ..Evidence::connected(vec![lane]) }
+    }
+}
+
+impl Backend for Fabric {
+    const KIND: TransportKind = TransportKind::Libfabric;
+    type Carrier = Messages;
+    type Memory = Lent;
+    type Copy = Reads;
+
+    // Shared memory of libfabric's reads what is at an address under any key, also one that was withdrawn.
+    const CHECKS: bool = true;
+    // An endpoint and its connection.
+    const OFFERS: bool = true;
+    const SEVERED: FenceProof = FenceProof::EndpointDestroyed;
+
+    fn bind(&mut self, pool: &Pool) -> Result<(), String> {
+        pool.require_host()?;
+        self.bound.insert(pool.id(), Rc::new(Own::new(&self.domain, pool)?));
+        Ok(())
+    }
+
+    fn unbind(&mut self, pool: PoolId) {
+        self.bound.remove(&pool);
+    }
+
+    fn share(&mut self, pool: &Pool) -> Result<Shared, String> {
+        let own = self.bound.get(&pool.id()).ok_or_else(|| format!("{} is not bound there", pool.id()))?;
+        let memory = own.lend(&self.domain, pool, &self.name).seal();
+        Ok(Shared { memory: MemoryKind::Opaque(memory), descriptors: Vec::new() })
+    }
+
+    fn open(
+        &mut self,
+        owner: Owner<'_>,
+        layout: &PoolLayout,
+        memory: MemoryKind,
+        _: Vec<OwnedFd>,
+    ) -> Result<Lent, String> {
+        let MemoryKind::Opaque(memory) = memory else {
+            return Err("its memory is not registered with libfabric; run the same release on both".to_owned());
+        };
+        let memory = wire::Memory::open(&memory, layout.regions.len())?;
+        let peer = owner.peer.ok_or("nobody owns it")?;
+        let known = self.readers.get(&peer).cloned();
+        let reader = known.clone().map_or_else(|| Reader::open(&self.domain, &memory.name).map(Rc::new), Ok)?;
+        let lent = Lent::new(reader.clone(), &memory, layout)?;
+        if known.is_none() {
+            if let Some(byte) = lent.any_byte() {
+                reader.warm(byte, &self.scratch);
+            }
+            self.readers.insert(peer, reader);
+        }
+        Ok(lent)
+    }
+
+    fn reached(&self, _: &Lent) -> Evidence {
+        of_reads(self.evidence().seen("the receiver reads the peer's registered memory"), self.emulates_reads)
+            .unseen("counters of a device")
+    }
+
+    fn lent(&self, _: &MemoryKind) -> Evidence {
+        self.evidence()
+            .seen("the peer was given keys of this side's registered memory, which it reads by itself")
+            .unseen("that it can, which only its side knows")
+    }
+
+    fn copy(
+        &mut self,
+        program: Arc<Program>,
+        range: UnitRange,
+        layout: Arc<PoolLayout>,
+        memory: Rc<Lent>,
+        pool: Pool,
+    ) -> Result<Reads, TransferError> {
+        let own = self.bound.get(&pool.id()).cloned();
+        let own = own.ok_or_else(|| TransferError::Refused(format!("{} is not bound here", pool.id())))?;
+        let most = self.domain.info.message_bytes_max();
+        Ok(Reads::new((program, range), layout, memory, (pool, own), most))
+    }
+
+    fn sever(&mut self, memory: &Lent) {
+        memory.reader.cut();
+        self.readers.retain(|_, reader| !reader.is_closed());
+    }
+
+    fn tend(&mut self) -> bool {
+        self.readers.values().filter(|reader| reader.tend()).count() > 0
+    }
+
+    fn wait(&self) -> Option<Wait> {
+        None
+    }
+}
+
+/// What is known of who does the reading. Only EFA's provider tells.
+fn of_reads(evidence: Evidence, emulates_reads: Option<bool>) -> Evidence {
+    match emulates_reads {
+        Some(false) => {
+            Evidence { grade: Grade::E4, ..evidence }.seen("the device reads (FI_OPT_EFA_EMULATED_READ is 0)")
+        }
+        Some(true) => Evidence { emulated: true, ..evidence }
+            .unseen("reads by the device, which has none: the provider emulates them by messages"),
+        None => evidence.unseen("that a device does so without a processor, which this provider does not tell"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_device_that_reads_by_itself_is_zero_copy() {
+        let of = |emulates_reads| {
+            let evidence = of_reads(Evidence::connected(vec!["efa/rdmap40s0-rdm".to_owned()]), emulates_reads);
+            (evidence.grade, evidence.emulated, evidence.unseen.len())
+        };
+        assert_eq!(of(Some(false)), (Grade::E4, false, 0));
+        assert_eq!(of(Some(true)), (Grade::E3, true, 1));
+        assert_eq!(of(None), (Grade::E3, false, 1));
+    }
+}

@@ -1,0 +1,210 @@
+//! An opened device: its domain, and what is registered in it.
+
+use std::cell::{Cell, RefCell};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::ptr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use kvferry_transport::codec::random;
+use libfabric_sys::{Padded, calls, fi_mr_attr, fid, fid_domain, fid_fabric, fid_mr, iovec};
+use rustix::event::epoll;
+
+use crate::info::{Info, MemoryMode};
+use crate::library::Library;
+
+/// An open fabric and domain; closed when the last object in it is gone. It stays on its thread.
+pub(crate) struct Domain {
+    pub(crate) library: &'static Library,
+    pub(crate) info: Info,
+    pub(crate) mode: MemoryMode,
+    fabric: *mut fid_fabric,
+    domain: *mut fid_domain,
+    /// Watches the descriptors of every completion queue.
+    pub(crate) poller: Arc<OwnedFd>,
+    /// Completion queues with a descriptor.
+    queues: RefCell<Vec<*mut fid>>,
+    /// How many there are without one.
+    silent: Cell<usize>,
+}
+
+/// Whether the thread may sleep on the poller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sleep {
+    Yes,
+    /// Something has come.
+    NotNow,
+    /// Nothing would wake it.
+    Never,
+}
+
+impl Domain {
+    pub(crate) fn open(library: &'static Library, info: Info) -> Result<Rc<Domain>, String> {
+        let mode = info.memory_mode()?;
+        let poller = epoll::create(epoll::CreateFlags::CLOEXEC)
+            .map_err(|error| format!("creating an epoll descriptor: {}", std::io::Error::from(error)))?;
+        let Ok(open) = &library.api.fi_fabric else { return Err("the library is incomplete".to_owned()) };
+        let mut fabric = ptr::null_mut();
+        // SAFETY: attributes that the library made; a place for the object.
+        let status = unsafe { open((*info.raw()).fabric_attr, &mut fabric, ptr::null_mut()) };
+        library.check("fi_fabric", status)?;
+        let mut domain = ptr::null_mut();
+        // SAFETY: an open fabric and its own information.
+        let status = unsafe { calls::fi_domain(fabric, info.raw(), &mut domain) };
+        if status != 0 {
+            // SAFETY: opened above, closed once.
+            unsafe { calls::fi_close(&raw mut (*fabric).fid) };
+            library.check("fi_domain", status)?;
+        }
+        Ok(Rc::new(Domain {
+            library,
+            info,
+            mode,
+            fabric,
+            domain,
+            poller: Arc::new(poller),
+            queues: RefCell::new(Vec::new()),
+            silent: Cell::new(0),
+        }))
+    }
+
+    pub(crate) fn fabric(&self) -> *mut fid_fabric {
+        self.fabric
+    }
+
+    pub(crate) fn raw(&self) -> *mut fid_domain {
+        self.domain
+    }
+
+    /// Counts a queue in; with a descriptor it is watched.
+    pub(crate) fn watch(&self, queue: *mut fid, descriptor: Option<RawFd>) -> Result<(), String> {
+        let Some(descriptor) = descriptor else {
+            self.silent.set(self.silent.get() + 1);
+            return Ok(());
+        };
+        // SAFETY: the queue's descriptor, open as long as the queue; it is only lent for this call.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(descriptor) };
+        let data = epoll::EventData::new_u64(0);
+        epoll::add(&self.poller, borrowed, data, epoll::EventFlags::IN)
+            .map_err(|error| format!("watching a completion queue: {}", std::io::Error::from(error)))?;
+        self.queues.borrow_mut().push(queue);
+        Ok(())
+    }
+
+    /// Counts a queue out, before it is closed.
+    pub(crate) fn unwatch(&self, queue: *mut fid, descriptor: Option<RawFd>) {
+        let Some(descriptor) = descriptor else {
+            self.silent.set(self.silent.get().saturating_sub(1));
+            return;
+        };
+        self.queues.borrow_mut().retain(|watched| *watched != queue);
+        // SAFETY: as in `watch`; the queue is still open.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(descriptor) };
+        let _not_watched = epoll::delete(&self.poller, borrowed);
+    }
+
+    /// Whether the poller tells of everything from now on.
+    pub(crate) fn sleep(&self) -> Sleep {
+        if self.silent.get() > 0 {
+            return Sleep::Never;
+        }
+        let mut queues = self.queues.borrow_mut();
+        let count = i32::try_from(queues.len()).unwrap_or(i32::MAX);
+        // SAFETY: open queues of this fabric, as many as the count says.
+        match unsafe { calls::fi_trywait(self.fabric, queues.as_mut_ptr(), count) } {
+            0 => Sleep::Yes,
+            _ => Sleep::NotNow,
+        }
+    }
+
+    /// Watches another descriptor.
+    pub(crate) fn also_watch(&self, descriptor: &impl AsFd) -> Result<(), String> {
+        epoll::add(&self.poller, descriptor.as_fd(), epoll::EventData::new_u64(0), epoll::EventFlags::IN)
+            .map_err(|error| format!("watching a timer: {}", std::io::Error::from(error)))
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        // SAFETY: endpoints, queues and registrations hold the domain, so none is left; each is closed once, the domain first.
+        let (domain, fabric) =
+            unsafe { (calls::fi_close(&raw mut (*self.domain).fid), calls::fi_close(&raw mut (*self.fabric).fid)) };
+        if domain != 0 || fabric != 0 {
+            tracing::warn!(domain, fabric, "libfabric did not close a device");
+        }
+    }
+}
+
+/// Memory registered in a domain; it stays so, and is kept, until the last operation on it is over.
+pub(crate) struct Registered<K> {
+    domain: Rc<Domain>,
+    raw: *mut fid_mr,
+    key: u64,
+    /// What keeps the memory; dropped after it is no longer registered.
+    _keep: K,
+}
+
+impl<K> Registered<K> {
+    /// Registers `bytes` bytes at `base`, at least one, that `keep` keeps alive.
+    pub(crate) fn new(
+        domain: &Rc<Domain>,
+        base: *mut u8,
+        bytes: usize,
+        access: u32,
+        keep: K,
+    ) -> Result<Registered<K>, String> {
+        // A key that nobody can have kept from an earlier registration.
+        let drawn = random::<8>().map_err(|error| format!("no random key could be drawn: {error}"))?;
+        let range = iovec { iov_base: base.cast(), iov_len: bytes };
+        let mut attr = Padded::<fi_mr_attr>::zeroed();
+        let fields = attr.fields();
+        fields.__bindgen_anon_1.mr_iov = &range;
+        fields.iov_count = 1;
+        fields.access = access.into();
+        fields.requested_key = u64::from_le_bytes(drawn) & domain.info.key_mask();
+        let mut raw = ptr::null_mut();
+        // SAFETY: an open domain; the attributes live during the call, the memory as long as `keep`.
+        let status = unsafe { calls::fi_mr_regattr(domain.domain, &mut attr, 0, &mut raw) };
+        if status != 0 {
+            return Err(refused(domain.library, bytes, status));
+        }
+        // SAFETY: a registration that stands; its key is a field.
+        let key = unsafe { (*raw).key };
+        Ok(Registered { domain: domain.clone(), raw, key, _keep: keep })
+    }
+
+    /// By which peers name it.
+    pub(crate) fn key(&self) -> u64 {
+        self.key
+    }
+
+    /// What our own operations on it pass; null where the provider wants none.
+    pub(crate) fn desc(&self) -> *mut std::ffi::c_void {
+        // SAFETY: a registration that stands.
+        if self.domain.mode.local { unsafe { (*self.raw).mem_desc } } else { ptr::null_mut() }
+    }
+}
+
+impl<K> Drop for Registered<K> {
+    fn drop(&mut self) {
+        // SAFETY: registered once, closed once; operations on it hold it.
+        let status = unsafe { calls::fi_close(&raw mut (*self.raw).fid) };
+        if status != 0 {
+            tracing::warn!(error = self.domain.library.words(status.into()), "libfabric did not unregister memory");
+        }
+    }
+}
+
+fn refused(library: &Library, bytes: usize, status: i32) -> String {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+    let locked = limit.map_or_else(
+        || " (locked memory is unlimited here)".to_owned(),
+        |limit| {
+            format!(
+                "; only {} KiB of memory may be locked here: raise it (`ulimit -l unlimited`, or the capability IPC_LOCK for a container)",
+                limit / 1024
+            )
+        },
+    );
+    format!("libfabric cannot register {bytes} bytes: {}{locked}", library.words(status.into()))
+}

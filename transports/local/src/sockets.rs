@@ -1,0 +1,348 @@
+//! Frames over abstract Unix sockets, which can carry descriptors.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvferry_transport::{ConnectError, OpenError, PeerId, TransportKind, Wait};
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll;
+use rustix::io::Errno;
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
+};
+use rustix::process::Pid;
+use rustix::time::Timespec;
+
+use crate::alarm::Alarm;
+use crate::carrier::{Carried, Carrier, Descriptor, Owner};
+use crate::socket::Connection;
+use crate::wire::Frame;
+
+/// What epoll calls the listener and the timer; peers have their numbers.
+const LISTENER: u64 = u64::MAX;
+const TIMER: u64 = u64::MAX - 1;
+/// Sockets that are looked at in one poll.
+const READY_MAX: usize = 64;
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+/// How long nothing is accepted after descriptors ran out.
+const DEAF: Duration = Duration::from_millis(50);
+/// How often a full backlog is tried again.
+const REDIAL: Duration = Duration::from_millis(1);
+/// Connections that have not shown the key yet.
+const STRANGERS_MAX: usize = 1024;
+
+/// A listening socket and its connections.
+pub struct Sockets {
+    kind: TransportKind,
+    name: [u8; 16],
+    listener: OwnedFd,
+    /// Whether somebody waits to be accepted.
+    is_called: bool,
+    /// Until when it is not listened to, since nothing could be accepted.
+    deaf_until: Option<Instant>,
+    alarm: Alarm,
+    poller: Arc<OwnedFd>,
+    ready: Vec<epoll::Event>,
+    connections: BTreeMap<PeerId, Socket>,
+    next_peer: u32,
+    /// Who has something to write.
+    unflushed: BTreeSet<PeerId>,
+    /// Who may have frames, and whether its socket was read for them.
+    speaking: VecDeque<(PeerId, bool)>,
+}
+
+struct Socket {
+    connection: Connection,
+    /// Its process, as the kernel told.
+    pid: Option<Pid>,
+    /// Its backlog was full: to be tried again.
+    dialing: Option<SocketAddrUnix>,
+    is_stranger: bool,
+    /// Whether epoll tells when it takes more.
+    watched_for_room: bool,
+    /// Why it is of no further use, once what it has said is taken.
+    broken: Option<String>,
+}
+
+impl Sockets {
+    /// Listens under a name of its own.
+    pub(crate) fn open(kind: TransportKind, device: &str) -> Result<Sockets, OpenError> {
+        let device = device.to_owned();
+        let io = |context, error: Errno| OpenError::Io { device: device.clone(), context, source: error.into() };
+        let name = kvferry_transport::codec::random().map_err(|source| OpenError::Io {
+            device: device.clone(),
+            context: "naming the socket",
+            source,
+        })?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let listener =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(|e| io("making a socket", e))?;
+        let address = abstract_name(&name).map_err(|e| io("naming the socket", e))?;
+        bind(&listener, &address).map_err(|e| io("binding the socket", e))?;
+        listen(&listener, BACKLOG).map_err(|e| io("listening", e))?;
+        let alarm = Alarm::new().map_err(|e| io("making a timer", e))?;
+        let poller = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| io("making an epoll instance", e))?;
+        let watch = |fd, data| epoll::add(&poller, fd, epoll::EventData::new_u64(data), epoll::EventFlags::IN);
+        watch(rustix::fd::AsFd::as_fd(&listener), LISTENER)
+            .and_then(|()| watch(rustix::fd::AsFd::as_fd(&alarm), TIMER))
+            .map_err(|e| io("watching the socket", e))?;
+        Ok(Sockets {
+            kind,
+            name,
+            listener,
+            is_called: false,
+            deaf_until: None,
+            alarm,
+            poller: Arc::new(poller),
+            ready: Vec::with_capacity(READY_MAX),
+            connections: BTreeMap::new(),
+            next_peer: 0,
+            unflushed: BTreeSet::new(),
+            speaking: VecDeque::new(),
+        })
+    }
+
+    fn add(&mut self, socket: OwnedFd, dialing: Option<SocketAddrUnix>, is_stranger: bool) -> Result<PeerId, Errno> {
+        let peer = PeerId(self.next_peer);
+        let pid = socket_peercred(&socket).ok().map(|cred| cred.pid);
+        // A socket that still dials would only report that it hangs.
+        if dialing.is_none() {
+            epoll::add(&self.poller, &socket, epoll::EventData::new_u64(u64::from(peer.0)), epoll::EventFlags::IN)?;
+        }
+        self.next_peer = self.next_peer.wrapping_add(1);
+        let mut connection = Connection::new(socket);
+        if !is_stranger {
+            connection.trust();
+        }
+        let (watched_for_room, broken) = (false, None);
+        self.connections.insert(peer, Socket { connection, pid, dialing, is_stranger, watched_for_room, broken });
+        Ok(peer)
+    }
+
+    fn listen_to(&mut self, peer: PeerId) {
+        if !self.speaking.iter().any(|(speaking, _)| *speaking == peer) {
+            self.speaking.push_back((peer, false));
+        }
+    }
+
+    /// Tries again what a full backlog refused.
+    fn redial(&mut self) {
+        for (&id, socket) in &mut self.connections {
+            let Some(to) = &socket.dialing else { continue };
+            match connect(socket.connection.fd(), to) {
+                Ok(()) => {
+                    socket.dialing = None;
+                    let data = epoll::EventData::new_u64(u64::from(id.0));
+                    if let Err(error) = epoll::add(&self.poller, socket.connection.fd(), data, epoll::EventFlags::IN) {
+                        socket.broken = Some(format!("its socket cannot be watched: {error}"));
+                        self.speaking.push_back((id, true));
+                        continue;
+                    }
+                    socket.pid = socket_peercred(socket.connection.fd()).ok().map(|cred| cred.pid);
+                    self.unflushed.insert(id);
+                }
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(error) => {
+                    socket.dialing = None;
+                    socket.broken = Some(format!("connecting failed: {error}"));
+                    self.speaking.push_back((id, true));
+                }
+            }
+        }
+    }
+
+    /// Accepts one of those who wait.
+    fn accept(&mut self) -> Option<PeerId> {
+        loop {
+            match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(socket) => {
+                    if self.connections.values().filter(|socket| socket.is_stranger).count() >= STRANGERS_MAX {
+                        continue;
+                    }
+                    match self.add(socket, None, true) {
+                        // Whoever has greeted already is no stranger to the next one in the queue.
+                        Ok(peer) => {
+                            self.speaking.push_back((peer, false));
+                            return Some(peer);
+                        }
+                        Err(error) => tracing::warn!(%error, "a connection was not accepted"),
+                    }
+                }
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(Errno::AGAIN) => return None,
+                Err(error) => {
+                    // Out of descriptors or memory. Those that wait would wake us at once, again and again.
+                    tracing::warn!(%error, "a connection was not accepted");
+                    if self.listen_for(epoll::EventFlags::empty()) {
+                        self.deaf_until = Some(Instant::now() + DEAF);
+                    }
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn listen_for(&self, flags: epoll::EventFlags) -> bool {
+        epoll::modify(&self.poller, &self.listener, epoll::EventData::new_u64(LISTENER), flags).is_ok()
+    }
+}
+
+impl Carrier for Sockets {
+    fn place(&self) -> Bytes {
+        Bytes::copy_from_slice(&self.name)
+    }
+
+    fn dial(&mut self, place: &[u8]) -> Result<PeerId, ConnectError> {
+        let bad = || ConnectError::BadAddress { kind: self.kind, reason: "it names no socket".into() };
+        let io = |context, error: Errno| ConnectError::Io { context, source: error.into() };
+        let to = abstract_name(place.try_into().map_err(|_| bad())?).map_err(|e| io("naming its socket", e))?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(|e| io("making a socket", e))?;
+        let dialing = match connect(&socket, &to) {
+            Ok(()) => None,
+            Err(Errno::AGAIN | Errno::INTR) => Some(to),
+            Err(error) => return Err(io("connecting (has it ended, or has it another network namespace?)", error)),
+        };
+        self.add(socket, dialing, false).map_err(|e| io("watching its socket", e))
+    }
+
+    fn trust(&mut self, peer: PeerId) {
+        if let Some(socket) = self.connections.get_mut(&peer) {
+            socket.connection.trust();
+            socket.is_stranger = false;
+        }
+    }
+
+    fn send(&mut self, peer: PeerId, frame: &Frame, descriptors: Vec<Box<dyn Descriptor>>) {
+        if let Some(socket) = self.connections.get_mut(&peer) {
+            socket.connection.send_with(frame, descriptors);
+            self.unflushed.insert(peer);
+        }
+    }
+
+    /// Writes what sockets take, and has epoll tell about those that are full.
+    fn flush(&mut self) {
+        for id in std::mem::take(&mut self.unflushed) {
+            let Some(socket) = self.connections.get_mut(&id) else { continue };
+            if socket.dialing.is_some() || socket.broken.is_some() {
+                continue;
+            }
+            let flushed = socket.connection.flush();
+            let full = socket.connection.is_backed_up();
+            if flushed.is_ok() && full != socket.watched_for_room {
+                let flags = if full { epoll::EventFlags::IN | epoll::EventFlags::OUT } else { epoll::EventFlags::IN };
+                let data = epoll::EventData::new_u64(u64::from(id.0));
+                if epoll::modify(&self.poller, socket.connection.fd(), data, flags).is_ok() {
+                    socket.watched_for_room = full;
+                }
+            }
+            if let Err(reason) = flushed {
+                // What it said before it went still counts.
+                socket.broken = Some(reason);
+                self.listen_to(id);
+            }
+        }
+    }
+
+    fn look(&mut self, now: Instant) {
+        if self.deaf_until.is_some_and(|until| until <= now) && self.listen_for(epoll::EventFlags::IN) {
+            self.deaf_until = None;
+            self.is_called = true;
+        }
+        self.redial();
+        self.ready.clear();
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if epoll::wait(&self.poller, spare_capacity(&mut self.ready), Some(&zero)).is_err() {
+            return;
+        }
+        let mut ready = std::mem::take(&mut self.ready);
+        for event in ready.drain(..) {
+            match event.data.u64() {
+                LISTENER => self.is_called = true,
+                TIMER => self.alarm.quiet(),
+                id => {
+                    let (id, flags) = (PeerId(id as u32), event.flags);
+                    if flags.contains(epoll::EventFlags::OUT) {
+                        self.unflushed.insert(id);
+                    }
+                    self.listen_to(id);
+                }
+            }
+        }
+        // Its room serves the next poll, too.
+        self.ready = ready;
+    }
+
+    fn next(&mut self) -> Option<Carried> {
+        while let Some((peer, is_read)) = self.speaking.front_mut() {
+            let peer = *peer;
+            let Some(socket) = self.connections.get_mut(&peer) else {
+                self.speaking.pop_front();
+                continue;
+            };
+            // What came whole is taken before a broken stream counts.
+            if !std::mem::replace(is_read, true)
+                && let Err(reason) = socket.connection.fill()
+            {
+                socket.broken.get_or_insert(reason);
+            }
+            let reason = match socket.connection.next() {
+                Ok(Some(frame)) => return Some(Carried::Frame(peer, frame)),
+                Ok(None) => socket.broken.take(),
+                Err(reason) => Some(reason),
+            };
+            self.speaking.pop_front();
+            if let Some(reason) = reason {
+                self.close(peer);
+                return Some(Carried::Lost(peer, reason));
+            }
+        }
+        if self.is_called {
+            let caller = self.accept();
+            self.is_called = caller.is_some();
+            return caller.map(Carried::Called);
+        }
+        None
+    }
+
+    fn take_fds(&mut self, peer: PeerId, count: usize) -> Result<Vec<OwnedFd>, String> {
+        self.connections.get_mut(&peer).map_or(Ok(Vec::new()), |socket| socket.connection.take_fds(count))
+    }
+
+    fn owner(&self, peer: PeerId) -> Owner<'_> {
+        let found = self.connections.get(&peer);
+        Owner { socket: found.map(|socket| socket.connection.fd()), pid: found.and_then(|s| s.pid), peer: Some(peer) }
+    }
+
+    fn close(&mut self, peer: PeerId) {
+        if let Some(mut socket) = self.connections.remove(&peer)
+            && socket.dialing.is_none()
+            && socket.broken.is_none()
+        {
+            // What was said before is sent, as far as the socket takes it.
+            let _gone = socket.connection.flush();
+        }
+        self.unflushed.remove(&peer);
+    }
+
+    fn wait(&mut self, deadline: Option<Instant>, now: Instant) -> Wait {
+        if self.is_called || !self.speaking.is_empty() {
+            return Wait::Busy;
+        }
+        let redial = self.connections.values().any(|socket| socket.dialing.is_some()).then(|| now + REDIAL);
+        let at = deadline.into_iter().chain(redial).chain(self.deaf_until).min();
+        if self.alarm.set(at, now) { Wait::Ready(Arc::clone(&self.poller)) } else { Wait::MustPoll }
+    }
+}
+
+/// The address of an abstract socket: gone with its last holder, never a file.
+fn abstract_name(socket: &[u8; 16]) -> Result<SocketAddrUnix, Errno> {
+    let hex: String = socket.iter().map(|byte| format!("{byte:02x}")).collect();
+    SocketAddrUnix::new_abstract_name(format!("kvferry-{hex}").as_bytes())
+}
