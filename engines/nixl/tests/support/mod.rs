@@ -21,7 +21,10 @@ pub(crate) fn turn() -> Option<MutexGuard<'static, ()>> {
     match std::env::var(PYTHON) {
         Ok(python) if !python.is_empty() => Some(TURN.lock().unwrap_or_else(PoisonError::into_inner)),
         _ => {
-            kvferry_transport::conformance::absent("nixl-agent", &format!("{PYTHON} names no Python with a NIXL wheel"));
+            kvferry_transport::conformance::absent(
+                "nixl-agent",
+                &format!("{PYTHON} names no Python with a NIXL wheel"),
+            );
             None
         }
     }
