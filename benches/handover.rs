@@ -1,7 +1,13 @@
 //! What a handover costs beside its bytes: three nodes in one process, one 4 KiB block, alone and many at once.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use criterion::{Criterion, criterion_group, criterion_main};
-use kvferry::{Direction, TransportKind};
+use kvferry::{
+    Direction, Event, FetchCourse, GroupId, HandoverId, Metrics, Moment, NodeConfig, Outcome, PathReport, Rank,
+    RequestId, TransportKind, Watch,
+};
 use kvferry_benches::Nodes;
 use tokio::runtime::Builder;
 
@@ -47,5 +53,88 @@ fn handover(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, handover);
+/// Rounds of handovers with and without metrics, in turn, and handovers of each.
+const ROUNDS: usize = 60;
+const HANDOVERS: u32 = 100;
+
+/// What metrics cost: the same handovers at nodes that are watched and at nodes that are not, in turn.
+fn metrics(_: &mut Criterion) {
+    let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let start = |watched: bool| {
+        let watch = move |config: &mut NodeConfig| {
+            if watched {
+                config.watchers.push(Arc::new(Metrics::new()));
+            }
+        };
+        Nodes::start_watched(GEOMETRY, TransportKind::Shm, Direction::Pull, [None, None], watch)
+    };
+    runtime.block_on(async {
+        let mut both = [start(false).await.expect("three nodes"), start(true).await.expect("three nodes")];
+        let mut each = [Vec::new(), Vec::new()];
+        for round in 0..ROUNDS {
+            // Who is first takes turns, too.
+            for which in [round % 2, 1 - round % 2] {
+                let begun = Instant::now();
+                for _ in 0..HANDOVERS {
+                    both[which].handover(16).await.expect("a handover");
+                }
+                each[which].push(begun.elapsed() / HANDOVERS);
+            }
+        }
+        let mut ratios: Vec<f64> =
+            each[0].iter().zip(&each[1]).map(|(without, with)| with.as_secs_f64() / without.as_secs_f64()).collect();
+        ratios.sort_by(f64::total_cmp);
+        let [without, with] = each.map(|mut times| {
+            times.sort();
+            times[times.len() / 2]
+        });
+        let [low, middle, high] = [1, 2, 3].map(|quarter| ratios[ratios.len() * quarter / 4]);
+        println!(
+            "handover/metrics: {without:?} without, {with:?} with; with / without by round: {middle:.4} ({low:.4}-{high:.4})"
+        );
+        for nodes in both {
+            nodes.shutdown().await;
+        }
+    });
+    // What a watcher does for one handover, by itself.
+    let (metrics, course) = (Metrics::new(), Event::FetchEnded(Box::new(course())));
+    let begun = Instant::now();
+    for _ in 0..ALONE {
+        metrics.happened(&course);
+    }
+    println!("handover/metrics: {:?} for the record of one part", begun.elapsed() / ALONE);
+}
+
+const ALONE: u32 = 1_000_000;
+
+/// A part that went well, from two sources.
+fn course() -> FetchCourse {
+    let at = |microseconds: u64| Moment(microseconds * 1000);
+    let path = |source| PathReport {
+        source_group: GroupId(1),
+        source: Rank(source),
+        destination_group: GroupId(2),
+        destination: Rank(0),
+        kind: TransportKind::Shm,
+        device: "memory".to_owned(),
+        direction: Direction::Pull,
+        bytes: 1 << 20,
+        pieces: 256,
+    };
+    FetchCourse {
+        handover: HandoverId(1),
+        request: RequestId(1),
+        asked: at(0),
+        placed: Some(at(10)),
+        planned: Some(at(60)),
+        posted: Some(at(61)),
+        moved: Some(at(200)),
+        settled: at(260),
+        posting: Duration::from_micros(2),
+        outcome: Outcome::Delivered,
+        paths: vec![path(0), path(1)],
+    }
+}
+
+criterion_group!(benches, handover, metrics);
 criterion_main!(benches);
