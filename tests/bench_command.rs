@@ -54,7 +54,8 @@ fn every_transport_and_direction_is_measured_and_verified() {
                 assert!(report["plan_microseconds"].as_f64().unwrap() > 0.0);
                 assert!(report["cpu_seconds"].as_f64().unwrap() > 0.0);
                 let fields: Vec<&String> = report.as_object().unwrap().keys().collect();
-                assert_eq!(fields.len(), 10, "{fields:?}");
+                assert!(report["first_seconds"].as_f64().unwrap() > 0.0);
+                assert_eq!(fields.len(), 11, "{fields:?}");
             }
         }
     }
@@ -73,7 +74,7 @@ fn people_get_a_table() {
     let output = run("--transport shm --layers 1 --blocks 4 --iters 1");
     assert!(output.status.success(), "{}", errors(&output));
     let text = String::from_utf8(output.stdout).unwrap();
-    for word in ["shm on memory", "pull", "2 planes × 4 blocks × 4096 bytes", "GB/s", "every byte"] {
+    for word in ["shm on memory", "pull", "2 planes × 4 blocks × 4096 bytes", "GB/s", "first ms", "every byte"] {
         assert!(text.contains(word), "no {word:?} in\n{text}");
     }
 }

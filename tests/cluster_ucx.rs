@@ -100,14 +100,14 @@ fn ranks_die_and_stop_in_the_middle() {
         return;
     }
     let sides = ["--model", "tiny", "--prefill", "tp=2,groups=2", "--decode", "tp=2,groups=2", "--requests", "12"];
-    for device in ["memory", "lo"] {
+    for (device, method) in [("memory", &[][..]), ("lo", &[]), ("memory", &["--two-sided"]), ("lo", &["--two-sided"])] {
         for direction in ["pull", "push"] {
             let case = Case { transport: "ucx", direction, in_process: false };
             for harm in [["--kill", "decode:1@2"], ["--kill", "prefill:1@2"], ["--stop", "prefill:0@2"]] {
                 let devices = ["--devices", device, "--silence", "1200"];
-                let ran = run(&case, &[&sides[..], &devices, &harm].concat());
+                let ran = run(&case, &[&sides[..], &devices, method, &harm].concat());
                 ran.check_sound();
-                assert_eq!(ran.number("delivered"), 12, "{harm:?} {device} {direction}: {}", ran.stdout);
+                assert_eq!(ran.number("delivered"), 12, "{harm:?} {device} {method:?} {direction}: {}", ran.stdout);
             }
         }
     }

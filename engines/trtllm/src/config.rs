@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use thiserror::Error;
 
-use crate::yaml::{self, Entry, Node, Position, Value, YamlError, shorten};
+use kvferry_yaml::{Entry, Node, NodeValue as Value, Position, YamlError, shorten};
 
 const SECTION: &str = "cache_transceiver_config";
 /// Where an orchestrator's file keeps the configurations of its servers.
@@ -160,15 +160,8 @@ impl ConfigError {
     /// Where it is, if at one place.
     pub fn at(&self) -> Option<Position> {
         match self {
-            ConfigError::Yaml(YamlError::TooLong { .. }) => None,
-            ConfigError::Yaml(
-                YamlError::Syntax { at, .. }
-                | YamlError::TooDeep { at }
-                | YamlError::TooMany { at }
-                | YamlError::Alias { at }
-                | YamlError::Documents { at },
-            )
-            | ConfigError::NotMapping { at, .. }
+            ConfigError::Yaml(error) => error.at(),
+            ConfigError::NotMapping { at, .. }
             | ConfigError::NotSection { at, .. }
             | ConfigError::Orchestrator { at, .. }
             | ConfigError::Key { at, .. }
@@ -180,7 +173,7 @@ impl ConfigError {
 impl TransceiverConfig {
     /// Reads the section of a TensorRT-LLM YAML. A file without it is a configuration without fields.
     pub fn parse(text: &str) -> Result<TransceiverConfig, ConfigError> {
-        let Some(root) = yaml::parse(text)?.filter(|root| !root.is_null()) else {
+        let Some(root) = kvferry_yaml::parse(text)?.filter(|root| !root.is_null()) else {
             return Ok(TransceiverConfig::default());
         };
         if !matches!(root.value, Value::Mapping(_)) {

@@ -5,7 +5,7 @@ use core::fmt;
 use serde::{Serialize, Serializer};
 
 use crate::contradiction::Contradiction;
-use crate::yaml::Position;
+use kvferry_yaml::Position;
 
 /// Where a value comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -10,11 +10,10 @@ mod contradiction;
 mod finding;
 mod plan;
 mod resolve;
-mod yaml;
 
 pub use config::{Backend, ConfigError, Located, TransceiverConfig, TransceiverRuntime, UnknownKey};
 pub use contradiction::{Claim, Contradiction};
 pub use finding::{Finding, Severity, Source};
+pub use kvferry_yaml::{FILE_BYTES_MAX, Position, YamlError};
 pub use plan::{Carrier, Credits, Deadlines, Method, NixlBackend, Plan, Resolved};
 pub use resolve::{Environment, Follow, Resolution, resolve};
-pub use yaml::{FILE_BYTES_MAX, Position, YamlError};

@@ -30,7 +30,7 @@ use kv::Holds;
 ///
 /// Every iteration plans the request anew and then moves it. `seconds` runs from the post to the completion (for a push: every byte is
 /// visible at the peer), without the planning, which is `plan_microseconds`. `cpu_seconds` is the processor time of both processes in
-/// that while. One iteration more comes first and is not counted. Afterwards every block of the destination's pool is compared; then it
+/// that while. One iteration more comes first, right after the connection stands; it counts as `first_seconds` only. Afterwards every block of the destination's pool is compared; then it
 /// is overwritten, the request is moved once more, and everything is compared again: blocks that are not the request's must be
 /// untouched.
 ///

@@ -4,6 +4,7 @@ mod bench;
 mod config;
 mod doctor;
 mod env_file;
+mod plugins;
 
 use std::process::ExitCode;
 
@@ -22,6 +23,9 @@ enum Command {
     Bench(bench::Options),
     Config(config::Options),
     Doctor(doctor::Options),
+    Plugins(plugins::Options),
+    #[command(hide = true)]
+    LoadPlugin(plugins::Child),
 }
 
 fn main() -> ExitCode {
@@ -29,5 +33,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options),
         Command::Config(options) => config::run(&options),
         Command::Doctor(options) => doctor::run(&options),
+        Command::Plugins(options) => plugins::run(&options),
+        Command::LoadPlugin(child) => child.run(),
     }
 }

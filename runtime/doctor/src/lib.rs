@@ -16,6 +16,7 @@ mod root;
 
 pub use checks::examine;
 pub use expectations::{ExpectationError, Expectations};
+pub use library::{Found as FoundLibrary, find as find_library};
 pub use log::read_log;
 pub use question::{Backend, Environment, Question, Role};
 pub use report::{Check, Report, Status};

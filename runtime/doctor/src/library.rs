@@ -23,17 +23,17 @@ const SEARCHED_MAX: u64 = 64 << 20;
 
 /// A library as the loader finds it.
 #[derive(Clone, Debug)]
-pub(crate) struct Found {
+pub struct Found {
     /// The path by which it is found.
-    pub(crate) path: PathBuf,
+    pub path: PathBuf,
     /// The file behind the links.
-    pub(crate) real: PathBuf,
+    pub real: PathBuf,
     /// Who named the folder.
-    pub(crate) by: String,
+    pub by: String,
 }
 
 /// Where the loader finds `soname`: first what it would take, then what that shadows. `named_by` is a variable that names the file itself.
-pub(crate) fn find(root: &SysRoot, environment: &Environment, soname: &str, named_by: &str) -> Vec<Found> {
+pub fn find(root: &SysRoot, environment: &Environment, soname: &str, named_by: &str) -> Vec<Found> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     let mut consider = |path: PathBuf, by: String| {

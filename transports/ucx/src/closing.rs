@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 use kvferry_core::FenceProof;
 use kvferry_transport::{Event, PeerId};
 
-use crate::device::Method;
-use crate::endpoint::Operation;
+use crate::endpoint::{Endpoint, Operation};
 use crate::link::Outgoing;
 use crate::request::Begun;
 use crate::transport::UcxTransport;
@@ -15,12 +14,24 @@ use crate::wire::KEY_BYTES;
 /// How long a transport that is dropped waits for its last words to be out and for UCX to let go.
 const SHUT_DOWN_WAIT: Duration = Duration::from_secs(1);
 
+/// Endpoints that are kept open until their bytes are out.
+const DRAINING_MAX: usize = 64;
+
 /// A link whose endpoint is being destroyed.
 pub(crate) struct Closing {
     pub(crate) instance: [u8; KEY_BYTES],
     /// Its device may still write what was asked for over it, until the worker is flushed after the endpoint is gone.
     by_device: bool,
+    /// Its endpoint, while UCX still has bytes to send over it.
+    draining: Option<Endpoint>,
     over: bool,
+}
+
+impl Closing {
+    /// Whether it waits for its peer, and for nothing here.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.is_some()
+    }
 }
 
 /// A fence whose proof is to come.
@@ -30,15 +41,45 @@ pub(crate) struct Fence {
 }
 
 impl UcxTransport {
-    /// Destroys a link's endpoint, whatever is in flight over it.
+    /// Destroys a link's endpoint, whatever is asked for over it. What only goes out may take its time: UCX's tcp (up to 1.22 at least) uses an
+    /// endpoint after it has freed it where one was closed by force with bytes still to send, a peer that had stopped takes them, and closes
+    /// its own end in the same moment.
     pub(crate) fn close_link(&mut self, id: u64) {
         let Some(link) = self.links.remove(&id) else { return };
         self.numbers.retain(|_, (_, over)| *over != id);
+        let reads = self.fetches.values().any(|fetch| fetch.link == id && fetch.holds_endpoint());
         // The kernel's copies are made by this thread, inside UCX's progress, and are over when that returns.
-        let by_device = matches!(self.method, Method::Srd | Method::Verbs)
-            && self.fetches.values().any(|fetch| fetch.link == id && fetch.in_flight > 0);
-        self.closing.insert(id, Closing { instance: link.instance, by_device, over: false });
-        if let Begun::Over(operation, _) = link.endpoint.close(id) {
+        let is_device = self.method.is_rdma();
+        let closing = Closing { instance: link.instance, by_device: is_device && reads, draining: None, over: false };
+        self.closing.insert(id, closing);
+        // A peer that never answered was sent nothing that could fill a socket.
+        if is_device || reads || link.receiving > 0 || link.theirs.is_none() {
+            return self.destroy(id, link.endpoint);
+        }
+        let mut draining = self.closing.iter().filter(|(_, closing)| closing.is_draining()).map(|(id, _)| *id);
+        let oldest = draining.next();
+        if let Some(oldest) = oldest.filter(|_| draining.count() + 1 >= DRAINING_MAX) {
+            self.drained(oldest);
+        }
+        match link.endpoint.flush(id) {
+            Begun::InFlight => {
+                if let Some(closing) = self.closing.get_mut(&id) {
+                    closing.draining = Some(link.endpoint);
+                }
+            }
+            Begun::Over(..) => self.destroy(id, link.endpoint),
+        }
+    }
+
+    /// Everything that was to go out over a link is out, or never will be.
+    pub(crate) fn drained(&mut self, link: u64) {
+        if let Some(endpoint) = self.closing.get_mut(&link).and_then(|closing| closing.draining.take()) {
+            self.destroy(link, endpoint);
+        }
+    }
+
+    fn destroy(&mut self, link: u64, endpoint: Endpoint) {
+        if let Begun::Over(operation, _) = endpoint.close(link) {
             self.closed(operation);
         }
     }
@@ -63,6 +104,7 @@ impl UcxTransport {
                     closing.over = true;
                 }
             }
+            Operation::Drained { link } => self.drained(link),
             Operation::Sent { .. } | Operation::Received { .. } | Operation::Got { .. } => {}
         }
     }
@@ -130,6 +172,8 @@ impl UcxTransport {
         for link in links {
             self.close_link(link);
         }
+        let links: Vec<u64> = self.closing.keys().copied().collect();
+        links.into_iter().for_each(|link| self.drained(link));
         let until = Instant::now() + SHUT_DOWN_WAIT;
         while (self.worker.operations.in_flight() > 0 || self.worker.operations.has_done()) && Instant::now() < until {
             self.progress_once();

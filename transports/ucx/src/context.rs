@@ -14,6 +14,7 @@ use ucx_sys::{
 
 use crate::device::{Access, Found};
 use crate::library::Library;
+use crate::memlock::Lockable;
 use crate::settings;
 use crate::wire::RKEY_BYTES_MAX;
 
@@ -26,22 +27,8 @@ pub(crate) struct Context {
 impl Context {
     /// Opens a context that sees one device; the process's environment is not touched.
     pub(crate) fn open(library: &'static Library, device: &Found, access: Access) -> Result<Rc<Context>, String> {
-        let config = Config::read(library)?;
-        let set = |key: &'static str, value: &str| -> Result<(), String> {
-            if settings::is_users(key) {
-                return Ok(());
-            }
-            match config.modify(key, value) {
-                // Left out of this build.
-                Ok(UCS_OK | UCS_ERR_NO_ELEM) => Ok(()),
-                Ok(status) => Err(format!("UCX does not take {key}={value}: {}", library.words(status))),
-                Err(error) => Err(error),
-            }
-        };
-        set("NET_DEVICES", &device.network)?;
-        for setting in settings::settings(device.method, access, library.version) {
-            set(setting.key, setting.value)?;
-        }
+        let settings = settings::settings(device.method, access, library.version);
+        let settings = settings.iter().map(|setting| (setting.key, setting.value));
         let mut features = UCP_FEATURE_AM;
         if access == Access::OneSided {
             features |= UCP_FEATURE_RMA;
@@ -49,8 +36,40 @@ impl Context {
         if device.method.wakes() {
             features |= UCP_FEATURE_WAKEUP;
         }
+        let name = format!("kvferry:{}", device.name);
+        let settings = [("NET_DEVICES", device.network.as_str())].into_iter().chain(settings);
+        Context::with(library, &name, features, settings).map_err(|error| match error {
+            Refused::Setting(error) => error,
+            Refused::Context(status) => format!(
+                "UCX {} ({}) cannot use it with transports {}: {}; UCX_LOG_LEVEL=info says more",
+                library.version,
+                library.path,
+                device.method.transports(),
+                library.words(status)
+            ),
+        })
+    }
+
+    /// Opens a context with settings of which a user's `UCX_*` are left alone, and those unknown that this build lacks.
+    pub(crate) fn with<'a>(
+        library: &'static Library,
+        name: &str,
+        features: u32,
+        settings: impl Iterator<Item = (&'a str, &'a str)>,
+    ) -> Result<Rc<Context>, Refused> {
+        let config = Config::read(library).map_err(Refused::Setting)?;
+        for (key, value) in settings.filter(|(key, _)| !settings::is_users(key)) {
+            match config.modify(key, value).map_err(Refused::Setting)? {
+                // Left out of this build.
+                UCS_OK | UCS_ERR_NO_ELEM => {}
+                status => {
+                    let words = library.words(status);
+                    return Err(Refused::Setting(format!("UCX does not take {key}={value}: {words}")));
+                }
+            }
+        }
         // UCX's own log lines begin with it.
-        let name = CString::new(format!("kvferry:{}", device.name)).unwrap_or_default();
+        let name = CString::new(name).unwrap_or_default();
         let params = ucp_params_t {
             field_mask: u64::from(UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME),
             features: u64::from(features),
@@ -62,13 +81,7 @@ impl Context {
         // SAFETY: parameters and configuration live until the call returns; the masked fields are set.
         let status = unsafe { library.api.ucp_init_version(major, minor, &params, config.raw, &mut raw) };
         if status != UCS_OK {
-            return Err(format!(
-                "UCX {} ({}) cannot use it with transports {}: {}; UCX_LOG_LEVEL=info says more",
-                library.version,
-                library.path,
-                device.method.transports(),
-                library.words(status)
-            ));
+            return Err(Refused::Context(status));
         }
         Ok(Rc::new(Context { library, raw }))
     }
@@ -76,6 +89,14 @@ impl Context {
     pub(crate) fn raw(&self) -> ucp_context_h {
         self.raw
     }
+}
+
+/// Why there is no context.
+pub(crate) enum Refused {
+    /// A setting, in words.
+    Setting(String),
+    /// UCX itself.
+    Context(ucs_status_t),
 }
 
 impl Drop for Context {
@@ -194,16 +215,6 @@ fn pack(context: &Context, memory: ucp_mem_h) -> Result<Vec<u8>, String> {
 }
 
 fn refused(library: &Library, bytes: u64, status: ucs_status_t) -> String {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: a structure to fill in.
-    let known = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) } == 0;
-    let locked = match limit.rlim_cur {
-        _ if !known => String::new(),
-        libc::RLIM_INFINITY => " (locked memory is unlimited here)".to_owned(),
-        limit => format!(
-            "; only {} KiB of memory may be locked here: raise it (`ulimit -l unlimited`, or the capability IPC_LOCK for a container)",
-            limit / 1024
-        ),
-    };
+    let locked = Lockable::read().explain(bytes);
     format!("UCX cannot register {bytes} bytes: {}{locked}", library.words(status))
 }

@@ -56,6 +56,11 @@ impl Method {
         number != self.number(access) && number % TWO_SIDED == self.number(Access::OneSided)
     }
 
+    /// Whether a device of its own moves the bytes.
+    pub(crate) fn is_rdma(self) -> bool {
+        matches!(self, Method::Srd | Method::Verbs)
+    }
+
     /// Whether a descriptor announces its progress.
     pub(crate) fn wakes(self) -> bool {
         self != Method::Srd

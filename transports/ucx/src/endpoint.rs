@@ -33,6 +33,8 @@ pub(crate) enum Operation {
     Closed { link: u64, _mark: Box<Mark> },
     /// The worker's flush after a link was closed.
     Flushed { link: u64 },
+    /// The flush of an endpoint before it is closed.
+    Drained { link: u64 },
 }
 
 /// What a get touches: local registered memory and the remote keys.
@@ -162,6 +164,14 @@ impl Endpoint {
         // SAFETY: allocated by the stream, freed once.
         unsafe { libc::free(text.cast()) };
         description
+    }
+
+    /// Starts a flush of what goes out over it: reported as [`Operation::Drained`].
+    pub(crate) fn flush(&self, link: u64) -> Begun<Operation> {
+        // SAFETY: a living endpoint, which is closed by force at any time after; the parameters live during the call.
+        self.worker.operations.start(Operation::Drained { link }, 0, |params| unsafe {
+            self.worker.library().api.ucp_ep_flush_nbx(self.raw, params)
+        })
     }
 
     /// Closes it at once, whatever is in flight; reported as [`Operation::Closed`].

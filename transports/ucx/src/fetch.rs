@@ -242,6 +242,11 @@ impl UcxTransport {
 }
 
 impl Fetch {
+    /// Whether only the end of its endpoint ends it, or proves that it has ended.
+    pub(crate) fn holds_endpoint(&self) -> bool {
+        self.in_flight > 0 || self.broken
+    }
+
     fn fail(&mut self, words: String) {
         self.broken = true;
         self.stop.get_or_insert(TransferError::Io { context: "reading the peer's memory", message: words });

@@ -60,17 +60,14 @@ impl Library {
             ));
         }
         let library: &'static Library = Box::leak(Box::new(load(name)?));
-        let builds = mapped();
-        if builds.len() > 1 {
-            let builds = builds.into_iter().collect::<Vec<_>>().join(", ");
-            tracing::warn!(
-                builds,
-                used = library.path,
-                "more than one build of UCX is loaded in this process; they may compete for devices"
-            );
-        }
         loaded.push((name.to_owned(), library));
         Ok(library)
+    }
+
+    /// Other builds of UCX that are in this process by now.
+    pub(crate) fn others(&self) -> Vec<String> {
+        let own = std::fs::canonicalize(&self.path).ok();
+        mapped().into_iter().filter(|build| own.as_deref() != Some(Path::new(build))).collect()
     }
 
     /// The version of the interface that contexts ask for.

@@ -29,9 +29,10 @@ pub(crate) struct Link {
     /// UCX's address of the peer.
     pub(crate) worker: Vec<u8>,
     pub(crate) endpoint: Endpoint,
-    /// Drawn at random; the peer knows this endpoint by it.
+    /// How many endpoints to that transport were made here before. UCX pairs two ends by it: where the peer has made fewer or more, one end
+    /// outlives the other.
     pub(crate) number: u64,
-    /// The peer's number of its endpoint, once it has said so.
+    /// The number of the endpoint that the peer speaks over, once it has said so.
     pub(crate) theirs: Option<u64>,
     /// Known once it is wired.
     pub(crate) lanes: Option<Lanes>,

@@ -68,7 +68,7 @@ impl UcxTransport {
             }
             Operation::Received { link, header, buffer } => self.received(link, header, buffer, status),
             Operation::Got { fetch, .. } => self.got(fetch, status),
-            Operation::Closed { .. } | Operation::Flushed { .. } => self.closed(operation),
+            Operation::Closed { .. } | Operation::Flushed { .. } | Operation::Drained { .. } => self.closed(operation),
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 use kvferry_transport::{Event, Evidence, Grade, LibraryName, PeerId};
 
 use crate::counters::Way;
-use crate::device::{Access, Method};
+use crate::device::Access;
 use crate::transport::UcxTransport;
 
 impl UcxTransport {
@@ -59,7 +59,7 @@ impl UcxTransport {
             library: Some(LibraryName { path: library.path.clone(), version: library.version.to_string() }),
             ..Evidence::connected(lanes)
         };
-        let is_rdma = matches!(self.method, Method::Srd | Method::Verbs);
+        let is_rdma = self.method.is_rdma();
         if reads {
             evidence.grade = Grade::E4;
             evidence = evidence.seen("large reads are zero-copy (rma_bw#)");
@@ -88,25 +88,16 @@ mod tests {
 
     use super::*;
     use crate::UcxProvider;
-    use crate::context::Context;
     use crate::counters::Counters;
     use crate::device::{MEMORY, SysRoot};
-    use crate::library::Library;
 
     fn open() -> Option<UcxTransport> {
-        let reason = UcxProvider::unavailable();
-        if let Some(reason) = &reason {
-            kvferry_transport::conformance::absent("ucx", reason);
+        if let Some(reason) = UcxProvider::unavailable() {
+            kvferry_transport::conformance::absent("ucx", &reason);
             return None;
         }
-        let library = Library::find().unwrap();
-        let found =
-            SysRoot::default().discover(Some(library.version)).into_iter().find(|found| found.name == MEMORY)?;
-        let device = UcxProvider::new().discover().into_iter().find(|device| device.name == MEMORY)?;
-        let info = UcxProvider::new().open(&device, &Options::default()).unwrap().info().clone();
-        let access = Access::OneSided;
-        let context = Context::open(library, &found, access).unwrap();
-        Some(UcxTransport::open(info, found.method, access, context, Options::default()).unwrap())
+        let provider = UcxProvider::new();
+        Some(provider.opened(&provider.named(MEMORY)?, &Options::default()).unwrap())
     }
 
     fn shown(transport: &mut UcxTransport) -> Vec<Evidence> {

@@ -6,6 +6,7 @@ use crate::context::Context;
 use crate::counters::Counters;
 use crate::device::{self, Access, Found, Method, SysRoot};
 use crate::library::Library;
+use crate::memlock::Lockable;
 use crate::settings;
 use crate::transport::UcxTransport;
 
@@ -71,6 +72,62 @@ impl UcxProvider {
         Some(found)
     }
 
+    pub(crate) fn opened(&self, device: &Device, options: &Options) -> Result<UcxTransport, OpenError> {
+        let unavailable = |reason: String| OpenError::Unavailable { device: device.name.clone(), reason };
+        if device.kind != TransportKind::Ucx {
+            return Err(unavailable(format!("it is a {} device; open it with that provider", device.kind)));
+        }
+        let library = Library::find().map_err(unavailable)?;
+        let access = self.access(options.two_sided);
+        let Some(found) = &self.find(library, access, &device.name) else {
+            let all = self.found(Some(library.version));
+            let names: Vec<&str> = all.iter().map(|found| found.name.as_str()).collect();
+            return Err(unavailable(format!("there is no such device; there are {}", names.join(", "))));
+        };
+        if let Some(reason) = &found.unavailable {
+            return Err(unavailable(reason.clone()));
+        }
+        let host = match found.method {
+            Method::Memory => this_host().map_err(unavailable)?,
+            Method::Tcp | Method::Srd | Method::Verbs => String::new(),
+        };
+        let users = settings::users();
+        if !users.is_empty() {
+            tracing::info!(settings = users.join(" "), "UCX is also told by the environment, which wins");
+        }
+        let others = library.others();
+        if !others.is_empty() {
+            let (builds, used) = (others.join(", "), &library.path);
+            tracing::warn!(
+                builds,
+                used,
+                "other builds of UCX are loaded in this process; they may compete for devices"
+            );
+        }
+        let refused = |reason: String| {
+            let doubt = if found.method.is_rdma() { Lockable::read().doubt() } else { String::new() };
+            unavailable(reason + &doubt)
+        };
+        let context = Context::open(library, found, access).map_err(refused)?;
+        let mut named = format!("{} {}", library.path, library.version);
+        for (what, list) in [("with", users), ("beside", others)] {
+            if !list.is_empty() {
+                named = format!("{named} {what} {}", list.join(" "));
+            }
+        }
+        let info = NicInfo {
+            kind: TransportKind::Ucx,
+            device: found.name.clone(),
+            host,
+            library: Some(named),
+            bits_per_second: found.bits_per_second,
+        };
+        let mut transport =
+            UcxTransport::open(info, found.method, access, context, options.clone()).map_err(refused)?;
+        transport.counters = Counters::open(&self.root, &found.network);
+        Ok(transport)
+    }
+
     fn access(&self, two_sided: bool) -> Access {
         if self.two_sided || two_sided { Access::TwoSided } else { Access::OneSided }
     }
@@ -111,44 +168,7 @@ impl Provider for UcxProvider {
     }
 
     fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError> {
-        let unavailable = |reason: String| OpenError::Unavailable { device: device.name.clone(), reason };
-        if device.kind != TransportKind::Ucx {
-            return Err(unavailable(format!("it is a {} device; open it with that provider", device.kind)));
-        }
-        let library = Library::find().map_err(unavailable)?;
-        let access = self.access(options.two_sided);
-        let Some(found) = &self.find(library, access, &device.name) else {
-            let all = self.found(Some(library.version));
-            let names: Vec<&str> = all.iter().map(|found| found.name.as_str()).collect();
-            return Err(unavailable(format!("there is no such device; there are {}", names.join(", "))));
-        };
-        if let Some(reason) = &found.unavailable {
-            return Err(unavailable(reason.clone()));
-        }
-        let host = match found.method {
-            Method::Memory => this_host().map_err(unavailable)?,
-            Method::Tcp | Method::Srd | Method::Verbs => String::new(),
-        };
-        let users = settings::users();
-        if !users.is_empty() {
-            tracing::info!(settings = users.join(" "), "UCX is also told by the environment, which wins");
-        }
-        let context = Context::open(library, found, access).map_err(unavailable)?;
-        let info = NicInfo {
-            kind: TransportKind::Ucx,
-            device: found.name.clone(),
-            host,
-            library: Some(if users.is_empty() {
-                format!("{} {}", library.path, library.version)
-            } else {
-                format!("{} {} with {}", library.path, library.version, users.join(" "))
-            }),
-            bits_per_second: found.bits_per_second,
-        };
-        let mut transport =
-            UcxTransport::open(info, found.method, access, context, options.clone()).map_err(unavailable)?;
-        transport.counters = Counters::open(&self.root, &found.network);
-        Ok(Box::new(transport))
+        Ok(Box::new(self.opened(device, options)?))
     }
 }
 

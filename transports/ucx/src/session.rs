@@ -74,10 +74,13 @@ impl UcxTransport {
     }
 
     fn new_link(&mut self, instance: [u8; KEY_BYTES], worker: &[u8]) -> Result<u64, String> {
-        let number = random::<8>().map_err(|error| format!("no random bytes: {error}"))?;
+        // UCX counts those that it refuses, too.
+        let made = self.endpoints_made.entry(instance).or_default();
+        let number = *made;
+        *made += 1;
         let id = self.new_number();
         let endpoint = Endpoint::new(&self.worker, id, worker)?;
-        self.links.insert(id, Link::new(instance, worker.to_vec(), endpoint, u64::from_le_bytes(number)));
+        self.links.insert(id, Link::new(instance, worker.to_vec(), endpoint, number));
         Ok(id)
     }
 
@@ -103,10 +106,16 @@ impl UcxTransport {
         }
         let mut link = self.link_to(&hello.from);
         if let Some(id) = link {
-            let theirs = self.links.get(&id).and_then(|link| link.theirs);
+            let (theirs, ours) = self.links.get(&id).map_or((None, 0), |link| (link.theirs, link.number));
             if theirs.is_some_and(|theirs| theirs != hello.link) {
-                self.lose_link(id, ANEW);
-                link = None;
+                if hello.link > ours {
+                    // The peer has given up the one that ours is paired with.
+                    self.lose_link(id, ANEW);
+                    link = None;
+                } else {
+                    // Ours is paired with this one, or a later one: closing it would reset that, and so on for ever.
+                    self.lose_sessions(id, None);
+                }
             }
         }
         let link = match link {
@@ -139,11 +148,7 @@ impl UcxTransport {
         let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
         if link.theirs.replace(welcome.link).is_some_and(|theirs| theirs != welcome.link) {
             // The peer has lost its end of this link, and the sessions that were over it.
-            let others: Vec<PeerId> = link.sessions.iter().copied().filter(|other| *other != peer).collect();
-            for other in others {
-                self.lose_session(other, ANEW);
-                self.events.push(Event::PeerLost { peer: other, reason: ANEW.to_owned() });
-            }
+            self.lose_sessions(id, Some(peer));
         }
         self.events.push(Event::Connected { peer });
         self.show(peer);
@@ -230,6 +235,15 @@ impl UcxTransport {
         }
     }
 
+    /// Takes the sessions of a link down, but one, whose peer has lost its end of them.
+    fn lose_sessions(&mut self, link: u64, but: Option<PeerId>) {
+        let of = self.links.get(&link).map(|link| link.sessions.clone()).unwrap_or_default();
+        for peer in of.into_iter().filter(|peer| Some(*peer) != but) {
+            self.lose_session(peer, ANEW);
+            self.events.push(Event::PeerLost { peer, reason: ANEW.to_owned() });
+        }
+    }
+
     /// Takes a link down that failed or broke the rules, with all its sessions.
     pub(crate) fn lose_link(&mut self, id: u64, reason: &str) {
         let Some(link) = self.links.get(&id) else { return };
@@ -268,6 +282,98 @@ impl UcxTransport {
                 }
             }
             Err(reason) => tracing::debug!(reason, "a peer is not told that its sessions are over"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use kvferry_core::{Direction, PoolId, TransferId};
+    use kvferry_transport::conformance::{absent, block_planes, whole_blocks};
+    use kvferry_transport::{Expected, Options, Pool, PoolKeys, PoolOptions, Provider, Transfer, Transport};
+
+    use super::*;
+    use crate::UcxProvider;
+    use crate::lanes::Lanes;
+
+    const BLOCKS: u32 = 16;
+    const BLOCK_BYTES: u64 = 64 << 10;
+
+    /// What a transfer would have to wait for if it were not there.
+    #[derive(Debug, PartialEq, Eq)]
+    struct Wired {
+        /// Endpoints made so far.
+        endpoints: u64,
+        /// Those that stand, and their lanes as UCX has them now.
+        lanes: Vec<(u64, Lanes)>,
+        /// Pools that are registered.
+        registered: usize,
+        /// Sessions that are up.
+        sessions: usize,
+    }
+
+    impl Wired {
+        fn of(transport: &UcxTransport) -> Wired {
+            let lanes = |link: &Link| Lanes::new(&link.endpoint.description(), link.endpoint.lanes());
+            Wired {
+                endpoints: transport.endpoints_made.values().sum(),
+                lanes: transport.links.iter().map(|(id, link)| (*id, lanes(link))).collect(),
+                registered: transport.pools.values().filter(|bound| bound.mapped.is_some()).count(),
+                sessions: transport.sessions.values().filter(|session| session.there.is_some()).count(),
+            }
+        }
+    }
+
+    fn until(parties: [&mut UcxTransport; 2], done: impl Fn(&[Vec<Event>; 2]) -> bool) {
+        let mut events = [Vec::new(), Vec::new()];
+        let [a, b] = parties;
+        let until = Instant::now() + Duration::from_secs(30);
+        while !done(&events) {
+            assert!(Instant::now() < until, "{events:?}");
+            a.poll(&mut events[0]);
+            b.poll(&mut events[1]);
+        }
+    }
+
+    #[test]
+    fn nothing_is_wired_by_the_first_transfer() {
+        if let Some(reason) = UcxProvider::unavailable() {
+            return absent("ucx", &reason);
+        }
+        for (device, two_sided) in [("memory", false), ("lo", false), ("memory", true), ("lo", true)] {
+            for direction in [Direction::Pull, Direction::Push] {
+                let options = Options { two_sided, ..Options::default() };
+                let open = || {
+                    let provider = UcxProvider::new();
+                    provider.opened(&provider.named(device).unwrap(), &options).unwrap()
+                };
+                let pool = |id| {
+                    let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
+                    Pool::allocate_with(PoolId(id), block_planes(1, BLOCKS, BLOCK_BYTES), "wired", &options).unwrap()
+                };
+                let (mut a, mut b, ours, theirs) = (open(), open(), pool(1), pool(2));
+                a.bind(&ours).unwrap();
+                let PoolKeys(keys) = b.bind(&theirs).unwrap();
+                let peer = a.connect(&b.address()).unwrap();
+                let remote = a.import(peer, &PoolKeys(keys), theirs.layout()).unwrap();
+                until([&mut a, &mut b], |events| {
+                    events.iter().all(|events| events.iter().any(|event| matches!(event, Event::Connected { .. })))
+                });
+                let joined = [Wired::of(&a), Wired::of(&b)];
+                assert!(joined.iter().all(|wired| wired.endpoints == 1 && wired.sessions == 1), "{joined:?}");
+                assert!(joined.iter().flat_map(|wired| &wired.lanes).all(|(_, lanes)| !lanes.names().is_empty()));
+                let (id, local) = (TransferId(1), ours.id());
+                let program = Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, 0..BLOCKS));
+                let range = program.whole();
+                if direction == Direction::Push {
+                    b.expect(Expected { id, pool: theirs.id(), program: program.clone(), range }).unwrap();
+                }
+                a.post(Transfer { id, peer, direction, local, remote, program, range, notice: None }).unwrap();
+                until([&mut a, &mut b], |[events, _]| events.iter().any(|e| matches!(e, Event::Completed { .. })));
+                assert_eq!([Wired::of(&a), Wired::of(&b)], joined, "{device}, two-sided {two_sided}, {direction:?}");
+            }
         }
     }
 }

@@ -27,7 +27,7 @@ use crate::link::{Link, Session};
 use crate::posted::Posted;
 use crate::receiving::Receiving;
 use crate::remote::{Bound, Remote, Withdrawing};
-use crate::wire::{Address, Keys, RegionKey};
+use crate::wire::{Address, KEY_BYTES, Keys, RegionKey};
 use crate::worker::{Armed, Worker};
 
 /// A device with its worker, peers and transfers.
@@ -43,6 +43,8 @@ pub(crate) struct UcxTransport {
     waiting: Option<Waiting>,
     next_number: u64,
     pub(crate) links: BTreeMap<u64, Link>,
+    /// Endpoints that were made to each peer transport; UCX keeps as much of its own of every one that it ever met.
+    pub(crate) endpoints_made: BTreeMap<[u8; KEY_BYTES], u64>,
     pub(crate) closing: BTreeMap<u64, Closing>,
     pub(crate) fences: Vec<Fence>,
     pub(crate) sessions: BTreeMap<PeerId, Session>,
@@ -103,6 +105,7 @@ impl UcxTransport {
             waiting,
             next_number: 1,
             links: BTreeMap::new(),
+            endpoints_made: BTreeMap::new(),
             closing: BTreeMap::new(),
             fences: Vec::new(),
             sessions: BTreeMap::new(),
@@ -163,7 +166,7 @@ impl UcxTransport {
             // The kernel copies while UCX makes progress, and announces nothing.
             || (self.method == Method::Memory
                 && (self.receiving.in_flight > 0 || self.fetches.values().any(|fetch| fetch.in_flight > 0)))
-            || !self.closing.is_empty()
+            || self.closing.values().any(|closing| !closing.is_draining())
             || !self.fences.is_empty()
             || self.pools.values().any(|bound| bound.leaving.is_some() && self.is_idle(bound.pool.id()))
     }

@@ -159,7 +159,7 @@ pub(crate) struct Address {
 }
 
 impl Address {
-    const MARK: [u8; 4] = *b"kuA\x01";
+    const MARK: [u8; 4] = *b"kuA\x02";
 
     /// With a check behind it: UCX itself takes what it is given, and may end the process.
     pub(crate) fn seal(&self) -> Bytes {
@@ -253,7 +253,7 @@ pub(crate) struct Hello {
     /// For which incarnation it is meant.
     pub(crate) to: [u8; KEY_BYTES],
     pub(crate) from: [u8; KEY_BYTES],
-    /// The sender's endpoint, numbered at random: a new one means that the sender has given up the old.
+    /// The sender's endpoint: how many it had made to the receiver before. A new one means that the sender has given up the old.
     pub(crate) link: u64,
     /// What messages to the sender carry.
     pub(crate) session: u64,
@@ -286,7 +286,7 @@ impl Hello {
 /// Answers a hello.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Welcome {
-    /// The sender's endpoint.
+    /// The sender's endpoint, as in a [`Hello`].
     pub(crate) link: u64,
     /// What messages to the sender carry.
     pub(crate) session: u64,

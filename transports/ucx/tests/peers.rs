@@ -1,158 +1,92 @@
 //! Peers that come and go, and bytes from them that were changed on the way.
 #![allow(clippy::unwrap_used, reason = "this is test code")]
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+mod support;
+
 use std::time::{Duration, Instant};
 
-use kvferry_core::{Direction, FenceProof, PoolId, Program, TransferId};
-use kvferry_transport::conformance::{Party, absent, block_planes, until, whole_blocks};
-use kvferry_transport::{Event, Expected, ImportError, Options, Pool, PoolKeys, PoolOptions, Transfer};
+use kvferry_core::{Direction, FenceProof, PoolId, TransferId};
+use kvferry_transport::conformance::{Party, until};
+use kvferry_transport::{Event, ImportError, Options, PoolKeys, Transfer};
 use kvferry_ucx::UcxProvider;
+use support::{
+    BLOCK_BYTES, WAYS, Way, begin, cycle, descriptors, fill, pool, program, resident_kib, try_cycle, turn, verify,
+};
 
 const BLOCKS: u32 = 64;
-const BLOCK_BYTES: u64 = 64 << 10;
-
-/// Tests take turns: some count what the process holds.
-static TURN: Mutex<()> = Mutex::new(());
-
-/// This test's turn; none without a UCX library, unless `KVFERRY_REQUIRE` names ucx.
-fn turn() -> Option<MutexGuard<'static, ()>> {
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(reason) = UcxProvider::unavailable() else { return Some(turn) };
-    absent("ucx", &reason);
-    None
-}
-
-fn pool(id: u32) -> Pool {
-    let layout = block_planes(1, BLOCKS, BLOCK_BYTES);
-    let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
-    Pool::allocate_with(PoolId(id), layout, "peers", &options).unwrap()
-}
-
-/// Block `i` of the source goes to block `BLOCKS - 1 - i`.
-fn program() -> Arc<Program> {
-    Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, (0..BLOCKS).rev()))
-}
-
-fn fill(pool: &Pool, salt: u8) {
-    (0..BLOCKS).for_each(|block| pool.fill(0, block, salt.wrapping_add(block as u8)).unwrap());
-}
-
-fn verify(pool: &Pool, salt: u8) {
-    let mut bytes = vec![0; BLOCK_BYTES as usize];
-    for block in 0..BLOCKS {
-        pool.read(0, block, 0, &mut bytes).unwrap();
-        let wanted = salt.wrapping_add((BLOCKS - 1 - block) as u8);
-        assert!(bytes.iter().all(|byte| *byte == wanted), "block {block}");
-    }
-}
-
-/// One transfer over a new connection, checked; then the connection is given up.
-fn cycle(a: &mut Party, b: &mut Party, source: (&Pool, &PoolKeys), destination: (&Pool, &PoolKeys), number: u128) {
-    assert!(try_cycle(a, b, source, destination, number), "{:?} {:?}", a.events, b.events);
-}
-
-/// As [`cycle`]; false where the connection broke, which both ends must hear.
-fn try_cycle(
-    a: &mut Party,
-    b: &mut Party,
-    source: (&Pool, &PoolKeys),
-    destination: (&Pool, &PoolKeys),
-    number: u128,
-) -> bool {
-    let id = TransferId(number);
-    let push = number % 2 == 1;
-    let salt = number as u8;
-    fill(source.0, salt);
-    let program = program();
-    let range = program.whole();
-    // `a` holds the source; who initiates connects.
-    let (peer, from) = if push { (a.connect(b), &mut *a) } else { (b.connect(a), &mut *b) };
-    let (local, keys, layout) = if push {
-        (source.0.id(), destination.1, destination.0.layout())
-    } else {
-        (destination.0.id(), source.1, source.0.layout())
-    };
-    let direction = if push { Direction::Push } else { Direction::Pull };
-    let remote = from.import(peer, keys, layout);
-    let transfer = Transfer { id, peer, direction, local, remote, program: program.clone(), range, notice: None };
-    from.transport.post(transfer).unwrap();
-    if push {
-        b.transport.expect(Expected { id, pool: destination.0.id(), program, range }).unwrap();
-    }
-    until(&mut [&mut *a, &mut *b], "a transfer ends", |parties| match parties {
-        [a, b] => b.end(id).is_some() && (!push || a.end(id).is_some()),
-        _ => false,
-    });
-    if a.failed(id) || b.failed(id) {
-        until(&mut [a, b], "both ends hear of it", |parties| parties.iter().all(|party| party.lost_someone()));
-        return false;
-    }
-    verify(destination.0, salt);
-    if push {
-        a.transport.disconnect(peer)
-    } else {
-        b.transport.disconnect(peer)
-    }
-    let (initiator, other) = if push { (a, b) } else { (b, a) };
-    until(&mut [initiator, other], "the other end hears of it", |parties| match parties {
-        [_, other] => other.lost_someone(),
-        _ => false,
-    });
-    true
-}
-
-fn descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
-fn resident_kib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
 
 /// `KVFERRY_CYCLES` says how many; 10,000 take minutes.
 #[test]
 fn connecting_and_letting_go_holds_nothing() {
     let Some(_turn) = turn() else { return };
     let cycles: u128 = std::env::var("KVFERRY_CYCLES").map_or(300, |cycles| cycles.parse().unwrap());
-    for (device, two_sided) in [("memory", false), ("lo", false), ("memory", true), ("lo", true)] {
-        let provider = UcxProvider::new().only(device);
-        let options = Options { two_sided, ..Options::default() };
+    for way in WAYS {
+        // As `Options` say it, for once.
+        let provider = UcxProvider::new().only(way.device);
+        let options = Options { two_sided: way.two_sided, ..Options::default() };
         let mut a = Party::open(&provider, &options);
         let mut b = Party::open(&provider, &options);
-        let (source, destination) = (pool(1), pool(2));
+        let (source, destination) = (pool(1, BLOCKS), pool(2, BLOCKS));
         let (source_keys, destination_keys) = (a.bind(&source), b.bind(&destination));
+        // What is kept for good is there by then.
+        let early = (cycles / 3).min(1000);
         let mut before = None;
         for number in 0..cycles {
             cycle(&mut a, &mut b, (&source, &source_keys), (&destination, &destination_keys), number);
             a.events.clear();
             b.events.clear();
-            // What is kept for good is there by now.
-            if number == cycles / 3 {
-                until(&mut [&mut a, &mut b], "nothing", |_| true);
+            if number == early {
                 before = Some((descriptors(), resident_kib()));
             }
         }
         let (fds, kib) = before.unwrap();
         let (fds_now, kib_now) = (descriptors(), resident_kib());
-        println!(
-            "{device}, two-sided {two_sided}: {cycles} cycles, descriptors {fds} to {fds_now}, resident {kib} to {kib_now} KiB"
-        );
-        assert!(fds_now <= fds + 8, "{device}: descriptors grew from {fds} to {fds_now}");
-        assert!(kib_now <= kib + kib / 5 + 4096, "{device}: memory grew from {kib} to {kib_now} KiB");
+        println!("{way}: {early} to {cycles} cycles, descriptors {fds} to {fds_now}, resident {kib} to {kib_now} KiB");
+        assert!(fds_now <= fds + 8, "{way}: descriptors grew from {fds} to {fds_now}");
+        assert!(kib_now <= kib + kib / 5 + 4096, "{way}: memory grew from {kib} to {kib_now} KiB");
     }
+}
+
+/// Connections are made when peers join: the first transfer opens no descriptor, in either direction.
+#[test]
+fn the_first_transfer_makes_no_connection() {
+    let Some(_turn) = turn() else { return };
+    for way in WAYS {
+        for direction in [Direction::Pull, Direction::Push] {
+            let (mut a, mut b) =
+                (Party::open(&way.provider(), &Options::default()), Party::open(&way.provider(), &Options::default()));
+            let (source, destination) = (pool(1, BLOCKS), pool(2, BLOCKS));
+            let (source_keys, destination_keys) = (a.bind(&source), b.bind(&destination));
+            fill(&source, 5);
+            // As nodes that join do; what is posted goes over the same link.
+            let _session = a.connect(&b);
+            until(&mut [&mut a, &mut b], "both are connected", |parties| parties.iter().all(has_met));
+            let joined = descriptors();
+            let id = TransferId(1);
+            begin(&mut a, &mut b, (&source, &source_keys), (&destination, &destination_keys), direction, id);
+            until(&mut [&mut a, &mut b], "it ends", |parties| match parties {
+                [_, b] => b.end(id).is_some(),
+                _ => false,
+            });
+            assert!(!b.failed(id), "{way}: {:?}", b.events);
+            verify(&destination, 5);
+            assert_eq!(descriptors(), joined, "{way}, {direction:?}");
+        }
+    }
+}
+
+fn has_met(party: &&mut Party) -> bool {
+    party.events.iter().any(|event| matches!(event, Event::Connected { .. }))
 }
 
 /// Every round a peer appears, moves something and goes: endpoints, workers and contexts come and go with it.
 #[test]
 fn transports_that_are_closed_hold_nothing() {
     let Some(_turn) = turn() else { return };
-    for device in ["memory", "lo"] {
-        let provider = UcxProvider::new().only(device);
+    for way in WAYS {
+        let provider = way.provider();
         let mut a = Party::open(&provider, &Options::default());
-        let (source, destination) = (pool(1), pool(2));
+        let (source, destination) = (pool(1, BLOCKS), pool(2, BLOCKS));
         let source_keys = a.bind(&source);
         let mut before = 0;
         for number in 0..24 {
@@ -171,8 +105,69 @@ fn transports_that_are_closed_hold_nothing() {
             }
         }
         let now = descriptors();
-        println!("{device}: descriptors {before} to {now}");
-        assert!(now <= before + 8, "{device}: descriptors grew from {before} to {now}");
+        println!("{way}: descriptors {before} to {now}");
+        assert!(now <= before + 8, "{way}: descriptors grew from {before} to {now}");
+    }
+}
+
+/// Either end of either direction is dropped at several moments. The other ends its transfer, once, and meets the next transport; nothing is
+/// written any more for the one that is gone.
+#[test]
+fn closing_with_transfers_under_way_ends_them_at_both_ends() {
+    let Some(_turn) = turn() else { return };
+    for way in WAYS {
+        for direction in [Direction::Pull, Direction::Push] {
+            for source_goes in [false, true] {
+                for polls in [0, 1, 3, 8, 20] {
+                    close_under_way(way, direction, source_goes, polls);
+                }
+            }
+        }
+    }
+}
+
+fn close_under_way(way: Way, direction: Direction, source_goes: bool, polls: usize) {
+    let what = format!("{way}, {direction:?}, the source goes: {source_goes}, after {polls} polls");
+    // Small slices, so that something is left to move.
+    let options = Options { poll_bytes_max: BLOCK_BYTES, ..Options::default() };
+    let open = || Party::open(&way.provider(), &options);
+    let (mut a, mut b) = (open(), open());
+    let (source, destination) = (pool(1, BLOCKS), pool(2, BLOCKS));
+    let (source_keys, destination_keys) = (a.bind(&source), b.bind(&destination));
+    fill(&source, 1);
+    let id = TransferId(1);
+    begin(&mut a, &mut b, (&source, &source_keys), (&destination, &destination_keys), direction, id);
+    until(&mut [&mut a, &mut b], "both are connected", |parties| parties.iter().all(has_met));
+    for _ in 0..polls {
+        a.transport.poll(&mut a.events);
+        b.transport.poll(&mut b.events);
+    }
+    let (gone, mut stays) = if source_goes { (a, b) } else { (b, a) };
+    drop(gone);
+    // The pool of who is gone is its owner's again.
+    let kept = if source_goes { &source } else { &destination };
+    fill(kept, 77);
+    // A pull is known to its destination only.
+    let ends = direction == Direction::Push || source_goes;
+    until(&mut [&mut stays], &what, |parties| {
+        parties.iter().all(|party| party.lost_someone() && (!ends || party.end(id).is_some()))
+    });
+    assert!(ends || stays.end(id).is_none(), "{what}: {:?}", stays.events);
+    let mut bytes = vec![0; BLOCK_BYTES as usize];
+    for block in 0..BLOCKS {
+        kept.read(0, block, 0, &mut bytes).unwrap();
+        let wanted = 77u8.wrapping_add(block as u8);
+        assert!(bytes.iter().all(|byte| *byte == wanted), "{what}: block {block} was written");
+    }
+    // The next one at that device is met, and the pools move again.
+    stays.events.clear();
+    let mut next = open();
+    if source_goes {
+        let keys = next.bind(&source);
+        cycle(&mut next, &mut stays, (&source, &keys), (&destination, &destination_keys), 2);
+    } else {
+        let keys = next.bind(&destination);
+        cycle(&mut stays, &mut next, (&source, &source_keys), (&destination, &keys), 2);
     }
 }
 
@@ -180,42 +175,46 @@ fn transports_that_are_closed_hold_nothing() {
 #[test]
 fn changed_bytes_never_reach_ucx() {
     let Some(_turn) = turn() else { return };
-    let provider = UcxProvider::new().only("memory");
-    let mut a = Party::open(&provider, &Options::default());
-    let mut b = Party::open(&provider, &Options::default());
-    let address = b.transport.address();
-    for (at, bit) in (0..address.len()).flat_map(|at| [(at, 1), (at, 0x80)]) {
-        let mut changed = address.to_vec();
-        changed[at] ^= bit;
-        assert!(a.transport.connect(&changed).is_err(), "byte {at} of the address");
+    let changed = |bytes: &[u8]| {
+        let flipped = (0..bytes.len()).flat_map(|at| [(at, 1), (at, 0x80)]).map(|(at, bit)| {
+            let mut changed = bytes.to_vec();
+            changed[at] ^= bit;
+            changed
+        });
+        let cut = (0..bytes.len()).map(|length| bytes[..length].to_vec());
+        flipped.chain(cut).collect::<Vec<_>>()
+    };
+    for way in WAYS {
+        let mut a = Party::open(&way.provider(), &Options::default());
+        let mut b = Party::open(&way.provider(), &Options::default());
+        for address in changed(&b.transport.address()) {
+            assert!(a.transport.connect(&address).is_err(), "{way}: {address:02x?}");
+        }
+        let source = pool(1, BLOCKS);
+        let keys = b.bind(&source);
+        let peer = a.connect(&b);
+        // Nor do another transport's keys.
+        let foreign = a.bind(&pool(3, BLOCKS));
+        for keys in changed(&keys.0).into_iter().chain([foreign.0.to_vec()]) {
+            let result = a.transport.import(peer, &PoolKeys(keys.into()), source.layout());
+            assert!(matches!(result, Err(ImportError::BadKeys { .. })), "{way}: {result:?}");
+        }
+        assert!(a.transport.import(peer, &keys, source.layout()).is_ok(), "{way}");
     }
-    let source = pool(1);
-    let keys = b.bind(&source);
-    let peer = a.connect(&b);
-    for (at, bit) in (0..keys.0.len()).flat_map(|at| [(at, 1), (at, 0x80)]) {
-        let mut changed = keys.0.to_vec();
-        changed[at] ^= bit;
-        let result = a.transport.import(peer, &PoolKeys(changed.into()), source.layout());
-        assert!(matches!(result, Err(ImportError::BadKeys { .. })), "byte {at} of the keys: {result:?}");
-    }
-    // Nor do another transport's keys.
-    let foreign = a.bind(&pool(3));
-    let result = a.transport.import(peer, &foreign, source.layout());
-    assert!(matches!(result, Err(ImportError::BadKeys { .. })), "{result:?}");
 }
 
 #[test]
 fn an_address_of_a_closed_transport_connects_to_nobody() {
     let Some(_turn) = turn() else { return };
-    for device in ["memory", "lo"] {
-        let provider = UcxProvider::new().only(device);
+    for way in WAYS {
+        let provider = way.provider();
         let mut a = Party::open(&provider, &Options::default());
         let b = Party::open(&provider, &Options::default());
         let address = b.transport.address();
         drop(b);
         if let Ok(peer) = a.transport.connect(&address) {
             until(&mut [&mut a], "the call ends", |parties| parties.iter().all(|party| party.lost_someone()));
-            assert!(!a.saw(&Event::Connected { peer }));
+            assert!(!a.saw(&Event::Connected { peer }), "{way}");
         }
         // The next one at that device is somebody else, and is reached.
         let c = Party::open(&provider, &Options::default());
@@ -230,22 +229,26 @@ fn an_address_of_a_closed_transport_connects_to_nobody() {
 #[test]
 fn a_peer_of_another_device_is_refused_by_name() {
     let Some(_turn) = turn() else { return };
-    let mut a = Party::open(&UcxProvider::new().only("memory"), &Options::default());
-    let b = Party::open(&UcxProvider::new().only("lo"), &Options::default());
-    let error = a.transport.connect(&b.transport.address()).unwrap_err();
-    assert!(error.to_string().contains("memory"), "{error}");
+    for (here, there) in [(WAYS[0], WAYS[1]), (WAYS[2], WAYS[3])] {
+        let mut a = Party::open(&here.provider(), &Options::default());
+        let b = Party::open(&there.provider(), &Options::default());
+        let error = a.transport.connect(&b.transport.address()).unwrap_err();
+        assert!(error.to_string().contains("memory"), "{error}");
+    }
 }
 
 /// Their contexts are configured differently: told at once, on either side.
 #[test]
 fn one_side_cannot_meet_two() {
     let Some(_turn) = turn() else { return };
-    let mut one = Party::open(&UcxProvider::new().only("lo"), &Options::default());
-    let mut two = Party::open(&UcxProvider::new().only("lo").two_sided(), &Options::default());
-    let addresses = [two.transport.address(), one.transport.address()];
-    for (here, there) in [&mut one, &mut two].into_iter().zip(addresses) {
-        let error = here.transport.connect(&there).unwrap_err();
-        assert!(error.to_string().contains("same UCX method"), "{error}");
+    for (one, two) in [(WAYS[0], WAYS[2]), (WAYS[1], WAYS[3])] {
+        let mut one = Party::open(&one.provider(), &Options::default());
+        let mut two = Party::open(&two.provider(), &Options::default());
+        let addresses = [two.transport.address(), one.transport.address()];
+        for (here, there) in [&mut one, &mut two].into_iter().zip(addresses) {
+            let error = here.transport.connect(&there).unwrap_err();
+            assert!(error.to_string().contains("same UCX method"), "{error}");
+        }
     }
 }
 
@@ -253,11 +256,11 @@ fn one_side_cannot_meet_two() {
 #[test]
 fn fences_are_proved_whatever_the_peer_does() {
     let Some(_turn) = turn() else { return };
-    for device in ["memory", "lo"] {
-        let provider = UcxProvider::new().only(device);
+    for way in WAYS {
+        let provider = way.provider();
         let mut a = Party::open(&provider, &Options::default());
         let mut b = Party::open(&provider, &Options::default());
-        let (source, destination) = (pool(1), pool(2));
+        let (source, destination) = (pool(1, BLOCKS), pool(2, BLOCKS));
         let (source_keys, _) = (a.bind(&source), b.bind(&destination));
         fill(&source, 9);
         for round in 0..4u128 {
@@ -265,7 +268,7 @@ fn fences_are_proved_whatever_the_peer_does() {
             let peer = b.connect(&a);
             if round > 0 {
                 let remote = b.import(peer, &source_keys, source.layout());
-                let program = program();
+                let program = program(BLOCKS);
                 let range = program.whole();
                 let (direction, local) = (Direction::Pull, destination.id());
                 let transfer =
@@ -284,8 +287,12 @@ fn fences_are_proved_whatever_the_peer_does() {
                 };
                 parties.iter().all(|party| party.events.iter().any(proved))
             });
-            assert!(start.elapsed() < Duration::from_secs(10));
-            assert!(round == 0 || b.end(TransferId(round)).is_some(), "its transfers have ended: {:?}", b.events);
+            assert!(start.elapsed() < Duration::from_secs(10), "{way}");
+            assert!(
+                round == 0 || b.end(TransferId(round)).is_some(),
+                "{way}: its transfers have ended: {:?}",
+                b.events
+            );
         }
         b.events.clear();
         a.events.clear();
@@ -304,7 +311,7 @@ fn fences_are_proved_whatever_the_peer_does() {
                 let number = 100 + 2 * attempt + direction;
                 try_cycle(&mut a, &mut b, (&source, &source_keys), (&destination, &destination_keys), number)
             });
-            assert!(stands, "{:?} {:?}", a.events, b.events);
+            assert!(stands, "{way}: {:?} {:?}", a.events, b.events);
         }
     }
 }

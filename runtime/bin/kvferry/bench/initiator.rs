@@ -31,9 +31,9 @@ pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
         format!("{from} to {to}")
     };
     match compare(options, &shape, nic, &mut peer.words, deadline) {
-        Ok((samples, mismatch)) => {
+        Ok((first, samples, mismatch)) => {
             peer.finish(deadline)?;
-            Ok(Report::new(options, (device, library), &shape, &samples, mismatch))
+            Ok(Report::new(options, (device, library), &shape, (first, &samples), mismatch))
         }
         Err(error) => Err(peer.explain(error)),
     }
@@ -51,16 +51,16 @@ pub(crate) struct Sample {
     pub(crate) gpu: Duration,
 }
 
-/// The timed iterations, and the first wrong byte after them.
+/// The first iteration after the connection stood, the timed ones, and the first wrong byte after them.
 fn compare(
     options: &Options,
     shape: &Shape,
     nic: Nic,
     words: &mut Words,
     deadline: Deadline,
-) -> Result<(Vec<Sample>, Option<String>), BenchError> {
+) -> Result<(Sample, Vec<Sample>, Option<String>), BenchError> {
     let mut session = Session::open(options, shape, nic, words, deadline)?;
-    session.iterate(0)?;
+    let first = session.iterate(0)?;
     let mut samples = Vec::with_capacity(options.iters as usize);
     for handover in 1..=u64::from(options.iters) {
         samples.push(session.iterate(handover)?);
@@ -71,7 +71,7 @@ fn compare(
         session.iterate(u64::from(options.iters) + 1)?;
         mismatch = session.verify()?;
     }
-    Ok((samples, mismatch))
+    Ok((first, samples, mismatch))
 }
 
 /// Both sides connected, with their pools filled.

@@ -22,6 +22,8 @@ pub(crate) struct Report {
     /// Of all pieces.
     bytes: u64,
     seconds: Spread,
+    /// Of the first one after the connection stood, which `seconds` leaves out.
+    first_seconds: f64,
     /// `bytes` in the median of `seconds`, in 10⁹ bytes a second.
     gigabytes_per_second: f64,
     /// Median.
@@ -52,7 +54,7 @@ impl Report {
         options: &Options,
         (device, library): (String, Option<String>),
         shape: &Shape,
-        samples: &[Sample],
+        (first, samples): (Sample, &[Sample]),
         mismatch: Option<String>,
     ) -> Report {
         let spread =
@@ -66,6 +68,7 @@ impl Report {
             pieces: shape.pieces(),
             bytes: shape.bytes(),
             seconds,
+            first_seconds: first.moved.as_secs_f64(),
             gigabytes_per_second: shape.bytes() as f64 / seconds.p50 / 1e9,
             plan_microseconds: spread(|sample| sample.plan).p50 * 1e6,
             cpu_seconds: spread(|sample| sample.processor).p50,
@@ -97,6 +100,7 @@ impl Report {
             ("pieces", self.pieces.to_string()),
             ("bytes", self.bytes.to_string()),
             ("ms", format!("{} median, {} to {} in {iters}", milliseconds(p50), milliseconds(min), milliseconds(max))),
+            ("first ms", format!("{} after the connection stood", milliseconds(self.first_seconds))),
             ("GB/s", format!("{:.2}", self.gigabytes_per_second)),
             ("plan µs", format!("{:.1}", self.plan_microseconds)),
             ("CPU ms", format!("{} in both processes", milliseconds(self.cpu_seconds))),

@@ -804,6 +804,17 @@ pub struct Ucp {
     >,
     pub ucp_am_data_release:
         Result<unsafe extern "C" fn(worker: ucp_worker_h, data: *mut ::core::ffi::c_void), ::libloading::Error>,
+    pub ucp_put_nbx: Result<
+        unsafe extern "C" fn(
+            ep: ucp_ep_h,
+            buffer: *const ::core::ffi::c_void,
+            count: usize,
+            remote_addr: u64,
+            rkey: ucp_rkey_h,
+            param: *const ucp_request_param_t,
+        ) -> ucs_status_ptr_t,
+        ::libloading::Error,
+    >,
     pub ucp_get_nbx: Result<
         unsafe extern "C" fn(
             ep: ucp_ep_h,
@@ -868,6 +879,7 @@ impl Ucp {
         let ucp_am_send_nbx = __library.get(b"ucp_am_send_nbx\0").map(|sym| *sym);
         let ucp_am_recv_data_nbx = __library.get(b"ucp_am_recv_data_nbx\0").map(|sym| *sym);
         let ucp_am_data_release = __library.get(b"ucp_am_data_release\0").map(|sym| *sym);
+        let ucp_put_nbx = __library.get(b"ucp_put_nbx\0").map(|sym| *sym);
         let ucp_get_nbx = __library.get(b"ucp_get_nbx\0").map(|sym| *sym);
         let ucp_request_free = __library.get(b"ucp_request_free\0").map(|sym| *sym);
         let ucp_worker_flush_nbx = __library.get(b"ucp_worker_flush_nbx\0").map(|sym| *sym);
@@ -905,6 +917,7 @@ impl Ucp {
             ucp_am_send_nbx,
             ucp_am_recv_data_nbx,
             ucp_am_data_release,
+            ucp_put_nbx,
             ucp_get_nbx,
             ucp_request_free,
             ucp_worker_flush_nbx,
@@ -1097,6 +1110,17 @@ impl Ucp {
     }
     pub unsafe fn ucp_am_data_release(&self, worker: ucp_worker_h, data: *mut ::core::ffi::c_void) {
         (self.ucp_am_data_release.as_ref().expect("Expected function, got error."))(worker, data)
+    }
+    pub unsafe fn ucp_put_nbx(
+        &self,
+        ep: ucp_ep_h,
+        buffer: *const ::core::ffi::c_void,
+        count: usize,
+        remote_addr: u64,
+        rkey: ucp_rkey_h,
+        param: *const ucp_request_param_t,
+    ) -> ucs_status_ptr_t {
+        (self.ucp_put_nbx.as_ref().expect("Expected function, got error."))(ep, buffer, count, remote_addr, rkey, param)
     }
     pub unsafe fn ucp_get_nbx(
         &self,

@@ -8,7 +8,7 @@ use saphyr_parser::{Event, Parser, ScalarStyle};
 use serde::Serialize;
 use thiserror::Error;
 
-/// Bytes of a file that are read at most; engine configurations have a few kilobytes.
+/// Bytes of a file that are read at most; configurations and manifests have some kilobytes.
 pub const FILE_BYTES_MAX: usize = 1 << 20;
 const DEPTH_MAX: usize = 64;
 const VALUES_MAX: usize = 100_000;
@@ -33,7 +33,7 @@ impl fmt::Display for Position {
 #[non_exhaustive]
 pub enum YamlError {
     /// More than [`FILE_BYTES_MAX`].
-    #[error("it has {bytes} bytes, at most {FILE_BYTES_MAX} are read: name an engine configuration")]
+    #[error("it has {bytes} bytes, at most {FILE_BYTES_MAX} are read: name a configuration or manifest")]
     TooLong {
         /// Its bytes.
         bytes: usize,
@@ -47,13 +47,13 @@ pub enum YamlError {
         reason: String,
     },
     /// Values in values in values.
-    #[error("{at}: values are nested more than {DEPTH_MAX} deep: an engine configuration needs five")]
+    #[error("{at}: values are nested more than {DEPTH_MAX} deep: configurations need twenty")]
     TooDeep {
         /// Where.
         at: Position,
     },
-    /// More values than any configuration has.
-    #[error("{at}: more than {VALUES_MAX} values: name an engine configuration")]
+    /// More values than any configuration has, those that aliases repeat included where they matter.
+    #[error("{at}: more than {VALUES_MAX} values: name a configuration or manifest")]
     TooMany {
         /// Where.
         at: Position,
@@ -72,58 +72,82 @@ pub enum YamlError {
     },
 }
 
+impl YamlError {
+    /// Where it is, if at one place.
+    pub fn at(&self) -> Option<Position> {
+        match self {
+            YamlError::TooLong { .. } => None,
+            YamlError::Syntax { at, .. }
+            | YamlError::TooDeep { at }
+            | YamlError::TooMany { at }
+            | YamlError::Alias { at }
+            | YamlError::Documents { at } => Some(*at),
+        }
+    }
+}
+
 /// A value and where it begins.
 #[derive(Debug)]
-pub(crate) struct Node {
-    pub(crate) at: Position,
-    pub(crate) value: Value,
+pub struct Node {
+    /// Where.
+    pub at: Position,
+    /// What.
+    pub value: NodeValue,
+    /// Values in it and itself, those that aliases repeat counted each time.
+    pub values: usize,
 }
 
 /// What a value is. Aliases share what they stand for, so a tree never takes more memory than its text accounts for.
 #[derive(Debug)]
-pub(crate) enum Value {
-    /// `plain`: without quotes, so that `null` or `true` mean what they say.
+pub enum NodeValue {
+    /// A word or text.
     Scalar {
+        /// Without its quotes.
         text: String,
+        /// Without quotes, so that `null` or `true` mean what they say.
         plain: bool,
     },
+    /// A list.
     Sequence(Vec<Rc<Node>>),
+    /// Keys and values, in order.
     Mapping(Vec<Entry>),
 }
 
 /// A key and its value.
-pub(crate) type Entry = (Rc<Node>, Rc<Node>);
+pub type Entry = (Rc<Node>, Rc<Node>);
 
 impl Node {
     /// What it is, for messages.
-    pub(crate) fn describe(&self) -> String {
+    pub fn describe(&self) -> String {
         match &self.value {
-            Value::Scalar { text, .. } => format!("`{}`", shorten(text)),
-            Value::Sequence(_) => "a list".to_owned(),
-            Value::Mapping(_) => "a mapping".to_owned(),
+            NodeValue::Scalar { text, .. } => format!("`{}`", shorten(text)),
+            NodeValue::Sequence(_) => "a list".to_owned(),
+            NodeValue::Mapping(_) => "a mapping".to_owned(),
         }
     }
 
-    pub(crate) fn text(&self) -> Option<&str> {
+    /// A scalar's text.
+    pub fn text(&self) -> Option<&str> {
         match &self.value {
-            Value::Scalar { text, .. } => Some(text),
+            NodeValue::Scalar { text, .. } => Some(text),
             _ => None,
         }
     }
 
-    pub(crate) fn is_null(&self) -> bool {
-        matches!(&self.value, Value::Scalar { text, plain: true } if matches!(text.as_str(), "" | "~" | "null" | "Null" | "NULL"))
+    /// Whether it is nothing, in one of YAML's words for it.
+    pub fn is_null(&self) -> bool {
+        matches!(&self.value, NodeValue::Scalar { text, plain: true } if matches!(text.as_str(), "" | "~" | "null" | "Null" | "NULL"))
     }
 
     /// The value of the last entry with this key, and the key, as PyYAML takes it.
-    pub(crate) fn entry(&self, key: &str) -> Option<(&Rc<Node>, &Rc<Node>)> {
-        let Value::Mapping(entries) = &self.value else { return None };
+    pub fn entry(&self, key: &str) -> Option<(&Rc<Node>, &Rc<Node>)> {
+        let NodeValue::Mapping(entries) = &self.value else { return None };
         entries.iter().rev().find(|(name, _)| name.text() == Some(key)).map(|(name, value)| (name, value))
     }
 }
 
 /// The first characters of what somebody wrote, for messages.
-pub(crate) fn shorten(text: &str) -> String {
+pub fn shorten(text: &str) -> String {
     const SHOWN: usize = 60;
     let mut shown: String = text.chars().take(SHOWN).map(|c| if c.is_control() { ' ' } else { c }).collect();
     if text.chars().nth(SHOWN).is_some() {
@@ -142,28 +166,46 @@ struct Open {
 
 impl Open {
     fn close(self) -> Rc<Node> {
+        let values = self.items.iter().fold(1, |sum: usize, item| sum.saturating_add(item.values));
         let value = if self.mapping {
             let mut entries = Vec::with_capacity(self.items.len() / 2);
             let mut items = self.items.into_iter();
             while let (Some(key), Some(value)) = (items.next(), items.next()) {
                 entries.push((key, value));
             }
-            Value::Mapping(entries)
+            NodeValue::Mapping(entries)
         } else {
-            Value::Sequence(self.items)
+            NodeValue::Sequence(self.items)
         };
-        Rc::new(Node { at: self.at, value })
+        Rc::new(Node { at: self.at, value, values })
     }
 }
 
-/// The only document of a text; `None` when it is empty.
-pub(crate) fn parse(text: &str) -> Result<Option<Rc<Node>>, YamlError> {
+/// The only document of a text; `None` when it is empty. Aliases may repeat as much as they like: what they stand for is shared.
+pub fn parse(text: &str) -> Result<Option<Rc<Node>>, YamlError> {
+    Ok(documents(text, 1)?.pop())
+}
+
+/// The documents of a text, empty ones left out. What aliases repeat is counted, so that a tree can be walked without being shared.
+pub fn parse_all(text: &str) -> Result<Vec<Rc<Node>>, YamlError> {
+    let documents: Vec<Rc<Node>> = documents(text, usize::MAX)?.into_iter().filter(|node| !node.is_null()).collect();
+    let mut values = 0usize;
+    for document in &documents {
+        values = values.saturating_add(document.values);
+        if values > VALUES_MAX {
+            return Err(YamlError::TooMany { at: document.at });
+        }
+    }
+    Ok(documents)
+}
+
+fn documents(text: &str, limit: usize) -> Result<Vec<Rc<Node>>, YamlError> {
     if text.len() > FILE_BYTES_MAX {
         return Err(YamlError::TooLong { bytes: text.len() });
     }
     let mut open: Vec<Open> = Vec::new();
     let mut anchors: BTreeMap<usize, Rc<Node>> = BTreeMap::new();
-    let mut root: Option<Rc<Node>> = None;
+    let mut roots: Vec<Rc<Node>> = Vec::new();
     let mut documents = 0;
     let mut values = 0usize;
     for event in Parser::new_from_str(text) {
@@ -176,7 +218,7 @@ pub(crate) fn parse(text: &str) -> Result<Option<Rc<Node>>, YamlError> {
         let (anchor, node) = match event {
             Event::DocumentStart(_) => {
                 documents += 1;
-                if documents > 1 {
+                if documents > limit {
                     return Err(YamlError::Documents { at });
                 }
                 continue;
@@ -197,8 +239,8 @@ pub(crate) fn parse(text: &str) -> Result<Option<Rc<Node>>, YamlError> {
                 None => continue,
             },
             Event::Scalar(text, style, anchor, _) => {
-                let value = Value::Scalar { text: text.into_owned(), plain: style == ScalarStyle::Plain };
-                (anchor, Rc::new(Node { at, value }))
+                let value = NodeValue::Scalar { text: text.into_owned(), plain: style == ScalarStyle::Plain };
+                (anchor, Rc::new(Node { at, value, values: 1 }))
             }
             Event::Alias(anchor) => (0, anchors.get(&anchor).cloned().ok_or(YamlError::Alias { at })?),
             Event::Nothing | Event::StreamStart | Event::StreamEnd | Event::DocumentEnd => continue,
@@ -212,8 +254,8 @@ pub(crate) fn parse(text: &str) -> Result<Option<Rc<Node>>, YamlError> {
         }
         match open.last_mut() {
             Some(parent) => parent.items.push(node),
-            None => root = Some(node),
+            None => roots.push(node),
         }
     }
-    Ok(root)
+    Ok(roots)
 }

@@ -1,0 +1,107 @@
+//! How an agent is set up.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use kvferry_ucx::raw::RawSettings;
+
+use crate::AgentError;
+use crate::metadata::NAME_BYTES_MAX;
+use crate::notification::NOTIFICATION_BYTES_MAX;
+
+/// The active message of notifications; 1 up to NIXL 0.4.1.
+const MESSAGE: u32 = 0;
+/// Older ones make NIXL's own worker abort, or do not meet it at all.
+const OLDEST: (u32, u32, u32) = (1, 22, 0);
+/// What NIXL's UCX backend sets: lanes are chosen by it, and both ends must choose alike (`src/plugins/ucx/ucx_utils.cpp`).
+const LIKE_NIXL: [(&str, &str); 6] = [
+    ("RNDV_THRESH", "inf"),
+    ("MAX_RMA_RAILS", "2"),
+    ("IB_PCI_RELAXED_ORDERING", "try"),
+    ("RC_FENCE", "none"),
+    ("MAX_HCA_PER_GPU", "auto"),
+    ("RNDV_PIPELINE_ERROR_HANDLING", "y"),
+];
+
+/// How an agent is set up.
+#[derive(Clone, Debug)]
+pub struct AgentConfig {
+    name: String,
+    devices: Option<String>,
+    extension: Option<Bytes>,
+    pub(crate) in_flight_max: usize,
+    pub(crate) notifications_max: usize,
+    pub(crate) within: Duration,
+}
+
+impl AgentConfig {
+    /// An agent whose name is `name`, `#` and the time of this call in nanoseconds since 1970. NIXL agents refuse an agent that comes back under
+    /// its old name with another address, so every incarnation needs a name of its own.
+    pub fn new(name: &str) -> AgentConfig {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        AgentConfig::exactly(&format!("{name}#{}", since.as_nanos()))
+    }
+
+    /// An agent of exactly this name, for peers that look for it. Whoever starts it again must have its peers remove the old one first.
+    pub fn exactly(name: &str) -> AgentConfig {
+        AgentConfig {
+            name: name.to_owned(),
+            devices: None,
+            extension: None,
+            in_flight_max: 1024,
+            notifications_max: 1 << 16,
+            within: Duration::from_secs(30),
+        }
+    }
+
+    /// The devices that UCX may use, as its `NET_DEVICES` lists them; all by default.
+    pub fn devices(mut self, devices: &str) -> AgentConfig {
+        self.devices = Some(devices.to_owned());
+        self
+    }
+
+    /// Bytes that travel with the metadata and that NIXL agents skip: what a peer of ours is told of better ways. At most 64 KiB.
+    pub fn extension(mut self, extension: Bytes) -> AgentConfig {
+        self.extension = Some(extension);
+        self
+    }
+
+    /// Reads and writes in flight to one peer, at most; 1024 by default, at least 1.
+    pub fn in_flight_max(mut self, operations: usize) -> AgentConfig {
+        self.in_flight_max = operations.max(1);
+        self
+    }
+
+    /// Notifications that wait to be taken, at most; 65,536 by default. Later ones are dropped with a warning.
+    pub fn notifications_max(mut self, notifications: usize) -> AgentConfig {
+        self.notifications_max = notifications.max(1);
+        self
+    }
+
+    /// How long transfers and notifications may take that say nothing of it; 30 s by default.
+    pub fn within(mut self, within: Duration) -> AgentConfig {
+        self.within = within;
+        self
+    }
+
+    pub(crate) fn check(self) -> Result<(String, Option<Bytes>, RawSettings), AgentError> {
+        let bad = |reason: String| Err(AgentError::Config(reason));
+        if self.name.is_empty() || self.name.len() > NAME_BYTES_MAX {
+            return bad(format!("a name of {} bytes; 1 to {NAME_BYTES_MAX} are taken", self.name.len()));
+        }
+        if let Some(long) = self.extension.as_ref().map(Bytes::len).filter(|bytes| *bytes > 1 << 16) {
+            return bad(format!("an extension of {long} bytes; at most 65,536 are taken"));
+        }
+        let like = LIKE_NIXL.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let devices = self.devices.iter().map(|devices| ("NET_DEVICES".to_owned(), devices.clone()));
+        let settings = RawSettings {
+            name: format!("kvferry:nixl:{}", self.name),
+            settings: like.chain(devices).collect(),
+            oldest: OLDEST,
+            message: MESSAGE,
+            // Its name and the fields around both.
+            message_bytes_max: NOTIFICATION_BYTES_MAX + NAME_BYTES_MAX + 64,
+        };
+        Ok((self.name, self.extension, settings))
+    }
+}

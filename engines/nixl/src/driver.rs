@@ -1,0 +1,295 @@
+//! The agent's thread: it owns the UCX worker, and every peer and transfer.
+
+mod flight;
+mod remote;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvferry_core::PoolId;
+use kvferry_transport::Pool;
+use kvferry_ucx::raw::{RawEvent, RawMemory, RawWait, RawWorker};
+use tokio::sync::oneshot;
+
+use crate::agent::{Moved, Peer, Queue};
+use crate::metadata::{AgentMetadata, Connection, MemoryKind, Range, Section};
+use crate::wake::Wake;
+use crate::{AgentConfig, AgentError, Notification, Transfer};
+use flight::Flight;
+use remote::Remote;
+
+/// NIXL's name of its UCX backend.
+pub(super) const UCX: &str = "UCX";
+/// Our own entry beside it; NIXL agents skip what they do not know.
+pub(super) const OURS: &str = "KVFERRY";
+/// Steps of UCX without a look at commands and deadlines.
+const STEPS: usize = 64;
+/// How long the thread keeps looking after something happened, before it sleeps.
+const SPIN: Duration = Duration::from_micros(50);
+/// It never sleeps longer: UCX asks silent peers whether they live while it is driven.
+const NAP: Duration = Duration::from_millis(200);
+/// Where UCX cannot wake it.
+const DOZE: Duration = Duration::from_micros(200);
+/// How long connections may take to close at the end.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, AgentError>>;
+
+/// What an agent is asked for.
+pub(crate) enum Command {
+    Register { pool: Pool, reply: Reply<()> },
+    Deregister { pool: PoolId, reply: Reply<()> },
+    Metadata { pools: Option<(Vec<PoolId>, bool)>, reply: Reply<Bytes> },
+    AddPeer { metadata: Bytes, reply: Reply<Peer> },
+    RemovePeer { name: String, reply: Reply<()> },
+    Transfer { transfer: Transfer, reply: Reply<Moved> },
+    Notify { peer: String, message: Bytes, within: Option<Duration>, reply: Reply<Moved> },
+    Shutdown { done: Option<oneshot::Sender<()>> },
+}
+
+/// What the thread knows.
+pub(super) struct Driver {
+    pub(super) worker: RawWorker,
+    pub(super) name: String,
+    extension: Option<Bytes>,
+    pub(super) in_flight_max: usize,
+    pub(super) within: Duration,
+    queue: Arc<Queue>,
+    dropped: u64,
+    pub(super) pools: BTreeMap<PoolId, Rc<RawMemory>>,
+    pub(super) peers: BTreeMap<String, Remote>,
+    /// Names of peers by the number of their connection.
+    pub(super) connections: BTreeMap<u64, String>,
+    pub(super) flights: BTreeMap<u64, Flight>,
+    /// Which transfer an operation belongs to.
+    pub(super) operations: BTreeMap<u64, u64>,
+    /// Connections that UCX has not let go of, and who waits for that.
+    pub(super) closing: BTreeMap<u64, Vec<Reply<()>>>,
+    /// What ended inside a call.
+    pub(super) at_once: VecDeque<RawEvent>,
+    next: u64,
+}
+
+/// Runs an agent until it is shut down.
+pub(crate) fn run(
+    config: AgentConfig,
+    commands: mpsc::Receiver<Command>,
+    wake: &Wake,
+    queue: Arc<Queue>,
+    ready: Reply<(String, String)>,
+) {
+    let mut driver = match Driver::open(config, queue) {
+        Ok(driver) => driver,
+        Err(error) => return drop(ready.send(Err(error))),
+    };
+    let (path, version) = driver.worker.library();
+    if ready.send(Ok((driver.name.clone(), format!("{path} {version}")))).is_err() {
+        return;
+    }
+    let done = driver.serve(&commands, wake);
+    driver.say_farewell(wake);
+    driver.queue.end();
+    drop(driver);
+    if let Some(done) = done {
+        let _nobody_waits = done.send(());
+    }
+}
+
+impl Driver {
+    fn open(config: AgentConfig, queue: Arc<Queue>) -> Result<Driver, AgentError> {
+        let (in_flight_max, within) = (config.in_flight_max, config.within);
+        let (name, extension, settings) = config.check()?;
+        let worker = RawWorker::open(&settings).map_err(AgentError::Ucx)?;
+        Ok(Driver {
+            worker,
+            name,
+            extension,
+            in_flight_max,
+            within,
+            queue,
+            dropped: 0,
+            pools: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            connections: BTreeMap::new(),
+            flights: BTreeMap::new(),
+            operations: BTreeMap::new(),
+            closing: BTreeMap::new(),
+            at_once: VecDeque::new(),
+            next: 1,
+        })
+    }
+
+    /// Until it is shut down; who waits for that.
+    fn serve(&mut self, commands: &mpsc::Receiver<Command>, wake: &Wake) -> Option<oneshot::Sender<()>> {
+        let mut busy_until = now();
+        loop {
+            let mut active = false;
+            loop {
+                match commands.try_recv() {
+                    Ok(Command::Shutdown { done }) => return done,
+                    Ok(command) => self.command(command),
+                    Err(mpsc::TryRecvError::Empty) => break,
+                    Err(mpsc::TryRecvError::Disconnected) => return None,
+                }
+                active = true;
+            }
+            active |= self.step();
+            let now = now();
+            if active {
+                busy_until = now + SPIN;
+            }
+            if now < busy_until {
+                std::hint::spin_loop();
+                continue;
+            }
+            self.sleep(wake, now);
+        }
+    }
+
+    /// Drives UCX and everything that follows from it; false when nothing happened.
+    fn step(&mut self) -> bool {
+        let mut active = false;
+        for _ in 0..STEPS {
+            if !self.worker.progress() {
+                break;
+            }
+            active = true;
+        }
+        let mut events = Vec::new();
+        self.worker.take(&mut events);
+        self.at_once.extend(events);
+        while let Some(event) = self.at_once.pop_front() {
+            active = true;
+            self.event(event);
+        }
+        self.expire(now());
+        active
+    }
+
+    fn sleep(&self, wake: &Wake, now: Instant) {
+        let due = self.flights.values().map(|flight| flight.deadline.saturating_duration_since(now)).min();
+        let at_most = due.unwrap_or(NAP).min(NAP);
+        match self.worker.wait() {
+            RawWait::Busy => {}
+            RawWait::Readable(descriptor) => wake.wait(Some(descriptor), at_most),
+            RawWait::Poll => wake.wait(None, at_most.min(DOZE)),
+        }
+    }
+
+    fn say_farewell(&mut self, wake: &Wake) {
+        let names: Vec<String> = self.peers.keys().cloned().collect();
+        for name in names {
+            self.drop_peer(&name, &AgentError::Gone);
+        }
+        let until = now() + FAREWELL;
+        while !(self.closing.is_empty() && self.flights.is_empty()) && now() < until {
+            if !self.step() {
+                wake.wait(None, DOZE);
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        // Whoever asked may be gone.
+        match command {
+            Command::Register { pool, reply } => drop(reply.send(self.register(&pool))),
+            Command::Deregister { pool, reply } => {
+                let known = self.pools.remove(&pool).map(|_| ());
+                drop(reply.send(known.ok_or_else(|| AgentError::Pool(format!("{pool} is not registered")))));
+            }
+            Command::Metadata { pools, reply } => drop(reply.send(self.metadata(pools))),
+            Command::AddPeer { metadata, reply } => drop(reply.send(self.add_peer(metadata))),
+            Command::RemovePeer { name, reply } => self.remove_peer(&name, reply),
+            Command::Transfer { transfer, reply } => self.transfer(transfer, reply),
+            Command::Notify { peer, message, within, reply } => self.notify(peer, message, within, reply),
+            Command::Shutdown { .. } => {}
+        }
+    }
+
+    fn event(&mut self, event: RawEvent) {
+        match event {
+            RawEvent::Message(message) => self.message(message),
+            RawEvent::Done { operation, result } => self.operation_ended(operation, result),
+            RawEvent::Broken { peer, reason } => {
+                if let Some(name) = self.connections.get(&peer).cloned() {
+                    self.disconnect(&name, &AgentError::Failed { name: name.clone(), reason });
+                }
+            }
+            RawEvent::Closed { peer } => {
+                for reply in self.closing.remove(&peer).unwrap_or_default() {
+                    let _nobody_waits = reply.send(Ok(()));
+                }
+            }
+        }
+    }
+
+    fn message(&mut self, message: Vec<u8>) {
+        match Notification::decode(message.into()) {
+            Ok(notification) => {
+                if !self.queue.push(notification) {
+                    self.dropped += 1;
+                    // Once is news; then each time that it has doubled.
+                    if self.dropped.is_power_of_two() {
+                        tracing::warn!(dropped = self.dropped, "notifications that nobody takes are dropped");
+                    }
+                }
+            }
+            Err(error) => tracing::warn!(%error, "a message that is no notification is dropped"),
+        }
+    }
+
+    fn register(&mut self, pool: &Pool) -> Result<(), AgentError> {
+        if self.pools.contains_key(&pool.id()) {
+            return Err(AgentError::Pool(format!("{} is registered already; deregister it first", pool.id())));
+        }
+        let memory = self.worker.register(pool).map_err(AgentError::Ucx)?;
+        self.pools.insert(pool.id(), memory);
+        Ok(())
+    }
+
+    fn metadata(&self, part: Option<(Vec<PoolId>, bool)>) -> Result<Bytes, AgentError> {
+        let (wanted, connection) = match part {
+            None => (self.pools.keys().copied().collect(), true),
+            Some(part) => part,
+        };
+        let mut ranges = Vec::new();
+        for id in wanted {
+            let unknown = || AgentError::Pool(format!("{id} is not registered"));
+            let memory = self.pools.get(&id).ok_or_else(unknown)?;
+            let regions = memory.pool().regions().iter().zip(memory.keys()).filter(|(region, _)| region.bytes() > 0);
+            ranges.extend(regions.map(|(region, key)| Range {
+                device: 0,
+                address: region.base() as u64,
+                bytes: region.bytes(),
+                key: Bytes::copy_from_slice(key),
+            }));
+        }
+        let mut connections = Vec::new();
+        if connection {
+            let address = self.worker.address().map_err(AgentError::Ucx)?.into();
+            connections.push(Connection { backend: UCX.to_owned(), address });
+            if let Some(extension) = &self.extension {
+                connections.push(Connection { backend: OURS.to_owned(), address: extension.clone() });
+            }
+        }
+        let sections = match ranges.is_empty() {
+            true => Vec::new(),
+            false => vec![Section::new(UCX, MemoryKind::Dram, ranges)?],
+        };
+        Ok(AgentMetadata { name: self.name.clone(), connections, sections }.encode()?.into())
+    }
+
+    /// A number that was never used.
+    pub(super) fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+}
+
+#[allow(clippy::disallowed_methods, reason = "this thread is never simulated")]
+pub(super) fn now() -> Instant {
+    Instant::now()
+}

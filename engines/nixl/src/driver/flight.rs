@@ -1,0 +1,265 @@
+//! Transfers: pieces within a window, a flush, a notification, an answer.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvferry_ucx::raw::{RawEvent, RawMemory, RawRange};
+
+use super::{Driver, Reply, now, remote};
+use crate::agent::Moved;
+use crate::pieces::{Operation, Piece, joined};
+use crate::{AgentError, MemoryKind, Notification, Transfer};
+
+/// A transfer that is under way.
+pub(crate) struct Flight {
+    pub(super) peer: String,
+    operation: Operation,
+    memory: (MemoryKind, u64),
+    local: Option<Rc<RawMemory>>,
+    pieces: Vec<Piece>,
+    /// The piece that is begun next.
+    next: usize,
+    /// Operations of it that UCX holds.
+    outstanding: usize,
+    stage: Stage,
+    notification: Option<Bytes>,
+    started: Instant,
+    pub(super) deadline: Instant,
+    /// Why it will fail once nothing of it is in flight.
+    doomed: Option<AgentError>,
+    reply: Reply<Moved>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Pieces are begun and come to their ends.
+    Moving,
+    /// All are begun; writes are to be visible at the peer.
+    Flushing,
+    /// The peer is told.
+    Notifying,
+}
+
+impl Driver {
+    pub(super) fn transfer(&mut self, transfer: Transfer, reply: Reply<Moved>) {
+        if let Err(error) = self.check(&transfer) {
+            return drop(reply.send(Err(error)));
+        }
+        let Transfer { peer, operation, pool, memory, pieces, notification, within } = transfer;
+        let local = self.pools.get(&pool).cloned();
+        let pieces = joined(pieces.into_iter().filter(|piece| piece.bytes > 0).collect());
+        self.begin(peer, operation, (memory, local, pieces), notification, within, reply);
+    }
+
+    pub(super) fn notify(&mut self, peer: String, message: Bytes, within: Option<Duration>, reply: Reply<Moved>) {
+        let nothing = ((MemoryKind::Dram, 0), None, Vec::new());
+        self.begin(peer, Operation::Write, nothing, Some(message), within, reply);
+    }
+
+    /// Every piece lies in the pool, and in what the peer has told of.
+    fn check(&self, transfer: &Transfer) -> Result<(), AgentError> {
+        let remote = self.peers.get(&transfer.peer).ok_or_else(|| remote::unknown(&transfer.peer))?;
+        let local = self.pools.get(&transfer.pool);
+        let local = local.ok_or_else(|| AgentError::Pool(format!("{} is not registered", transfer.pool)))?;
+        for (number, piece) in transfer.pieces.iter().enumerate() {
+            let wrong = |reason: String| Err(AgentError::Piece { piece: number, reason });
+            let Piece { region: index, offset, address, bytes } = *piece;
+            let region = local.pool().regions().get(index).map_or(0, |region| region.bytes());
+            if offset.checked_add(bytes).is_none_or(|end| end > region) {
+                let pool = transfer.pool;
+                return wrong(format!(
+                    "{bytes} bytes at {offset} of region {index} are outside {pool}: it has {region}"
+                ));
+            }
+            if bytes > 0 && !remote.has(transfer.memory, address, bytes) {
+                let ((kind, device), peer) = (transfer.memory, &transfer.peer);
+                return wrong(format!(
+                    "{bytes} bytes at {address:#x} of {kind} {device} are in no range that {peer:?} has told of; add its newer metadata"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(
+        &mut self,
+        peer: String,
+        operation: Operation,
+        (memory, local, pieces): ((MemoryKind, u64), Option<Rc<RawMemory>>, Vec<Piece>),
+        notification: Option<Bytes>,
+        within: Option<Duration>,
+        reply: Reply<Moved>,
+    ) {
+        if let Err(error) = self.connect(&peer) {
+            return drop(reply.send(Err(error)));
+        }
+        let (id, started) = (self.number(), now());
+        let deadline = started + within.unwrap_or(self.within);
+        let flight = Flight {
+            peer: peer.clone(),
+            operation,
+            memory,
+            local,
+            pieces,
+            next: 0,
+            outstanding: 0,
+            stage: Stage::Moving,
+            notification,
+            started,
+            deadline,
+            doomed: None,
+            reply,
+        };
+        self.flights.insert(id, flight);
+        if let Some(remote) = self.peers.get_mut(&peer) {
+            remote.waiting.push_back(id);
+        }
+        self.pump(&peer);
+    }
+
+    /// Begins what there is room for, oldest transfer first.
+    fn pump(&mut self, peer: &str) {
+        while let Some(id) = self.peers.get(peer).and_then(|remote| remote.waiting.front().copied()) {
+            if !self.advance(peer, id) {
+                return;
+            }
+            if let Some(remote) = self.peers.get_mut(peer) {
+                remote.waiting.retain(|waiting| *waiting != id);
+            }
+        }
+    }
+
+    /// Says whether the next transfer may be begun: this one has nothing left to begin.
+    fn advance(&mut self, peer: &str, id: u64) -> bool {
+        while let Some(flight) = self.flights.get_mut(&id) {
+            // Nobody waits for it any more: what was begun comes to its end, the rest is not begun.
+            if flight.reply.is_closed() {
+                flight.doomed.get_or_insert(AgentError::Gone);
+            }
+            if flight.doomed.is_some() {
+                self.finish(id);
+                return true;
+            }
+            let Some(piece) = flight.pieces.get(flight.next).copied() else { break };
+            let Some(local) = flight.local.clone() else { break };
+            let (operation, memory) = (flight.operation, flight.memory);
+            let Some(remote) = self.peers.get_mut(peer) else { return true };
+            if remote.in_flight >= self.in_flight_max {
+                return false;
+            }
+            let key = match remote.key(memory, piece.address, piece.bytes) {
+                Ok(key) => key,
+                Err(reason) => {
+                    let piece = flight.next;
+                    self.doom(id, AgentError::Piece { piece, reason });
+                    return true;
+                }
+            };
+            flight.next += 1;
+            let range = RawRange { region: piece.region, offset: piece.offset, bytes: piece.bytes };
+            self.post(id, |link, number| match operation {
+                Operation::Read => link.raw.read(number, &local, range, (piece.address, &key)),
+                Operation::Write => link.raw.write(number, &local, range, (piece.address, &key)),
+            });
+        }
+        self.after_pieces(id);
+        true
+    }
+
+    /// All pieces are begun: writes are flushed, reads come to their ends, then the peer is told.
+    fn after_pieces(&mut self, id: u64) {
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        match flight.stage {
+            Stage::Moving if flight.operation == Operation::Write && !flight.pieces.is_empty() => {
+                flight.stage = Stage::Flushing;
+                self.post(id, |link, number| link.raw.flush(number));
+            }
+            Stage::Moving | Stage::Flushing if flight.outstanding == 0 => match flight.notification.take() {
+                Some(message) => {
+                    flight.stage = Stage::Notifying;
+                    let body = Notification { from: self.name.clone(), message }.encode();
+                    self.post(id, |link, number| link.raw.send(number, body));
+                }
+                None => self.finish(id),
+            },
+            Stage::Notifying if flight.outstanding == 0 => self.finish(id),
+            _ => {}
+        }
+    }
+
+    /// Begins an operation of a transfer; what ends at once is looked at with what else happened.
+    fn post(&mut self, id: u64, call: impl FnOnce(&remote::Link, u64) -> Option<RawEvent>) {
+        let number = self.number();
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        let Some(remote) = self.peers.get_mut(&flight.peer) else { return };
+        let Some(link) = &remote.link else { return };
+        flight.outstanding += 1;
+        remote.in_flight += 1;
+        self.operations.insert(number, id);
+        self.at_once.extend(call(link, number));
+    }
+
+    /// UCX is done with an operation.
+    pub(super) fn operation_ended(&mut self, number: u64, result: Result<(), String>) {
+        let Some(id) = self.operations.remove(&number) else { return };
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        flight.outstanding = flight.outstanding.saturating_sub(1);
+        let peer = flight.peer.clone();
+        if let Err(reason) = result {
+            flight.doomed.get_or_insert(AgentError::Failed { name: peer.clone(), reason });
+        }
+        let (doomed, all_begun) = (flight.doomed.is_some(), flight.next >= flight.pieces.len());
+        if let Some(remote) = self.peers.get_mut(&peer) {
+            remote.in_flight = remote.in_flight.saturating_sub(1);
+        }
+        if doomed {
+            self.finish(id);
+        } else if all_begun {
+            self.after_pieces(id);
+        }
+        self.pump(&peer);
+    }
+
+    /// It will fail with this error, unless it fails with another already.
+    pub(super) fn doom(&mut self, id: u64, error: AgentError) {
+        if let Some(flight) = self.flights.get_mut(&id) {
+            flight.doomed.get_or_insert(error);
+        }
+        self.finish(id);
+    }
+
+    /// Answers, if nothing of it is in flight.
+    fn finish(&mut self, id: u64) {
+        if self.flights.get(&id).is_none_or(|flight| flight.outstanding > 0) {
+            return;
+        }
+        let Some(flight) = self.flights.remove(&id) else { return };
+        if let Some(remote) = self.peers.get_mut(&flight.peer) {
+            remote.waiting.retain(|waiting| *waiting != id);
+        }
+        let answer = match flight.doomed {
+            Some(error) => Err(error),
+            None => Ok(Moved {
+                bytes: flight.pieces.iter().map(|piece| piece.bytes).sum(),
+                operations: flight.pieces.len() as u64,
+                took: now().saturating_duration_since(flight.started),
+            }),
+        };
+        let _nobody_waits = flight.reply.send(answer);
+    }
+
+    /// Transfers whose time is up. What is in flight can be ended only with its connection.
+    pub(super) fn expire(&mut self, now: Instant) {
+        let late = |flight: &Flight| flight.deadline <= now && flight.doomed.is_none();
+        while let Some((id, flight)) = self.flights.iter().find(|(_, flight)| late(flight)) {
+            let (id, name, outstanding) = (*id, flight.peer.clone(), flight.outstanding);
+            let waited_ms = now.saturating_duration_since(flight.started).as_millis() as u64;
+            self.doom(id, AgentError::Deadline { name: name.clone(), waited_ms });
+            if outstanding > 0 {
+                let reason = "another transfer ran out of time, which closed the connection".to_owned();
+                self.disconnect(&name, &AgentError::Failed { name: name.clone(), reason });
+            }
+        }
+    }
+}

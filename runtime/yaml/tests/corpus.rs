@@ -1,0 +1,75 @@
+//! The fuzz target over its corpus, and over what only just is YAML.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "this is test code"
+)]
+
+use kvferry_yaml::{Comment, YamlError};
+use proptest::prelude::*;
+
+include!("../../../fuzz/checks/corpus.rs");
+include!("../../../fuzz/checks/yaml.rs");
+
+#[test]
+fn the_corpus_is_survived() {
+    survive("yaml", yaml);
+}
+
+/// Aliases that stand for more than memory holds, where a tree is walked without sharing.
+#[test]
+fn a_thousand_million_laughs_are_refused_with_their_place() {
+    let mut text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for level in 1..10 {
+        let last = format!("*a{}, ", level - 1).repeat(10);
+        text.push_str(&format!("a{level}: &a{level} [{last}]\n"));
+    }
+    assert!(parse(&text).is_ok(), "shared, it costs what its text costs");
+    assert!(matches!(parse_all(&text), Err(YamlError::TooMany { .. })));
+}
+
+#[test]
+fn values_are_written_as_they_are_read_with_comments_where_they_belong() {
+    let text = "kind: Service\nspec:\n  ports:\n  - name: http\n    port: 80\n  - port: 81\n  empty: {}\n  text: \"1\"\n  word: \"yes\"\n";
+    let document = parse_all(text).unwrap().remove(0);
+    let value: Value = read(&document).unwrap();
+    let comment = |path: &str| Comment { path: path.to_owned(), text: format!("about {path}") };
+    let written = write(&value, &[comment("/spec/ports/1"), comment(""), comment("/spec/text")]);
+    let commented = "# about\n".to_owned()
+        + &text
+            .replace("  ports:\n  - name", "  ports:\n    - name")
+            .replace("    port: 80", "      port: 80")
+            .replace("  - port: 81", "    # about /spec/ports/1\n    - port: 81")
+            .replace("  text:", "  # about /spec/text\n  text:");
+    assert_eq!(written, commented);
+    assert_eq!(read::<Value>(&parse_all(&written).unwrap()[0]).unwrap(), value);
+}
+
+#[test]
+fn a_wrong_type_is_said_with_its_place() {
+    let document = parse_all("a: 1\nb:\n  - c: 2\n  - c: [x]\n").unwrap().remove(0);
+    #[derive(serde::Deserialize, Debug)]
+    struct Outer {
+        #[expect(dead_code, reason = "only read")]
+        b: Vec<std::collections::BTreeMap<String, i64>>,
+    }
+    let error = read::<Outer>(&document).unwrap_err();
+    assert_eq!((error.at.line, error.at.column), (4, 8), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn any_text_ends_in_a_tree_or_a_place(text in "[a-c:&*\\[\\]{},'\"|>#~\\- \n0-9?!%]{0,80}") {
+        yaml(text.as_bytes());
+    }
+
+    #[test]
+    fn any_word_is_written_so_that_it_is_read(word in "\\PC{0,20}", key in "[a-zA-Z0-9 :#./~-]{0,12}") {
+        let value = Value::Map(vec![(key, Value::Text(word.clone())), ("list".to_owned(), Value::List(vec![Value::Text(word)]))]);
+        let written = write(&value, &[]);
+        let document = parse_all(&written).unwrap().remove(0);
+        prop_assert_eq!(read::<Value>(&document).unwrap(), value, "by\n{}", written);
+    }
+}
