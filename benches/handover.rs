@@ -1,8 +1,14 @@
 //! What a handover costs beside its bytes: three nodes in one process, one 4 KiB block, alone and many at once.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use criterion::{Criterion, criterion_group, criterion_main};
-use kvferry::{Direction, TransportKind};
-use kvferry_benches::Nodes;
+use kvferry::{
+    Direction, Event, FetchCourse, GroupId, HandoverId, Metrics, Moment, NodeConfig, Outcome, PathReport, Rank,
+    RequestId, TransportKind, Watch,
+};
+use kvferry_benches::{Error, Nodes};
 use tokio::runtime::Builder;
 
 /// 16 tokens of one head of 64 elements in 16 bits, K and V: two pieces of 2 KiB.
@@ -47,5 +53,92 @@ fn handover(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, handover);
+/// Rounds of handovers with and without metrics, in turn, and handovers of each.
+const ROUNDS: usize = 40;
+const HANDOVERS: u32 = 100;
+
+/// What metrics cost: the same handovers at nodes that are watched and at nodes that are not, in turn. Nodes are made anew for every round: where their
+/// threads run and their memory lies makes more of a difference than metrics do.
+fn metrics(_: &mut Criterion) {
+    let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let mut each = [Vec::new(), Vec::new()];
+    for round in 0..ROUNDS {
+        // Who is first takes turns, too.
+        for which in [round % 2, 1 - round % 2] {
+            each[which].push(runtime.block_on(time(which == 1)).expect("a round"));
+        }
+    }
+    let mut ratios: Vec<f64> =
+        each[0].iter().zip(&each[1]).map(|(without, with)| with.as_secs_f64() / without.as_secs_f64()).collect();
+    ratios.sort_by(f64::total_cmp);
+    let [without, with] = each.map(|mut times| {
+        times.sort();
+        times[times.len() / 2]
+    });
+    let [low, middle, high] = [1, 2, 3].map(|quarter| ratios[ratios.len() * quarter / 4]);
+    println!(
+        "handover/metrics: {without:?} without, {with:?} with; with / without by round: {middle:.3} ({low:.3}-{high:.3})"
+    );
+    // What a watcher does for one handover, by itself.
+    let (metrics, course) = (Metrics::new(), Event::FetchEnded(Box::new(course())));
+    let begun = Instant::now();
+    for _ in 0..ALONE {
+        metrics.happened(&course);
+    }
+    println!("handover/metrics: {:?} for the record of one part", begun.elapsed() / ALONE);
+}
+
+/// The median time of handovers at new nodes.
+async fn time(watched: bool) -> Result<Duration, Error> {
+    let watch = |config: &mut NodeConfig| {
+        if watched {
+            config.watchers.push(Arc::new(Metrics::new()));
+        }
+    };
+    let (kind, direction) = (TransportKind::Shm, Direction::Pull);
+    let mut nodes = Nodes::start_watched(GEOMETRY, kind, direction, [None, None], watch).await?;
+    nodes.handovers(BURST, 16).await?;
+    let mut times = Vec::new();
+    for _ in 0..HANDOVERS {
+        let begun = Instant::now();
+        nodes.handover(16).await?;
+        times.push(begun.elapsed());
+    }
+    nodes.shutdown().await;
+    times.sort();
+    Ok(times[times.len() / 2])
+}
+
+const ALONE: u32 = 1_000_000;
+
+/// A part that went well, from two sources.
+fn course() -> FetchCourse {
+    let at = |microseconds: u64| Moment(microseconds * 1000);
+    let path = |source| PathReport {
+        source_group: GroupId(1),
+        source: Rank(source),
+        destination_group: GroupId(2),
+        destination: Rank(0),
+        kind: TransportKind::Shm,
+        device: "memory".to_owned(),
+        direction: Direction::Pull,
+        bytes: 1 << 20,
+        pieces: 256,
+    };
+    FetchCourse {
+        handover: HandoverId(1),
+        request: RequestId(1),
+        asked: at(0),
+        placed: Some(at(10)),
+        planned: Some(at(60)),
+        posted: Some(at(61)),
+        moved: Some(at(200)),
+        settled: at(260),
+        posting: Duration::from_micros(2),
+        outcome: Outcome::Delivered,
+        paths: vec![path(0), path(1)],
+    }
+}
+
+criterion_group!(benches, handover, metrics);
 criterion_main!(benches);

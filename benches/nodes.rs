@@ -26,14 +26,25 @@ impl Nodes {
         direction: Direction,
         devices: [Option<&str>; 2],
     ) -> Result<Nodes, Error> {
+        Nodes::start_watched(geometry, kind, direction, devices, |_| {}).await
+    }
+
+    /// The same, each node after `watch` has seen how it is to be.
+    pub async fn start_watched(
+        geometry: &str,
+        kind: TransportKind,
+        direction: Direction,
+        devices: [Option<&str>; 2],
+        mut watch: impl FnMut(&mut NodeConfig),
+    ) -> Result<Nodes, Error> {
+        let mut node_config = |node| {
+            let mut config = NodeConfig::new(NodeId(node), Epoch(1));
+            watch(&mut config);
+            config
+        };
         let model = Model::from_spec(geometry)?.model;
         let geometry = Arc::new(GroupGeometry { model, format: Format::default(), parallel: Parallel::default() });
-        let scheduler = SchedulerNode::start(
-            NodeConfig::new(NodeId(0), Epoch(1)),
-            SchedulerTerms::default(),
-            Box::new(LeastLoaded),
-        )
-        .await?;
+        let scheduler = SchedulerNode::start(node_config(0), SchedulerTerms::default(), Box::new(LeastLoaded)).await?;
         let mut engines = Vec::new();
         for ((node, role), device) in [(1, Role::Prefill), (2, Role::Decode)].into_iter().zip(devices) {
             let blocks = vec![BLOCKS];
@@ -45,14 +56,7 @@ impl Nodes {
             config.direction = Some(direction);
             config.handovers_max = 64;
             let nics = vec![transport::select(kind, device, &transport::Options::default())?];
-            let worker = WorkerNode::start(
-                NodeConfig::new(NodeId(node), Epoch(1)),
-                config,
-                pool,
-                nics,
-                ThreadOptions::default(),
-            )
-            .await?;
+            let worker = WorkerNode::start(node_config(node), config, pool, nics, ThreadOptions::default()).await?;
             engines.push(tokio::spawn(answer(worker, Arc::clone(&geometry))));
         }
         Ok(Nodes { scheduler, engines, next: 0 })

@@ -58,5 +58,5 @@ pub use kvferry_core::{
     Parallel, PlanRequest, Plane, PlanePlacement, PoolId, PoolLayout, Program, Rank, RequestId, Shard, Sharding,
     SpecError, TableBlocks, TableShape, Tables, Tensor, TransportKind, destinations, sources,
 };
-pub use kvferry_metrics::{Metrics, MetricsServer, ServeError};
+pub use kvferry_metrics::{Metrics, MetricsServer, Recorder, RecorderOptions, ServeError};
 pub use kvferry_transport::{Pool, PoolError, PoolOptions};

@@ -1,4 +1,4 @@
-//! `/metrics`, `/healthz` and `/readyz` of real nodes, over HTTP, read by a parser that is not ours.
+//! `/metrics`, `/healthz` and `/readyz` of real nodes, over HTTP, read by a parser that is not ours; and what their flight recorders keep.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 #[allow(dead_code, reason = "its nodes are started with watchers here")]
@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvferry::{
-    LeastLoaded, Metrics, MetricsServer, Role, SchedulerNode, SchedulerTerms, ServeError, TransportKind, transport,
+    LeastLoaded, Metrics, MetricsServer, Recorder, RecorderOptions, Role, SchedulerNode, SchedulerTerms, ServeError,
+    TransportKind, transport,
 };
 use openmetrics_parser::OpenMetricsType;
 use openmetrics_parser::openmetrics::parse_openmetrics;
@@ -221,4 +222,39 @@ fn an_address_that_cannot_be_served_is_named() {
     let first = MetricsServer::start(Metrics::new(), "127.0.0.1:0").unwrap();
     let taken = MetricsServer::start(Metrics::new(), &first.address().to_string()).unwrap_err();
     assert!(matches!(taken, ServeError::Listen { .. }) && taken.to_string().contains("free the port"), "{taken}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_recorder_has_what_two_ranks_said_to_each_other() {
+    let scheduler = support::scheduler(&None).await;
+    let (mut rigs, mut recorders) = (Vec::new(), Vec::new());
+    for (node, role) in [(1, Role::Prefill), (2, Role::Decode)] {
+        let file = std::env::temp_dir().join(format!("kvferry-recorded-{}-{node}.jsonl", std::process::id()));
+        let (recorder, mut config) = (Recorder::start(RecorderOptions::new(&file)).unwrap(), node_config(node, &None));
+        config.watchers.push(Arc::new(recorder.clone()));
+        let geometry = geometry(SPEC);
+        let pool = pool(&geometry);
+        let nic = transport::select(TransportKind::Shm, None, &transport::Options::default()).unwrap();
+        let address = scheduler.address();
+        rigs.push(rank_over(config, role, None, geometry, address, (pool, vec![nic]), Arc::default()).await);
+        recorders.push((recorder, file));
+    }
+    assert!(submit(&scheduler, 5).await.unwrap().outcome.is_delivered());
+    for (index, (recorder, file)) in recorders.into_iter().enumerate() {
+        assert!(recorder.dump("the test asks"));
+        recorder.flush();
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!((&lines[0]["node"], &lines[0]["epoch"]), (&(index as u64 + 1).into(), &1.into()));
+        let peer = 2 - index as u64;
+        let said = lines.iter().filter(|line| line["peer"] == peer && !line["handover"].is_null());
+        let said: Vec<String> =
+            said.map(|line| format!("{} {}", line["what"], line["name"]).replace('"', "")).collect();
+        let (asks, answers) = if index == 1 { ("sent", "heard") } else { ("heard", "sent") };
+        let in_order = [(asks, "Open"), (answers, "Opened"), (asks, "Fetched"), (answers, "Confirmed")]
+            .map(|(what, name)| said.iter().position(|line| *line == format!("{what} {name}")));
+        assert!(in_order.iter().all(Option::is_some) && in_order.is_sorted(), "{said:?}");
+        assert!(lines.iter().any(|line| line["what"] == "event" && line["name"] == "Met"), "{text}");
+    }
 }

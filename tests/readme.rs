@@ -24,7 +24,7 @@ fn the_commands_run() {
             }
         }
         // Ranks to hurt must be processes.
-        if !["--kill", "--stop", "--pause"].iter().any(|fault| options.contains(fault)) {
+        if !["--kill", "--drain", "--stop", "--pause"].iter().any(|fault| options.contains(fault)) {
             extra.push("--in-process");
         }
         let run = std::process::Command::new(cluster()).args(&options).args(&extra).output();

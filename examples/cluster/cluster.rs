@@ -100,6 +100,7 @@ impl<'a> Cluster<'a> {
             policy: self.setup.policy,
             terms: self.setup.terms,
             metrics: self.setup.metrics.map(|address| address.to_string()),
+            recorder: self.setup.recorder.as_ref().map(|dir| (dir.join("scheduler.jsonl"), !self.setup.in_process)),
             timeline: self.setup.timeline.is_some(),
         };
         let inbox = self.inbox.clone();

@@ -102,6 +102,10 @@ pub(crate) struct Options {
     /// first; with port 0 everybody anywhere. Standard error says where
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) metrics: Option<String>,
+    /// Keeps the last messages of every peer and the last events of every node, and writes them to DIR/NAME.jsonl when a deadline runs out, when
+    /// blocks are quarantined, or at SIGUSR1
+    #[arg(long, value_name = "DIR")]
+    pub(crate) recorder: Option<PathBuf>,
     /// Writes when what happened to each request, at the scheduler and at each rank, as a Chrome trace: open it in Perfetto
     #[arg(long, value_name = "FILE")]
     pub(crate) timeline: Option<PathBuf>,

@@ -1,6 +1,7 @@
 //! One rank: its node, its pool, and the engine that is driven beside it. The same code in a process of its own and on a thread.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use crate::paths::{Paths, Told};
 use crate::share;
 use crate::terms::Terms;
 use crate::timeline::Course;
-use crate::worker::{Census, Worker, serve_metrics};
+use crate::worker::{Census, Worker, record, serve_metrics};
 
 /// Everything that a rank is told at its start: one line of JSON on its standard input.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -49,12 +50,14 @@ pub(crate) struct RankConfig {
     /// NIC threads of the whole cluster, all on this machine.
     pub(crate) nic_threads: usize,
     pub(crate) terms: Terms,
-    /// SIGTERM tells it to leave: only in a process of its own.
+    /// Signals reach it, SIGTERM tells it to leave: only in a process of its own.
     pub(crate) may_leave: bool,
     /// How long it then waits for what it offers.
     pub(crate) drain_within: Duration,
     /// Where its metrics are served.
     pub(crate) metrics: Option<String>,
+    /// Where its flight recorder writes.
+    pub(crate) recorder: Option<PathBuf>,
     /// Whether it says when what happened to requests.
     pub(crate) timeline: bool,
     /// The scheduler's control address; known once it listens.
@@ -153,6 +156,8 @@ pub(crate) enum RankError {
     Node(#[from] NodeError),
     #[error(transparent)]
     Serve(#[from] ServeError),
+    #[error("its flight recorder cannot write to {}: {source}; name a folder that is there with --recorder", file.display())]
+    Recorder { file: PathBuf, source: std::io::Error },
     #[error("SIGTERM cannot be listened for: {0}")]
     Signal(std::io::Error),
     #[error("it has no runtime: {0}")]
@@ -198,6 +203,10 @@ async fn live(
     let serving = config.metrics.as_deref().map(|address| serve_metrics(&mut node, address)).transpose()?;
     if let Some(serving) = &serving {
         say(Said::Serving(serving.address().to_string()));
+    }
+    if let Some(file) = &config.recorder {
+        record(&mut node, file, config.may_leave)
+            .map_err(|source| RankError::Recorder { file: file.clone(), source })?;
     }
     let mut told_to_leave = match config.may_leave && config.role == Role::Prefill {
         true => Some(signal(SignalKind::terminate()).map_err(RankError::Signal)?),

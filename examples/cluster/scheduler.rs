@@ -1,6 +1,7 @@
 //! The scheduler: its node, and the requests that the parent submits to it. The same code in a process of its own and on a thread.
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 
 use kvferry::{
@@ -15,7 +16,7 @@ use tokio::task::JoinSet;
 use crate::options::PolicyName;
 use crate::terms::Terms;
 use crate::timeline::Course;
-use crate::worker::{Census, Worker, serve_metrics};
+use crate::worker::{Census, Worker, record, serve_metrics};
 
 /// Everything that the scheduler is told at its start: one line of JSON on its standard input.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -27,6 +28,8 @@ pub(crate) struct SchedulerConfig {
     pub(crate) terms: Terms,
     /// Where its metrics are served.
     pub(crate) metrics: Option<String>,
+    /// Where its flight recorder writes; whether SIGUSR1 reaches it.
+    pub(crate) recorder: Option<(PathBuf, bool)>,
     /// Whether it says when what happened to requests.
     pub(crate) timeline: bool,
 }
@@ -84,6 +87,8 @@ pub(crate) enum SchedulerError {
     Node(#[from] NodeError),
     #[error(transparent)]
     Serve(#[from] ServeError),
+    #[error("its flight recorder cannot write to {}: {source}; name a folder that is there with --recorder", file.display())]
+    Recorder { file: PathBuf, source: std::io::Error },
     #[error("it has no runtime: {0}")]
     Runtime(std::io::Error),
     #[error("its node has stopped: {0}")]
@@ -109,7 +114,7 @@ impl Worker for SchedulerWorker {
         say: &mut dyn FnMut(Said),
     ) -> Result<(), SchedulerError> {
         let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(SchedulerError::Runtime)?;
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(SchedulerError::Runtime)?;
         runtime.block_on(serve(config, orders, say))
     }
 }
@@ -129,6 +134,10 @@ async fn serve(
     let serving = config.metrics.as_deref().map(|address| serve_metrics(&mut node, address)).transpose()?;
     if let Some(serving) = &serving {
         say(Said::Serving(serving.address().to_string()));
+    }
+    if let Some((file, has_signals)) = &config.recorder {
+        record(&mut node, file, *has_signals)
+            .map_err(|source| SchedulerError::Recorder { file: file.clone(), source })?;
     }
     let terms = SchedulerTerms { leases: node.leases, ..SchedulerTerms::default() };
     let scheduler = SchedulerNode::start(node, terms, policy(config.policy)).await?;

@@ -51,6 +51,8 @@ pub(crate) struct Setup {
     pub(crate) deadline: Duration,
     /// Where the scheduler serves metrics.
     pub(crate) metrics: Option<SocketAddr>,
+    /// Where flight recorders write.
+    pub(crate) recorder: Option<PathBuf>,
     /// Where the timeline goes.
     pub(crate) timeline: Option<PathBuf>,
 }
@@ -174,6 +176,10 @@ impl Setup {
                         may_leave: !options.in_process,
                         drain_within: Duration::from_millis(drain_within),
                         metrics: metrics.map(|first| port_of(first, configs.len() as u16 + 1).to_string()),
+                        recorder: options
+                            .recorder
+                            .as_ref()
+                            .map(|dir| dir.join(format!("{}-{number}.jsonl", side.role))),
                         timeline: options.timeline.is_some(),
                         scheduler: String::new(),
                     });
@@ -206,6 +212,7 @@ impl Setup {
             reuse_prefix: options.reuse_prefix,
             deadline,
             metrics,
+            recorder: options.recorder.clone(),
             timeline: options.timeline.clone(),
         })
     }

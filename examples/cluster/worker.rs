@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use kvferry::{Metrics, MetricsServer, NodeConfig, ServeError};
+use kvferry::{Metrics, MetricsServer, NodeConfig, Recorder, RecorderOptions, ServeError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -75,6 +76,16 @@ pub(crate) fn serve_metrics(node: &mut NodeConfig, address: &str) -> Result<Metr
     let metrics = Metrics::new();
     node.watchers.push(Arc::new(metrics.clone()));
     MetricsServer::start(metrics, address)
+}
+
+/// Has a node watched by a flight recorder. SIGUSR1 makes it write, in a process of its own.
+pub(crate) fn record(node: &mut NodeConfig, file: &Path, has_signals: bool) -> std::io::Result<()> {
+    let recorder = Recorder::start(RecorderOptions::new(file))?;
+    node.watchers.push(Arc::new(recorder.clone()));
+    if has_signals {
+        tokio::spawn(recorder.dump_at_sigusr1());
+    }
+    Ok(())
 }
 
 /// What the kernel shows of a process.

@@ -34,6 +34,7 @@ mod scheduler_group;
 mod session;
 mod sources;
 mod standing;
+mod subject;
 #[cfg(test)]
 mod tests;
 mod vitals;
@@ -63,4 +64,5 @@ pub use quarantine::QuarantineTerms;
 pub use rdma::RdmaShortfall;
 pub use scheduler::{Scheduler, SchedulerTerms, Submitted};
 pub use session::{Session, SessionError, SessionEvent, SessionTerms};
+pub use subject::Subject;
 pub use vitals::Vitals;

@@ -1,0 +1,127 @@
+//! What a message is called and what it is about, for whoever records messages.
+
+use super::Message;
+use crate::{HandoverId, RequestId};
+
+/// What one message is about. Of a message about several, the first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Subject {
+    /// Which request, if the message says so.
+    pub request: Option<RequestId>,
+    /// Which handover, if the message says so.
+    pub handover: Option<HandoverId>,
+}
+
+impl Subject {
+    fn request(request: RequestId) -> Self {
+        Subject { request: Some(request), handover: None }
+    }
+
+    fn handover(handover: HandoverId) -> Self {
+        Subject { request: None, handover: Some(handover) }
+    }
+
+    fn both(request: RequestId, handover: HandoverId) -> Self {
+        Subject { request: Some(request), handover: Some(handover) }
+    }
+}
+
+impl Message {
+    /// The name of its kind.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Message::Profile(_) => "Profile",
+            Message::Join(_) => "Join",
+            Message::JoinRefused(_) => "JoinRefused",
+            Message::Members(_) => "Members",
+            Message::Lost(_) => "Lost",
+            Message::Prefill(_) => "Prefill",
+            Message::RankOpened { .. } => "RankOpened",
+            Message::RankReady { .. } => "RankReady",
+            Message::RankFailed { .. } => "RankFailed",
+            Message::Offered(_) => "Offered",
+            Message::OfferReady { .. } => "OfferReady",
+            Message::OfferFailed { .. } => "OfferFailed",
+            Message::Renew { .. } => "Renew",
+            Message::Release { .. } => "Release",
+            Message::Pair(_) => "Pair",
+            Message::Abort { .. } => "Abort",
+            Message::Fetch(_) => "Fetch",
+            Message::Started { .. } => "Started",
+            Message::RankDone { .. } => "RankDone",
+            Message::Settled { .. } => "Settled",
+            Message::Outcome(_) => "Outcome",
+            Message::OutcomesKnown { .. } => "OutcomesKnown",
+            Message::Holding { .. } => "Holding",
+            Message::Health { .. } => "Health",
+            Message::StandingOffers(_) => "StandingOffers",
+            Message::StandingHandovers(_) => "StandingHandovers",
+            Message::Freed { .. } => "Freed",
+            Message::Holds { .. } => "Holds",
+            Message::Open(_) => "Open",
+            Message::Opened(_) => "Opened",
+            Message::Expecting { .. } => "Expecting",
+            Message::StepsReady { .. } => "StepsReady",
+            Message::Refused { .. } => "Refused",
+            Message::Reading { .. } => "Reading",
+            Message::Fetched { .. } => "Fetched",
+            Message::Confirmed { .. } => "Confirmed",
+            Message::Abandon { .. } => "Abandon",
+            Message::Resume { .. } => "Resume",
+            Message::Heard { .. } => "Heard",
+        }
+    }
+
+    /// What it is about.
+    pub fn subject(&self) -> Subject {
+        match self {
+            Message::Prefill(job) => Subject::request(job.spec.request),
+            Message::RankOpened { request, .. }
+            | Message::RankReady { request, .. }
+            | Message::RankFailed { request, .. }
+            | Message::OfferReady { request, .. }
+            | Message::OfferFailed { request, .. }
+            | Message::Release { request, .. } => Subject::request(*request),
+            Message::Offered(offer) => Subject::request(offer.request),
+            Message::Renew { requests } => Subject { request: requests.first().copied(), handover: None },
+            Message::Pair(pairing) => Subject::both(pairing.spec.request, pairing.handover),
+            Message::Fetch(job) => Subject::both(job.pairing.spec.request, job.pairing.handover),
+            Message::Open(open) => Subject::both(open.request, open.handover),
+            Message::Opened(opened) => Subject::handover(opened.handover),
+            Message::Outcome(report) => Subject::handover(report.handover),
+            Message::Abort { handover, .. }
+            | Message::Started { handover }
+            | Message::RankDone { handover, .. }
+            | Message::Settled { handover, .. }
+            | Message::Freed { handover }
+            | Message::Expecting { handover }
+            | Message::StepsReady { handover, .. }
+            | Message::Refused { handover, .. }
+            | Message::Fetched { handover }
+            | Message::Confirmed { handover }
+            | Message::Abandon { handover } => Subject::handover(*handover),
+            Message::OutcomesKnown { handovers } | Message::Reading { handovers } => {
+                Subject { request: None, handover: handovers.first().copied() }
+            }
+            Message::Holding { handovers } => {
+                handovers.first().map(|(handover, request, _)| Subject::both(*request, *handover)).unwrap_or_default()
+            }
+            _ => Subject::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_called_as_it_is_written() {
+        let message = Message::Confirmed { handover: HandoverId(4) };
+        assert!(format!("{message:?}").starts_with(message.name()));
+        assert_eq!(message.subject(), Subject::handover(HandoverId(4)));
+        let renew = Message::Renew { requests: vec![RequestId(2), RequestId(3)] };
+        assert_eq!(renew.subject(), Subject::request(RequestId(2)));
+        assert_eq!(Message::Health { trouble: None }.subject(), Subject::default());
+    }
+}
