@@ -1,18 +1,21 @@
-//! `kvferry doctor`: checks of this host, or of a worker's log.
+//! `kvferry doctor`: checks of this host, of a worker's log, or of Kubernetes manifests.
 
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
-use kvferry_doctor::{Backend, Environment, Expectations, Question, Report, Role, Status, SysRoot, examine, read_log};
+use kvferry_doctor::{
+    Backend, Environment, Expectations, MANIFEST_BYTES_MAX, Question, Report, Role, Status, SysRoot, examine, read_log,
+    read_manifest,
+};
 
 use crate::env_file;
 
 /// Bytes of a log that are read; of a longer one, its beginning is what matters.
 const LOG_BYTES_MAX: u64 = 256 << 20;
 
-/// Check one host, or a worker's log, for KV transfers over EFA, UCX, libfabric and NVLink.
+/// Check one host, a worker's log or Kubernetes manifests for KV transfers over EFA, UCX, libfabric and NVLink.
 ///
 /// Each check is ok, warn or fail, with what was seen and the exact fix. Nothing is loaded, sent or changed; what only a transfer can prove is
 /// said to be so. What a host does not have (EFA, GPUs, IMEX channels) is of no concern unless --expect says so.
@@ -51,6 +54,10 @@ pub(crate) struct Options {
     /// Judge a worker's log instead of the host; `-` for standard input.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["role", "multinode", "backend", "env_file", "root", "pid"])]
     log: Option<PathBuf>,
+
+    /// Judge Kubernetes manifests instead of the host; `-` for standard input.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["role", "multinode", "backend", "env_file", "root", "pid", "log"])]
+    manifest: Option<PathBuf>,
 
     /// With --log: bytes of a KV piece, whose protocol must be zero-copy.
     #[arg(long, value_name = "N", default_value_t = 4096, requires = "log")]
@@ -103,6 +110,11 @@ impl Options {
         if let Some(log) = &self.log {
             let text = env_file::read_lossy(log, LOG_BYTES_MAX).map_err(|error| error.to_string())?;
             return Ok(read_log(&text, &expect, self.block_bytes));
+        }
+        if let Some(file) = &self.manifest {
+            let name = file.display().to_string();
+            let text = env_file::read(file, MANIFEST_BYTES_MAX as u64).map_err(|error| error.to_string())?;
+            return read_manifest(&text, &name, &expect).map_err(|error| format!("{name}: {error}"));
         }
         let mut root = match &self.root {
             Some(folder) if !folder.is_dir() => {

@@ -4,6 +4,7 @@ mod bench;
 mod config;
 mod doctor;
 mod env_file;
+mod manifest;
 mod plugins;
 
 use std::process::ExitCode;
@@ -23,6 +24,7 @@ enum Command {
     Bench(bench::Options),
     Config(config::Options),
     Doctor(doctor::Options),
+    Manifest(manifest::Options),
     Plugins(plugins::Options),
     #[command(hide = true)]
     LoadPlugin(plugins::Child),
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options),
         Command::Config(options) => config::run(&options),
         Command::Doctor(options) => doctor::run(&options),
+        Command::Manifest(options) => manifest::run(&options),
         Command::Plugins(options) => plugins::run(&options),
         Command::LoadPlugin(child) => child.run(),
     }
