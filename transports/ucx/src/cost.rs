@@ -14,7 +14,8 @@ const SAMPLES_MIN: usize = 3;
 /// Transfers in a row that must ask for another length, by more than a quarter, before it is taken.
 const AGREED: u32 = 3;
 const BAND: f64 = 1.25;
-/// The length stays within these multiples of the rule.
+/// The length stays within these multiples of the rule, and with the rule not further than [`NEAR`] from what was measured: lines that are almost
+/// parallel meet anywhere.
 const LEAST: f64 = 1.0 / 8.0;
 const GREATEST: f64 = 64.0;
 /// Transfers that are long enough to show what bytes cost, and no longer than may be tried the other way.
@@ -169,7 +170,7 @@ impl Costs {
                     packs.gigabytes_per_second()
                 )
             }
-            (None, None) => format!("a rule of thumb; {read} reads and {packed} packed transfers measured"),
+            (None, None) => "a rule of thumb until both ways are measured".to_owned(),
         };
         format!("pieces from {:.0} bytes on are read, shorter ones packed ({why})", self.length)
     }
@@ -196,7 +197,12 @@ impl Costs {
     fn follow(&mut self) -> bool {
         let rule = self.rule.piece_bytes_min as f64;
         let Some(meet) = self.lines().and_then(|(read, packed)| crossing(read, packed)) else { return false };
-        let meet = meet.clamp(rule * LEAST, rule * GREATEST);
+        let (shortest, longest) = self
+            .read
+            .span()
+            .zip(self.packed.span())
+            .map_or((rule, rule), |(read, packed)| (read.0.min(packed.0), read.1.max(packed.1)));
+        let meet = meet.clamp(rule.min(shortest / NEAR), rule.max(longest * NEAR)).clamp(rule * LEAST, rule * GREATEST);
         let way = if meet > self.length * BAND {
             1
         } else if meet * BAND < self.length {
@@ -247,6 +253,14 @@ impl Samples {
 
     fn know(&self, piece_bytes: u64) -> bool {
         self.classes.get(&class(piece_bytes)).is_some_and(|known| known.len() >= SAMPLES_MIN)
+    }
+
+    /// The shortest and the longest pieces that are known.
+    fn span(&self) -> Option<(f64, f64)> {
+        let known = self.classes.values().filter(|known| known.len() >= SAMPLES_MIN);
+        known.filter_map(|known| median(known.iter().map(|sample| sample.0))).fold(None, |span, piece| {
+            Some(span.map_or((piece, piece), |(least, most): (f64, f64)| (least.min(piece), most.max(piece))))
+        })
     }
 
     /// The line through the classes' medians; with one class only, of the shape that is given.
@@ -399,6 +413,14 @@ mod tests {
         let rule = RULE.piece_bytes_min as f64;
         assert!(lengths.iter().all(|length| (rule * LEAST..=rule * GREATEST).contains(length)), "{lengths:?}");
         assert!(lengths.first() < lengths.last(), "{lengths:?}");
+    }
+
+    #[test]
+    fn short_pieces_say_little_of_long_ones() {
+        let mut costs = Costs::new(RULE, None);
+        let (read, packed) = (Line { piece: 2730.0, byte: 0.435 }, Line { piece: 109.0, byte: 0.45 });
+        feed(&mut costs, read, packed, &[4096], 9);
+        assert!((12288.0..=16384.0).contains(&costs.length), "{}", costs.words());
     }
 
     #[test]
