@@ -63,7 +63,7 @@ fn shape(documents: &[Rc<Node>], subject: &Subject<'_>) -> Check {
     let wrong: Vec<String> = documents
         .iter()
         .filter_map(|document| Manifest::read(document).err())
-        .map(|error| format!("{}:{}: {}", subject.file, error.at, error.reason))
+        .map(|error| format!("{}:{}: {}", subject.file, error.at, kvferry_yaml::shorten(&error.reason)))
         .collect();
     let count = documents.len();
     if !wrong.is_empty() {
@@ -75,7 +75,7 @@ fn shape(documents: &[Rc<Node>], subject: &Subject<'_>) -> Check {
         let fix = "give it the workers' manifests: DynamoGraphDeployment, LeaderWorkerSet, StatefulSet, Deployment, Job or Pod";
         return Check::warn(ID, format!("{count} documents, and no workers in them: there is nothing to judge"), fix);
     }
-    let names = subject.workloads.iter().map(|workload| match workload.role {
+    let names = subject.workloads.iter().take(checks::LINES_MAX).map(|workload| match workload.role {
         Some(role) => format!("{} at {}: {}", workload.name, subject.at(&workload.place), role.name()),
         None => format!("{} at {}: neither prefill nor decode", workload.name, subject.at(&workload.place)),
     });

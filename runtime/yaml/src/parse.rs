@@ -12,6 +12,8 @@ use thiserror::Error;
 pub const FILE_BYTES_MAX: usize = 1 << 20;
 const DEPTH_MAX: usize = 64;
 const VALUES_MAX: usize = 100_000;
+/// Bytes of text in documents that are walked, those that aliases repeat counted each time.
+const REPEATED_BYTES_MAX: usize = 8 << 20;
 
 /// A place in a file, both numbers from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -64,6 +66,12 @@ pub enum YamlError {
         /// Where.
         at: Position,
     },
+    /// Aliases that make much of little.
+    #[error("{at}: aliases repeat more than {REPEATED_BYTES_MAX} bytes of text: repeat less")]
+    Repeated {
+        /// In which document.
+        at: Position,
+    },
     /// More than one document.
     #[error("{at}: a second document begins: an engine configuration is one document")]
     Documents {
@@ -81,6 +89,7 @@ impl YamlError {
             | YamlError::TooDeep { at }
             | YamlError::TooMany { at }
             | YamlError::Alias { at }
+            | YamlError::Repeated { at }
             | YamlError::Documents { at } => Some(*at),
         }
     }
@@ -95,6 +104,8 @@ pub struct Node {
     pub value: NodeValue,
     /// Values in it and itself, those that aliases repeat counted each time.
     pub values: usize,
+    /// Bytes of their text, likewise.
+    pub bytes: usize,
 }
 
 /// What a value is. Aliases share what they stand for, so a tree never takes more memory than its text accounts for.
@@ -167,6 +178,7 @@ struct Open {
 impl Open {
     fn close(self) -> Rc<Node> {
         let values = self.items.iter().fold(1, |sum: usize, item| sum.saturating_add(item.values));
+        let bytes = self.items.iter().fold(0, |sum: usize, item| sum.saturating_add(item.bytes));
         let value = if self.mapping {
             let mut entries = Vec::with_capacity(self.items.len() / 2);
             let mut items = self.items.into_iter();
@@ -177,7 +189,7 @@ impl Open {
         } else {
             NodeValue::Sequence(self.items)
         };
-        Rc::new(Node { at: self.at, value, values })
+        Rc::new(Node { at: self.at, value, values, bytes })
     }
 }
 
@@ -189,11 +201,15 @@ pub fn parse(text: &str) -> Result<Option<Rc<Node>>, YamlError> {
 /// The documents of a text, empty ones left out. What aliases repeat is counted, so that a tree can be walked without being shared.
 pub fn parse_all(text: &str) -> Result<Vec<Rc<Node>>, YamlError> {
     let documents: Vec<Rc<Node>> = documents(text, usize::MAX)?.into_iter().filter(|node| !node.is_null()).collect();
-    let mut values = 0usize;
+    let (mut values, mut bytes) = (0usize, 0usize);
     for document in &documents {
         values = values.saturating_add(document.values);
+        bytes = bytes.saturating_add(document.bytes);
         if values > VALUES_MAX {
             return Err(YamlError::TooMany { at: document.at });
+        }
+        if bytes > REPEATED_BYTES_MAX {
+            return Err(YamlError::Repeated { at: document.at });
         }
     }
     Ok(documents)
@@ -239,8 +255,9 @@ fn documents(text: &str, limit: usize) -> Result<Vec<Rc<Node>>, YamlError> {
                 None => continue,
             },
             Event::Scalar(text, style, anchor, _) => {
+                let bytes = text.len();
                 let value = NodeValue::Scalar { text: text.into_owned(), plain: style == ScalarStyle::Plain };
-                (anchor, Rc::new(Node { at, value, values: 1 }))
+                (anchor, Rc::new(Node { at, value, values: 1, bytes }))
             }
             Event::Alias(anchor) => (0, anchors.get(&anchor).cloned().ok_or(YamlError::Alias { at })?),
             Event::Nothing | Event::StreamStart | Event::StreamEnd | Event::DocumentEnd => continue,

@@ -28,6 +28,8 @@ fn a_thousand_million_laughs_are_refused_with_their_place() {
     }
     assert!(parse(&text).is_ok(), "shared, it costs what its text costs");
     assert!(matches!(parse_all(&text), Err(YamlError::TooMany { .. })));
+    let long = format!("a: &a {}\nb: [{}]\n", "x".repeat(500_000), "*a, ".repeat(50));
+    assert!(matches!(parse_all(&long), Err(YamlError::Repeated { .. })));
 }
 
 #[test]

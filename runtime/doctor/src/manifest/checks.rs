@@ -33,28 +33,47 @@ pub(crate) fn all(subject: &Subject<'_>) -> Vec<Check> {
     ]
 }
 
+/// Lines of evidence that one check has at most, and their length: manifests may be hostile.
+pub(super) const LINES_MAX: usize = 100;
+const LINE_CHARS_MAX: usize = 500;
+
+fn shortened(line: String) -> String {
+    match line.char_indices().nth(LINE_CHARS_MAX) {
+        Some((end, _)) => format!("{}…", line.get(..end).unwrap_or_default()),
+        None => line,
+    }
+}
+
 /// What is wrong, gathered: the check is as bad as its worst line.
 struct Findings {
     status: Status,
     lines: Vec<String>,
+    more: usize,
 }
 
 impl Findings {
     fn new() -> Findings {
-        Findings { status: Status::Ok, lines: Vec::new() }
+        Findings { status: Status::Ok, lines: Vec::new(), more: 0 }
     }
 
     fn add(&mut self, status: Status, line: String) {
         self.status = self.status.max(status);
-        self.lines.push(line);
+        if self.lines.len() < LINES_MAX {
+            self.lines.push(shortened(line));
+        } else {
+            self.more += 1;
+        }
     }
 
-    fn check(self, id: &'static str, good: impl Into<String>, bad: &str, fix: &str) -> Check {
+    fn check(mut self, id: &'static str, good: impl Into<String>, bad: &str, fix: &str) -> Check {
         let check = match self.status {
             Status::Ok => Check::ok(id, good),
             Status::Warn => Check::warn(id, bad, fix),
             Status::Fail => Check::fail(id, bad, fix),
         };
+        if self.more > 0 {
+            self.lines.push(format!("and {} more", self.more));
+        }
         check.and(self.lines)
     }
 }

@@ -78,8 +78,10 @@ fn claims(subject: &Subject<'_>, workload: &Workload, templates: &[&str], findin
         let template = word(reference, "resourceClaimTemplateName");
         match template {
             Some(template) if !subject.domains.is_empty() && !templates.contains(&template) => {
-                let line =
-                    format!("`{template}` is the template of no ComputeDomain here; there is {}", templates.join(", "));
+                let line = format!(
+                    "`{template}` is the template of no ComputeDomain here; there is {}",
+                    templates.iter().take(4).copied().collect::<Vec<_>>().join(", ")
+                );
                 findings.add(Status::Fail, format!("{}: {name}: {line}", subject.at(reference)));
             }
             Some(template) if subject.domains.is_empty() => {
