@@ -140,7 +140,8 @@ impl Agent {
         self.ask(|reply| Command::Notify { peer, message, within, reply }).await?.map(|_| ())
     }
 
-    /// Closes every connection and ends the thread. Registered memory is free afterwards.
+    /// Closes every connection and ends the thread. Registered memory is free afterwards, unless UCX does not let go of it within five seconds: then
+    /// a warning says so.
     pub async fn shutdown(&self) {
         let _ended = self.ask(|done| Command::Shutdown { done: Some(done) }).await;
     }
@@ -197,9 +198,12 @@ impl Notifications {
 
     /// What is there now.
     pub fn try_next(&mut self) -> Option<Notification> {
-        self.queue.lock().waiting.pop_front()
+        self.queue.lock().take()
     }
 }
+
+/// Bytes of notifications that wait to be taken.
+const WAITING_BYTES_MAX: usize = 256 << 20;
 
 /// Notifications that nobody has taken.
 #[derive(Debug)]
@@ -211,8 +215,17 @@ pub(crate) struct Queue {
 #[derive(Debug, Default)]
 struct Waiting {
     waiting: VecDeque<Notification>,
+    bytes: usize,
     ended: bool,
     waker: Option<Waker>,
+}
+
+impl Waiting {
+    fn take(&mut self) -> Option<Notification> {
+        let next = self.waiting.pop_front()?;
+        self.bytes = self.bytes.saturating_sub(next.message.len());
+        Some(next)
+    }
 }
 
 impl Queue {
@@ -228,9 +241,11 @@ impl Queue {
     /// False when there is no room.
     pub(crate) fn push(&self, notification: Notification) -> bool {
         let mut state = self.lock();
-        if state.waiting.len() >= self.max {
+        let bytes = state.bytes.saturating_add(notification.message.len());
+        if state.waiting.len() >= self.max || bytes > WAITING_BYTES_MAX {
             return false;
         }
+        state.bytes = bytes;
         state.waiting.push_back(notification);
         if let Some(waker) = state.waker.take() {
             waker.wake();
@@ -248,7 +263,7 @@ impl Queue {
 
     fn poll(&self, waker: &Waker) -> Poll<Option<Notification>> {
         let mut state = self.lock();
-        if let Some(next) = state.waiting.pop_front() {
+        if let Some(next) = state.take() {
             return Poll::Ready(Some(next));
         }
         if state.ended {

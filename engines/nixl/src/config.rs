@@ -80,7 +80,7 @@ impl AgentConfig {
         self
     }
 
-    /// Notifications that wait to be taken, at most; 65,536 by default. Later ones are dropped with a warning.
+    /// Notifications that wait to be taken, at most; 65,536 by default, of 256 MiB together. Later ones are dropped with a warning.
     pub fn notifications_max(mut self, notifications: usize) -> AgentConfig {
         self.notifications_max = notifications.max(1);
         self
@@ -102,10 +102,13 @@ impl AgentConfig {
         }
         let like = LIKE_NIXL.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned()));
         let devices = self.devices.iter().map(|devices| ("NET_DEVICES".to_owned(), devices.clone()));
+        // A send without a copy that fails is ended twice by UCX's tcp; RDMA needs them.
+        let only_tcp = self.transports.as_deref() == Some("tcp");
+        let copies = only_tcp.then(|| ("ZCOPY_THRESH".to_owned(), "inf".to_owned()));
         let transports = self.transports.iter().map(|transports| ("TLS".to_owned(), transports.clone()));
         let settings = RawSettings {
             name: format!("kvferry:nixl:{}", self.name),
-            settings: like.chain(devices).chain(transports).collect(),
+            settings: like.chain(devices).chain(transports).chain(copies).collect(),
             // NIXL goes on without them, too.
             optional: LIKE_NIXL.map(|(key, _)| key).to_vec(),
             oldest: OLDEST,

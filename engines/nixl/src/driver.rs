@@ -3,7 +3,7 @@
 mod flight;
 mod remote;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -64,10 +64,12 @@ pub(super) struct Driver {
     /// Names of peers by the number of their connection.
     pub(super) connections: BTreeMap<u64, String>,
     pub(super) flights: BTreeMap<u64, Flight>,
-    /// Which transfer an operation belongs to.
-    pub(super) operations: BTreeMap<u64, u64>,
-    /// Connections that UCX has not let go of, and who waits for that.
-    pub(super) closing: BTreeMap<u64, Vec<Reply<()>>>,
+    /// Which transfer an operation belongs to, and by which connection it went.
+    pub(super) operations: BTreeMap<u64, (u64, u64)>,
+    /// Connections that UCX has not given up yet.
+    pub(super) closing: BTreeSet<u64>,
+    /// Who waits for a peer to be gone, and transfers of it that have something in flight.
+    pub(super) leaving: Vec<(BTreeSet<u64>, Reply<()>)>,
     /// What ended inside a call.
     pub(super) at_once: VecDeque<RawEvent>,
     next: u64,
@@ -81,6 +83,8 @@ pub(crate) fn run(
     queue: Arc<Queue>,
     ready: Reply<(String, String)>,
 ) {
+    // However this thread ends, nobody waits for another notification.
+    let _end = End(queue.clone());
     let mut driver = match Driver::open(config, queue) {
         Ok(driver) => driver,
         Err(error) => return drop(ready.send(Err(error))),
@@ -89,12 +93,31 @@ pub(crate) fn run(
     if ready.send(Ok((driver.name.clone(), format!("{path} {version}")))).is_err() {
         return;
     }
-    let done = driver.serve(&commands, wake);
+    let mut done = driver.serve(&commands, wake);
     driver.say_farewell(wake);
-    driver.queue.end();
+    if !driver.flights.is_empty() {
+        tracing::warn!(transfers = driver.flights.len(), "UCX still holds operations; their memory stays registered");
+        if let Some(done) = done.take() {
+            let _nobody_waits = done.send(());
+        }
+        // Their callers are answered once nothing of them touches memory.
+        while !driver.flights.is_empty() {
+            if !driver.step() {
+                wake.wait(None, NAP);
+            }
+        }
+    }
     drop(driver);
     if let Some(done) = done {
         let _nobody_waits = done.send(());
+    }
+}
+
+struct End(Arc<Queue>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.end();
     }
 }
 
@@ -116,7 +139,8 @@ impl Driver {
             connections: BTreeMap::new(),
             flights: BTreeMap::new(),
             operations: BTreeMap::new(),
-            closing: BTreeMap::new(),
+            closing: BTreeSet::new(),
+            leaving: Vec::new(),
             at_once: VecDeque::new(),
             next: 1,
         })
@@ -170,8 +194,11 @@ impl Driver {
     }
 
     fn sleep(&self, wake: &Wake, now: Instant) {
-        let due = self.flights.values().map(|flight| flight.deadline.saturating_duration_since(now)).min();
-        let at_most = due.unwrap_or(NAP).min(NAP);
+        let waiting = self.flights.values().filter(|flight| !flight.cut);
+        let due = waiting.map(|flight| flight.deadline.saturating_duration_since(now)).min();
+        // UCX does not always tell that it has let go of what a closed connection had in flight.
+        let nap = if self.flights.values().any(|flight| flight.cut) { DOZE } else { NAP };
+        let at_most = due.unwrap_or(nap).min(nap);
         match self.worker.wait() {
             RawWait::Busy => {}
             RawWait::Readable(descriptor) => wake.wait(Some(descriptor), at_most),
@@ -218,11 +245,7 @@ impl Driver {
                     self.disconnect(&name, &AgentError::Failed { name: name.clone(), reason });
                 }
             }
-            RawEvent::Closed { peer } => {
-                for reply in self.closing.remove(&peer).unwrap_or_default() {
-                    let _nobody_waits = reply.send(Ok(()));
-                }
-            }
+            RawEvent::Closed { peer } => drop(self.closing.remove(&peer)),
         }
     }
 

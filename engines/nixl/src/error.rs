@@ -151,6 +151,14 @@ pub enum AgentError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A notification is longer than agents take.
+    #[error("a notification of {bytes} bytes; at most {max} are taken")]
+    Notification {
+        /// What it has.
+        bytes: usize,
+        /// The limit.
+        max: usize,
+    },
     /// A program does not fit the pools.
     #[error("the program does not fit: {0}")]
     Program(String),
@@ -162,7 +170,8 @@ pub enum AgentError {
         /// What UCX said.
         reason: String,
     },
-    /// Time is up. The connection to the peer was closed, so that nothing of the transfer touches memory any more; the next one connects again.
+    /// Time is up. If anything was in flight, the connection to the peer was closed, so that nothing of the transfer touches memory any more; the next
+    /// one connects again.
     #[error(
         "agent {name:?} did not answer within {waited_ms} ms; look whether it still runs: for NIXL it must call its agent now and then, or have a progress thread"
     )]

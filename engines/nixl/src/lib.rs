@@ -5,6 +5,21 @@
 //!
 //! [`Agent`] is an agent over kvferry's UCX: no libnixl, no plugin. It reads and writes other agents' memory and is read and written, without their
 //! or its programs' polling.
+//!
+//! ```no_run
+//! # async fn example(metadata_of_peer: bytes::Bytes, pool: kvferry_transport::Pool) -> Result<(), kvferry_nixl::AgentError> {
+//! use kvferry_nixl::{Agent, AgentConfig, Piece, Transfer};
+//!
+//! let (agent, mut notifications) = Agent::start(AgentConfig::new("decode-0")).await?;
+//! agent.register(pool.clone()).await?;
+//! let for_the_peer = agent.metadata().await?; // by whatever way the serving stack has
+//! let peer = agent.add_peer(metadata_of_peer).await?;
+//! let pieces = vec![Piece { region: 0, offset: 0, address: 0x7f00_0000_0000, bytes: 65_536 }];
+//! agent.transfer(Transfer::read(&peer.name, pool.id(), pieces).then_notify("done")).await?;
+//! # let _ = (for_the_peer, notifications.next().await);
+//! # Ok(())
+//! # }
+//! ```
 #![forbid(unsafe_code)]
 
 mod agent;

@@ -225,5 +225,7 @@ fn range(reader: &mut Reader) -> Result<Range, WireError> {
         bytes.map(u64::from_le_bytes).ok_or(WireError::Size { at, field: "", bytes: field.len(), needed: RANGE_BYTES })
     };
     let (address, bytes, device) = (number(0)?, number(1)?, number(2)?);
-    Ok(Range { device, address, bytes, key: field.slice(RANGE_BYTES..) })
+    // A copy of its own: it outlives the metadata.
+    let key = Bytes::copy_from_slice(field.get(RANGE_BYTES..).unwrap_or_default());
+    Ok(Range { device, address, bytes, key })
 }

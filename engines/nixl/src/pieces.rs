@@ -72,15 +72,16 @@ pub fn pieces(
     Ok(pieces)
 }
 
-/// Joins pieces that follow each other at both ends. The order is kept.
-pub(crate) fn joined(pieces: Vec<Piece>) -> Vec<Piece> {
+/// Joins pieces that follow each other at both ends and whose bytes at the peer lie in one range. The order is kept.
+pub(crate) fn joined(pieces: Vec<Piece>, one_range: impl Fn(u64, u64) -> bool) -> Vec<Piece> {
     let mut out: Vec<Piece> = Vec::with_capacity(pieces.len().min(1 << 16));
     for piece in pieces {
         match out.last_mut() {
             Some(last)
                 if last.region == piece.region
                     && last.offset.checked_add(last.bytes) == Some(piece.offset)
-                    && last.address.checked_add(last.bytes) == Some(piece.address) =>
+                    && last.address.checked_add(last.bytes) == Some(piece.address)
+                    && one_range(last.address, last.bytes + piece.bytes) =>
             {
                 last.bytes += piece.bytes;
             }
@@ -106,8 +107,10 @@ mod tests {
             piece(1, u64::MAX, 212, 4),
         ];
         let expected = vec![piece(0, 0, 100, 8), piece(0, 8, 200, 4), piece(0, 16, 204, 4), piece(1, 20, 208, 4)];
-        assert_eq!(joined(all.clone())[..4], expected);
-        assert_eq!(joined(all).len(), 5);
-        assert_eq!(joined(vec![]), []);
+        assert_eq!(joined(all.clone(), |_, _| true)[..4], expected);
+        assert_eq!(joined(all.clone(), |_, _| true).len(), 5);
+        // A range of the peer ends in between.
+        assert_eq!(joined(all.clone(), |_, _| false), all);
+        assert_eq!(joined(vec![], |_, _| true), []);
     }
 }

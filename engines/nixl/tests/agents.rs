@@ -139,7 +139,7 @@ fn a_killed_peer_fails_its_transfers_and_comes_back_under_a_new_name() {
 
         let second = Peer::start("nixl#2", SIZE as usize, "tcp");
         agent.add_peer(second.metadata.clone()).await.unwrap();
-        agent.transfer(read("nixl#2", second.address)).await.unwrap();
+        agent.transfer(read("nixl#2", second.address).within(Duration::MAX)).await.unwrap();
         agent.remove_peer("nixl#1").await.unwrap();
         let unknown = agent.transfer(read("nixl#1", first.address)).await.unwrap_err();
         assert!(matches!(unknown, AgentError::Peer { .. }), "{unknown}");
@@ -250,6 +250,8 @@ fn what_is_not_the_peers_or_ours_is_refused_before_anything_moves() {
             // Refused, or as harmless as another identity.
             let _ = agent.add_peer(broken.into()).await;
         }
+        let long = Bytes::from(vec![0; kvferry_nixl::NOTIFICATION_BYTES_MAX + 1]);
+        assert!(matches!(agent.notify("nixl", long, None).await, Err(AgentError::Notification { .. })));
         let mut cut = peer.metadata.to_vec();
         cut.truncate(peer.metadata.len() - 1);
         assert!(matches!(agent.add_peer(cut.into()).await, Err(AgentError::Wire(_))));

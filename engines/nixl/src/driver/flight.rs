@@ -9,7 +9,10 @@ use kvferry_ucx::raw::{RawEvent, RawMemory, RawRange};
 use super::{Driver, Reply, now, remote};
 use crate::agent::Moved;
 use crate::pieces::{Operation, Piece, joined};
-use crate::{AgentError, MemoryKind, Notification, Transfer};
+use crate::{AgentError, MemoryKind, NOTIFICATION_BYTES_MAX, Notification, Transfer};
+
+/// Nobody waits longer; what is added to a moment must not leave the clock.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// A transfer that is under way.
 pub(crate) struct Flight {
@@ -28,6 +31,8 @@ pub(crate) struct Flight {
     pub(super) deadline: Instant,
     /// Why it will fail once nothing of it is in flight.
     doomed: Option<AgentError>,
+    /// Its connection was closed: what is in flight comes to its end without a deadline's help.
+    pub(super) cut: bool,
     reply: Reply<Moved>,
 }
 
@@ -48,11 +53,17 @@ impl Driver {
         }
         let Transfer { peer, operation, pool, memory, pieces, notification, within } = transfer;
         let local = self.pools.get(&pool).cloned();
-        let pieces = joined(pieces.into_iter().filter(|piece| piece.bytes > 0).collect());
+        let Some(remote) = self.peers.get(&peer) else { return drop(reply.send(Err(remote::unknown(&peer)))) };
+        let pieces = pieces.into_iter().filter(|piece| piece.bytes > 0).collect();
+        // A key is of one range: what lies in two stays two.
+        let pieces = joined(pieces, |address, bytes| remote.has(memory, address, bytes));
         self.begin(peer, operation, (memory, local, pieces), notification, within, reply);
     }
 
     pub(super) fn notify(&mut self, peer: String, message: Bytes, within: Option<Duration>, reply: Reply<Moved>) {
+        if let Err(error) = short_enough(Some(&message)) {
+            return drop(reply.send(Err(error)));
+        }
         let nothing = ((MemoryKind::Dram, 0), None, Vec::new());
         self.begin(peer, Operation::Write, nothing, Some(message), within, reply);
     }
@@ -62,6 +73,7 @@ impl Driver {
         let remote = self.peers.get(&transfer.peer).ok_or_else(|| remote::unknown(&transfer.peer))?;
         let local = self.pools.get(&transfer.pool);
         let local = local.ok_or_else(|| AgentError::Pool(format!("{} is not registered", transfer.pool)))?;
+        short_enough(transfer.notification.as_ref())?;
         for (number, piece) in transfer.pieces.iter().enumerate() {
             let wrong = |reason: String| Err(AgentError::Piece { piece: number, reason });
             let Piece { region: index, offset, address, bytes } = *piece;
@@ -95,7 +107,7 @@ impl Driver {
             return drop(reply.send(Err(error)));
         }
         let (id, started) = (self.number(), now());
-        let deadline = started + within.unwrap_or(self.within);
+        let deadline = started + within.unwrap_or(self.within).min(FOREVER);
         let flight = Flight {
             peer: peer.clone(),
             operation,
@@ -109,6 +121,7 @@ impl Driver {
             started,
             deadline,
             doomed: None,
+            cut: false,
             reply,
         };
         self.flights.insert(id, flight);
@@ -145,7 +158,7 @@ impl Driver {
             let Some(local) = flight.local.clone() else { break };
             let (operation, memory) = (flight.operation, flight.memory);
             let Some(remote) = self.peers.get_mut(peer) else { return true };
-            if remote.in_flight >= self.in_flight_max {
+            if remote.link.as_ref().is_some_and(|link| link.in_flight >= self.in_flight_max) {
                 return false;
             }
             let key = match remote.key(memory, piece.address, piece.bytes) {
@@ -170,6 +183,10 @@ impl Driver {
     /// All pieces are begun: writes are flushed, reads come to their ends, then the peer is told.
     fn after_pieces(&mut self, id: u64) {
         let Some(flight) = self.flights.get_mut(&id) else { return };
+        // Nobody waits for it any more: the peer is not told.
+        if flight.stage != Stage::Notifying && flight.reply.is_closed() {
+            return self.doom(id, AgentError::Gone);
+        }
         match flight.stage {
             Stage::Moving if flight.operation == Operation::Write && !flight.pieces.is_empty() => {
                 flight.stage = Stage::Flushing;
@@ -193,16 +210,16 @@ impl Driver {
         let number = self.number();
         let Some(flight) = self.flights.get_mut(&id) else { return };
         let Some(remote) = self.peers.get_mut(&flight.peer) else { return };
-        let Some(link) = &remote.link else { return };
+        let Some(link) = &mut remote.link else { return };
         flight.outstanding += 1;
-        remote.in_flight += 1;
-        self.operations.insert(number, id);
+        link.in_flight += 1;
+        self.operations.insert(number, (id, link.number));
         self.at_once.extend(call(link, number));
     }
 
     /// UCX is done with an operation.
     pub(super) fn operation_ended(&mut self, number: u64, result: Result<(), String>) {
-        let Some(id) = self.operations.remove(&number) else { return };
+        let Some((id, connection)) = self.operations.remove(&number) else { return };
         let Some(flight) = self.flights.get_mut(&id) else { return };
         flight.outstanding = flight.outstanding.saturating_sub(1);
         let peer = flight.peer.clone();
@@ -210,8 +227,10 @@ impl Driver {
             flight.doomed.get_or_insert(AgentError::Failed { name: peer.clone(), reason });
         }
         let (doomed, all_begun) = (flight.doomed.is_some(), flight.next >= flight.pieces.len());
-        if let Some(remote) = self.peers.get_mut(&peer) {
-            remote.in_flight = remote.in_flight.saturating_sub(1);
+        // Unless that connection is closed, and another one has a window of its own.
+        let link = self.peers.get_mut(&peer).and_then(|remote| remote.link.as_mut());
+        if let Some(link) = link.filter(|link| link.number == connection) {
+            link.in_flight = link.in_flight.saturating_sub(1);
         }
         if doomed {
             self.finish(id);
@@ -238,6 +257,7 @@ impl Driver {
         if let Some(remote) = self.peers.get_mut(&flight.peer) {
             remote.waiting.retain(|waiting| *waiting != id);
         }
+        self.let_go(id);
         let answer = match flight.doomed {
             Some(error) => Err(error),
             None => Ok(Moved {
@@ -251,15 +271,26 @@ impl Driver {
 
     /// Transfers whose time is up. What is in flight can be ended only with its connection.
     pub(super) fn expire(&mut self, now: Instant) {
-        let late = |flight: &Flight| flight.deadline <= now && flight.doomed.is_none();
+        let late = |flight: &Flight| flight.deadline <= now && !flight.cut;
         while let Some((id, flight)) = self.flights.iter().find(|(_, flight)| late(flight)) {
             let (id, name, outstanding) = (*id, flight.peer.clone(), flight.outstanding);
             let waited_ms = now.saturating_duration_since(flight.started).as_millis() as u64;
             self.doom(id, AgentError::Deadline { name: name.clone(), waited_ms });
             if outstanding > 0 {
+                if let Some(flight) = self.flights.get_mut(&id) {
+                    flight.cut = true;
+                }
                 let reason = "another transfer ran out of time, which closed the connection".to_owned();
                 self.disconnect(&name, &AgentError::Failed { name: name.clone(), reason });
             }
         }
+    }
+}
+
+/// Agents of ours take no longer notifications.
+fn short_enough(message: Option<&Bytes>) -> Result<(), AgentError> {
+    match message.map(Bytes::len).filter(|bytes| *bytes > NOTIFICATION_BYTES_MAX) {
+        Some(bytes) => Err(AgentError::Notification { bytes, max: NOTIFICATION_BYTES_MAX }),
+        None => Ok(()),
     }
 }

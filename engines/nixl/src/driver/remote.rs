@@ -9,7 +9,7 @@ use kvferry_ucx::raw::{PackedKey, RawKey, RawPeer, WorkerAddress};
 use super::{Driver, OURS, Reply, UCX};
 use crate::AgentError;
 use crate::agent::{Peer, PeerKind};
-use crate::metadata::{AgentMetadata, MemoryKind, RANGES_MAX, Section};
+use crate::metadata::{AgentMetadata, MemoryKind, RANGES_MAX, Range, Section};
 
 /// Peers of one agent.
 const PEERS_MAX: usize = 4096;
@@ -22,14 +22,14 @@ pub(crate) struct Remote {
     pub(super) link: Option<Link>,
     /// Transfers that have something to begin, in order.
     pub(super) waiting: VecDeque<u64>,
-    /// Operations that UCX holds.
-    pub(super) in_flight: usize,
 }
 
 /// A connection.
 pub(crate) struct Link {
     pub(super) number: u64,
     pub(super) raw: RawPeer,
+    /// Operations that UCX holds.
+    pub(super) in_flight: usize,
     /// By kind, device, address and length of their range.
     keys: BTreeMap<(MemoryKind, u64, u64, u64), Rc<RawKey>>,
 }
@@ -59,6 +59,10 @@ impl Remote {
 
     /// Adds ranges, each once. What is known with another key is refused, as NIXL does: its memory was registered anew.
     fn add(&mut self, sections: Vec<Section>) -> Result<(), String> {
+        let claimed: usize = self.sections.iter().chain(&sections).map(|section| section.ranges.len()).sum();
+        if claimed > 2 * RANGES_MAX {
+            return Err(format!("{claimed} ranges; at most {RANGES_MAX} are kept of a peer"));
+        }
         let mut merged = self.sections.clone();
         for section in sections {
             let same = |known: &&mut Section| known.kind == section.kind;
@@ -66,18 +70,16 @@ impl Remote {
                 merged.push(section);
                 continue;
             };
-            for range in section.ranges {
-                let place = (range.device, range.address, range.bytes);
-                match known.ranges.binary_search_by_key(&place, |range| (range.device, range.address, range.bytes)) {
-                    Ok(at) if known.ranges.get(at) == Some(&range) => {}
-                    Ok(_) => {
-                        return Err(format!(
-                            "the range at {:#x} has another key now; remove the peer, then add it with all its metadata",
-                            range.address
-                        ));
-                    }
-                    Err(at) => known.ranges.insert(at, range),
-                }
+            known.ranges.extend(section.ranges);
+            known.ranges.sort();
+            known.ranges.dedup();
+            let place = |range: &Range| (range.device, range.address, range.bytes);
+            let mut pairs = known.ranges.iter().zip(known.ranges.iter().skip(1));
+            if let Some((range, _)) = pairs.find(|(one, other)| place(one) == place(other)) {
+                return Err(format!(
+                    "the range at {:#x} has another key now; remove the peer, then add it with all its metadata",
+                    range.address
+                ));
             }
         }
         let ranges: usize = merged.iter().map(|section| section.ranges.len()).sum();
@@ -104,7 +106,7 @@ impl Driver {
         }
         let address = metadata.connection(UCX).map(|connection| WorkerAddress::check(&connection.address));
         let address = address.transpose().map_err(&refuse)?;
-        let extension = metadata.connection(OURS).map(|connection| connection.address.clone());
+        let extension = metadata.connection(OURS).map(|connection| Bytes::copy_from_slice(&connection.address));
         let sections: Vec<Section> = metadata.sections.into_iter().filter(|section| section.backend == UCX).collect();
         for range in sections.iter().flat_map(|section| &section.ranges) {
             PackedKey::check(&range.key)
@@ -133,7 +135,7 @@ impl Driver {
             (None, Some(address)) => {
                 let kind = extension.map_or(PeerKind::Nixl, PeerKind::Kvferry);
                 let waiting = VecDeque::new();
-                let mut remote = Remote { address, kind, sections: Vec::new(), link: None, waiting, in_flight: 0 };
+                let mut remote = Remote { address, kind, sections: Vec::new(), link: None, waiting };
                 remote.add(sections).map_err(&refuse)?;
                 let described = remote.described(&name);
                 self.peers.insert(name, remote);
@@ -149,25 +151,28 @@ impl Driver {
         if remote.link.is_none() {
             let raw = self.worker.connect(number, &remote.address);
             let raw = raw.map_err(|reason| AgentError::Failed { name: name.to_owned(), reason })?;
-            remote.link = Some(Link { number, raw, keys: BTreeMap::new() });
+            remote.link = Some(Link { number, raw, in_flight: 0, keys: BTreeMap::new() });
             self.connections.insert(number, name.to_owned());
         }
         Ok(())
     }
 
-    /// Closes the connection to a peer, if there is one: whatever is in flight ends, with this error. Says its number.
-    pub(super) fn disconnect(&mut self, name: &str, error: &AgentError) -> Option<u64> {
-        let link = self.peers.get_mut(name)?.link.take();
-        let number = link.map(|link| {
+    /// Closes the connection to a peer, if there is one: whatever is in flight ends, with this error.
+    pub(super) fn disconnect(&mut self, name: &str, error: &AgentError) {
+        let link = self.peers.get_mut(name).and_then(|remote| remote.link.take());
+        if let Some(link) = link {
             self.connections.remove(&link.number);
-            self.closing.insert(link.number, Vec::new());
+            self.closing.insert(link.number);
             self.at_once.extend(link.raw.close());
-            link.number
-        });
+        }
         let theirs = self.flights.iter().filter(|(_, flight)| flight.peer == name);
         let theirs: Vec<u64> = theirs.map(|(id, _)| *id).collect();
-        theirs.into_iter().for_each(|id| self.doom(id, error.clone()));
-        number
+        for id in theirs {
+            if let Some(flight) = self.flights.get_mut(&id) {
+                flight.cut = true;
+            }
+            self.doom(id, error.clone());
+        }
     }
 
     pub(super) fn remove_peer(&mut self, name: &str, reply: Reply<()>) {
@@ -175,16 +180,26 @@ impl Driver {
             return drop(reply.send(Err(unknown(name))));
         }
         let error = AgentError::Failed { name: name.to_owned(), reason: "it was removed".to_owned() };
-        match self.drop_peer(name, &error).and_then(|number| self.closing.get_mut(&number)) {
-            Some(waiting) => waiting.push(reply),
-            None => drop(reply.send(Ok(()))),
+        self.drop_peer(name, &error);
+        // UCX gives an endpoint up at once, and what was in flight to it a little later.
+        let theirs = self.flights.iter().filter(|(_, flight)| flight.peer == name).map(|(id, _)| *id);
+        self.leaving.push((theirs.collect(), reply));
+        self.let_go(0);
+    }
+
+    /// A transfer is over; peers that were removed and have none left are gone.
+    pub(super) fn let_go(&mut self, flight: u64) {
+        for (flights, _) in &mut self.leaving {
+            flights.remove(&flight);
+        }
+        for (_, reply) in self.leaving.extract_if(.., |(flights, _)| flights.is_empty()) {
+            let _nobody_waits = reply.send(Ok(()));
         }
     }
 
-    pub(super) fn drop_peer(&mut self, name: &str, error: &AgentError) -> Option<u64> {
-        let number = self.disconnect(name, error);
+    pub(super) fn drop_peer(&mut self, name: &str, error: &AgentError) {
+        self.disconnect(name, error);
         self.peers.remove(name);
-        number
     }
 }
 

@@ -8,7 +8,7 @@ const INTERFACES_MAX: usize = 128;
 /// Bytes of the longest address that is taken; 32 devices have about 6 KiB.
 const BYTES_MAX: usize = 1 << 16;
 /// Behind what was checked: should a later UCX look further than it is meant to, it finds an end.
-const PADDING: usize = 64;
+const PADDING: usize = 512;
 
 /// The address is of a worker that has one.
 const HAS_IDENTITY: u8 = 2;
@@ -48,7 +48,9 @@ impl WorkerAddress {
             return Err(format!("the worker address ends at byte {} of {}", walk.at, bytes.len()));
         }
         let mut padded = bytes.to_vec();
-        padded.resize(bytes.len() + PADDING, NOTHING);
+        padded.resize(bytes.len() + PADDING - 1, NOTHING);
+        // And an end of texts.
+        padded.push(0);
         Ok(WorkerAddress { padded, interfaces })
     }
 

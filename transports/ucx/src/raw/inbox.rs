@@ -1,6 +1,6 @@
 //! What UCX's callbacks leave: messages and failed endpoints.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
 use std::rc::Rc;
 
@@ -21,15 +21,25 @@ pub(super) struct Inbox {
     arrivals: RefCell<Vec<Arrival>>,
     /// The longest message that is taken.
     bytes_max: usize,
+    /// Bytes of messages that were announced and are not here.
+    announced: Cell<usize>,
 }
+
+/// So many of the longest messages may be announced at once; what is announced beyond is dropped.
+const ANNOUNCED_MAX: usize = 8;
 
 impl Inbox {
     pub(super) fn new(bytes_max: usize) -> Inbox {
-        Inbox { arrivals: RefCell::default(), bytes_max }
+        Inbox { arrivals: RefCell::default(), bytes_max, announced: Cell::new(0) }
     }
 
     pub(super) fn take(&self) -> Vec<Arrival> {
         std::mem::take(&mut *self.arrivals.borrow_mut())
+    }
+
+    /// An announced message came, or failed to.
+    pub(super) fn arrived(&self, bytes: usize) {
+        self.announced.set(self.announced.get().saturating_sub(bytes));
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -62,7 +72,12 @@ pub(super) unsafe extern "C" fn on_message(
         return UCS_OK;
     }
     if attributes & u64::from(UCP_AM_RECV_ATTR_FLAG_RNDV) != 0 {
-        let kept = inbox.keep(Arrival::Announced { description: data, bytes: length });
+        let announced = inbox.announced.get().saturating_add(length);
+        let room = announced <= inbox.bytes_max.saturating_mul(ANNOUNCED_MAX);
+        let kept = room && inbox.keep(Arrival::Announced { description: data, bytes: length });
+        if kept {
+            inbox.announced.set(announced);
+        }
         // UCX keeps the description of what will be fetched.
         return if kept { UCS_INPROGRESS } else { UCS_OK };
     }

@@ -6,7 +6,7 @@
 /// Bytes of the longest key that is taken.
 const BYTES_MAX: usize = 1 << 12;
 /// Behind what was checked: end marks.
-const PADDING: usize = 64;
+const PADDING: usize = 512;
 /// Domains that UCX has room for.
 const DOMAINS_MAX: u32 = 64;
 /// The highest kind of memory whose keys are taken: the host's, CUDA's, CUDA's managed.
@@ -53,7 +53,9 @@ impl PackedKey {
             return Err(format!("{} bytes follow the key's end", rest.len()));
         }
         let mut padded = bytes.to_vec();
-        padded.resize(bytes.len() + PADDING, END);
+        padded.resize(bytes.len() + PADDING - 1, END);
+        // And an end of texts.
+        padded.push(0);
         Ok(PackedKey { padded })
     }
 

@@ -145,7 +145,7 @@ impl RawPeer {
         }))
     }
 
-    /// Closes it at once; what is in flight fails. [`RawEvent::Closed`] tells when UCX has let go of all of it.
+    /// Gives it up at once; what is in flight fails, each operation by its own [`RawEvent::Done`], also after [`RawEvent::Closed`].
     pub fn close(mut self) -> RawBegun {
         let mark = self.mark.take()?;
         let owned = Operation::Closed { peer: mark.peer, _mark: mark };

@@ -10,7 +10,7 @@ use ucx_sys::{
     UCP_AM_HANDLER_PARAM_FIELD_FLAGS, UCP_AM_HANDLER_PARAM_FIELD_ID, UCP_FEATURE_AM, UCP_FEATURE_AMO32,
     UCP_FEATURE_AMO64, UCP_FEATURE_RMA, UCP_FEATURE_WAKEUP, UCP_WORKER_ATTR_FIELD_ADDRESS,
     UCP_WORKER_PARAM_FIELD_THREAD_MODE, UCS_ERR_BUSY, UCS_OK, UCS_THREAD_MODE_SINGLE, ucp_am_handler_param_t,
-    ucp_worker_attr_t, ucp_worker_h, ucp_worker_params_t,
+    ucp_worker_attr_t, ucp_worker_h, ucp_worker_params_t, ucs_status_t,
 };
 
 use super::inbox::{Arrival, Inbox, on_message};
@@ -69,7 +69,7 @@ pub enum RawEvent {
         /// Why.
         reason: String,
     },
-    /// A peer was closed: UCX has let go of everything that was in flight to it.
+    /// A peer was given up. What was in flight to it may end later, each with its own [`RawEvent::Done`].
     Closed {
         /// Its number.
         peer: u64,
@@ -182,15 +182,22 @@ impl RawWorker {
                 Arrival::Message(message) => events.push(RawEvent::Message(message)),
                 Arrival::Announced { description, bytes } => {
                     if let Begun::Over(operation, status) = self.inner.receive(description, bytes) {
-                        events.extend(operation.end(status, words));
+                        self.ended(operation, status, events);
                     }
                 }
                 Arrival::Broken { peer, status } => events.push(RawEvent::Broken { peer, reason: words(status) }),
             }
         }
         for (operation, status) in self.inner.operations.take_done() {
-            events.extend(operation.end(status, words));
+            self.ended(operation, status, events);
         }
+    }
+
+    fn ended(&self, operation: Operation, status: ucs_status_t, events: &mut Vec<RawEvent>) {
+        if let Operation::Received { buffer } = &operation {
+            self.inner.inbox.arrived(buffer.len());
+        }
+        events.extend(operation.end(status, |status| self.inner.library().words(status)));
     }
 
     /// How to wait, once there is nothing to do.
