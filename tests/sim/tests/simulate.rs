@@ -168,7 +168,7 @@ fn a_capacity_question_is_answered_in_quantiles() {
 fn the_story_of_a_request_has_a_beginning_and_an_end() {
     let tell = |request: &str| {
         let run =
-            simulate(&["--seed", "7", "--requests", "40", "--replay", "--request", request]).output().expect("runs");
+            simulate(&["--seed", "8", "--requests", "40", "--replay", "--request", request]).output().expect("runs");
         assert!(run.status.success(), "{}", text(&run.stderr));
         text(&run.stdout)
     };
@@ -176,14 +176,14 @@ fn the_story_of_a_request_has_a_beginning_and_an_end() {
     for request in ["40", "41", "50"] {
         let story = tell(request);
         let lines: Vec<&str> = story.lines().collect();
-        assert!(lines[0].starts_with(&format!("request {request} of seed 7; n0 schedules, n1..n8 prefill")), "{story}");
+        assert!(lines[0].starts_with(&format!("request {request} of seed 8; n0 schedules, n1..n8 prefill")), "{story}");
         assert!(lines[1].starts_with("from the beginning to the end: ") && lines[1].contains("late-alarms"), "{story}");
         assert!(lines[2].contains("submitted: "), "{story}");
         let at = |words: &str| lines.iter().position(|line| line.contains(words));
         let (paired, told) =
             (at("paired with").expect("a pairing"), at("the engine is told: delivered").expect("an end"));
         assert!(paired < told && at("answered").is_some() && at("its blocks are free") > Some(told), "{story}");
-        assert!(lines.last().expect("a sum").starts_with("seed 7: 50 requests"), "{story}");
+        assert!(lines.last().expect("a sum").starts_with("seed 8: 50 requests"), "{story}");
     }
     assert!(!tell("41").contains("~ since before"), "all is mended before the second wave");
 }
