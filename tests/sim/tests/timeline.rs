@@ -18,6 +18,7 @@ fn drawn(seed: u64) -> (Vec<Value>, RunReport, Hits, Config) {
             let nodes = match fault {
                 Fault::Down { node, .. }
                 | Fault::Pause { node }
+                | Fault::Drain { node, .. }
                 | Fault::NicDead { node, .. }
                 | Fault::NicSlow { node, .. } => vec![*node],
                 Fault::DataCut { from, to } => vec![*from, *to],
