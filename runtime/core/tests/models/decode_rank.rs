@@ -348,7 +348,15 @@ impl Subject {
     fn check(&self) {
         let count = |state| self.books.entries.values().filter(|entry| entry.state == state).count() as u64;
         let vitals = self.rank.vitals();
-        assert_eq!(vitals.waiting, [("fetches", count(State::Open)), ("quarantined", count(State::Quarantined))]);
+        let quarantined = self.books.entries.values().filter(|entry| entry.state == State::Quarantined);
+        let placed = quarantined.filter(|entry| entry.placed).count() as u64;
+        let each: u64 = tables(&geometry(1), 0).groups.iter().map(|table| u64::from(table.shape().blocks)).sum();
+        let waiting = [
+            ("fetches", count(State::Open)),
+            ("quarantined", count(State::Quarantined)),
+            ("quarantined_blocks", placed * each),
+        ];
+        assert_eq!(vitals.waiting, waiting);
         assert_eq!(vitals.engine, [("held", count(State::Held))]);
         assert!(!vitals.is_stuck(), "{vitals:?}");
     }
