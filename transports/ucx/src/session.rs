@@ -7,7 +7,7 @@ use kvferry_transport::{ConnectError, Event, PeerId, TransferError, TransportKin
 
 use crate::device::Access;
 use crate::endpoint::Endpoint;
-use crate::link::{ANSWER_BYTES_MAX, ENDED_MAX, Link, Message, Session};
+use crate::link::{ANSWER_BYTES_MAX, CREDITS, ENDED_MAX, Link, Message, Session};
 use crate::transport::UcxTransport;
 use crate::wire::{Address, BODY_BYTES_MAX, Header, Hello, KEY_BYTES, Kind, Welcome, cut, message};
 
@@ -114,7 +114,7 @@ impl UcxTransport {
                     link = None;
                 } else {
                     // Ours is paired with this one, or a later one: closing it would reset that, and so on for ever.
-                    self.lose_sessions(id, None);
+                    self.begin_anew(id, None);
                 }
             }
         }
@@ -131,9 +131,10 @@ impl UcxTransport {
         let Some(found) = self.links.get_mut(&link) else { return Ok(()) };
         found.theirs = Some(hello.link);
         let welcome = Welcome { link: found.number, session: here };
+        // Before what may already lose it again.
+        self.events.push(Event::Connected { peer });
         self.say(peer, Kind::Welcome, 0, 0, &encode(&welcome));
         self.warm_up(peer);
-        self.events.push(Event::Connected { peer });
         Ok(())
     }
 
@@ -149,7 +150,7 @@ impl UcxTransport {
         let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
         if link.theirs.replace(welcome.link).is_some_and(|theirs| theirs != welcome.link) {
             // The peer has lost its end of this link, and the sessions that were over it.
-            self.lose_sessions(id, Some(peer));
+            self.begin_anew(id, Some(peer));
         }
         self.events.push(Event::Connected { peer });
         self.warm_up(peer);
@@ -237,6 +238,14 @@ impl UcxTransport {
         }
     }
 
+    /// The peer begins anew over a link of ours: sessions, and what was counted with its earlier end, are void.
+    fn begin_anew(&mut self, id: u64, but: Option<PeerId>) {
+        self.lose_sessions(id, but);
+        if let Some(link) = self.links.get_mut(&id) {
+            (link.outgoing.credits, link.consumed, link.is_warm) = (CREDITS, 0, false);
+        }
+    }
+
     /// Takes the sessions of a link down, but one, whose peer has lost its end of them.
     fn lose_sessions(&mut self, link: u64, but: Option<PeerId>) {
         let of = self.links.get(&link).map(|link| link.sessions.clone()).unwrap_or_default();
@@ -299,7 +308,6 @@ mod tests {
     use super::*;
     use crate::UcxProvider;
     use crate::lanes::Lanes;
-    use crate::link::CREDITS;
 
     const BLOCKS: u32 = 16;
     const BLOCK_BYTES: u64 = 64 << 10;
