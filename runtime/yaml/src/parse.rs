@@ -106,6 +106,8 @@ pub struct Node {
     pub values: usize,
     /// Bytes of their text, likewise.
     pub bytes: usize,
+    /// Levels of it, its own included.
+    depth: usize,
 }
 
 /// What a value is. Aliases share what they stand for, so a tree never takes more memory than its text accounts for.
@@ -177,6 +179,7 @@ struct Open {
 
 impl Open {
     fn close(self) -> Rc<Node> {
+        let depth = 1 + self.items.iter().map(|item| item.depth).max().unwrap_or(0);
         let values = self.items.iter().fold(1, |sum: usize, item| sum.saturating_add(item.values));
         let bytes = self.items.iter().fold(0, |sum: usize, item| sum.saturating_add(item.bytes));
         let value = if self.mapping {
@@ -189,7 +192,7 @@ impl Open {
         } else {
             NodeValue::Sequence(self.items)
         };
-        Rc::new(Node { at: self.at, value, values, bytes })
+        Rc::new(Node { at: self.at, value, values, bytes, depth })
     }
 }
 
@@ -257,7 +260,7 @@ fn documents(text: &str, limit: usize) -> Result<Vec<Rc<Node>>, YamlError> {
             Event::Scalar(text, style, anchor, _) => {
                 let bytes = text.len();
                 let value = NodeValue::Scalar { text: text.into_owned(), plain: style == ScalarStyle::Plain };
-                (anchor, Rc::new(Node { at, value, values: 1, bytes }))
+                (anchor, Rc::new(Node { at, value, values: 1, bytes, depth: 1 }))
             }
             Event::Alias(anchor) => (0, anchors.get(&anchor).cloned().ok_or(YamlError::Alias { at })?),
             Event::Nothing | Event::StreamStart | Event::StreamEnd | Event::DocumentEnd => continue,
@@ -265,6 +268,10 @@ fn documents(text: &str, limit: usize) -> Result<Vec<Rc<Node>>, YamlError> {
         values += 1;
         if values > VALUES_MAX {
             return Err(YamlError::TooMany { at });
+        }
+        // Aliases nest without being opened here.
+        if open.len() + node.depth > DEPTH_MAX + 1 {
+            return Err(YamlError::TooDeep { at });
         }
         if anchor > 0 {
             anchors.insert(anchor, Rc::clone(&node));
@@ -275,4 +282,20 @@ fn documents(text: &str, limit: usize) -> Result<Vec<Rc<Node>>, YamlError> {
         }
     }
     Ok(roots)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn aliases_nest_no_deeper_than_what_is_written_out() {
+        let chain = |links: usize| {
+            let links = (1..links).map(|link| format!("- &a{link} [*a{}]\n", link - 1));
+            format!("- &a0 [x]\n{}", links.collect::<String>())
+        };
+        assert!(parse_all(&chain(DEPTH_MAX - 1)).is_ok());
+        assert!(matches!(parse_all(&chain(DEPTH_MAX + 1)), Err(YamlError::TooDeep { .. })));
+        assert!(matches!(parse_all(&chain(40_000)), Err(YamlError::TooDeep { .. })));
+    }
 }

@@ -14,7 +14,9 @@ pub(crate) fn resolve(text: &str) -> Value {
     if digits.is_empty() || !digits.starts_with(|first: char| first.is_ascii_digit() || first == '.') {
         return Value::Text(text.to_owned());
     }
+    // A sign behind the prefix is none.
     if let Some(hex) = digits.strip_prefix("0x")
+        && hex.bytes().all(|byte| byte.is_ascii_hexdigit())
         && let Ok(number) = i64::from_str_radix(hex, 16)
     {
         return Value::Integer(if text.starts_with('-') { -number } else { number });
@@ -44,4 +46,17 @@ pub(crate) fn is_plain(text: &str) -> bool {
         && !text.ends_with(':')
         && !words.contains(&text.to_ascii_lowercase().as_str())
         && matches!(resolve(text), Value::Text(_))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hexadecimal_numbers_have_one_sign_at_most() {
+        assert!(matches!(resolve("-0x10"), Value::Integer(-16)));
+        for text in ["0x-5", "-0x-8000000000000000", "0x+5", "0x"] {
+            assert!(matches!(resolve(text), Value::Text(_)), "{text}");
+        }
+    }
 }
