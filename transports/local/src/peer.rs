@@ -130,10 +130,10 @@ impl<B: Backend> LocalTransport<B> {
             (Stage::Up, Frame::PushCancel { id: transfer, serial }) => self.push_cancelled(id, transfer, serial),
             (Stage::Up, Frame::Notice(notice)) => self.events.push(Event::Notice { notice }),
             (Stage::Up, Frame::Withdrawn { pool, token }) => self.withdrawn(id, pool, token),
-            (Stage::Up, Frame::Offered { pool, token }) => {
+            (Stage::Up, Frame::Offered { pool, token }) if B::OFFERS => {
                 self.remote(id, pool, token);
             }
-            (Stage::Up, Frame::Check { serial, pool, token }) => self.check_for(id, serial, pool, token),
+            (Stage::Up, Frame::Check { serial, pool, token }) if B::CHECKS => self.check_for(id, serial, pool, token),
             (Stage::Up, Frame::Checked { serial, stood }) => self.checked(id, serial, stood),
             _ => return Err("it sent a frame that is not due".into()),
         }

@@ -125,8 +125,10 @@ impl Sockets {
     }
 
     fn listen_to(&mut self, peer: PeerId) {
-        if !self.speaking.iter().any(|(speaking, _)| *speaking == peer) {
-            self.speaking.push_back((peer, false));
+        match self.speaking.iter_mut().find(|(speaking, _)| *speaking == peer) {
+            // There may be more than was read before.
+            Some((_, is_read)) => *is_read = false,
+            None => self.speaking.push_back((peer, false)),
         }
     }
 
