@@ -124,17 +124,23 @@ impl Backend for Fabric {
         Ok(Reads::new((program, range), layout, memory, (pool, own), most))
     }
 
-    fn sever(&mut self, memory: &Lent) {
-        memory.reader.cut();
-        self.readers.retain(|_, reader| !reader.is_closed());
+    fn sever(&mut self, peer: PeerId) {
+        if let Some(reader) = self.readers.remove(&peer) {
+            reader.cut();
+        }
     }
 
     fn tend(&mut self) -> bool {
         self.readers.values().filter(|reader| reader.tend()).count() > 0
     }
 
+    fn broken(&mut self) -> Vec<(PeerId, String)> {
+        self.readers.iter().filter_map(|(peer, reader)| Some((*peer, reader.broke()?))).collect()
+    }
+
     fn wait(&self) -> Option<Wait> {
-        None
+        // Nothing tells when the library takes more.
+        self.readers.values().any(|reader| reader.is_refused()).then_some(Wait::MustPoll)
     }
 }
 

@@ -8,7 +8,7 @@ use kvferry_local::{Copying, Step};
 use kvferry_transport::{Pool, TransferError, first_part};
 
 use crate::memory::{Lent, Own};
-use crate::reader::{Reader, Ticket};
+use crate::reader::Ticket;
 
 /// Reads of one copy that are under way at a time.
 const READS_MAX: usize = 64;
@@ -106,7 +106,7 @@ impl Copying for Reads {
             return Err(unread(message));
         }
         if self.memory.reader.is_closed() {
-            return Err(unread(Reader::why_closed()));
+            return Err(unread(self.memory.reader.why_closed()));
         }
         let mut cost = 0;
         while cost < budget && self.ticket.under_way.get() < READS_MAX {

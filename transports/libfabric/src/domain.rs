@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use kvferry_transport::codec::random;
-use libfabric_sys::{Padded, calls, fi_mr_attr, fid, fid_domain, fid_fabric, fid_mr, iovec};
+use libfabric_sys::{FI_EAGAIN, Padded, calls, fi_mr_attr, fid, fid_domain, fid_fabric, fid_mr, iovec};
 use rustix::event::epoll;
 
 use crate::info::{Info, MemoryMode};
@@ -113,7 +113,9 @@ impl Domain {
         // SAFETY: open queues of this fabric, as many as the count says.
         match unsafe { calls::fi_trywait(self.fabric, queues.as_mut_ptr(), count) } {
             0 => Sleep::Yes,
-            _ => Sleep::NotNow,
+            status if status == -FI_EAGAIN.cast_signed() => Sleep::NotNow,
+            // It cannot tell.
+            _ => Sleep::Never,
         }
     }
 

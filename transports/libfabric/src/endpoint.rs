@@ -14,6 +14,7 @@ use libfabric_sys::{
 use crate::domain::Domain;
 use crate::library::Version;
 use crate::operations::Operations;
+use crate::slab::Slab;
 
 /// Completions that are taken at once.
 const BATCH: usize = 32;
@@ -36,6 +37,8 @@ pub(crate) struct Endpoint<T> {
     /// The queue's, where it has one.
     descriptor: Option<RawFd>,
     name: Vec<u8>,
+    /// What buffers lie in that no operation holds.
+    buffers: Option<Rc<Slab>>,
     /// Dropped last: until the endpoint is closed the library may use the contexts, and what operations hold.
     operations: Operations<T>,
 }
@@ -118,7 +121,12 @@ impl<T> Endpoint<T> {
         domain.watch(queue.common(), descriptor)?;
         let domain = domain.clone();
         let operations = Operations::new(operations);
-        Ok(Endpoint { domain, endpoint, queue, addresses, events, descriptor, name, operations })
+        Ok(Endpoint { domain, endpoint, queue, addresses, events, descriptor, name, buffers: None, operations })
+    }
+
+    /// Keeps the slab whose buffers are given to it by number.
+    pub(crate) fn keep(&mut self, buffers: &Rc<Slab>) {
+        self.buffers = Some(buffers.clone());
     }
 
     /// Where peers find it.
@@ -318,7 +326,13 @@ impl<T> Drop for Endpoint<T> {
     fn drop(&mut self) {
         // What is queued for it keeps the address vector and the queue busy, so in this order.
         self.domain.unwatch(self.queue.common(), self.descriptor);
-        let closed = [self.endpoint.close(), self.queue.close(), self.addresses.close(), self.events.close()];
+        let endpoint = self.endpoint.close();
+        if endpoint != 0 {
+            // The library may go on using contexts and memory: they stay, so nothing that is under way counts as over.
+            std::mem::forget(std::mem::replace(&mut self.operations, Operations::new(0)));
+            std::mem::forget(self.buffers.take());
+        }
+        let closed = [endpoint, self.queue.close(), self.addresses.close(), self.events.close()];
         if closed != [0; 4] {
             tracing::warn!(?closed, "libfabric did not close an endpoint");
         }

@@ -33,15 +33,16 @@ const ASK_AFTER: Duration = Duration::from_secs(1);
 const LOST_AFTER: Duration = Duration::from_secs(15);
 /// How long a session that was ended here may take over its last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Parts that may wait for a peer to take earlier ones: several of the longest frames.
+const OUTGOING_PARTS_MAX: usize = 1 << 16;
 /// Completions that are taken in one poll.
 const DONE_MAX: usize = 256;
 
 /// The well-known endpoint and the sessions over it.
 pub(crate) struct Messages {
     domain: Rc<Domain>,
-    // Closed before the buffers go that it uses.
     endpoint: Endpoint<Buffer>,
-    slab: Slab,
+    slab: Rc<Slab>,
     /// Bytes behind a header.
     body_bytes: usize,
     /// Buffers to receive into that are not posted.
@@ -51,8 +52,8 @@ pub(crate) struct Messages {
     alarm: Alarm,
     sessions: BTreeMap<PeerId, Session>,
     numbers: BTreeMap<u64, PeerId>,
-    /// Peers' endpoints, and how many sessions each has.
-    addresses: BTreeMap<Vec<u8>, (u64, u32)>,
+    /// Peers' endpoints by their addresses.
+    addresses: BTreeMap<u64, Known>,
     next_peer: u32,
     /// Who has something to say.
     unflushed: BTreeSet<PeerId>,
@@ -68,7 +69,16 @@ pub(crate) struct Messages {
 #[derive(Clone, Copy, Debug)]
 enum Buffer {
     In(u32),
-    Out(u32, PeerId),
+    /// With the peer's address.
+    Out(u32, PeerId, u64),
+}
+
+/// A peer's endpoint.
+struct Known {
+    name: Vec<u8>,
+    sessions: u32,
+    /// Messages on their way to it, also of sessions that are over.
+    sends: u32,
 }
 
 /// One session, as this end sees it.
@@ -96,8 +106,9 @@ impl Messages {
         let each = MESSAGE_BYTES_MAX.min(domain.info.message_bytes_max());
         let receives = RECEIVES_MAX.min(domain.info.receive_size().max(1)) as u32;
         let sends = SENDS_MAX.min(domain.info.transmit_size().max(1)) as u32;
-        let slab = Slab::new(domain, receives + sends, each, FI_SEND | FI_RECV)?;
-        let endpoint = Endpoint::open(domain, receives + sends)?;
+        let slab = Rc::new(Slab::new(domain, receives + sends, each, FI_SEND | FI_RECV)?);
+        let mut endpoint = Endpoint::open(domain, receives + sends)?;
+        endpoint.keep(&slab);
         let drawn = || random::<KEY_BYTES>().map_err(|error| format!("no random bytes: {error}"));
         let place = Place {
             provider: domain.info.provider(),
@@ -145,7 +156,7 @@ impl Messages {
         let (bytes, desc) = (self.body_bytes + HEADER_BYTES, self.slab.desc());
         while let Some(number) = self.idle_receives.pop() {
             let Some(buffer) = self.slab.buffer(number) else { continue };
-            // SAFETY: the buffer is the slab's, in nobody's use, and the slab outlives the endpoint.
+            // SAFETY: the buffer is the slab's, in nobody's use, and the endpoint keeps the slab.
             match unsafe { self.endpoint.receive(buffer, bytes, desc, Buffer::In(number)) } {
                 Posted::Yes => {}
                 Posted::Later(_) => return self.idle_receives.push(number),
@@ -158,14 +169,14 @@ impl Messages {
     }
 
     fn begin(&mut self, name: Vec<u8>, theirs: Option<u64>, number: u64) -> Result<PeerId, String> {
-        let address = match self.addresses.get_mut(&name) {
-            Some((address, sessions)) => {
-                *sessions += 1;
+        let address = match self.addresses.iter_mut().find(|(_, known)| known.name == name) {
+            Some((address, known)) => {
+                known.sessions += 1;
                 *address
             }
             None => {
                 let address = self.endpoint.insert(&name)?;
-                self.addresses.insert(name.clone(), (address, 1));
+                self.addresses.insert(address, Known { name: name.clone(), sessions: 1, sends: 0 });
                 address
             }
         };
@@ -200,15 +211,17 @@ impl Messages {
         let Some(session) = self.sessions.remove(&peer) else { return };
         self.numbers.remove(&session.number);
         self.unflushed.remove(&peer);
-        if let Some((address, sessions)) = self.addresses.get_mut(&session.name) {
-            *sessions -= 1;
-            if *sessions == 0 {
-                // One that still takes a message from us is not forgotten by the provider, but no longer by name.
-                if session.sends == 0 {
-                    self.endpoint.remove(*address);
-                }
-                self.addresses.remove(&session.name);
-            }
+        if let Some(known) = self.addresses.get_mut(&session.address) {
+            known.sessions = known.sessions.saturating_sub(1);
+        }
+        self.let_go(session.address);
+    }
+
+    /// Has the provider forget an address that nobody uses, and to which nothing is under way.
+    fn let_go(&mut self, address: u64) {
+        if self.addresses.get(&address).is_some_and(|known| known.sessions == 0 && known.sends == 0) {
+            self.addresses.remove(&address);
+            self.endpoint.remove(address);
         }
     }
 
@@ -237,8 +250,12 @@ impl Messages {
                         Err(reason) => tracing::debug!(reason, "a message did not come whole"),
                     }
                 }
-                (Buffer::Out(number, peer), result) => {
+                (Buffer::Out(number, peer, address), result) => {
                     self.free_sends.push(number);
+                    if let Some(known) = self.addresses.get_mut(&address) {
+                        known.sends = known.sends.saturating_sub(1);
+                    }
+                    self.let_go(address);
                     let Some(session) = self.sessions.get_mut(&peer) else { continue };
                     session.sends = session.sends.saturating_sub(1);
                     self.unflushed.insert(peer);
@@ -291,7 +308,8 @@ impl Messages {
             },
             Kind::Data => session.incoming.arrived(header.sequence, header.flags, body),
             Kind::Ack => {
-                if header.flags & ANSWER != 0 {
+                // One answer is as good as several.
+                if header.flags & ANSWER != 0 && !session.controls.iter().any(|(kind, ..)| *kind == Kind::Ack) {
                     session.controls.push_back((Kind::Ack, 0, Vec::new()));
                 }
                 self.unflushed.insert(peer);
@@ -363,10 +381,13 @@ impl Messages {
             let bytes = self.slab.write(number, [&header.encode(), body]);
             let (address, desc) = (session.address, self.slab.desc());
             let Some(buffer) = self.slab.buffer(number) else { return false };
-            // SAFETY: the buffer is the slab's, in nobody's use until this is over, and the slab outlives the endpoint.
-            match unsafe { self.endpoint.send(address, buffer, bytes, desc, Buffer::Out(number, peer)) } {
+            // SAFETY: the buffer is the slab's, in nobody's use until this is over, and the endpoint keeps the slab.
+            match unsafe { self.endpoint.send(address, buffer, bytes, desc, Buffer::Out(number, peer, address)) } {
                 Posted::Yes => {
                     session.sends += 1;
+                    if let Some(known) = self.addresses.get_mut(&address) {
+                        known.sends += 1;
+                    }
                     if is_part {
                         session.outgoing.sent();
                     } else {
@@ -457,7 +478,11 @@ impl Carrier for Messages {
     fn send(&mut self, peer: PeerId, frame: &Frame, _: Vec<Box<dyn Descriptor>>) {
         if let Some(session) = self.sessions.get_mut(&peer) {
             session.outgoing.push(frame, self.body_bytes);
+            let waiting = session.outgoing.waiting();
             self.unflushed.insert(peer);
+            if waiting > OUTGOING_PARTS_MAX {
+                self.breaks(peer, format!("it does not take what it is sent: {waiting} parts wait"));
+            }
         }
     }
 

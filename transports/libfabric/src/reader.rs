@@ -25,6 +25,10 @@ pub(crate) struct Reader {
     open: RefCell<Option<Open>>,
     /// The first read, until it is over.
     warming: RefCell<Option<Warming>>,
+    /// What the provider said when it broke.
+    broke: RefCell<Option<String>>,
+    /// The library took no more the last time that it was asked.
+    is_refused: Cell<bool>,
 }
 
 /// A read of one byte, so that no transfer pays for connecting.
@@ -80,7 +84,7 @@ impl Reader {
         let mut endpoint = Endpoint::open(domain, reads)?;
         let address = endpoint.insert(name)?;
         let open = RefCell::new(Some(Open { endpoint, address, done: Vec::new() }));
-        Ok(Reader { open, warming: RefCell::new(None) })
+        Ok(Reader { open, ..Reader::closed() })
     }
 
     /// Has one byte read, so that the way is wired before the first transfer. What comes of it nobody cares.
@@ -92,9 +96,10 @@ impl Reader {
 
     /// Goes on with that. Whether there is more to do.
     pub(crate) fn tend(&self) -> bool {
+        // Also a first read that was given up ends, and may come after all.
+        self.progress();
         let mut place = self.warming.borrow_mut();
         let Some(warming) = place.as_mut() else { return false };
-        self.progress();
         let mut is_over = self.is_closed() || Instant::now() >= warming.until;
         if warming.is_asked {
             is_over |= warming.ticket.under_way.get() == 0;
@@ -141,14 +146,20 @@ impl Reader {
         ticket: &Rc<Ticket>,
     ) -> Result<bool, String> {
         let mut open = self.open.borrow_mut();
-        let Some(Open { endpoint, address, .. }) = open.as_mut() else { return Err(CUT.to_owned()) };
+        let Some(Open { endpoint, address, .. }) = open.as_mut() else { return Err(self.why_closed()) };
         ticket.under_way.set(ticket.under_way.get() + 1);
         let read = Read { ticket: ticket.clone(), _into: keep };
         let Source { address: at, key, bytes } = source;
         // SAFETY: the operation keeps the memory; the caller answers for the range.
         match unsafe { endpoint.read(*address, at, key, to, bytes, desc, read) } {
-            Posted::Yes => Ok(true),
-            Posted::Later(_) => Ok(false),
+            Posted::Yes => {
+                self.is_refused.set(false);
+                Ok(true)
+            }
+            Posted::Later(_) => {
+                self.is_refused.set(true);
+                Ok(false)
+            }
             Posted::Never(_, reason) => Err(reason),
         }
     }
@@ -169,6 +180,7 @@ impl Reader {
         // It is of no further use, and closing it ends what is under way.
         if let Some(reason) = polled.err().or_else(|| open.endpoint.error()) {
             tracing::warn!(reason, "the provider reports an error of an endpoint that reads; it is closed");
+            *self.broke.borrow_mut() = Some(format!("the provider reports an error: {reason}"));
             *place = None;
         }
     }
@@ -183,17 +195,29 @@ impl Reader {
         self.open.borrow().is_none()
     }
 
-    /// What ends copies from a closed one.
-    pub(crate) fn why_closed() -> String {
-        CUT.to_owned()
+    /// Why it broke, if it did.
+    pub(crate) fn broke(&self) -> Option<String> {
+        self.broke.borrow().clone()
     }
-}
 
-#[cfg(test)]
-impl Reader {
-    /// One that was cut off.
+    /// Whether reads wait only for the library to take more.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.is_refused.get() && !self.is_closed()
+    }
+
+    /// What ends copies from a closed one.
+    pub(crate) fn why_closed(&self) -> String {
+        self.broke().unwrap_or_else(|| CUT.to_owned())
+    }
+
+    /// One that is not open.
     pub(crate) fn closed() -> Reader {
-        Reader { open: RefCell::new(None), warming: RefCell::new(None) }
+        Reader {
+            open: RefCell::new(None),
+            warming: RefCell::new(None),
+            broke: RefCell::new(None),
+            is_refused: Cell::new(false),
+        }
     }
 }
 

@@ -62,6 +62,11 @@ impl Outgoing {
         self.parts.is_empty()
     }
 
+    /// Parts that were not sent.
+    pub(crate) fn waiting(&self) -> usize {
+        self.parts.len()
+    }
+
     /// The peer says how many it has taken.
     pub(crate) fn peer_took(&mut self, taken: u64) -> Result<(), String> {
         if taken > self.next {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvferry_core::{FenceProof, PoolId, PoolLayout, Program, TransportKind, UnitRange};
-use kvferry_transport::{DeviceEvent, Evidence, Pool, TransferError, Wait};
+use kvferry_transport::{DeviceEvent, Evidence, PeerId, Pool, TransferError, Wait};
 
 use crate::carrier::{Carrier, Descriptor, Owner};
 use crate::wire::MemoryKind;
@@ -68,10 +68,15 @@ pub trait Backend: 'static {
         pool: Pool,
     ) -> Result<Self::Copy, TransferError>;
 
-    /// Ends the copies from a peer's memory that wait for the peer, which is gone or fenced: none of them runs when this returns. Nothing is
-    /// copied from this memory any more.
-    fn sever(&mut self, memory: &Self::Memory) {
-        let _its_copies_wait_for_nobody = memory;
+    /// Ends the copies from a peer's memory that wait for the peer, which is gone or fenced: none of them runs when this returns, whether the
+    /// memory is still known or was withdrawn. Nothing is copied from it any more.
+    fn sever(&mut self, peer: PeerId) {
+        let _its_copies_wait_for_nobody = peer;
+    }
+
+    /// Peers whose memory cannot be reached any more since it was last asked, and why; asked after [`Backend::tend`]. They are let go.
+    fn broken(&mut self) -> Vec<(PeerId, String)> {
+        Vec::new()
     }
 
     /// Has a copy that has not begun wait for an event by itself. `false` if it cannot: then it is begun when the event is done.

@@ -6,12 +6,14 @@ use kvferry_transport::{ConnectError, Event, PeerId, TransferError};
 
 use crate::backend::Backend;
 use crate::carrier::{Carried, Carrier};
-use crate::remote::Access;
 use crate::transport::LocalTransport;
 use crate::wire::{Address, Frame, VERSION, same_key};
 
 /// How long a greeting may take.
 const GREETING: Duration = Duration::from_secs(5);
+
+/// Pools of one peer that are known: those that it offers beside those that are imported here.
+const REMOTES_PER_PEER_MAX: usize = 4096;
 
 /// Who is at the other end of one connection.
 pub(crate) struct Peer {
@@ -131,6 +133,9 @@ impl<B: Backend> LocalTransport<B> {
             (Stage::Up, Frame::Notice(notice)) => self.events.push(Event::Notice { notice }),
             (Stage::Up, Frame::Withdrawn { pool, token }) => self.withdrawn(id, pool, token),
             (Stage::Up, Frame::Offered { pool, token }) if B::OFFERS => {
+                if self.remotes.values().filter(|remote| remote.peer == id).count() >= REMOTES_PER_PEER_MAX {
+                    return Err("it offers more pools than a node has".into());
+                }
                 self.remote(id, pool, token);
             }
             (Stage::Up, Frame::Check { serial, pool, token }) if B::CHECKS => self.check_for(id, serial, pool, token),
@@ -156,16 +161,7 @@ impl<B: Backend> LocalTransport<B> {
         self.fail_posted(|posted| posted.transfer.peer == id, error);
         self.fail_arriving(|peer| peer == id, error, None);
         self.carrier.close(id);
-        self.sever(|peer| peer == id);
+        self.backend.sever(id);
         self.remotes.retain(|_, remote| remote.peer != id);
-    }
-
-    /// Cuts off what reads some peers' memory.
-    pub(crate) fn sever(&mut self, whose: impl Fn(PeerId) -> bool) {
-        for remote in self.remotes.values().filter(|remote| whose(remote.peer)) {
-            if let Access::Ready(memory) = &remote.access {
-                self.backend.sever(memory);
-            }
-        }
     }
 }

@@ -207,13 +207,18 @@ impl<B: Backend> LocalTransport<B> {
         let Some(posted) = self.posted.get_mut(&id) else { return };
         posted.progress = Progress::Checking(bytes, pieces);
         let (peer, serial, remote) = (posted.transfer.peer, posted.serial, posted.transfer.remote);
-        if let Some(notice) = posted.transfer.notice {
-            self.send(peer, &Frame::Notice(notice));
-        }
         if B::CHECKS {
             return self.ask_whether_stood(peer, serial, remote);
         }
-        self.posted.remove(&id);
+        self.pull_counts(id, bytes, pieces);
+    }
+
+    /// A pull is a success: its source is told that nothing more is read, and may let its memory go.
+    fn pull_counts(&mut self, id: TransferId, bytes: u64, pieces: u64) {
+        let Some(posted) = self.posted.remove(&id) else { return };
+        if let Some(notice) = posted.transfer.notice {
+            self.send(posted.transfer.peer, &Frame::Notice(notice));
+        }
         self.events.push(Event::Completed { id, bytes, pieces });
     }
 
@@ -236,8 +241,7 @@ impl<B: Backend> LocalTransport<B> {
         });
         let Some((id, bytes, pieces)) = pull else { return self.arrival_checked(peer, serial, stood) };
         if stood {
-            self.posted.remove(&id);
-            self.events.push(Event::Completed { id, bytes, pieces });
+            self.pull_counts(id, bytes, pieces);
         } else {
             let error = TransferError::Refused(FELL.into());
             self.fail_posted(|posted| posted.transfer.id == id, &error);

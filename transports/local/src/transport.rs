@@ -291,6 +291,9 @@ impl<B: Backend> Transport for LocalTransport<B> {
         self.check_events();
         self.carrier.flush();
         self.tending = self.backend.tend();
+        for (peer, reason) in self.backend.broken() {
+            self.lose(peer, &reason);
+        }
         self.copy();
         self.settle_draining();
         self.settle_pools();
