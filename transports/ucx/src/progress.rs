@@ -8,7 +8,7 @@ use ucx_sys::{UCS_OK, ucs_status_t};
 
 use crate::endpoint::Operation;
 use crate::inbox::Arrival;
-use crate::link::CREDITS;
+use crate::link::{CREDITS, Link};
 use crate::session::GREETING_WAIT;
 use crate::transport::UcxTransport;
 use crate::wire::{Header, Kind, WHOLE_BYTES_MAX};
@@ -208,19 +208,23 @@ impl UcxTransport {
         Ok(bytes)
     }
 
+    /// A session through which something can be said of a link.
+    pub(crate) fn speaker(&self, link: &Link) -> Option<PeerId> {
+        let stands = |peer: &PeerId| self.sessions.get(peer).is_some_and(|session| session.there.is_some());
+        link.sessions.iter().copied().find(stands)
+    }
+
     /// Sends over every link: credits, messages, then chunks in turn.
     fn send_all(&mut self, budget: u64) {
         let links: Vec<u64> = self.links.keys().copied().collect();
         let mut left = budget;
         for id in links {
-            let Some(link) = self.links.get_mut(&id) else { continue };
-            let consumed = std::mem::take(&mut link.consumed);
-            if consumed > 0 {
-                let speaker = link.sessions.first().copied();
-                match speaker {
-                    Some(peer) => self.say(peer, Kind::Credit, consumed, 0, &[]),
-                    None => continue,
-                }
+            // What nobody can say yet stays owed: the peer may go on over the link with another session.
+            let speaker = self.links.get(&id).and_then(|link| self.speaker(link));
+            let consumed =
+                speaker.and_then(|_| self.links.get_mut(&id)).map_or(0, |link| std::mem::take(&mut link.consumed));
+            if let Some(peer) = speaker.filter(|_| consumed > 0) {
+                self.say(peer, Kind::Credit, consumed, 0, &[]);
             }
             self.send_messages(id);
             left = left.saturating_sub(self.send_chunks(id, left));

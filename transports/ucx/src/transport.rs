@@ -166,7 +166,9 @@ impl UcxTransport {
             || !self.worker.inbox.is_empty()
             || self.worker.operations.has_done()
             || !self.turns.is_empty()
-            || self.links.values().any(|link| link.outgoing.can_send() || link.consumed > 0)
+            || self.links.values().any(|link| {
+                link.outgoing.can_send() || (link.consumed > 0 && self.speaker(link).is_some())
+            })
             // The kernel copies while UCX makes progress, and announces nothing.
             || (self.method == Method::Memory
                 && (self.receiving.in_flight > 0 || self.fetches.values().any(|fetch| fetch.in_flight > 0)))
