@@ -212,6 +212,7 @@ async fn live(
         true => Some(signal(SignalKind::terminate()).map_err(RankError::Signal)?),
         false => None,
     };
+    let mut leaves = false;
     loop {
         let mut worker = start(config, node.clone(), report.restarts, pool.clone()).await?;
         let past = std::mem::take(&mut report.engine);
@@ -226,7 +227,11 @@ async fn live(
             fresh: BTreeSet::new(),
             left: None,
         };
-        let ended = runner.serve(&mut worker, &mut orders, told_to_leave.as_mut(), say).await;
+        if leaves {
+            // A drain ends with its incarnation; the order to leave does not.
+            runner.port.drain(config.drain_within);
+        }
+        let ended = runner.serve(&mut worker, &mut orders, (told_to_leave.as_mut(), &mut leaves), say).await;
         // Peers see this incarnation end; a thread that hangs does not keep the process.
         let _ = tokio::time::timeout(Duration::from_secs(10), worker.shutdown()).await;
         match ended? {
@@ -321,7 +326,7 @@ impl Runner<'_> {
         &mut self,
         worker: &mut WorkerNode,
         orders: &mut mpsc::UnboundedReceiver<Order>,
-        mut told_to_leave: Option<&mut Signal>,
+        (mut told_to_leave, leaves): (Option<&mut Signal>, &mut bool),
         say: &mut dyn FnMut(Said),
     ) -> Result<Ended, RankError> {
         let (_keep, nothing) = mpsc::unbounded_channel();
@@ -385,7 +390,7 @@ impl Runner<'_> {
                 },
                 () = heard(&mut told_to_leave) => {
                     self.port.drain(self.ledger.config.drain_within);
-                    told_to_leave = None;
+                    *leaves = true;
                 }
             }
         }

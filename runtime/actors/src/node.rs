@@ -235,7 +235,8 @@ impl EnginePort {
     }
 
     /// Prefill: this rank is to leave. Its group takes no work from now on; once nothing is offered any more, or after so long, there is
-    /// [`EngineCall::Drained`].
+    /// [`EngineCall::Drained`]. It ends with the incarnation: the next one has to be told again. A decode rank drains nothing, and answers at once
+    /// with the fetches that are under way.
     pub fn drain(&self, within: Duration) {
         self.tell(EngineEvent::Drain { within });
     }

@@ -81,9 +81,9 @@ pub enum EngineCall {
         /// How that is known.
         proof: FenceProof,
     },
-    /// Prefill, after [`EngineEvent::Drain`]: nothing is offered any more, or the time is up. The node can be shut down.
+    /// After [`EngineEvent::Drain`]. Prefill: nothing is offered any more, or the time is up; the node can be shut down. Decode: at once.
     Drained {
-        /// Offers that are still not over; what reads them fails.
+        /// Offers that are still not over; what reads them fails. Decode: fetches under way.
         left: u64,
     },
     /// Something that the engine said made no sense.
@@ -128,7 +128,7 @@ pub enum EngineEvent {
         request: RequestId,
     },
     /// Prefill: this rank is to leave. It offers nothing new, its group takes no work any more, and what is offered is waited for:
-    /// [`EngineCall::Drained`].
+    /// [`EngineCall::Drained`]. A decode rank drains nothing, and answers at once.
     Drain {
         /// For so long at most.
         within: Duration,

@@ -270,6 +270,11 @@ impl DecodeRank {
             EngineEvent::Holds { added, removed } if self.local.rank == Rank(0) => {
                 self.tell_leader(Message::Holds { added, removed });
             }
+            // Nothing is drained here; whoever waits for the answer decides by what is under way.
+            EngineEvent::Drain { .. } => {
+                let left = self.fetches.len() as u64;
+                self.outbox.engine(EngineCall::Drained { left });
+            }
             _ => {}
         }
     }

@@ -381,3 +381,14 @@ fn a_refused_path_fails_its_handover_with_the_reason() {
     });
     assert_eq!(done, Some((TransportKind::Ucx, reason.clone())));
 }
+
+#[test]
+fn a_drain_is_answered_at_once_with_what_is_under_way() {
+    let within = core::time::Duration::from_secs(60);
+    let drained = |left| engine(EngineCall::Drained { left });
+    let mut fixture = Fixture::connected(Direction::Pull);
+    assert_eq!(fixture.engine(EngineEvent::Drain { within }), [drained(0)]);
+    fixture.fetch(H1, &[4]);
+    fixture.drain();
+    assert_eq!(fixture.engine(EngineEvent::Drain { within }), [drained(1)]);
+}
