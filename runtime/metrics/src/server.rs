@@ -24,8 +24,8 @@ const CONNECTIONS_MAX: usize = 32;
 /// A request's head must have come by then, and be no longer than that.
 const HEAD_WITHIN: Duration = Duration::from_secs(5);
 const HEAD_BYTES_MAX: usize = 16 << 10;
-/// Longest time that one connection is kept.
-const CONNECTION_WITHIN: Duration = Duration::from_secs(300);
+/// Longest time that one connection is kept: those that take nothing must not keep probes away.
+const CONNECTION_WITHIN: Duration = Duration::from_secs(15);
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Serves a process's metrics and probes until it is dropped.

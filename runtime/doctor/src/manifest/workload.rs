@@ -1,5 +1,6 @@
 //! What of a document makes pods, whichever kind it is.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use kvferry_yaml::{Node, NodeValue};
@@ -16,7 +17,9 @@ pub(crate) struct Workload {
     /// Nodes of a group, where the kind says so.
     pub(crate) nodes: Option<u64>,
     pub(crate) replicas: u64,
-    pub(crate) env: Vec<Variable>,
+    env: Vec<Variable>,
+    /// What a deployment gives to all of its workloads; their own count more.
+    shared: Rc<BTreeMap<String, Variable>>,
     pub(crate) image: Option<Rc<Node>>,
     pub(crate) security: Option<Rc<Node>>,
     pub(crate) mounts: Vec<Rc<Node>>,
@@ -71,7 +74,7 @@ pub(crate) fn claim_template(document: &Rc<Node>) -> Option<Rc<Node>> {
 impl Workload {
     pub(crate) fn variable(&self, name: &str) -> Option<&Variable> {
         // The last one wins.
-        self.env.iter().rev().find(|variable| variable.name == name)
+        self.env.iter().rev().find(|variable| variable.name == name).or_else(|| self.shared.get(name))
     }
 
     /// An amount in requests or limits, and where it stands.
@@ -122,6 +125,7 @@ fn pods(document: &Rc<Node>, template: &Rc<Node>, nodes: Option<u64>, replicas: 
             nodes,
             replicas,
             env: variables(container, "env"),
+            shared: Rc::default(),
             image: within(container, &["image"]),
             security: within(container, &["securityContext"]),
             mounts: items(container, "volumeMounts").cloned().collect(),
@@ -151,6 +155,8 @@ fn dynamo(document: &Rc<Node>) -> Vec<Workload> {
         }));
     }
     let shared = within(document, &["spec"]).map(|spec| variables(&spec, "envs")).unwrap_or_default();
+    let shared =
+        Rc::new(shared.into_iter().map(|variable| (variable.name.clone(), variable)).collect::<BTreeMap<_, _>>());
     let Some(services) = within(document, &["spec", "services"]) else { return workloads };
     let NodeValue::Mapping(entries) = &services.value else { return workloads };
     for (key, service) in entries {
@@ -158,8 +164,7 @@ fn dynamo(document: &Rc<Node>) -> Vec<Workload> {
         let pod = within(service, &["extraPodSpec"]);
         let main = pod.as_ref().and_then(|pod| within(pod, &["mainContainer"]));
         let of_main = |key: &str| within(main.as_ref()?, &[key]);
-        let mut env = shared.clone();
-        env.extend(variables(service, "envs"));
+        let mut env = variables(service, "envs");
         env.extend(main.iter().flat_map(|main| variables(main, "env")));
         workloads.push(Workload {
             name: format!("{}/{named}", name(document)),
@@ -173,6 +178,7 @@ fn dynamo(document: &Rc<Node>) -> Vec<Workload> {
             nodes: Some(number(within(service, &["multinode"]), "nodeCount")),
             replicas: number(Some(Rc::clone(service)), "replicas"),
             env,
+            shared: Rc::clone(&shared),
             image: of_main("image"),
             security: of_main("securityContext"),
             mounts: main.iter().flat_map(|main| items(main, "volumeMounts").cloned().collect::<Vec<_>>()).collect(),
