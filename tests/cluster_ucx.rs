@@ -4,7 +4,7 @@
 
 mod cluster;
 
-use cluster::{Case, run, run_bare};
+use cluster::{Case, HEADS_4, run, run_bare};
 
 fn usable() -> bool {
     let Some(reason) = kvferry_ucx::UcxProvider::unavailable() else { return true };
@@ -25,53 +25,7 @@ fn everywhere(options: &[&str]) {
     }
 }
 
-const HEADS_4: &str = "layers=3,kv_heads=4,head_dim=16,dtype=bf16";
-
-#[test]
-fn tensor_parallel_ratios() {
-    everywhere(&["--geometry", HEADS_4, "--prefill", "tp=4", "--decode", "tp=2", "--isl", "50", "--requests", "6"]);
-}
-
-#[test]
-fn large_pieces() {
-    let options = ["--geometry", "layers=2,kv_heads=8,head_dim=128,dtype=bf16", "--prefill", "block=64"];
-    everywhere(&[&options[..], &["--decode", "block=64", "--isl", "700", "--requests", "3"]].concat());
-}
-
-#[test]
-fn block_sizes() {
-    let sides = ["--prefill", "block=24,tp=2", "--decode", "block=40"];
-    everywhere(&[&["--geometry", HEADS_4], &sides[..], &["--isl", "150", "--requests", "5"]].concat());
-}
-
-#[test]
-fn orders_and_placements() {
-    let sides = ["--prefill", "kv=separate,planes=per-layer", "--decode", "kv=interleaved,order=HND,block=32"];
-    everywhere(&[&["--geometry", HEADS_4], &sides[..], &["--isl", "90", "--requests", "4"]].concat());
-}
-
-#[test]
-fn pipeline_stages() {
-    let sides = ["--prefill", "pp=2,layers=3+2", "--decode", "tp=2,pp=2,layers=1+4"];
-    let model = ["--geometry", "layers=5,kv_heads=4,head_dim=16,dtype=bf16"];
-    everywhere(&[&model, &sides[..], &["--isl", "50", "--requests", "5"]].concat());
-}
-
-#[test]
-fn latent_attention() {
-    everywhere(&[
-        "--model",
-        "deepseek-r1",
-        "--prefill",
-        "tp=2",
-        "--decode",
-        "adp=2,tp=2",
-        "--isl",
-        "60",
-        "--requests",
-        "2",
-    ]);
-}
+cluster::geometries!(everywhere);
 
 #[test]
 fn one_process_per_rank() {
