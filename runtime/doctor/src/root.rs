@@ -1,14 +1,15 @@
 //! Where the host is read: live, or from a captured tree.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read};
+use std::fs::{self, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+pub(crate) use kvferry_topology::sysfs::names;
+use kvferry_topology::sysfs::text_up_to;
+
 /// Files of /sys and /proc are small; whatever is longer is cut.
 const TEXT_MAX: u64 = 4 << 20;
-/// Entries of a folder that are looked at.
-const ENTRIES_MAX: usize = 8192;
 
 /// The folders that stand for `/sys`, `/dev`, `/proc` and `/`.
 #[derive(Clone, Debug)]
@@ -102,16 +103,5 @@ impl SysRoot {
 
 /// A file's text without the blanks around it; what is not UTF-8 in it is replaced.
 pub(crate) fn text(path: &Path) -> Option<String> {
-    let mut bytes = Vec::new();
-    File::open(path).ok()?.take(TEXT_MAX).read_to_end(&mut bytes).ok()?;
-    Some(String::from_utf8_lossy(&bytes).trim().to_owned())
-}
-
-/// What a folder holds, in order.
-pub(crate) fn names(folder: &Path) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
-    let mut names: Vec<String> =
-        entries.flatten().take(ENTRIES_MAX).map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-    names.sort();
-    names
+    text_up_to(path, TEXT_MAX)
 }

@@ -7,6 +7,7 @@ mod cursor;
 mod device;
 mod event;
 mod info;
+pub mod native;
 mod part;
 mod pool;
 mod region;

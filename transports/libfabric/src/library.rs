@@ -4,6 +4,7 @@ use std::ffi::{CStr, OsStr};
 use std::fmt;
 use std::sync::Mutex;
 
+use kvferry_transport::native::file_of;
 use libfabric_sys::libloading::os::unix::{Library as Loaded, RTLD_LOCAL, RTLD_NOW};
 use libfabric_sys::{Fabric, asked_version, version};
 
@@ -100,7 +101,7 @@ fn load(name: &str) -> Result<Library, String> {
     let Ok(ask) = &api.fi_version else {
         return Err(format!("{name} is no libfabric: it has no fi_version; set {VARIABLE} to a libfabric.so.1"));
     };
-    let path = file_of(*ask as *const libc::c_void).unwrap_or_else(|| name.to_owned());
+    let path = file_of(*ask as usize).unwrap_or_else(|| name.to_owned());
     // SAFETY: it takes nothing and returns a number.
     let version = Version(unsafe { ask() });
     usable(&path, version)?;
@@ -133,20 +134,6 @@ fn missing(api: &Fabric) -> Option<&'static str> {
     ]
     .into_iter()
     .find_map(|(is_missing, name)| is_missing.then_some(name))
-}
-
-/// The file that holds an address.
-fn file_of(address: *const libc::c_void) -> Option<String> {
-    let mut info = libc::Dl_info {
-        dli_fname: std::ptr::null(),
-        dli_fbase: std::ptr::null_mut(),
-        dli_sname: std::ptr::null(),
-        dli_saddr: std::ptr::null_mut(),
-    };
-    // SAFETY: dladdr takes any address and fills the structure in when it returns non-zero.
-    let found = unsafe { libc::dladdr(address, &mut info) } != 0 && !info.dli_fname.is_null();
-    // SAFETY: the name is a C string of the loader, which keeps it while the library is loaded.
-    found.then(|| unsafe { CStr::from_ptr(info.dli_fname) }.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]

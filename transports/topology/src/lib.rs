@@ -20,7 +20,7 @@ mod pci;
 mod rdma;
 #[cfg(feature = "simulated")]
 pub mod simulated;
-mod sysfs;
+pub mod sysfs;
 
 pub use affinity::{Affinity, GpuNics, Nearness};
 pub use overrides::{BadOverride, Overrides};

@@ -5,10 +5,8 @@ use std::ptr;
 use std::rc::Rc;
 
 use ucx_sys::{
-    UCP_AM_SEND_FLAG_EAGER, UCP_AM_SEND_FLAG_RNDV, UCP_EP_ATTR_FIELD_TRANSPORTS, UCP_EP_CLOSE_FLAG_FORCE,
-    UCP_EP_PARAM_FIELD_ERR_HANDLER, UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE, UCP_EP_PARAM_FIELD_REMOTE_ADDRESS,
-    UCP_ERR_HANDLING_MODE_PEER, UCS_OK, ucp_ep_attr_t, ucp_ep_h, ucp_ep_params_t, ucp_err_handler_t, ucp_rkey_h,
-    ucp_transport_entry_t, ucp_transports_t,
+    UCP_AM_SEND_FLAG_EAGER, UCP_AM_SEND_FLAG_RNDV, UCP_EP_ATTR_FIELD_TRANSPORTS, UCP_EP_CLOSE_FLAG_FORCE, UCS_OK,
+    ucp_ep_attr_t, ucp_ep_h, ucp_rkey_h, ucp_transport_entry_t, ucp_transports_t,
 };
 use ucx_text::Lane;
 
@@ -54,23 +52,8 @@ impl Endpoint {
     /// Starts connecting to a worker. The address is UCX's own, from a peer that was authenticated.
     pub(crate) fn new(worker: &Rc<Worker>, link: u64, address: &[u8]) -> Result<Endpoint, String> {
         let mark = Box::new(Mark { inbox: worker.inbox.clone(), link });
-        let params = ucp_ep_params_t {
-            field_mask: u64::from(
-                UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
-                    | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE
-                    | UCP_EP_PARAM_FIELD_ERR_HANDLER,
-            ),
-            address: address.as_ptr().cast(),
-            err_mode: UCP_ERR_HANDLING_MODE_PEER,
-            err_handler: ucp_err_handler_t { cb: Some(on_error), arg: ptr::from_ref(mark.as_ref()).cast_mut().cast() },
-            ..Default::default()
-        };
-        let mut raw = ptr::null_mut();
-        // SAFETY: the address lives during the call and came, checked, from a worker of UCX; the mark lives until the endpoint is closed.
-        let status = unsafe { worker.library().api.ucp_ep_create(worker.raw(), &params, &mut raw) };
-        if status != UCS_OK {
-            return Err(format!("UCX reaches no such worker: {}", worker.library().words(status)));
-        }
+        // SAFETY: the address came, checked, from a worker of UCX; the mark lives until the endpoint is closed.
+        let raw = unsafe { worker.connect(address, Some(on_error), ptr::from_ref(mark.as_ref()).cast())? };
         Ok(Endpoint { worker: worker.clone(), raw, mark })
     }
 

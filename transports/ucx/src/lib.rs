@@ -13,6 +13,7 @@ mod counters;
 mod device;
 mod endpoint;
 mod fetch;
+mod handle;
 mod inbox;
 mod lanes;
 mod library;

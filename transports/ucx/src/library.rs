@@ -6,8 +6,11 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Mutex;
 
+use kvferry_transport::native::file_of;
 use ucx_sys::libloading::os::unix::{Library as Loaded, RTLD_LOCAL, RTLD_NOW};
 use ucx_sys::{Ucp, ucs_status_t};
+
+use crate::request::Free;
 
 /// Names the library to load; else the loader's path decides.
 pub(crate) const VARIABLE: &str = "KVFERRY_UCX_LIBRARY";
@@ -75,6 +78,11 @@ impl Library {
         (self.version.0, self.version.1.min(BINDINGS.1))
     }
 
+    /// What ends requests.
+    pub(crate) fn request_free(&self) -> Result<Free, String> {
+        self.api.ucp_request_free.as_ref().copied().map_err(|_| "this UCX cannot free requests".to_owned())
+    }
+
     /// What a status means.
     pub(crate) fn words(&self, status: ucs_status_t) -> String {
         // SAFETY: the function exists (`load` checked) and takes any number; it returns a static string or null.
@@ -106,7 +114,7 @@ fn load(name: &str) -> Result<Library, String> {
     let Ok(address) = &api.ucp_get_version else {
         return Err(format!("{name} is no UCX library: it has no ucp_get_version; set {VARIABLE} to a libucp.so.0"));
     };
-    let path = file_of(*address as *const libc::c_void).unwrap_or_else(|| name.to_owned());
+    let path = file_of(*address as usize).unwrap_or_else(|| name.to_owned());
     let (mut major, mut minor, mut release) = (0, 0, 0);
     // SAFETY: three places for numbers.
     unsafe { api.ucp_get_version(&mut major, &mut minor, &mut release) };
@@ -149,20 +157,6 @@ fn missing(api: &Ucp) -> Option<&'static str> {
         ucp_mem_map ucp_mem_unmap ucp_request_free
     )
     .map(|(_, name)| name)
-}
-
-/// The file that holds an address.
-fn file_of(address: *const libc::c_void) -> Option<String> {
-    let mut info = libc::Dl_info {
-        dli_fname: std::ptr::null(),
-        dli_fbase: std::ptr::null_mut(),
-        dli_sname: std::ptr::null(),
-        dli_saddr: std::ptr::null_mut(),
-    };
-    // SAFETY: dladdr takes any address and fills the structure in when it returns non-zero.
-    let found = unsafe { libc::dladdr(address, &mut info) } != 0 && !info.dli_fname.is_null();
-    // SAFETY: the name is a C string of the loader, which keeps it while the library is loaded.
-    found.then(|| unsafe { CStr::from_ptr(info.dli_fname) }.to_string_lossy().into_owned())
 }
 
 fn mapped() -> BTreeSet<String> {

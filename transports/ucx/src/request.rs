@@ -14,7 +14,8 @@ use ucx_sys::{
 /// The lowest status.
 const FIRST_STATUS: isize = ucx_sys::UCS_ERR_LAST as isize;
 
-type Free = unsafe extern "C" fn(*mut c_void);
+/// The library's function that takes requests back.
+pub(crate) type Free = unsafe extern "C" fn(*mut c_void);
 
 /// What operations own until the library is done with them, and the queue of those that are done. `T` is what an operation owns.
 pub(crate) struct Operations<T> {

@@ -24,12 +24,13 @@ use crate::context::{Context, Mapped};
 use crate::counters::Counters;
 use crate::device::{Access, Method};
 use crate::fetch::Fetch;
+use crate::handle::Armed;
 use crate::link::{Link, Session};
 use crate::posted::Posted;
 use crate::receiving::Receiving;
 use crate::remote::{Bound, Remote, Withdrawing};
 use crate::wire::{Address, KEY_BYTES, Keys, RegionKey};
-use crate::worker::{Armed, Worker};
+use crate::worker::Worker;
 
 /// A device with its worker, peers and transfers.
 pub(crate) struct UcxTransport {

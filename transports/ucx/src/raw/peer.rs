@@ -4,9 +4,7 @@ use std::ptr;
 use std::rc::Rc;
 
 use ucx_sys::{
-    UCP_AM_SEND_FLAG_EAGER, UCP_EP_CLOSE_FLAG_FORCE, UCP_EP_PARAM_FIELD_ERR_HANDLER,
-    UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE, UCP_EP_PARAM_FIELD_REMOTE_ADDRESS, UCP_ERR_HANDLING_MODE_PEER,
-    UCS_ERR_INVALID_PARAM, UCS_OK, ucp_ep_h, ucp_ep_params_t, ucp_err_handler_t, ucp_rkey_h, ucs_status_t,
+    UCP_AM_SEND_FLAG_EAGER, UCP_EP_CLOSE_FLAG_FORCE, UCS_ERR_INVALID_PARAM, UCS_OK, ucp_ep_h, ucp_rkey_h, ucs_status_t,
 };
 
 use super::inbox::{Mark, on_error};
@@ -69,23 +67,8 @@ impl RawWorker {
     pub fn connect(&self, peer: u64, address: &WorkerAddress) -> Result<RawPeer, String> {
         let worker = &self.inner;
         let mark = Box::new(Mark { inbox: worker.inbox.clone(), peer });
-        let params = ucp_ep_params_t {
-            field_mask: u64::from(
-                UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
-                    | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE
-                    | UCP_EP_PARAM_FIELD_ERR_HANDLER,
-            ),
-            address: address.padded().as_ptr().cast(),
-            err_mode: UCP_ERR_HANDLING_MODE_PEER,
-            err_handler: ucp_err_handler_t { cb: Some(on_error), arg: ptr::from_ref(mark.as_ref()).cast_mut().cast() },
-            ..Default::default()
-        };
-        let mut raw = ptr::null_mut();
-        // SAFETY: the address lives during the call, its lengths were checked; the mark lives until the endpoint is closed.
-        let status = unsafe { worker.library().api.ucp_ep_create(worker.raw, &params, &mut raw) };
-        if status != UCS_OK {
-            return Err(format!("UCX reaches no such worker: {}", worker.library().words(status)));
-        }
+        // SAFETY: the lengths in the address were checked, and an end follows it; the mark lives until the endpoint is closed.
+        let raw = unsafe { worker.connect(address.padded(), Some(on_error), ptr::from_ref(mark.as_ref()).cast())? };
         Ok(RawPeer { worker: worker.clone(), raw, mark: Some(mark) })
     }
 }

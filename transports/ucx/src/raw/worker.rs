@@ -1,21 +1,18 @@
 //! A worker that other programs' workers may reach.
 
-use std::os::fd::{BorrowedFd, RawFd};
-use std::ptr;
+use std::ops::Deref;
+use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 
 use kvferry_transport::Pool;
 use ucx_sys::{
-    UCP_AM_FLAG_WHOLE_MSG, UCP_AM_HANDLER_PARAM_FIELD_ARG, UCP_AM_HANDLER_PARAM_FIELD_CB,
-    UCP_AM_HANDLER_PARAM_FIELD_FLAGS, UCP_AM_HANDLER_PARAM_FIELD_ID, UCP_FEATURE_AM, UCP_FEATURE_AMO32,
-    UCP_FEATURE_AMO64, UCP_FEATURE_RMA, UCP_FEATURE_WAKEUP, UCP_WORKER_ATTR_FIELD_ADDRESS,
-    UCP_WORKER_PARAM_FIELD_THREAD_MODE, UCS_ERR_BUSY, UCS_OK, UCS_THREAD_MODE_SINGLE, ucp_am_handler_param_t,
-    ucp_worker_attr_t, ucp_worker_h, ucp_worker_params_t, ucs_status_t,
+    UCP_FEATURE_AM, UCP_FEATURE_AMO32, UCP_FEATURE_AMO64, UCP_FEATURE_RMA, UCP_FEATURE_WAKEUP, ucs_status_t,
 };
 
 use super::inbox::{Arrival, Inbox, on_message};
 use super::peer::Operation;
 use crate::context::{Context, Mapped, Refused};
+use crate::handle::{Armed, Handle};
 use crate::library::{Library, Version};
 use crate::request::{Begun, Operations};
 
@@ -42,11 +39,19 @@ pub struct RawWorker {
 }
 
 pub(super) struct Inner {
-    pub(super) raw: ucp_worker_h,
-    pub(super) context: Rc<Context>,
+    // Destroyed first: callbacks may run inside, which need the rest.
+    handle: Handle,
     pub(super) inbox: Rc<Inbox>,
     pub(super) operations: Operations<Operation>,
     pub(super) message: u32,
+}
+
+impl Deref for Inner {
+    type Target = Handle;
+
+    fn deref(&self) -> &Handle {
+        &self.handle
+    }
 }
 
 /// What happened.
@@ -145,33 +150,19 @@ impl RawWorker {
 
     /// Where peers find it.
     pub fn address(&self) -> Result<Vec<u8>, String> {
-        let api = &self.inner.library().api;
-        let mut attributes =
-            ucp_worker_attr_t { field_mask: u64::from(UCP_WORKER_ATTR_FIELD_ADDRESS), ..Default::default() };
-        // SAFETY: a living worker; the masked fields are filled in.
-        let status = unsafe { api.ucp_worker_query(self.inner.raw, &mut attributes) };
-        if status != UCS_OK {
-            return Err(format!("UCX says no address: {}", self.inner.library().words(status)));
-        }
-        // SAFETY: UCX filled so many bytes in.
-        let address = unsafe { std::slice::from_raw_parts(attributes.address.cast::<u8>(), attributes.address_length) };
-        let address = address.to_vec();
-        // SAFETY: given by the query above, released once.
-        unsafe { api.ucp_worker_release_address(self.inner.raw, attributes.address) };
-        Ok(address)
+        self.inner.address()
     }
 
     /// Registers a pool's memory.
     pub fn register(&self, pool: &Pool) -> Result<Rc<RawMemory>, String> {
         pool.require_host()?;
-        let (mapped, keys) = Mapped::new(&self.inner.context, pool)?;
+        let (mapped, keys) = Mapped::new(self.inner.context(), pool)?;
         Ok(Rc::new(RawMemory { _mapped: Rc::new(mapped), pool: pool.clone(), keys }))
     }
 
     /// One step; false when there was nothing to do.
     pub fn progress(&self) -> bool {
-        // SAFETY: a living worker on its own thread.
-        unsafe { self.inner.library().api.ucp_worker_progress(self.inner.raw) != 0 }
+        self.inner.handle.progress()
     }
 
     /// What happened since it was last asked, in order.
@@ -205,66 +196,22 @@ impl RawWorker {
         if !self.inner.inbox.is_empty() || self.inner.operations.has_done() {
             return RawWait::Busy;
         }
-        let api = &self.inner.library().api;
-        // SAFETY: a living worker of a context with wake-up.
-        match unsafe { api.ucp_worker_arm(self.inner.raw) } {
-            UCS_OK => {}
-            UCS_ERR_BUSY => return RawWait::Busy,
-            _ => return RawWait::Poll,
+        match (self.inner.arm(), self.inner.descriptor()) {
+            (Armed::Yes, Ok(descriptor)) => RawWait::Readable(descriptor),
+            (Armed::Busy, _) => RawWait::Busy,
+            _ => RawWait::Poll,
         }
-        let mut fd: RawFd = -1;
-        // SAFETY: as above.
-        let status = unsafe { api.ucp_worker_get_efd(self.inner.raw, &mut fd) };
-        if status != UCS_OK || fd < 0 {
-            return RawWait::Poll;
-        }
-        // SAFETY: UCX keeps it open for as long as the worker lives, which the borrow does not outlive.
-        RawWait::Readable(unsafe { BorrowedFd::borrow_raw(fd) })
     }
 }
 
 impl Inner {
     fn new(context: &Rc<Context>, settings: &RawSettings) -> Result<Rc<Inner>, String> {
-        let library = context.library;
-        let Ok(free) = library.api.ucp_request_free else {
-            return Err("this UCX cannot free requests".to_owned());
-        };
-        let params = ucp_worker_params_t {
-            field_mask: u64::from(UCP_WORKER_PARAM_FIELD_THREAD_MODE),
-            thread_mode: UCS_THREAD_MODE_SINGLE,
-            ..Default::default()
-        };
-        let mut raw = ptr::null_mut();
-        // SAFETY: an open context and masked parameters.
-        let status = unsafe { library.api.ucp_worker_create(context.raw(), &params, &mut raw) };
-        if status != UCS_OK {
-            return Err(format!("UCX creates no worker: {}", library.words(status)));
-        }
         let inbox = Rc::new(Inbox::new(settings.message_bytes_max));
-        let (operations, message) = (Operations::new(free), settings.message);
-        let inner = Rc::new(Inner { raw, context: context.clone(), inbox, operations, message });
-        let handler = ucp_am_handler_param_t {
-            field_mask: u64::from(
-                UCP_AM_HANDLER_PARAM_FIELD_ID
-                    | UCP_AM_HANDLER_PARAM_FIELD_FLAGS
-                    | UCP_AM_HANDLER_PARAM_FIELD_CB
-                    | UCP_AM_HANDLER_PARAM_FIELD_ARG,
-            ),
-            id: settings.message,
-            flags: UCP_AM_FLAG_WHOLE_MSG,
-            cb: Some(on_message),
-            arg: Rc::as_ptr(&inner.inbox).cast_mut().cast(),
-        };
-        // SAFETY: the handler's argument is the inbox, which `inner` keeps until the UCX worker is destroyed.
-        let status = unsafe { library.api.ucp_worker_set_am_recv_handler(raw, &handler) };
-        if status != UCS_OK {
-            return Err(format!("UCX takes no handler of messages: {}", library.words(status)));
-        }
-        Ok(inner)
-    }
-
-    pub(super) fn library(&self) -> &'static Library {
-        self.context.library
+        let operations = Operations::new(context.library.request_free()?);
+        let (message, argument) = (settings.message, Rc::as_ptr(&inbox).cast());
+        // SAFETY: the inbox is what the callback takes, and outlives the handle, which is the first field.
+        let handle = unsafe { Handle::new(context, message, Some(on_message), argument)? };
+        Ok(Rc::new(Inner { handle, inbox, operations, message }))
     }
 
     /// Has UCX bring an announced message.
@@ -273,14 +220,7 @@ impl Inner {
         let at = buffer.as_mut_ptr();
         // SAFETY: UCX's description of an announced message, used once; the operation owns the buffer, whose `bytes` bytes do not move.
         self.operations.start_receiving(Operation::Received { buffer }, |params| unsafe {
-            self.library().api.ucp_am_recv_data_nbx(self.raw, description, at.cast(), bytes, params)
+            self.library().api.ucp_am_recv_data_nbx(self.raw(), description, at.cast(), bytes, params)
         })
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        // SAFETY: endpoints and remote keys hold the worker, so none is left. Callbacks that run inside find the inbox and the slots alive.
-        unsafe { self.library().api.ucp_worker_destroy(self.raw) };
     }
 }
