@@ -26,11 +26,11 @@ impl UcxTransport {
 
     /// The way of a transfer that can be read, of so many bytes in pieces that are so long on average. Its time is taken if it is alone.
     pub(crate) fn choose(&mut self, link: u64, id: TransferId, piece_bytes: u64, bytes: u64) -> Manner {
-        let Some(costs) = self.costs(link) else { return Manner::Read };
-        let manner = costs.choose(piece_bytes, bytes);
         let is_alone = self.fetches.is_empty()
             && !self.worker.inbox.has_sinks()
-            && self.links.values().all(|link| link.outgoing.sources.is_empty());
+            && self.links.values().all(|link| link.outgoing.sources.is_empty() && link.outgoing.in_flight == 0);
+        let Some(costs) = self.costs(link) else { return Manner::Read };
+        let manner = costs.choose(piece_bytes, bytes, is_alone);
         let since = Instant::now();
         self.watched = is_alone.then_some(Watched { id, link, manner, piece_bytes, bytes, since });
         manner

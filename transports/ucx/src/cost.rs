@@ -92,6 +92,8 @@ pub(crate) struct Costs {
     leaning: i32,
     /// Transfers so far, by class, that could be tried the other way.
     near: BTreeMap<u32, u32>,
+    /// Transfers so far that were too short to be worth a round.
+    spared: u32,
 }
 
 impl Costs {
@@ -105,16 +107,26 @@ impl Costs {
             rounds: VecDeque::new(),
             leaning: 0,
             near: BTreeMap::new(),
+            spared: 0,
         }
     }
 
-    /// The way of the next transfer, of so many bytes in pieces that are so long on average.
-    pub(crate) fn choose(&mut self, piece_bytes: u64, bytes: u64) -> Manner {
+    /// The way of the next transfer, of so many bytes in pieces that are so long on average. The slower one only where something can be learned
+    /// of it: `is_alone` says whether the transfer's time would count.
+    pub(crate) fn choose(&mut self, piece_bytes: u64, bytes: u64, is_alone: bool) -> Manner {
         let piece = piece_bytes.max(1) as f64;
         let better =
             if piece >= self.length || self.is_not_worth_a_round(piece, bytes) { Manner::Read } else { Manner::Packed };
+        if self.told.is_some() || !is_alone {
+            return better;
+        }
+        // What is too short to be worth a round shows whether that is still so.
+        if piece < self.length && bytes <= ROUND_BYTES_MAX && better == Manner::Read {
+            self.spared = self.spared.wrapping_add(1);
+            return if self.spared.is_multiple_of(TRIAL_KNOWN) { Manner::Packed } else { Manner::Read };
+        }
         let near = (self.length / NEAR..=self.length * NEAR).contains(&piece);
-        if self.told.is_some() || !near || !(LINE_BYTES_MIN..=TRIAL_BYTES_MAX).contains(&bytes) {
+        if !near || !(LINE_BYTES_MIN..=TRIAL_BYTES_MAX).contains(&bytes) {
             return better;
         }
         let (other, samples) = match better {
@@ -139,7 +151,10 @@ impl Costs {
         if bytes >= LINE_BYTES_MIN {
             let (samples, beside) = match manner {
                 Manner::Read => (&mut self.read, 0.0),
-                Manner::Packed => (&mut self.packed, median(self.rounds.iter().copied()).unwrap_or(0.0)),
+                Manner::Packed => {
+                    let round = self.round().unwrap_or(0.0);
+                    (&mut self.packed, round)
+                }
             };
             let per_byte = (nanoseconds - beside).max(nanoseconds / 2.0) / bytes as f64;
             samples.add(piece_bytes, per_byte);
@@ -150,7 +165,8 @@ impl Costs {
             let beside = (nanoseconds - line.at(piece_bytes.max(1) as f64) * bytes as f64).max(0.0);
             remember(&mut self.rounds, beside);
         }
-        let moved = self.told.is_none() && self.follow();
+        // A transfer that says nothing of the lines is no further reason for another length.
+        let moved = bytes >= LINE_BYTES_MIN && self.told.is_none() && self.follow();
         moved || before != self.lines().is_some()
     }
 
@@ -160,8 +176,7 @@ impl Costs {
         let why = match (self.told, self.lines()) {
             (Some(_), _) => "as it was told".to_owned(),
             (None, Some((reads, packs))) => {
-                let round = median(self.rounds.iter().copied());
-                let round = round.map_or(String::new(), |ns| format!(", {:.0} us a round", ns / 1e3));
+                let round = self.round().map_or(String::new(), |ns| format!(", {:.0} us a round", ns / 1e3));
                 format!(
                     "measured: reads {:.0} ns a piece and {:.1} GB/s, packing {:.0} ns and {:.1} GB/s{round}; {read} and {packed} transfers",
                     reads.piece,
@@ -180,6 +195,11 @@ impl Costs {
         Some((self.read.line(self.rule.read)?, self.packed.line(self.rule.packed())?))
     }
 
+    /// What packing costs beside pieces and bytes, once it is measured: one slow transfer must not stand for it.
+    fn round(&self) -> Option<f64> {
+        (self.rounds.len() >= SAMPLES_MIN).then(|| median(self.rounds.iter().copied())).flatten()
+    }
+
     fn is_poor(&self, other: Manner, piece: f64) -> bool {
         self.lines().is_some_and(|(read, packed)| match other {
             Manner::Read => read.at(piece) > 2.0 * packed.at(piece),
@@ -189,14 +209,17 @@ impl Costs {
 
     /// Whether what packing saves is less than the round that it takes, as far as that is measured.
     fn is_not_worth_a_round(&self, piece: f64, bytes: u64) -> bool {
-        let (Some(round), None) = (median(self.rounds.iter().copied()), self.told) else { return false };
+        let (Some(round), None) = (self.round(), self.told) else { return false };
         self.lines().is_some_and(|(read, packed)| (read.at(piece) - packed.at(piece)) * (bytes as f64) < round)
     }
 
     /// Takes another length once it has been better for a while.
     fn follow(&mut self) -> bool {
         let rule = self.rule.piece_bytes_min as f64;
-        let Some(meet) = self.lines().and_then(|(read, packed)| crossing(read, packed)) else { return false };
+        let Some(meet) = self.lines().and_then(|(read, packed)| crossing(read, packed)) else {
+            self.leaning = 0;
+            return false;
+        };
         let (shortest, longest) = self
             .read
             .span()
@@ -333,14 +356,14 @@ mod tests {
     #[test]
     fn the_rule_stands_while_nothing_is_measured_and_its_lines_meet_there() {
         let mut costs = Costs::new(RULE, None);
-        assert_eq!(costs.choose(12 << 10, 1000), Manner::Read);
-        assert_eq!(costs.choose((12 << 10) - 1, 1000), Manner::Packed);
+        assert_eq!(costs.choose(12 << 10, 1000, true), Manner::Read);
+        assert_eq!(costs.choose((12 << 10) - 1, 1000, true), Manner::Packed);
         assert!((crossing(RULE.read, RULE.packed()).unwrap() - 12288.0).abs() < 1e-6);
         // One way alone decides nothing, however fast it is.
         for _ in 0..20 {
             assert!(!costs.note(Manner::Read, 8192, BYTES, Duration::from_micros(1)));
         }
-        assert_eq!(costs.choose(8192, 1000), Manner::Packed);
+        assert_eq!(costs.choose(8192, 1000, true), Manner::Packed);
         assert!(costs.words().contains("12288 bytes") && costs.words().contains("rule of thumb"), "{}", costs.words());
     }
 
@@ -350,8 +373,8 @@ mod tests {
         let (read, packed) = (Line { piece: 500.0, byte: 0.1 }, Line { piece: 100.0, byte: 0.3 });
         feed(&mut costs, read, packed, &[1024, 4096, 65536], 8);
         assert!((costs.length - 2000.0).abs() < 40.0, "{}", costs.words());
-        assert_eq!(costs.choose(2100, 1 << 30), Manner::Read);
-        assert_eq!(costs.choose(1900, 1 << 30), Manner::Packed);
+        assert_eq!(costs.choose(2100, 1 << 30, true), Manner::Read);
+        assert_eq!(costs.choose(1900, 1 << 30, true), Manner::Packed);
         let words = costs.words();
         for part in ["measured", "500 ns a piece", "10.0 GB/s", "100 ns", "3.3 GB/s", "15 and 15 transfers"] {
             assert!(words.contains(part), "{part}: {words}");
@@ -426,7 +449,7 @@ mod tests {
     #[test]
     fn the_other_way_is_tried_seldom_and_only_where_it_is_close() {
         let trials = |costs: &mut Costs, piece: u64, bytes: u64, usual: Manner| {
-            (0..64).filter(|_| costs.choose(piece, bytes) != usual).count()
+            (0..64).filter(|_| costs.choose(piece, bytes, true) != usual).count()
         };
         let mut costs = Costs::new(RULE, None);
         assert_eq!(trials(&mut costs, 1024, BYTES, Manner::Packed), 0, "far shorter");
@@ -443,19 +466,47 @@ mod tests {
         let mut costs = Costs::new(RULE, None);
         feed(&mut costs, RULE.read, RULE.packed(), &[4096, 65536], 3);
         let small = 16 * 4096;
-        assert_eq!(costs.choose(4096, small), Manner::Packed);
+        assert_eq!(costs.choose(4096, small, true), Manner::Packed);
         for _ in 0..3 {
             costs.note(Manner::Packed, 4096, small, took(RULE.packed(), 4096, small) + Duration::from_micros(50));
         }
-        assert_eq!(costs.choose(4096, small), Manner::Read, "{}", costs.words());
-        assert_eq!(costs.choose(4096, 1 << 30), Manner::Packed);
+        assert_eq!(costs.choose(4096, small, true), Manner::Read, "{}", costs.words());
+        assert_eq!(costs.choose(4096, 1 << 30, true), Manner::Packed);
+    }
+
+    #[test]
+    fn one_slow_round_decides_nothing_and_several_not_for_ever() {
+        let mut costs = Costs::new(RULE, None);
+        feed(&mut costs, RULE.read, RULE.packed(), &[4096, 65536], 3);
+        let small = 16 * 4096;
+        let slow = took(RULE.packed(), 4096, small) + Duration::from_millis(100);
+        costs.note(Manner::Packed, 4096, small, slow);
+        assert_eq!(costs.choose(4096, small, true), Manner::Packed, "{}", costs.words());
+        for _ in 0..2 {
+            costs.note(Manner::Packed, 4096, small, slow);
+        }
+        let tried = (0..64).filter(|_| costs.choose(4096, small, true) == Manner::Packed).count();
+        assert_eq!(tried, 1, "{}", costs.words());
+    }
+
+    #[test]
+    fn nothing_is_tried_of_which_nothing_is_learned() {
+        let mut costs = Costs::new(RULE, None);
+        assert!((0..64).all(|_| costs.choose(8192, BYTES, false) == Manner::Packed));
+        // A transfer that says nothing of bytes does not speak for another length either.
+        feed(&mut costs, Line { piece: 175.0, byte: 0.28 }, RULE.packed(), &[4096, 65536], 3);
+        let (length, leaning) = (costs.length, costs.leaning);
+        for _ in 0..9 {
+            costs.note(Manner::Read, 4096, 4096, Duration::from_micros(1));
+        }
+        assert_eq!((costs.length, costs.leaning), (length, leaning));
     }
 
     #[test]
     fn a_users_word_stands() {
         let mut costs = Costs::new(RULE, Some(4096));
         feed(&mut costs, Line { piece: 1e6, byte: 1.0 }, RULE.packed(), &[4096, 65536], 9);
-        assert_eq!((costs.choose(4096, BYTES), costs.choose(4095, BYTES)), (Manner::Read, Manner::Packed));
+        assert_eq!((costs.choose(4096, BYTES, true), costs.choose(4095, BYTES, true)), (Manner::Read, Manner::Packed));
         assert!(costs.words().contains("4096 bytes") && costs.words().contains("as it was told"), "{}", costs.words());
     }
 }

@@ -17,7 +17,8 @@ impl Lockable {
         // SAFETY: a structure to fill in.
         let known = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) } == 0;
         let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-        let free = !known || limit.rlim_cur == libc::RLIM_INFINITY || may_lock_all(&status);
+        let users = std::fs::read_to_string("/proc/thread-self/uid_map").unwrap_or_default();
+        let free = !known || limit.rlim_cur == libc::RLIM_INFINITY || (may_lock_all(&status) && is_outermost(&users));
         Lockable { limit: (!free).then_some(limit.rlim_cur) }
     }
 
@@ -49,6 +50,12 @@ fn may_lock_all(status: &str) -> bool {
     effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).is_some_and(|bits| bits >> IPC_LOCK & 1 == 1)
 }
 
+/// Whether a user namespace is the machine's own, from its `uid_map`: the kernel counts the capability to lock only there, not what a rootless
+/// container has inside.
+fn is_outermost(users: &str) -> bool {
+    users.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -69,6 +76,8 @@ mod tests {
         let status =
             |bits: &str| format!("Name:\tx\nCapPrm:\t000001ffffffffff\nCapEff:\t{bits}\nCapBnd:\t000001ffffffffff\n");
         assert!(may_lock_all(&status("0000000000004000")) && may_lock_all(&status("000001ffffffffff")));
+        assert!(is_outermost("         0          0 4294967295\n"));
+        assert!(!is_outermost("0 1000 1\n1 100000 65536\n") && !is_outermost(""));
         assert!(!may_lock_all(&status("000001ffffffbfff")) && !may_lock_all(&status("0")) && !may_lock_all(""));
     }
 }
