@@ -26,10 +26,12 @@ use crate::device::{Access, Method};
 use crate::fetch::Fetch;
 use crate::handle::Armed;
 use crate::link::{Link, Session};
+use crate::made::Made;
 use crate::posted::Posted;
 use crate::receiving::Receiving;
 use crate::remote::{Bound, Remote, Withdrawing};
-use crate::wire::{Address, KEY_BYTES, Keys, RegionKey};
+use crate::staging::Staging;
+use crate::wire::{Address, Keys, RegionKey};
 use crate::worker::Worker;
 
 /// A device with its worker, peers and transfers.
@@ -45,8 +47,7 @@ pub(crate) struct UcxTransport {
     waiting: Option<Waiting>,
     next_number: u64,
     pub(crate) links: BTreeMap<u64, Link>,
-    /// Endpoints that were made to each peer transport; UCX keeps as much of its own of every one that it ever met.
-    pub(crate) endpoints_made: BTreeMap<[u8; KEY_BYTES], u64>,
+    pub(crate) made: Made,
     pub(crate) closing: BTreeMap<u64, Closing>,
     pub(crate) fences: Vec<Fence>,
     pub(crate) sessions: BTreeMap<PeerId, Session>,
@@ -73,6 +74,8 @@ pub(crate) struct UcxTransport {
     /// Chunks that UCX is receiving by rendezvous, and buffers for them. The last to be dropped: by then the worker is gone, which a receive
     /// that failed might still have been writing for.
     pub(crate) receiving: Receiving,
+    /// Where packed chunks are put together, and received by rendezvous.
+    pub(crate) staging: Staging,
 }
 
 struct Waiting {
@@ -86,10 +89,11 @@ impl UcxTransport {
         info: NicInfo,
         method: Method,
         access: Access,
-        context: Rc<Context>,
+        worker: Rc<Worker>,
+        staging: Staging,
         options: Options,
     ) -> Result<UcxTransport, String> {
-        let worker = Worker::new(&context)?;
+        let context = worker.context().clone();
         let waiting = if method.wakes() { Some(Waiting::new(&worker)?) } else { None };
         let secret = || random().map_err(|error| format!("no random bytes: {error}"));
         let own = Address {
@@ -109,7 +113,7 @@ impl UcxTransport {
             waiting,
             next_number: 1,
             links: BTreeMap::new(),
-            endpoints_made: BTreeMap::new(),
+            made: Made::default(),
             closing: BTreeMap::new(),
             fences: Vec::new(),
             sessions: BTreeMap::new(),
@@ -127,6 +131,7 @@ impl UcxTransport {
             events: Vec::new(),
             next_deadline: None,
             receiving: Receiving::default(),
+            staging,
         })
     }
 
