@@ -43,20 +43,20 @@ pub mod topology {
 }
 
 pub use kvferry_actors::{
-    EnginePort, Handover, HandoverError, ListenError, NicStartError, NodeConfig, NodeError, OpenNic, SchedulerNode,
-    Standing, ThreadOptions, Watch, WorkerConfig, WorkerNode,
+    EnginePort, Handover, HandoverError, ListenError, NicStartError, NodeConfig, NodeError, OpenNic, SPAN_TARGET,
+    SchedulerNode, Standing, ThreadOptions, Watch, WorkerConfig, WorkerNode,
 };
 pub use kvferry_core::protocol::{
-    Away, ChosenPath, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchCourse, Finished, GroupView,
-    Identity, LeaseTerms, LeastLoaded, LongestHeldPrefix, Message as ControlMessage, Obstacle, OfferCourse, Outcome,
-    PassedOver, PathReport, PeerName, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms, RdmaShortfall,
-    Refusal, RequestCourse, RequestSpec, Role, SchedulerTerms, SessionTerms, ShownPath, Vitals,
+    Away, Begun, ChosenPath, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchCourse, Finished,
+    GroupView, Identity, LeaseTerms, LeastLoaded, LongestHeldPrefix, Message as ControlMessage, Obstacle, OfferCourse,
+    Outcome, Part, PassedOver, PathReport, PeerName, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms,
+    RdmaShortfall, Refusal, RequestCourse, RequestSpec, Role, SchedulerTerms, SessionTerms, ShownPath, Vitals,
 };
 pub use kvferry_core::{
     BlockTable, Direction, Dtype, Epoch, Evidence, Extent, FenceProof, Format, GeometryError, GeometrySpec, Grade,
     GroupGeometry, GroupId, HandoverId, KvPlacement, LayerGroup, LibraryName, Model, Moment, NodeId, Order, PairPlan,
     Parallel, PlanRequest, Plane, PlanePlacement, PoolId, PoolLayout, Program, Rank, RequestId, Shard, Sharding,
-    SpecError, TableBlocks, TableShape, Tables, Tensor, TransportKind, destinations, sources,
+    SpecError, TableBlocks, TableShape, Tables, Tensor, TraceContext, TraceError, TransportKind, destinations, sources,
 };
 pub use kvferry_metrics::{Metrics, MetricsServer, Recorder, RecorderOptions, ServeError};
 pub use kvferry_transport::{Pool, PoolError, PoolOptions};

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
-use kvferry::Direction;
+use kvferry::{Direction, TraceContext};
 use serde::{Deserialize, Serialize};
 
 /// The first argument of a rank's process.
@@ -109,6 +109,10 @@ pub(crate) struct Options {
     /// Writes when what happened to each request, at the scheduler and at each rank, as a Chrome trace: open it in Perfetto
     #[arg(long, value_name = "FILE")]
     pub(crate) timeline: Option<PathBuf>,
+    /// The span that every request belongs to, as a W3C traceparent: 00-TRACE-SPAN-01. Every process then has spans of that trace; with
+    /// RUST_LOG=kvferry::handover=info it logs each when it ends
+    #[arg(long, value_name = "TRACEPARENT", value_parser = |text: &str| text.parse::<TraceContext>())]
+    pub(crate) traceparent: Option<TraceContext>,
     /// Ranks that were killed or have left are started again at once, as the next incarnation of their node
     #[arg(long)]
     pub(crate) restart: bool,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kvferry::{
     GroupGeometry, GroupId, KvPlacement, Model, NodeId, PairPlan, PlanePlacement, Rank, RequestSpec, Role,
-    TransportKind,
+    TraceContext, TransportKind,
 };
 use kvferry_trtllm::Method;
 
@@ -45,6 +45,7 @@ pub(crate) struct Setup {
     pub(crate) restart: bool,
     pub(crate) terms: Terms,
     pub(crate) policy: PolicyName,
+    pub(crate) traceparent: Option<TraceContext>,
     pub(crate) concurrency: usize,
     pub(crate) in_process: bool,
     pub(crate) reuse_prefix: bool,
@@ -207,6 +208,7 @@ impl Setup {
             restart: options.restart,
             terms,
             policy,
+            traceparent: options.traceparent,
             concurrency: concurrency as usize,
             in_process: options.in_process,
             reuse_prefix: options.reuse_prefix,

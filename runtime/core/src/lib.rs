@@ -10,6 +10,7 @@ mod plan;
 mod program;
 pub mod protocol;
 mod time;
+mod trace;
 mod transport;
 pub mod wire;
 
@@ -26,4 +27,5 @@ pub use program::{
     Copies, Copy, End, Location, Program, ProgramError, Segment, Side, Span, Spans, Tile, Tiles, UnitRange,
 };
 pub use time::Moment;
+pub use trace::{TraceContext, TraceError};
 pub use transport::{Direction, FenceProof, TransportKind};

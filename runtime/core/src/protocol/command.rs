@@ -8,8 +8,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Away, ChosenPath, FailReason, FetchCourse, Message, OfferCourse, Outcome, OutcomeReport, PathReport, PrefillJob,
-    PrefillView, Refusal, RequestCourse, RequestSpec, ShownPath,
+    Away, Begun, ChosenPath, FailReason, FetchCourse, Message, OfferCourse, Outcome, OutcomeReport, PathReport,
+    PrefillJob, PrefillView, Refusal, RequestCourse, RequestSpec, ShownPath,
 };
 use crate::{
     Direction, Epoch, Evidence, FenceProof, GroupId, HandoverId, Moment, NodeId, PoolLayout, Program, RequestId,
@@ -363,6 +363,8 @@ pub enum Event {
         /// Offers that are still not over.
         left: u64,
     },
+    /// Something is taken in hand; one of the three records that follow is its end.
+    Began(Box<Begun>),
     /// A decode rank's part of a handover is decided.
     FetchEnded(Box<FetchCourse>),
     /// A prefill rank's offer is over.

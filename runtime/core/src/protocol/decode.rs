@@ -11,9 +11,9 @@ use super::peer::Peer;
 use super::prefill::check_steps;
 use super::sources::Sources;
 use super::{
-    Awaited, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms, Lost,
-    MemberList, Message, NicCommand, NicEvent, Outbox, Outcome, Pace, PathReport, QuarantineTerms, Role, Vitals,
-    WorkerProfile,
+    Awaited, Begun, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms,
+    Lost, MemberList, Message, NicCommand, NicEvent, Outbox, Outcome, Pace, Part, PathReport, QuarantineTerms, Role,
+    Vitals, WorkerProfile,
 };
 use crate::{FenceProof, HandoverId, Moment, NodeId, Plane, Rank, RequestId, Tables, TransferId};
 
@@ -378,6 +378,9 @@ impl DecodeRank {
         let spec = job.pairing.spec.clone();
         let malformed = check_steps(&job.pairing.steps, self.local.geometry.model.layers).err();
         let deadline = Deadline::after(now, self.pace.allowance(0, 0));
+        let of = [self.local.group.0.into(), self.local.rank.0.into(), now.0];
+        let begun = Begun::new(Part::Fetch, spec.request, Some(handover), job.pairing.trace, &of);
+        self.outbox.event(Event::Began(Box::new(begun)));
         let fetch = Fetch::new(job.pairing, deadline, now);
         self.fetches.insert(handover, fetch);
         self.renew_at.get_or_insert(now + self.leases.renewal());

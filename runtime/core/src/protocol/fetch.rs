@@ -213,7 +213,7 @@ mod tests {
         let within = Duration::from_secs(1);
         let spec = RequestSpec { request: RequestId(1), tokens: 16, prefix: Default::default(), prefix_tokens: 0 };
         let (handover, source) = (HandoverId(1), GroupId(0));
-        let pairing = Pairing { handover, spec, source, source_dp: 0, steps: vec![1, 2] };
+        let pairing = Pairing { handover, spec, source, source_dp: 0, steps: vec![1, 2], trace: None };
         let mut fetch = Fetch::new(pairing, Deadline::after(at(0), within), at(0));
         fetch.turn_to(at(5), Awaited::Transfer, within);
         fetch.turn_to(at(7), Awaited::Layers, within);

@@ -42,7 +42,7 @@ mod vitals;
 pub use attendance::{Attendance, Away};
 pub use command::{Command, EngineCall, EngineEvent, Event, Finished, NicCommand, NicEvent, Outbox};
 pub use conversation::{Conversation, Heard, RESUMING_PROTOCOL, Unheard};
-pub use course::{FetchCourse, OfferCourse, RequestCourse};
+pub use course::{Begun, FetchCourse, OfferCourse, Part, RequestCourse};
 pub use credit::{Credit, CreditError};
 pub use deadline::{Deadline, DeadlineTerms, Pace};
 pub use decode::DecodeRank;

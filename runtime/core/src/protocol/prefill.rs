@@ -13,8 +13,9 @@ use drain::Drain;
 
 use super::peer::Peer;
 use super::{
-    EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent, OfferCourse,
-    OpenFetch, Outbox, PrefillJob, PrefillView, QuarantineTerms, Refusal, Role, Vitals, WorkerProfile,
+    Begun, EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent,
+    OfferCourse, OpenFetch, Outbox, Part, PrefillJob, PrefillView, QuarantineTerms, Refusal, Role, Vitals,
+    WorkerProfile,
 };
 use crate::{Direction, HandoverId, Moment, NodeId, RequestId, Tables, TransferId, limits};
 
@@ -407,7 +408,7 @@ impl PrefillRank {
         }
     }
 
-    fn prefill(&mut self, now: Moment, job: PrefillJob) {
+    fn prefill(&mut self, now: Moment, mut job: PrefillJob) {
         let request = job.spec.request;
         if self.drain.is_some() {
             self.refuse_to_begin(request);
@@ -421,8 +422,12 @@ impl PrefillRank {
             Some(offer) if offer.closing.is_some() && offer.next.is_none() => offer.next = Some(job),
             Some(_) => self.fail_to_leader(request, FailReason::Refused(Refusal::Duplicate(request))),
             None => {
+                let of = [self.local.group.0.into(), self.local.rank.0.into(), now.0];
+                let begun = Begun::new(Part::Offer, request, None, job.trace, &of);
+                job.trace = begun.span();
                 self.offers.insert(request, Offer::new(now, job.clone()));
                 self.outbox.engine(EngineCall::Prefill(job));
+                self.outbox.event(Event::Began(Box::new(begun)));
             }
         }
     }
@@ -435,7 +440,9 @@ impl PrefillRank {
         if opened {
             self.close(now, request, PrefillView::Ended);
         } else {
-            self.offers.remove(&request);
+            if let Some(offer) = self.offers.remove(&request) {
+                self.outbox.event(Event::OfferEnded(Box::new(offer.course(now, PrefillView::Ended))));
+            }
             self.go_on_draining(now);
         }
     }

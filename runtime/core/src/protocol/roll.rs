@@ -87,8 +87,13 @@ impl Roll {
 
     /// The same to a scheduler that was told nothing.
     pub(super) fn report_anew(&mut self, scheduler: NodeId, outbox: &mut Outbox) {
-        self.told = self.trouble();
-        outbox.send(scheduler, Message::Health { trouble: self.told.clone() });
+        let trouble = self.trouble();
+        // Of a group that has never been whole nothing was told so far.
+        if trouble != self.told {
+            outbox.event(Event::Health { trouble: trouble.clone() });
+        }
+        self.told.clone_from(&trouble);
+        outbox.send(scheduler, Message::Health { trouble });
     }
 
     fn trouble(&self) -> Option<String> {

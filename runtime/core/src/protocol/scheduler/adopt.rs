@@ -218,6 +218,7 @@ impl Scheduler {
                 attempts: 0,
                 ready_at: None,
                 submitted: now,
+                trace: None,
                 paired: None,
                 cancelled: false,
                 withdrawn: false,

@@ -105,5 +105,5 @@ fn nothing_new_is_offered() {
 fn without_a_drain_jobs_begin() {
     let mut fixture = Fixture::new();
     let begun = fixture.message(2, LEADER, job(3));
-    assert_eq!(begun, [engine(EngineCall::Prefill(PrefillJob { spec: spec(3), dp: 0 }))]);
+    assert_eq!(begun, [engine(EngineCall::Prefill(PrefillJob { spec: spec(3), dp: 0, trace: None }))]);
 }

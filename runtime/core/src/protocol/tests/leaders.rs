@@ -35,6 +35,21 @@ fn decode_leader(geometry: Arc<GroupGeometry>) -> DecodeLeader {
     leader
 }
 
+/// Probes ask a leader that has just met the scheduler; it had told nobody that its group was never whole.
+#[test]
+fn a_group_that_was_never_whole_says_so_to_whoever_watches() {
+    let health = |trouble: Option<&str>| Event::Health { trouble: trouble.map(str::to_owned) };
+    let mut leader = PrefillLeader::new(PREFILL, geometry(2), NodeId(SCHEDULER), Duration::from_secs(60));
+    leader.handle_rank(Rank(0), NodeId(RANKS[0]));
+    leader.handle_scheduler();
+    assert_eq!(events(leader.outbox()), [health(Some("1 of 2 ranks are met"))]);
+    leader.handle_scheduler();
+    assert_eq!(events(leader.outbox()), [], "once");
+    leader.handle_rank(Rank(1), NodeId(RANKS[1]));
+    leader.handle_peer_up(NodeId(RANKS[1]));
+    assert_eq!(events(leader.outbox()), [health(None)]);
+}
+
 /// Two attention-data-parallel parts of one rank each.
 fn divided() -> Arc<GroupGeometry> {
     let parallel = Parallel { tp: 2, adp: 2, ..Parallel::default() };
@@ -42,7 +57,7 @@ fn divided() -> Arc<GroupGeometry> {
 }
 
 fn job(request: u64) -> Message {
-    Message::Prefill(PrefillJob { spec: spec(request), dp: 0 })
+    Message::Prefill(PrefillJob { spec: spec(request), dp: 0, trace: None })
 }
 
 fn opened() -> Message {
@@ -192,7 +207,7 @@ fn requests_go_to_the_least_loaded_part() {
     leader.handle_message(at(0), NodeId(SCHEDULER), job(1));
     assert_eq!(commands(leader.outbox()), [offered], "and is told what that was");
     let other = RequestSpec { tokens: TOKENS + 1, ..spec(1) };
-    leader.handle_message(at(0), NodeId(SCHEDULER), Message::Prefill(PrefillJob { spec: other, dp: 0 }));
+    leader.handle_message(at(0), NodeId(SCHEDULER), Message::Prefill(PrefillJob { spec: other, dp: 0, trace: None }));
     let reason = FailReason::Refused(Refusal::Duplicate(R1));
     assert_eq!(commands(leader.outbox()), [send(SCHEDULER, Message::OfferFailed { request: R1, reason })]);
 }
