@@ -38,6 +38,7 @@ static unsigned atomicAdd(unsigned *at, unsigned value) {
     return before;
 }
 static void __syncthreads() {}
+static void __threadfence() {}
 static void __threadfence_system() {}
 static unsigned long long atomicAdd(unsigned long long *at, unsigned long long value) { return *at += value; }
 static void atomicMin(unsigned long long *at, unsigned long long value) {

@@ -381,10 +381,11 @@ struct Done {
 
 __device__ __forceinline__ void finish(const Done &done) {
     // The barrier puts what all threads stored before the fence, and the fence before the flag, for whoever sees it, on this GPU or elsewhere.
+    // Between the blocks of this launch a fence of this GPU's suffices; the last one's counts for all that it has seen.
     __syncthreads();
     if (threadIdx.x != 0)
         return;
-    __threadfence_system();
+    __threadfence();
     if (atomicAdd(done.blocks, 1u) + 1 != gridDim.x)
         return;
     *done.blocks = 0;

@@ -23,6 +23,9 @@ use crate::shared::{Reached, reach, share};
 /// So long after a launch, or a push's announcement, its end is looked for all the time; later, now and then.
 const SPIN: Duration = Duration::from_millis(2);
 
+/// The same after the last expectation or arrival, while more is expected: its doorbell is mostly close.
+const EXPECT_SPIN: Duration = Duration::from_micros(500);
+
 /// Pools on one GPU.
 pub(crate) struct GpuPools {
     launcher: Rc<RefCell<Launcher>>,
@@ -43,6 +46,8 @@ impl Backend for GpuPools {
     type Copy = Kernels;
 
     const PUSH_SPIN: Duration = SPIN;
+    const EXPECT_SPIN: Duration = EXPECT_SPIN;
+    const RINGS: bool = true;
 
     fn bind(&mut self, pool: &Pool) -> Result<(), String> {
         let gpu = Arc::clone(self.launcher.borrow().gpu());

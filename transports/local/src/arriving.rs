@@ -66,6 +66,7 @@ impl<B: Backend> LocalTransport<B> {
             .map_err(|source| PostError::Program { id, source })?;
         let fingerprint = expected.program.fingerprint();
         self.expecting.insert(id, Expecting { expected, fingerprint, arriving: None });
+        self.expected = Some(Instant::now());
         // Its doorbell may have been first.
         let first = self.held.keys().find(|(_, held)| *held == id).copied();
         if let Some((key, held)) = first.and_then(|key| self.held.remove_entry(&key)) {
@@ -224,6 +225,7 @@ impl<B: Backend> LocalTransport<B> {
         // Its source waits for that.
         self.carrier.flush();
         self.events.push(Event::Arrived { id, bytes, pieces });
+        self.expected = Some(Instant::now());
         if let Some(notice) = arriving.doorbell.notice {
             self.events.push(Event::Notice { notice });
         }

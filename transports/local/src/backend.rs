@@ -26,6 +26,10 @@ pub trait Backend: 'static {
 
     /// How long after a push was announced its end is looked for all the time.
     const PUSH_SPIN: Duration = Duration::ZERO;
+    /// How long after its last transfer, or expectation, a push that is expected is looked for all the time.
+    const EXPECT_SPIN: Duration = Duration::ZERO;
+    /// Whether small frames go through memory while their reader looks for them, where sockets carry them.
+    const RINGS: bool = false;
     /// Whether a copy may seem to have succeeded though its source was withdrawn meanwhile. Then its owner is asked after the last byte
     /// whether the pool is still bound under the token by which it was opened, and only that makes it a success.
     const CHECKS: bool = false;

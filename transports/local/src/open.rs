@@ -14,7 +14,7 @@ pub fn open<B: Backend<Carrier = Sockets>>(
     info: NicInfo,
     options: &Options,
 ) -> Result<LocalTransport<B>, OpenError> {
-    let carrier = Sockets::open(B::KIND, &info.device)?;
+    let carrier = Sockets::open(B::KIND, &info.device, B::RINGS)?;
     LocalTransport::over(backend, carrier, info, options)
 }
 

@@ -68,9 +68,9 @@ impl Connection {
         !self.outgoing.is_empty()
     }
 
-    /// Queues a frame, together with descriptors.
-    pub(crate) fn send_with(&mut self, frame: &Frame, descriptors: Vec<Box<dyn Descriptor>>) {
-        self.outgoing.push_back(Outgoing { bytes: frame.encode(), sent: 0, descriptors });
+    /// Queues an encoded frame, together with descriptors.
+    pub(crate) fn send_with(&mut self, bytes: Vec<u8>, descriptors: Vec<Box<dyn Descriptor>>) {
+        self.outgoing.push_back(Outgoing { bytes, sent: 0, descriptors });
     }
 
     /// Writes what the socket takes.

@@ -1,7 +1,7 @@
 //! Frames over abstract Unix sockets, which can carry descriptors.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,9 @@ use rustix::process::Pid;
 use rustix::time::Timespec;
 
 use crate::alarm::Alarm;
+use crate::board::{Board, Foreign};
 use crate::carrier::{Carried, Carrier, Descriptor, Owner};
+use crate::ring::{BOARD_WORDS, Ring, Written};
 use crate::socket::Connection;
 use crate::wire::Frame;
 
@@ -35,6 +37,8 @@ const DEAF: Duration = Duration::from_millis(50);
 const REDIAL: Duration = Duration::from_millis(1);
 /// Connections that have not shown the key yet.
 const STRANGERS_MAX: usize = 1024;
+/// Looks into memory between two looks at the sockets, as long as neither has anything.
+const MEMORY_LOOKS: u32 = 16;
 
 /// A listening socket and its connections.
 pub struct Sockets {
@@ -54,6 +58,12 @@ pub struct Sockets {
     unflushed: BTreeSet<PeerId>,
     /// Who may have frames, and whether its socket was read for them.
     speaking: VecDeque<(PeerId, bool)>,
+    /// Whether small frames go through memory.
+    has_rings: bool,
+    /// Looks until sockets are looked at again.
+    looks: u32,
+    /// Who has said so much through memory that it has to wait for the next look.
+    later: Vec<PeerId>,
 }
 
 struct Socket {
@@ -67,11 +77,86 @@ struct Socket {
     watched_for_room: bool,
     /// Why it is of no further use, once what it has said is taken.
     broken: Option<String>,
+    /// Frames that were given to the socket, and that came through it.
+    queued: u64,
+    came: u64,
+    /// What the peer reads, until its own is here.
+    board: Option<Board>,
+    /// The way through memory.
+    ring: Option<Ring>,
+}
+
+impl Socket {
+    /// Queues a frame for the socket.
+    fn queue(&mut self, bytes: Vec<u8>, descriptors: Vec<Box<dyn Descriptor>>) {
+        self.connection.send_with(bytes, descriptors);
+        self.queued += 1;
+    }
+
+    /// Makes our part of the way through memory, and tells the peer of it. Without memory for it, all goes through the socket.
+    fn offer_ring(&mut self) {
+        let made = Board::new(BOARD_WORDS).and_then(|board| {
+            let fd =
+                board.fd().ok_or("it has no descriptor")?.try_clone_to_owned().map_err(|error| error.to_string())?;
+            Ok((board, fd))
+        });
+        match made {
+            Ok((board, fd)) => {
+                self.board = Some(board);
+                self.queue(Frame::Ring.encode(), vec![Box::new(Whole(fd))]);
+            }
+            Err(error) => tracing::debug!(error, "frames do not go through memory"),
+        }
+    }
+
+    /// The peer's part of the way through memory has come.
+    fn take_ring(&mut self) -> Result<(), String> {
+        let descriptors = self.connection.take_fds(1)?;
+        if self.ring.is_some() {
+            return Err("it sent a second ring".into());
+        }
+        // Who called answers.
+        if self.board.is_none() {
+            self.offer_ring();
+        }
+        if let (Some(board), Some(fd)) = (self.board.take(), descriptors.first()) {
+            let theirs = Foreign::map(fd, BOARD_WORDS).map_err(|reason| format!("its ring is of no use: {reason}"))?;
+            self.ring = Some(Ring::new(board, theirs));
+        }
+        Ok(())
+    }
+
+    /// The next frame. What is in memory was sent before whatever the socket has further.
+    fn next(&mut self, has_rings: bool) -> Result<Option<Frame>, String> {
+        loop {
+            if let Some(ring) = &mut self.ring
+                && let Some(frame) = ring.next(self.came)?
+            {
+                return Ok(Some(frame));
+            }
+            let Some(frame) = self.connection.next()? else { return Ok(None) };
+            self.came += 1;
+            match frame {
+                Frame::Ring if has_rings => self.take_ring()?,
+                Frame::Wake if self.ring.is_some() => {}
+                frame => return Ok(Some(frame)),
+            }
+        }
+    }
+}
+
+/// A descriptor that is kept until it is sent.
+struct Whole(OwnedFd);
+
+impl Descriptor for Whole {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
 }
 
 impl Sockets {
     /// Listens under a name of its own.
-    pub(crate) fn open(kind: TransportKind, device: &str) -> Result<Sockets, OpenError> {
+    pub(crate) fn open(kind: TransportKind, device: &str, has_rings: bool) -> Result<Sockets, OpenError> {
         let device = device.to_owned();
         let io = |context, error: Errno| OpenError::Io { device: device.clone(), context, source: error.into() };
         let name = kvferry_transport::codec::random().map_err(|source| OpenError::Io {
@@ -104,6 +189,9 @@ impl Sockets {
             next_peer: 0,
             unflushed: BTreeSet::new(),
             speaking: VecDeque::new(),
+            has_rings,
+            looks: 0,
+            later: Vec::new(),
         })
     }
 
@@ -119,8 +207,19 @@ impl Sockets {
         if !is_stranger {
             connection.trust();
         }
-        let (watched_for_room, broken) = (false, None);
-        self.connections.insert(peer, Socket { connection, pid, dialing, is_stranger, watched_for_room, broken });
+        let socket = Socket {
+            connection,
+            pid,
+            dialing,
+            is_stranger,
+            watched_for_room: false,
+            broken: None,
+            queued: 0,
+            came: 0,
+            board: None,
+            ring: None,
+        };
+        self.connections.insert(peer, socket);
         Ok(peer)
     }
 
@@ -218,14 +317,27 @@ impl Carrier for Sockets {
         if let Some(socket) = self.connections.get_mut(&peer) {
             socket.connection.trust();
             socket.is_stranger = false;
+            if self.has_rings {
+                socket.offer_ring();
+                self.unflushed.insert(peer);
+            }
         }
     }
 
     fn send(&mut self, peer: PeerId, frame: &Frame, descriptors: Vec<Box<dyn Descriptor>>) {
-        if let Some(socket) = self.connections.get_mut(&peer) {
-            socket.connection.send_with(frame, descriptors);
-            self.unflushed.insert(peer);
+        let Some(socket) = self.connections.get_mut(&peer) else { return };
+        let bytes = frame.encode();
+        let body = bytes.get(4..).unwrap_or_default();
+        let written = match &mut socket.ring {
+            Some(ring) if descriptors.is_empty() => ring.write(socket.queued, body),
+            _ => Written::No,
+        };
+        match written {
+            Written::Seen => return,
+            Written::ToWake => socket.queue(Frame::Wake.encode(), Vec::new()),
+            Written::No => socket.queue(bytes, descriptors),
         }
+        self.unflushed.insert(peer);
     }
 
     /// Writes what sockets take, and has epoll tell about those that are full.
@@ -257,6 +369,25 @@ impl Carrier for Sockets {
             self.deaf_until = None;
             self.is_called = true;
         }
+        let mut talking = std::mem::take(&mut self.later);
+        for (&id, socket) in &mut self.connections {
+            let Some(ring) = &mut socket.ring else { continue };
+            ring.look();
+            if ring.has_next(socket.came) {
+                talking.push(id);
+            }
+        }
+        let has_frames = !talking.is_empty();
+        for id in talking {
+            if !self.speaking.iter().any(|(speaking, _)| *speaking == id) {
+                self.speaking.push_back((id, true));
+            }
+        }
+        // Looking at sockets takes longer than all the rest.
+        self.looks = if has_frames { 0 } else { self.looks.saturating_sub(1) };
+        if self.looks > 0 {
+            return;
+        }
         self.redial();
         self.ready.clear();
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -264,6 +395,8 @@ impl Carrier for Sockets {
             return;
         }
         let mut ready = std::mem::take(&mut self.ready);
+        let is_quiet = ready.is_empty() && !has_frames && self.connections.values().any(|socket| socket.ring.is_some());
+        self.looks = if is_quiet { MEMORY_LOOKS } else { 0 };
         for event in ready.drain(..) {
             match event.data.u64() {
                 LISTENER => self.is_called = true,
@@ -294,7 +427,16 @@ impl Carrier for Sockets {
             {
                 socket.broken.get_or_insert(reason);
             }
-            let reason = match socket.connection.next() {
+            if socket.ring.as_ref().is_some_and(Ring::is_spent) {
+                self.speaking.pop_front();
+                self.later.push(peer);
+                continue;
+            }
+            let next = socket.next(self.has_rings);
+            if socket.connection.is_backed_up() {
+                self.unflushed.insert(peer);
+            }
+            let reason = match next {
                 Ok(Some(frame)) => return Some(Carried::Frame(peer, frame)),
                 Ok(None) => socket.broken.take(),
                 Err(reason) => Some(reason),
@@ -334,9 +476,19 @@ impl Carrier for Sockets {
     }
 
     fn wait(&mut self, deadline: Option<Instant>, now: Instant) -> Wait {
-        if self.is_called || !self.speaking.is_empty() {
+        if self.is_called || !self.speaking.is_empty() || !self.later.is_empty() {
             return Wait::Busy;
         }
+        let mut has_frames = false;
+        for socket in self.connections.values_mut() {
+            let Some(ring) = &mut socket.ring else { continue };
+            ring.sleep();
+            has_frames |= ring.has_next(socket.came);
+        }
+        if has_frames {
+            return Wait::Busy;
+        }
+        self.looks = 0;
         let redial = self.connections.values().any(|socket| socket.dialing.is_some()).then(|| now + REDIAL);
         let at = deadline.into_iter().chain(redial).chain(self.deaf_until).min();
         if self.alarm.set(at, now) { Wait::Ready(Arc::clone(&self.poller)) } else { Wait::MustPoll }
@@ -348,3 +500,6 @@ fn abstract_name(socket: &[u8; 16]) -> Result<SocketAddrUnix, Errno> {
     let hex: String = socket.iter().map(|byte| format!("{byte:02x}")).collect();
     SocketAddrUnix::new_abstract_name(format!("kvferry-{hex}").as_bytes())
 }
+
+#[cfg(test)]
+mod tests;

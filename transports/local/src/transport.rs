@@ -48,6 +48,8 @@ pub struct LocalTransport<B: Backend> {
     pub(crate) jobs: VecDeque<Job<B::Copy>>,
     /// When the last push was announced.
     pub(crate) announced: Option<Instant>,
+    /// When something was expected last, or a push came.
+    pub(crate) expected: Option<Instant>,
     /// Every job waits for something that needs nobody's hand.
     resting: bool,
     /// The backend has more to do beside jobs.
@@ -110,6 +112,7 @@ impl<B: Backend> LocalTransport<B> {
             held: BTreeMap::new(),
             jobs: VecDeque::new(),
             announced: None,
+            expected: None,
             resting: false,
             tending: false,
             draining: Vec::new(),
@@ -315,6 +318,9 @@ impl<B: Backend> Transport for LocalTransport<B> {
             return wait;
         }
         if self.announced.is_some_and(|at| at.elapsed() < B::PUSH_SPIN) && self.posted.values().any(Posted::is_push) {
+            return Wait::Busy;
+        }
+        if self.expected.is_some_and(|at| at.elapsed() < B::EXPECT_SPIN) && !self.expecting.is_empty() {
             return Wait::Busy;
         }
         if !self.waiting.is_empty() {

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file; both ends must have the same.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Descriptors that travel with one frame; the kernel takes 253.
 pub const FDS_PER_FRAME_MAX: usize = 200;
 /// Bytes of a frame before its sender has shown the key.
@@ -127,6 +127,10 @@ pub enum Frame {
     Check { serial: u64, pool: PoolId, token: u64 },
     /// Whether it is.
     Checked { serial: u64, stood: bool },
+    /// Comes with the descriptor of memory through which small frames may go; the carrier's own.
+    Ring,
+    /// There is something in that memory; the carrier's own.
+    Wake,
 }
 
 /// How a pool's memory is reached.

@@ -25,6 +25,8 @@ impl Backend for HostMemory {
     type Memory = Memory;
     type Copy = Walk;
 
+    const RINGS: bool = true;
+
     fn bind(&mut self, pool: &Pool) -> Result<(), String> {
         pool.require_host()
     }

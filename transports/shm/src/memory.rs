@@ -3,13 +3,10 @@
 use std::os::fd::OwnedFd;
 
 use kvferry_core::Location;
-use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
+use kvferry_local::check_sealed;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::process::Process;
-
-/// `f_type` of memfds that are not of huge pages; reading those without a reserve would raise SIGBUS.
-const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// Where a peer's bytes come from. Never writable.
 #[derive(Debug)]
@@ -59,22 +56,9 @@ impl Mapping {
         Mapping { base: std::ptr::NonNull::<u128>::dangling().as_ptr().cast(), bytes: 0 }
     }
 
-    /// Maps a memfd whose size can never shrink and which nobody else can write through: else its owner could raise SIGBUS here,
-    /// or a third process change what is read.
+    /// Maps a memfd that is sealed well.
     fn new(fd: OwnedFd, bytes: u64) -> Result<Mapping, String> {
-        let seals = fcntl_get_seals(&fd).map_err(|e| format!("a region is not a sealed memfd: {e}"))?;
-        let needed = SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW;
-        if !seals.contains(needed) {
-            return Err(format!("a region's memfd lacks seals: it has {seals:?}, {needed:?} are needed"));
-        }
-        let kind = fstatfs(&fd).map_err(|e| format!("a region's memfd cannot be examined: {e}"))?.f_type as i64;
-        if kind != TMPFS_MAGIC {
-            return Err(format!("a region lies on a file system of type {kind:#x}; only plain memfds are read"));
-        }
-        let size = fstat(&fd).map_err(|e| format!("a region's memfd cannot be examined: {e}"))?.st_size;
-        if u64::try_from(size).is_ok_and(|size| size < bytes) || size < 0 {
-            return Err(format!("a region's memfd has {size} bytes where its layout names {bytes}"));
-        }
+        check_sealed(&fd, bytes).map_err(|reason| format!("a region cannot be read: {reason}"))?;
         let length =
             usize::try_from(bytes).map_err(|_| format!("a region of {bytes} bytes does not fit the address space"))?;
         // SAFETY: a fresh mapping at an address of the kernel's choice. It is only ever read through raw pointers; the seals keep its size.
@@ -99,7 +83,7 @@ impl Drop for Mapping {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
     fn memfd(bytes: u64, seals: SealFlags) -> OwnedFd {
         let fd = memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();

@@ -1,0 +1,154 @@
+//! Two ends, and the ways between them.
+
+use super::*;
+
+fn frame(serial: u64, is_large: bool) -> Frame {
+    let reason = "-".repeat(if is_large { 100_000 } else { 10 });
+    Frame::NotOpened { request: serial as u32, reason }
+}
+
+fn frames(sockets: &mut Sockets) -> Vec<(PeerId, Frame)> {
+    sockets.look(Instant::now());
+    let carried = std::iter::from_fn(|| sockets.next()).collect::<Vec<_>>();
+    sockets.flush();
+    let frame = |carried| match carried {
+        Carried::Frame(peer, frame) => Some((peer, frame)),
+        Carried::Called(_) => None,
+        Carried::Lost(_, reason) => panic!("{reason}"),
+    };
+    carried.into_iter().filter_map(frame).collect()
+}
+
+/// Two that have greeted and have a way through memory, and what each calls the other.
+fn pair() -> (Sockets, PeerId, Sockets, PeerId) {
+    let open = || Sockets::open(TransportKind::Shm, "memory", true).unwrap();
+    let (mut caller, mut called) = (open(), open());
+    let there = caller.dial(&called.place()).unwrap();
+    caller.send(there, &Frame::Welcome { instance: [1; 16] }, Vec::new());
+    caller.flush();
+    let here = loop {
+        if let [(peer, _)] = frames(&mut called)[..] {
+            break peer;
+        }
+    };
+    called.trust(here);
+    called.flush();
+    while called.connections[&here].ring.is_none() || caller.connections[&there].ring.is_none() {
+        assert!(frames(&mut caller).is_empty() && frames(&mut called).is_empty());
+    }
+    (caller, there, called, here)
+}
+
+#[test]
+fn frames_stay_in_order_whichever_way_they_go() {
+    let (mut from, to, mut at, _) = pair();
+    let (mut due, mut sent) = (0, 0);
+    let before = from.connections[&to].queued;
+    for round in 0..2000u64 {
+        // Now and then it sleeps, as far as its peer knows; now and then a frame is too large for memory.
+        if round % 5 == 3 {
+            let _woken_by_nobody = at.wait(None, Instant::now());
+        }
+        for _ in 0..round % 4 {
+            from.send(to, &frame(sent, sent % 7 == 3), Vec::new());
+            sent += 1;
+        }
+        from.flush();
+        for (_, came) in frames(&mut at) {
+            assert_eq!(came, frame(due, due % 7 == 3));
+            due += 1;
+        }
+    }
+    while due < sent {
+        from.flush();
+        for (_, came) in frames(&mut at) {
+            assert_eq!(came, frame(due, due % 7 == 3));
+            due += 1;
+        }
+    }
+    let by_socket = from.connections[&to].queued - before;
+    assert!(by_socket > sent / 7 && by_socket < sent * 2 / 3, "{by_socket} of {sent} by the socket");
+}
+
+#[test]
+fn who_waits_is_woken_by_what_comes_through_memory() {
+    let (mut from, to, mut at, _) = pair();
+    assert!(frames(&mut at).is_empty());
+    let before = from.connections[&to].queued;
+    from.send(to, &frame(1, false), Vec::new());
+    assert_eq!(from.connections[&to].queued, before, "it went through memory");
+    assert!(matches!(at.wait(None, Instant::now()), Wait::Busy), "it is there");
+    assert_eq!(frames(&mut at).len(), 1);
+    let Wait::Ready(fd) = at.wait(None, Instant::now()) else { panic!("nothing is there") };
+    from.send(to, &frame(2, false), Vec::new());
+    from.flush();
+    let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+    assert_eq!(rustix::event::poll(&mut fds, None), Ok(1));
+    assert_eq!(frames(&mut at).len(), 1);
+}
+
+#[test]
+fn what_was_said_in_memory_counts_though_the_connection_has_ended() {
+    let (mut from, to, mut at, here) = pair();
+    assert!(frames(&mut at).is_empty());
+    from.send(to, &frame(1, false), Vec::new());
+    from.close(to);
+    let mut heard = Vec::new();
+    while !matches!(heard.last(), Some(Carried::Lost(..))) {
+        at.look(Instant::now());
+        heard.extend(std::iter::from_fn(|| at.next()));
+    }
+    assert!(
+        matches!(&heard[..], [Carried::Frame(peer, came), Carried::Lost(..)] if *peer == here && *came == frame(1, false))
+    );
+}
+
+#[test]
+fn a_ring_is_taken_from_whoever_has_one_and_only_once() {
+    let (mut from, to, mut at, _) = pair();
+    from.send(to, &Frame::Ring, Vec::new());
+    from.flush();
+    let lost = loop {
+        at.look(Instant::now());
+        if let Some(Carried::Lost(_, reason)) = std::iter::from_fn(|| at.next()).next() {
+            break reason;
+        }
+    };
+    assert!(lost.contains("descriptors"), "{lost}");
+    // One that uses none takes it for any other frame, which is not due.
+    let mut plain = Sockets::open(TransportKind::Shm, "memory", false).unwrap();
+    let peer = from.dial(&plain.place()).unwrap();
+    from.send(peer, &Frame::Ring, Vec::new());
+    from.flush();
+    let got = loop {
+        if let Some((_, got)) = frames(&mut plain).pop() {
+            break got;
+        }
+    };
+    assert_eq!(got, Frame::Ring);
+}
+
+#[test]
+fn a_peer_that_never_stops_lets_others_have_a_turn() {
+    let (mut from, to, mut at, _) = pair();
+    assert!(frames(&mut at).is_empty());
+    at.look(Instant::now());
+    let (mut sent, mut came) = (0, 0);
+    for _ in 0..10_000 {
+        from.send(to, &frame(sent, false), Vec::new());
+        sent += 1;
+        match at.next() {
+            Some(Carried::Frame(_, got)) => assert_eq!(got, frame(came, false)),
+            Some(other) => panic!("{other:?}"),
+            None => break,
+        }
+        came += 1;
+    }
+    assert!(came < 10_000, "it took {came} frames at once");
+    assert!(matches!(at.wait(None, Instant::now()), Wait::Busy));
+    assert_eq!(frames(&mut at), [(frames_of(&at), frame(came, false))]);
+}
+
+fn frames_of(sockets: &Sockets) -> PeerId {
+    *sockets.connections.keys().next().unwrap()
+}
