@@ -28,6 +28,6 @@ pub use scheduler::{CancelRequest, Scheduler, Submit};
 pub use seams::{Clock, Environment, Host, Link, LinkInput, LinkUp, ListenError, Network, NicPort, OpenNic, Tick};
 pub use shell::{Inspect, Observer};
 pub use supervise::OnEnd;
-pub use threads::{MonotonicClock, NicThreads, ThreadOptions, environment, local_runtime};
+pub use threads::{MonotonicClock, NicThreads, NodeClock, ThreadOptions, environment, local_runtime};
 pub use watch::{Standing, Watch};
 pub use worker::Answer;
