@@ -56,7 +56,10 @@ impl Nodes {
             config.direction = Some(direction);
             config.handovers_max = 64;
             let nics = vec![transport::select(kind, device, &transport::Options::default())?];
-            let worker = WorkerNode::start(node_config(node), config, pool, nics, ThreadOptions::default()).await?;
+            let node = node_config(node);
+            // Whoever lets a node's thread poll on does so with its NICs', too.
+            let threads = ThreadOptions { spin: node.linger.max(ThreadOptions::default().spin) };
+            let worker = WorkerNode::start(node, config, pool, nics, threads).await?;
             engines.push(tokio::spawn(answer(worker, Arc::clone(&geometry))));
         }
         Ok(Nodes { scheduler, engines, next: 0 })

@@ -43,8 +43,8 @@ pub mod topology {
 }
 
 pub use kvferry_actors::{
-    EnginePort, Handover, HandoverError, ListenError, NicStartError, NodeConfig, NodeError, OpenNic, SPAN_TARGET,
-    SchedulerNode, Standing, ThreadOptions, Watch, WorkerConfig, WorkerNode,
+    EnginePort, Handover, HandoverError, ListenError, MonotonicClock, NicStartError, NodeConfig, NodeError, OpenNic,
+    SPAN_TARGET, SchedulerNode, Standing, ThreadOptions, Watch, WorkerConfig, WorkerNode,
 };
 pub use kvferry_core::protocol::{
     Away, Begun, ChosenPath, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchCourse, Finished,

@@ -86,6 +86,11 @@ impl Blocks {
 
     /// Poisons blocks that came back: one slice.
     pub(crate) fn clean(&mut self, memory: &mut Memory) {
+        self.poison_slice(memory);
+        memory.flush();
+    }
+
+    fn poison_slice(&mut self, memory: &mut Memory) {
         let mut bytes = 0;
         while bytes < SLICE_BYTES && self.is_dirty() {
             let Some(mut cleaning) = self.cleaning.take().or_else(|| self.next_dirty()) else {
@@ -120,6 +125,7 @@ impl Blocks {
                 memory.expect_poison(plane, block);
             }
         }
+        memory.flush();
     }
 
     /// Every block that nobody has, with its layer group.

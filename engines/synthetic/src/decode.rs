@@ -172,12 +172,15 @@ impl DecodeEngine {
         let mut bytes = 0;
         while let Some(unit) = walk.peek(self.memory.shape(), tables) {
             if bytes >= SLICE_BYTES {
+                self.memory.flush();
                 return true;
             }
             self.memory.expect_poison(unit.plane, unit.block);
             walk.advance();
             bytes += self.memory.block_bytes(unit.plane).max(1);
         }
+        // Nobody may write them before.
+        self.memory.flush();
         emit(EngineEvent::Placed { handover, tables: announce(self.memory.shape(), tables), have: *have });
         if let Some(placed) = self.handovers.get_mut(&handover) {
             placed.stage = Stage::Placed;
@@ -236,12 +239,14 @@ impl DecodeEngine {
         let mut bytes = 0;
         while let Some(unit) = walk.peek(self.memory.shape(), tables) {
             if bytes >= SLICE_BYTES {
+                *right &= self.memory.flush();
                 return true;
             }
             *right &= self.memory.verify(unit, spec, *have);
             walk.advance();
             bytes += self.memory.block_bytes(unit.plane).max(1);
         }
+        *right &= self.memory.flush();
         let right = *right;
         self.verifying.pop_front();
         self.completed += 1;

@@ -1,10 +1,10 @@
 //! Fills, compares and poisons blocks.
 
 use kvferry_core::protocol::RequestSpec;
-use kvferry_transport::{Pool, PoolError};
+use kvferry_transport::{KnownBlocks, KnownRun, Pool, PoolError, write_known};
 
 use crate::EngineReport;
-use crate::pattern::{Place, request_key, token_key, token_seed, write_run};
+use crate::pattern::{Place, request_key, run_state, token_key, token_seed};
 use crate::shape::RankShape;
 use crate::table::Unit;
 
@@ -14,7 +14,12 @@ pub(crate) const POISON: u8 = 0xdb;
 /// Bytes that one slice of work touches, about.
 pub(crate) const SLICE_BYTES: usize = 4 << 20;
 
+/// Blocks that a device is asked at once whether they hold nothing.
+const CHECKS_MAX: usize = 4096;
+
 /// A rank's pool with its shape, and what was found in it.
+///
+/// What is on a device is written and compared there, many blocks at once: until [`Memory::flush`], nothing of it is done.
 pub(crate) struct Memory {
     pool: Pool,
     shape: RankShape,
@@ -23,6 +28,17 @@ pub(crate) struct Memory {
     actual: Vec<u8>,
     poison: Vec<u8>,
     seeds: Vec<u64>,
+    runs: Vec<KnownRun>,
+    device: Option<Device>,
+}
+
+/// What a device has yet to do: first to compare, then to write.
+#[derive(Default)]
+struct Device {
+    checks: KnownBlocks,
+    /// What is compared, and for whom; for nobody where it is to hold nothing.
+    checked: Vec<(Unit, Option<(RequestSpec, u64)>)>,
+    writes: KnownBlocks,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -47,6 +63,57 @@ impl Memory {
             actual: vec![0; most],
             poison: vec![POISON; most],
             seeds: Vec::new(),
+            runs: Vec::new(),
+            device: None,
+        }
+        .on_device()
+    }
+
+    fn on_device(mut self) -> Memory {
+        self.device = self.pool.device().map(|_| Device::default());
+        self
+    }
+
+    /// Has the device do what is left, and says whether every block that was to be compared with a request's KV since the last time was right.
+    pub(crate) fn flush(&mut self) -> bool {
+        let Some(Device { checks, checked, writes }) = self.device.as_mut().map(std::mem::take) else { return true };
+        let mut right = true;
+        match self.pool.count_unknown(&checks) {
+            Ok(counts) => {
+                for ((unit, due), _) in checked.into_iter().zip(counts).filter(|(_, wrong)| *wrong > 0) {
+                    right &= due.is_none();
+                    self.look_closer(unit, due);
+                }
+            }
+            Err(error) => {
+                right &= checked.iter().all(|(_, due)| due.is_none());
+                checked.iter().for_each(|(unit, _)| self.unreachable(unit.plane, &error));
+            }
+        }
+        if let Err(error) = self.pool.write_known(&writes) {
+            self.unreachable(0, &error);
+        }
+        right
+    }
+
+    /// Finds what is wrong with a block of which a device says that something is.
+    fn look_closer(&mut self, unit: Unit, due: Option<(RequestSpec, u64)>) {
+        let before = self.found.mismatched_bytes;
+        match due {
+            Some((spec, have)) => {
+                self.build(unit, &spec, have);
+                self.compare(unit, &spec);
+            }
+            None => self.expect_poison_here(unit.plane, unit.block),
+        }
+        if self.found.mismatched_bytes == before {
+            self.found.mismatched_bytes += 1;
+            self.found.first_mismatch.get_or_insert_with(|| {
+                format!(
+                    "plane {}, block {}: its device finds wrong bytes that the host does not",
+                    unit.plane, unit.block
+                )
+            });
         }
     }
 
@@ -67,25 +134,38 @@ impl Memory {
         let Some(plane) = self.shape.planes.get(unit.plane) else {
             return;
         };
-        let image = self.expected.get(..plane.block_bytes).unwrap_or_default();
+        if let Some(device) = &mut self.device {
+            return device.writes.push(plane.number, unit.block, POISON, self.runs.drain(..));
+        }
+        let image = image(&mut self.expected, plane.block_bytes, &self.runs);
         if let Err(error) = self.pool.write(plane.number, unit.block, 0, image) {
             self.unreachable(unit.plane, &error);
         }
     }
 
     /// Compares a block with what it has to hold: the request's KV, and poison where the request has no token. Tokens before `have`
-    /// were there before the handover. Returns whether all is right.
+    /// were there before the handover. Returns whether all is right; of what is on a device, [`Memory::flush`] does.
     pub(crate) fn verify(&mut self, unit: Unit, spec: &RequestSpec, have: u64) -> bool {
         let (fresh, reused) = self.build(unit, spec, have);
         self.found.verified_bytes += fresh;
         self.found.reused_bytes += reused;
+        if let (Some(device), Some(plane)) = (&mut self.device, self.shape.planes.get(unit.plane)) {
+            device.checks.push(plane.number, unit.block, POISON, self.runs.drain(..));
+            device.checked.push((unit, Some((spec.clone(), have))));
+            return true;
+        }
+        self.compare(unit, spec)
+    }
+
+    /// Compares a block with what was [built](Memory::build) for it, on the host.
+    fn compare(&mut self, unit: Unit, spec: &RequestSpec) -> bool {
         if !self.load(unit.plane, unit.block) {
             return false;
         }
         let Some(plane) = self.shape.planes.get(unit.plane) else {
             return false;
         };
-        let expected = self.expected.get(..plane.block_bytes).unwrap_or_default();
+        let expected = image(&mut self.expected, plane.block_bytes, &self.runs);
         let actual = self.actual.get(..plane.block_bytes).unwrap_or_default();
         if expected == actual {
             return true;
@@ -119,6 +199,19 @@ impl Memory {
 
     /// Checks that nobody has written a block that holds nothing, and makes it so again.
     pub(crate) fn expect_poison(&mut self, plane: usize, block: u32) {
+        if let (Some(device), Some(shape)) = (&mut self.device, self.shape.planes.get(plane)) {
+            device.checks.push(shape.number, block, POISON, []);
+            device.checked.push((Unit { plane, block, own_block: 0 }, None));
+            if device.checked.len() >= CHECKS_MAX {
+                self.flush();
+            }
+            return;
+        }
+        self.expect_poison_here(plane, block);
+    }
+
+    /// The same, on the host.
+    fn expect_poison_here(&mut self, plane: usize, block: u32) {
         if !self.load(plane, block) {
             return;
         }
@@ -147,6 +240,9 @@ impl Memory {
         let Some(shape) = self.shape.planes.get(plane) else {
             return;
         };
+        if let Some(device) = &mut self.device {
+            return device.writes.push(shape.number, block, POISON, []);
+        }
         if let Err(error) = self.pool.fill(shape.number, block, POISON) {
             self.unreachable(plane, &error);
         }
@@ -167,9 +263,10 @@ impl Memory {
         };
     }
 
-    /// Builds what a block has to hold in `expected`. Returns the bytes of KV in it: of tokens from `have` on, and of those before.
+    /// Finds what a block has to hold besides poison: `runs`. Returns the bytes of KV in it: of tokens from `have` on, and of those before.
     /// Only groups that keep all tokens have any before.
     fn build(&mut self, unit: Unit, spec: &RequestSpec, have: u64) -> (u64, u64) {
+        self.runs.clear();
         let Some(plane) = self.shape.planes.get(unit.plane) else {
             return (0, 0);
         };
@@ -178,9 +275,6 @@ impl Memory {
         };
         let (tokens, kept) = (group.tokens_of(unit.own_block), group.kept(spec.tokens));
         let valid = tokens.start.max(kept.start)..tokens.end.min(kept.end);
-        if let Some(image) = self.expected.get_mut(..plane.block_bytes) {
-            image.fill(POISON);
-        }
         self.seeds.clear();
         if group.is_state() {
             self.seeds.extend(valid.clone().map(|token| token_seed(request_key(spec), token)));
@@ -193,9 +287,8 @@ impl Memory {
                 let place = Place { group: plane.group, layer: plane.layer, tensor: section.tensor, head };
                 for (token, seed) in self.seeds.iter().enumerate() {
                     let start = plane.offset(section, first + token, index);
-                    if let Some(run) = self.expected.get_mut(start..start + section.run_bytes) {
-                        write_run(run, *seed, place);
-                    }
+                    let (state, bytes) = (run_state(*seed, place), section.run_bytes as u32);
+                    self.runs.push(KnownRun { state, offset: start as u32, bytes });
                 }
             }
         }
@@ -227,4 +320,17 @@ impl Memory {
         self.found.mismatched_bytes += self.block_bytes(plane) as u64;
         self.found.first_mismatch.get_or_insert_with(|| error.to_string());
     }
+}
+
+/// The bytes of a block that holds these runs, built in `room`.
+fn image<'a>(room: &'a mut [u8], bytes: usize, runs: &[KnownRun]) -> &'a [u8] {
+    let Some(image) = room.get_mut(..bytes) else { return &[] };
+    image.fill(POISON);
+    for run in runs {
+        let start = run.offset as usize;
+        if let Some(part) = image.get_mut(start..start + run.bytes as usize) {
+            write_known(part, run.state);
+        }
+    }
+    image
 }

@@ -48,29 +48,16 @@ pub(crate) fn token_seed(key: u64, token: u64) -> u64 {
     mix(key.wrapping_add(token.wrapping_mul(GOLDEN)))
 }
 
-/// Writes the bytes of one head of one token.
-pub(crate) fn write_run(run: &mut [u8], token_seed: u64, place: Place) {
-    let mut state = mix(token_seed.wrapping_add(mix(place.code())));
-    let (words, tail) = run.as_chunks_mut::<8>();
-    for word in words {
-        *word = scramble(state).to_le_bytes();
-        state = state.wrapping_add(GOLDEN);
-    }
-    for (byte, value) in tail.iter_mut().zip(scramble(state).to_le_bytes()) {
-        *byte = value;
-    }
-}
-
-/// Half of [`mix`]: enough for a state that is well mixed already.
-fn scramble(state: u64) -> u64 {
-    let value = (state ^ (state >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
-    value ^ (value >> 29)
+/// The number that the bytes of one head of one token follow from.
+pub(crate) fn run_state(token_seed: u64, place: Place) -> u64 {
+    mix(token_seed.wrapping_add(mix(place.code())))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use kvferry_core::RequestId;
+    use kvferry_transport::write_known;
     use std::collections::BTreeSet;
     use std::sync::Arc;
 
@@ -89,7 +76,7 @@ mod tests {
                     (0..4).flat_map(move |l| (0..2usize).flat_map(move |t| (0..4).map(move |h| (g, l, t, h))))
                 }) {
                     let mut run = [0; 19];
-                    write_run(&mut run, seed, Place { group, layer, tensor, head });
+                    write_known(&mut run, run_state(seed, Place { group, layer, tensor, head }));
                     assert!(runs.insert(run), "request {request} token {token} {group} {layer} {tensor} {head}");
                     count += 1;
                 }

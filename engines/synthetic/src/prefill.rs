@@ -126,6 +126,9 @@ impl PrefillEngine {
             let layer = unit.and_then(|unit| self.memory.shape().planes.get(unit.plane)).map(|plane| plane.layer);
             // Everything below the next layer is done; the walk goes up through the layers.
             let done = |end: &u32| layer.is_none_or(|layer| layer >= *end);
+            if self.steps.get(held.ready).is_some_and(done) {
+                self.memory.flush();
+            }
             while self.steps.get(held.ready).is_some_and(done) {
                 held.ready += 1;
                 emit(EngineEvent::Ready { request, steps: held.ready as u32 });
@@ -136,6 +139,7 @@ impl PrefillEngine {
                 return true;
             };
             if bytes >= SLICE_BYTES {
+                self.memory.flush();
                 return true;
             }
             self.memory.fill(unit, &held.spec);

@@ -30,6 +30,6 @@ pub use seams::{Clock, Environment, Host, Link, LinkInput, LinkUp, ListenError, 
 pub use shell::{Inspect, Observer};
 pub use spans::SPAN_TARGET;
 pub use supervise::OnEnd;
-pub use threads::{MonotonicClock, NicThreads, ThreadOptions, environment, local_runtime};
+pub use threads::{MonotonicClock, NicThreads, NodeClock, ThreadOptions, environment, local_runtime};
 pub use watch::{Standing, Watch};
 pub use worker::Answer;

@@ -21,7 +21,7 @@ use crate::scheduler::{CancelRequest, Scheduler, Submit};
 use crate::seams::OpenNic;
 use crate::shell::Observer;
 use crate::spans::Spans;
-use crate::threads::{ThreadOptions, environment, local_runtime};
+use crate::threads::{NodeClock, ThreadOptions, environment, local_runtime};
 use crate::watch::{Standing, Watch};
 use crate::worker::Answer;
 
@@ -47,7 +47,7 @@ impl SchedulerNode {
             "kvferry-scheduler",
             config.watchers.clone(),
             config.identity.node,
-            ThreadOptions::default(),
+            (ThreadOptions::default(), config.linger),
             move |around| async move {
                 let (node, epoch) = (config.identity.node, config.identity.epoch);
                 let parts = assemble_scheduler(&around, config, terms, policy)?;
@@ -176,6 +176,7 @@ impl WorkerNode {
         let name = format!("kvferry-{}-{}", worker.role, worker.rank.0);
         let node = config.identity.node;
         let (watchers, epoch) = (config.watchers.clone(), config.identity.epoch);
+        let threads = (threads, config.linger);
         let (role, scheduler) = (Some(worker.role), worker.scheduler.0);
         let (parts, events, thread) = NodeThread::start(&name, watchers, node, threads, move |around| async move {
             let parts = assemble_worker(&around, config, worker, pool, nics).await?;
@@ -327,7 +328,7 @@ impl NodeThread {
         name: &str,
         watchers: Vec<Arc<dyn Watch>>,
         node: NodeId,
-        threads: ThreadOptions,
+        (threads, linger): (ThreadOptions, Duration),
         assemble: A,
     ) -> Result<(T, EventTap, Self), NodeError>
     where
@@ -342,7 +343,8 @@ impl NodeThread {
         let (end, ended) = oneshot::channel();
         let body = move || {
             let (nic_failed, mut nic_failures) = mpsc::unbounded_channel();
-            let (environment, nic_threads) = environment(threads, !watchers.is_empty(), nic_failed);
+            let clock = NodeClock::new(linger);
+            let (environment, nic_threads) = environment(threads, clock.clone(), !watchers.is_empty(), nic_failed);
             let watching = watchers.clone();
             let runtime = match local_runtime() {
                 Ok(runtime) => runtime,
@@ -352,6 +354,7 @@ impl NodeThread {
                 }
             };
             let keep = runtime.block_on(async move {
+                tokio::task::spawn_local(clock.linger());
                 let over = Rc::new(tokio::sync::Notify::new());
                 let seen = watching.clone();
                 let spans = Spans::new(node);

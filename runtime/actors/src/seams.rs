@@ -17,6 +17,9 @@ pub trait Clock {
 
     /// Sends a [`Tick`] at `at`, or at once if that has passed.
     fn wake(&self, at: Moment, to: Recipient<Tick>);
+
+    /// An actor of the node has had something to do: what follows may be close.
+    fn stir(&self) {}
 }
 
 /// A timer that an actor armed has run out. It carries nothing: deadlines live in the core.

@@ -87,6 +87,7 @@ impl Shell {
 
     /// Runs everything in the outbox, handing each event to `each` first.
     pub(crate) fn run(&mut self, outbox: &mut Outbox, mut each: impl FnMut(&Event)) {
+        self.clock.stir();
         while let Some(command) = outbox.poll_command() {
             match command {
                 Command::Send { to, message } => self.router.send_within(to, self.heard.get(&to).copied(), message),

@@ -63,13 +63,14 @@ impl NicThreads {
 /// `failed` is told the number of a NIC whose thread panicked.
 pub fn environment(
     options: ThreadOptions,
+    clock: NodeClock,
     timed: bool,
     failed: mpsc::UnboundedSender<usize>,
 ) -> (Environment, NicThreads) {
     let threads = NicThreads::default();
     let host = Rc::new(Threads { options, timed, threads: threads.clone(), failed });
     let environment = Environment {
-        clock: Rc::new(MonotonicClock),
+        clock: Rc::new(clock),
         network: Rc::new(TcpNetwork),
         host,
         nonce: Rc::new(|| {
@@ -101,7 +102,32 @@ impl MonotonicClock {
     }
 }
 
-impl Clock for MonotonicClock {
+/// A node's clock, and when its thread had something to do last.
+#[derive(Clone)]
+pub struct NodeClock {
+    linger: Duration,
+    stirred: Rc<(Cell<Instant>, Notify)>,
+}
+
+impl NodeClock {
+    /// For a node whose thread is to poll on for so long after every input.
+    pub fn new(linger: Duration) -> NodeClock {
+        NodeClock { linger, stirred: Rc::new((Cell::new(Instant::now()), Notify::new())) }
+    }
+
+    /// Keeps the thread from sleeping as long as it is to. Never ends, unless it is not to at all.
+    pub async fn linger(self) {
+        let (at, stirred) = &*self.stirred;
+        while !self.linger.is_zero() {
+            stirred.notified().await;
+            while at.get().elapsed() < self.linger {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+impl Clock for NodeClock {
     fn now(&self) -> Moment {
         MonotonicClock::moment()
     }
@@ -112,6 +138,13 @@ impl Clock for MonotonicClock {
             tokio::time::sleep(wait).await;
             to.do_send(Tick);
         });
+    }
+
+    fn stir(&self) {
+        if !self.linger.is_zero() {
+            self.stirred.0.set(Instant::now());
+            self.stirred.1.notify_one();
+        }
     }
 }
 
@@ -203,6 +236,8 @@ async fn drive(nic: &Rc<RefCell<Nic>>, wake: &Rc<Notify>, spin: Duration, alive:
     const LIVENESS: Duration = Duration::from_millis(200);
     /// Between polls of a transport that announces nothing.
     const MUST_POLL: Duration = Duration::from_micros(50);
+    /// A busy transport is polled so long before whoever commands it has a turn.
+    const BUSY: Duration = Duration::from_micros(10);
     let mut ready: Option<AsyncFd<Arc<OwnedFd>>> = None;
     let mut worked = Instant::now();
     while alive() {
@@ -211,9 +246,20 @@ async fn drive(nic: &Rc<RefCell<Nic>>, wake: &Rc<Notify>, spin: Duration, alive:
             tokio::task::yield_now().await;
             continue;
         }
-        let wait = nic.borrow_mut().arm();
+        let mut wait = nic.borrow_mut().arm();
         match wait {
-            Wait::Busy => tokio::task::yield_now().await,
+            Wait::Busy => {
+                // A yield asks the kernel for news, which takes longer than a poll that finds nothing.
+                let since = Instant::now();
+                while since.elapsed() < BUSY && matches!(wait, Wait::Busy) {
+                    if nic.borrow_mut().pump() {
+                        worked = Instant::now();
+                        break;
+                    }
+                    wait = nic.borrow_mut().arm();
+                }
+                tokio::task::yield_now().await;
+            }
             _ if worked.elapsed() < spin => tokio::task::yield_now().await,
             Wait::MustPoll => {
                 let _ = tokio::time::timeout(MUST_POLL, wake.notified()).await;

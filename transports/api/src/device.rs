@@ -3,6 +3,8 @@
 use std::any::Any;
 use std::fmt;
 
+use crate::known::{DeviceBlock, KnownRun, image};
+
 /// Where a pool's bytes are when they are not the host's: a GPU's memory, as its transport provides it.
 ///
 /// Addresses are the device's. Whoever passes one has checked that it lies, with all its bytes, inside a region of the pool. Every copy is done
@@ -19,6 +21,22 @@ pub trait DeviceMemory: Any + Send + Sync {
 
     /// Sets `bytes` bytes from `address` on.
     fn fill(&self, address: u64, byte: u8, bytes: u64) -> Result<(), String>;
+
+    /// Writes blocks whose bytes are known. Runs are inside their blocks, in order and apart.
+    fn write_known(&self, blocks: &[DeviceBlock], runs: &[KnownRun]) -> Result<(), String> {
+        blocks.iter().try_for_each(|block| self.write(block.address, &image(block, runs)))
+    }
+
+    /// Counts the bytes of each block that are not what they have to be.
+    fn count_unknown(&self, blocks: &[DeviceBlock], runs: &[KnownRun]) -> Result<Vec<u32>, String> {
+        let count = |block: &DeviceBlock| {
+            let due = image(block, runs);
+            let mut is = vec![0; due.len()];
+            self.read(block.address, &mut is)?;
+            Ok(is.iter().zip(&due).filter(|(is, due)| is != due).count() as u32)
+        };
+        blocks.iter().map(count).collect()
+    }
 }
 
 impl fmt::Debug for dyn DeviceMemory {

@@ -249,7 +249,7 @@ impl Pool {
         Ok(())
     }
 
-    fn block(&self, plane: u32, block: u32, offset: u64, bytes: u64) -> Result<Place<'_>, PoolError> {
+    pub(crate) fn block(&self, plane: u32, block: u32, offset: u64, bytes: u64) -> Result<Place<'_>, PoolError> {
         let outside = PoolError::OutOfBounds { plane, block, offset, bytes };
         let shape = self.plane(plane, block, offset, bytes)?;
         if block >= shape.blocks || offset.checked_add(bytes).is_none_or(|end| end > shape.block_bytes) {
@@ -269,7 +269,7 @@ impl Pool {
         (end <= region.bytes).then(|| Place::Device(memory.as_ref(), region.address.wrapping_add(at.offset)))
     }
 
-    fn plane(&self, plane: u32, block: u32, offset: u64, bytes: u64) -> Result<Plane, PoolError> {
+    pub(crate) fn plane(&self, plane: u32, block: u32, offset: u64, bytes: u64) -> Result<Plane, PoolError> {
         let found = self.inner.layout.planes.get(plane as usize).copied();
         found.ok_or(PoolError::OutOfBounds { plane, block, offset, bytes })
     }
@@ -287,12 +287,12 @@ impl fmt::Debug for Pool {
 }
 
 /// Where a block's bytes are.
-enum Place<'a> {
+pub(crate) enum Place<'a> {
     Host(*mut u8),
     Device(&'a dyn DeviceMemory, u64),
 }
 
-fn on(memory: &dyn DeviceMemory, reason: String) -> PoolError {
+pub(crate) fn on(memory: &dyn DeviceMemory, reason: String) -> PoolError {
     PoolError::Device { device: memory.device().to_owned(), reason }
 }
 

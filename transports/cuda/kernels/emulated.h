@@ -73,3 +73,16 @@ extern "C" unsigned long long emulate(const unsigned char *payload, unsigned rec
         }
     return misaligned + (flag != 7) + ended;
 }
+
+// Runs the kernels of known blocks: writes them where `wrong` is null, else counts bytes that differ.
+extern "C" void emulate_known(const KnownBlock *blocks, const KnownRun *runs, unsigned count, unsigned *wrong, unsigned grid, unsigned warps) {
+    gridDim.x = grid;
+    blockDim.x = warps * 32;
+    for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++)
+        for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) {
+            if (wrong)
+                kvferry_count_unknown(blocks, runs, count, wrong);
+            else
+                kvferry_write_known(blocks, runs, count);
+        }
+}

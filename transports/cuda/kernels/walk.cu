@@ -472,3 +472,95 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_check(Blocks block
         }
     }
 }
+
+// --- Verification of blocks that consist of runs, each of which follows from a number (kvferry_transport::KnownBlocks). ---
+
+struct KnownRun {
+    u64 state;
+    u32 offset;
+    u32 bytes;
+};
+
+struct KnownBlock {
+    u64 address;
+    u32 bytes;
+    u32 first;
+    u32 count;
+    u32 background;
+};
+
+// Word `index` of what follows from a number.
+__device__ __forceinline__ u64 known_word(u64 state, u64 index) {
+    u64 word = state + index * 0x9e3779b97f4a7c15ull;
+    word = (word ^ word >> 32) * 0xd6e8feb86659fd93ull;
+    return word ^ word >> 29;
+}
+
+// Bytes of `word` that differ from `due`.
+__device__ __forceinline__ u32 differing(u64 word, u64 due) {
+    u32 count = 0;
+    for (u64 odd = word ^ due; odd; odd >>= 8)
+        count += (odd & 255) != 0;
+    return count;
+}
+
+// One warp's share of a stretch of a block: words that follow from `state`, or `background` throughout.
+template <bool WRITES>
+__device__ __forceinline__ u32 stretch(u8 *at, u32 bytes, bool is_run, u64 state, u32 background, u32 lane) {
+    u32 wrong = 0;
+    const bool is_aligned = !((u64)at & 7);
+    for (u32 word = lane; word * 8ull < bytes; word += 32) {
+        const u64 due = is_run ? known_word(state, word) : background * 0x0101010101010101ull;
+        u8 *place = at + word * 8ull;
+        const u32 left = bytes - word * 8;
+        if (is_aligned && left >= 8) {
+            if (WRITES)
+                *(u64 *)place = due;
+            else
+                wrong += differing(*(const u64 *)place, due);
+        } else {
+            for (u32 byte = 0; byte < 8 && byte < left; byte++) {
+                const u8 value = (u8)(due >> 8 * byte);
+                if (WRITES)
+                    place[byte] = value;
+                else
+                    wrong += place[byte] != value;
+            }
+        }
+    }
+    return wrong;
+}
+
+// Every thread block takes blocks in turn, every warp of it runs in turn, each with the gap behind it.
+template <bool WRITES>
+__device__ __forceinline__ void known(const KnownBlock *blocks, const KnownRun *runs, u32 count, u32 *wrong) {
+    const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    for (u32 number = blockIdx.x; number < count; number += gridDim.x) {
+        const KnownBlock block = blocks[number];
+        u32 found = 0;
+        // Run -1 is nothing: behind it is the gap before the first.
+        for (u32 next = warp; next <= block.count; next += warps) {
+            u8 *base = (u8 *)block.address;
+            u32 end = 0;
+            if (next > 0) {
+                const KnownRun run = runs[block.first + next - 1];
+                found += stretch<WRITES>(base + run.offset, run.bytes, true, run.state, 0, lane);
+                end = run.offset + run.bytes;
+            }
+            const u32 until = next < block.count ? runs[block.first + next].offset : block.bytes;
+            found += stretch<WRITES>(base + end, until - end, false, 0, block.background, lane);
+        }
+        if (!WRITES && found)
+            atomicAdd(&wrong[number], found);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) kvferry_write_known(const KnownBlock *blocks, const KnownRun *runs, u32 count) {
+    known<true>(blocks, runs, count, 0);
+}
+
+// wrong[i] must be zero before, and becomes the number of bytes of block i that are not what they have to be.
+extern "C" __global__ void __launch_bounds__(256)
+    kvferry_count_unknown(const KnownBlock *blocks, const KnownRun *runs, u32 count, u32 *wrong) {
+    known<false>(blocks, runs, count, wrong);
+}

@@ -6,16 +6,18 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use kvferry_core::{End, Plane, PoolLayout, Program, Segment, Side, UnitRange};
 use kvferry_transport::conformance::absent;
+use kvferry_transport::{DeviceBlock, KnownRun, write_known};
 use proptest::prelude::*;
 
 use crate::launch::{INLINE_BYTES, SMALL_BYTES};
 use crate::rectangle::{Payload, lower};
 
 type Emulate = unsafe extern "C" fn(*const u8, c_uint, c_uint, c_uint, c_uint, c_uint) -> c_ulonglong;
+type EmulateKnown = unsafe extern "C" fn(*const DeviceBlock, *const KnownRun, c_uint, *mut c_uint, c_uint, c_uint);
 
-/// The kernel as a function of the processor; `None` where there is no C++ compiler.
-fn kernel() -> Option<&'static Mutex<Emulate>> {
-    static KERNEL: OnceLock<Option<Mutex<Emulate>>> = OnceLock::new();
+/// The kernels as functions of the processor; `None` where there is no C++ compiler.
+fn kernel() -> Option<&'static Mutex<(Emulate, EmulateKnown)>> {
+    static KERNEL: OnceLock<Option<Mutex<(Emulate, EmulateKnown)>>> = OnceLock::new();
     let build = || {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels");
         let library = std::env::temp_dir().join(format!("kvferry-walk-{}.so", std::process::id()));
@@ -34,9 +36,10 @@ fn kernel() -> Option<&'static Mutex<Emulate>> {
         let emulate = unsafe {
             let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
             assert!(!handle.is_null(), "the emulated kernel does not load");
-            let symbol = libc::dlsym(handle, c"emulate".as_ptr());
-            assert!(!symbol.is_null(), "the emulated kernel has no entry");
-            std::mem::transmute::<*mut libc::c_void, Emulate>(symbol)
+            let [walk, known] = [c"emulate", c"emulate_known"].map(|name| libc::dlsym(handle, name.as_ptr()));
+            assert!(!walk.is_null() && !known.is_null(), "the emulated kernels have no entries");
+            let known = std::mem::transmute::<*mut libc::c_void, EmulateKnown>(known);
+            (std::mem::transmute::<*mut libc::c_void, Emulate>(walk), known)
         };
         let _left_behind = std::fs::remove_file(&library);
         Some(Mutex::new(emulate))
@@ -82,7 +85,7 @@ fn run(payload: &Payload, blocks: u32, warps: u32) -> u64 {
     // Nothing in it is poisoned by a panic: it is code.
     let emulate = kernel.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     // SAFETY: the payload was lowered from a valid program over the memories that its plane tables name, which the caller holds.
-    unsafe { emulate(words.as_ptr().cast(), rectangles, items, blocks, warps, argument as c_uint) }
+    unsafe { emulate.0(words.as_ptr().cast(), rectangles, items, blocks, warps, argument as c_uint) }
 }
 
 #[derive(Clone, Debug)]
@@ -271,4 +274,65 @@ fn several_segments_share_their_tables() {
         compare(&case, part, (3, 4));
     }
     compare(&case, case.program.whole(), (1, 1));
+}
+
+/// Blocks of a buffer that is aligned to words, and what they are to hold: (offset of the block, bytes, runs).
+fn known_case() -> impl Strategy<Value = Vec<(usize, u32, Vec<KnownRun>)>> {
+    let cuts = prop::collection::vec((0u32..300, 0u32..300, any::<u64>()), 0..9);
+    prop::collection::vec((0usize..9, 0u32..40, cuts), 1..6).prop_map(|blocks| {
+        let mut at = 0;
+        let mut made = Vec::new();
+        for (gap, tail, cuts) in blocks {
+            let (mut runs, mut end) = (Vec::new(), 0);
+            for (gap, bytes, state) in cuts {
+                // None is empty, as the kernel is promised.
+                runs.push(KnownRun { state, offset: end + gap, bytes: bytes + 1 });
+                end += gap + bytes + 1;
+            }
+            made.push((at + gap, end + tail, runs));
+            at += gap + (end + tail) as usize;
+        }
+        made
+    })
+}
+
+proptest! {
+    #[test]
+    fn known_blocks_are_written_and_counted_as_the_host_does(
+        case in known_case(),
+        grid in (1u32..4, 1u32..4),
+        changed in any::<prop::sample::Index>(),
+    ) {
+        let Some(kernel) = kernel() else { return Ok(()) };
+        let emulate = kernel.lock().unwrap_or_else(std::sync::PoisonError::into_inner).1;
+        let length = case.last().map_or(0, |(at, bytes, _)| at + *bytes as usize) + 8;
+        let mut due = vec![0x55; length];
+        let mut runs = Vec::new();
+        let mut memory = vec![0x5555_5555_5555_5555u64; length.div_ceil(8)];
+        let base = memory.as_mut_ptr() as u64;
+        let mut blocks = Vec::new();
+        for (at, bytes, own) in &case {
+            let image = &mut due[*at..at + *bytes as usize];
+            image.fill(0xdb);
+            own.iter().for_each(|run| write_known(&mut image[run.offset as usize..][..run.bytes as usize], run.state));
+            let (first, count) = (runs.len() as u32, own.len() as u32);
+            blocks.push(DeviceBlock { address: base + *at as u64, bytes: *bytes, first, count, background: 0xdb });
+            runs.extend(own);
+        }
+        let mut wrong = vec![0; blocks.len()];
+        let mut call = |wrong: *mut c_uint| {
+            // SAFETY: every block lies in `memory`, every run in its block; there is a count for each.
+            unsafe { emulate(blocks.as_ptr(), runs.as_ptr(), blocks.len() as u32, wrong, grid.0, grid.1) }
+        };
+        call(std::ptr::null_mut());
+        call(wrong.as_mut_ptr());
+        prop_assert!(wrong.iter().all(|count| *count == 0));
+        let bytes = |memory: &[u64]| memory.iter().flat_map(|word| word.to_le_bytes()).take(length).collect::<Vec<u8>>();
+        prop_assert!(bytes(&memory) == due);
+        let at = changed.index(length);
+        memory[at / 8] ^= 0x80 << (at % 8 * 8);
+        call(wrong.as_mut_ptr());
+        let inside = |(start, bytes, _): &(usize, u32, Vec<KnownRun>)| u32::from((*start..start + *bytes as usize).contains(&at));
+        prop_assert_eq!(wrong, case.iter().map(inside).collect::<Vec<u32>>());
+    }
 }

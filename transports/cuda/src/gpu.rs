@@ -21,6 +21,8 @@ pub(crate) struct Gpu {
     pub(crate) walk_small: Function,
     pub(crate) fill: Function,
     pub(crate) check: Function,
+    pub(crate) write_known: Function,
+    pub(crate) count_unknown: Function,
     device: DeviceHandle,
     context: Context,
     module: Module,
@@ -165,6 +167,8 @@ impl Gpu {
             walk_small: null,
             fill: null,
             check: null,
+            write_known: null,
+            count_unknown: null,
             device,
             context,
             module,
@@ -176,6 +180,8 @@ impl Gpu {
             gpu.walk_small = driver::function(module, ptx::WALK_SMALL)?;
             gpu.fill = driver::function(module, ptx::FILL)?;
             gpu.check = driver::function(module, ptx::CHECK)?;
+            gpu.write_known = driver::function(module, ptx::WRITE_KNOWN)?;
+            gpu.count_unknown = driver::function(module, ptx::COUNT_UNKNOWN)?;
         }
         Ok(gpu)
     }
@@ -195,17 +201,12 @@ impl Gpu {
 
     /// Whether kernels here can reach the other's memory at all.
     pub(crate) fn can_reach(&self, other: &Gpu) -> bool {
-        self.ordinal == other.ordinal || self.can_access(other.device)
+        self.ordinal == other.ordinal || driver::can_access(self.device, other.device).unwrap_or(false)
     }
 
-    /// Whether kernels here can reach that device's memory, which is another's.
-    pub(crate) fn can_access(&self, other: DeviceHandle) -> bool {
-        driver::can_access(self.device, other).unwrap_or(false)
-    }
-
-    /// Whether NVLink joins both.
-    pub(crate) fn is_nvlink(&self, other: DeviceHandle) -> bool {
-        driver::is_nvlink(self.device, other).unwrap_or(false)
+    /// As the driver calls it.
+    pub(crate) fn device(&self) -> DeviceHandle {
+        self.device
     }
 
     /// How memory that is allocated here is shared, for people.

@@ -30,6 +30,7 @@ mod event;
 mod gpu;
 #[cfg(test)]
 mod hostile;
+mod known;
 mod launch;
 mod memory;
 #[cfg(test)]
@@ -45,4 +46,5 @@ pub use allocation::Allocate;
 pub use blocks::{Difference, check_blocks, fill_blocks};
 pub use event::GpuEvent;
 pub use memory::{allocate, free_bytes, from_raw};
+pub use paths::reaches;
 pub use provider::CudaProvider;

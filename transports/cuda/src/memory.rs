@@ -6,11 +6,13 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use kvferry_core::{PoolId, PoolLayout};
-use kvferry_transport::{DeviceMemory, DeviceRegion, Pool, PoolError};
+use kvferry_transport::{DeviceBlock, DeviceMemory, DeviceRegion, KnownRun, Pool, PoolError};
 
 use crate::allocation::{Allocate, Allocation, Handle};
+use crate::buffer::Buffer;
 use crate::driver::{self, Stream};
 use crate::gpu::{Gpu, label};
+use crate::known::{self, Task};
 use crate::shared::{How, Part};
 
 /// What to do when a serving stack's memory cannot be exported.
@@ -21,7 +23,9 @@ const REMEDY: &str = "PyTorch: allocate the KV cache with PYTORCH_CUDA_ALLOC_CON
 pub(crate) struct GpuMemory {
     pub(crate) gpu: Arc<Gpu>,
     label: String,
-    stream: Stream,
+    pub(crate) stream: Stream,
+    /// What kernels that write and compare it are told; kept for the next time.
+    pub(crate) scratch: Mutex<Option<Buffer>>,
     /// Name in this process.
     pub(crate) number: u64,
     pub(crate) regions: Vec<DeviceRegion>,
@@ -112,7 +116,9 @@ impl GpuMemory {
         alive.0 += 1;
         let number = alive.0;
         let label = gpu.label();
-        let memory = Arc::new(GpuMemory { gpu, label, stream, number, regions, allocations, _keep_alive: keep_alive });
+        let scratch = Mutex::new(None);
+        let memory =
+            Arc::new(GpuMemory { gpu, label, stream, scratch, number, regions, allocations, _keep_alive: keep_alive });
         alive.1.insert(number, Arc::downgrade(&memory));
         Ok(memory)
     }
@@ -215,6 +221,14 @@ impl DeviceMemory for GpuMemory {
             driver::synchronize(self.stream)?;
         }
         Ok(())
+    }
+
+    fn write_known(&self, blocks: &[DeviceBlock], runs: &[KnownRun]) -> Result<(), String> {
+        known::run(self, Task::Write, blocks, runs).map(drop)
+    }
+
+    fn count_unknown(&self, blocks: &[DeviceBlock], runs: &[KnownRun]) -> Result<Vec<u32>, String> {
+        known::run(self, Task::Count, blocks, runs)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which GPUs reach which, and why not.
 
-use crate::driver::{self, Driver};
+use crate::driver::{self, DeviceHandle, Driver};
 use crate::gpu::{Gpu, label};
 
 /// How kernels of one GPU reach the memory of another.
@@ -30,6 +30,22 @@ pub(crate) fn check(gpu: &Gpu, uuid: [u8; 16], there: &str) -> Result<(), String
     let is_same = gpu.uuid == uuid;
     let link = if is_same { None } else { visible(uuid).map(|ordinal| reach(gpu, ordinal)) };
     refuse(Ends { name: &gpu.name, label: &gpu.label(), is_same, there, link })
+}
+
+/// How kernels of one GPU of this process reach the memory of another: "NVLink", "PCIe", or "itself"; else why not. Opens neither.
+pub fn reaches(from: u32, to: u32) -> Result<&'static str, String> {
+    let driver = driver::driver()?;
+    let [here, other] = [from, to].map(|ordinal| driver::device(driver, ordinal));
+    let (here, other) = (here?, other?);
+    let link = (from != to).then(|| link(here, other));
+    let ends =
+        Ends { name: &driver::device_name(here)?, label: &label(from), is_same: from == to, there: &label(to), link };
+    refuse(ends)?;
+    Ok(match link {
+        None | Some(Reach::None) => "itself",
+        Some(Reach::NvLink) => "NVLink",
+        Some(Reach::Pcie) => "PCIe",
+    })
 }
 
 fn refuse(ends: Ends<'_>) -> Result<(), String> {
@@ -80,9 +96,13 @@ fn reach(gpu: &Gpu, ordinal: u32) -> Reach {
     let Some(other) = driver::driver().ok().and_then(|driver| driver::device(driver, ordinal).ok()) else {
         return Reach::None;
     };
-    if !gpu.can_access(other) {
+    link(gpu.device(), other)
+}
+
+fn link(from: DeviceHandle, to: DeviceHandle) -> Reach {
+    if !driver::can_access(from, to).unwrap_or(false) {
         Reach::None
-    } else if gpu.is_nvlink(other) {
+    } else if driver::is_nvlink(from, to).unwrap_or(false) {
         Reach::NvLink
     } else {
         Reach::Pcie

@@ -9,6 +9,8 @@ pub(crate) const WALK_INLINE: &str = "kvferry_walk_inline";
 pub(crate) const WALK: &str = "kvferry_walk";
 pub(crate) const FILL: &str = "kvferry_fill";
 pub(crate) const CHECK: &str = "kvferry_check";
+pub(crate) const WRITE_KNOWN: &str = "kvferry_write_known";
+pub(crate) const COUNT_UNKNOWN: &str = "kvferry_count_unknown";
 
 #[cfg(test)]
 mod tests {
@@ -21,7 +23,7 @@ mod tests {
         let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
         let line = format!("// sha256 of walk.cu: {hex}");
         assert!(PTX.lines().any(|found| found == line), "walk.cu has changed: run transports/cuda/kernels/build");
-        for name in [WALK_SMALL, WALK_INLINE, WALK, FILL, CHECK] {
+        for name in [WALK_SMALL, WALK_INLINE, WALK, FILL, CHECK, WRITE_KNOWN, COUNT_UNKNOWN] {
             assert!(PTX.contains(&format!(".entry {name}(")), "{name}");
         }
     }

@@ -11,6 +11,7 @@ use kvferry_core::{
     PoolLayout, Rank, RequestId, Tables, sources,
 };
 use kvferry_synthetic::{DecodeEngine, Engine, EngineConfig, EngineReport, PrefillEngine};
+use kvferry_transport::conformance::apart;
 use kvferry_transport::{Pool, PoolOptions};
 
 pub(crate) struct Node<E> {
@@ -73,8 +74,13 @@ impl<E: Engine> Node<E> {
     ) -> Node<E> {
         let blocks = vec![setup.blocks; geometry.model.groups.len()];
         let layout = geometry.shard(rank).unwrap().layout(&blocks);
-        let options = PoolOptions { populate: false, huge_pages: false };
-        let pool = Pool::allocate_with(PoolId(rank.0), layout, "test", &options).unwrap();
+        let id = PoolId(rank.0);
+        let pool = if env!("CARGO_CRATE_NAME") == "on_device" {
+            apart(id, layout)
+        } else {
+            let options = PoolOptions { populate: false, huge_pages: false };
+            Pool::allocate_with(id, layout, "test", &options).unwrap()
+        };
         let config = EngineConfig {
             geometry: geometry.clone(),
             rank,

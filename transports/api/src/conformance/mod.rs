@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "this is test code, which other crates' tests call")]
 
 mod absent;
+mod apart;
 mod blocks;
 mod case;
 mod ends;
@@ -15,6 +16,7 @@ mod order;
 mod refusals;
 
 pub use absent::absent;
+pub use apart::apart;
 pub use blocks::{block_planes, whole_blocks};
 pub use case::{Format, Shape};
 pub use ends::*;
