@@ -1,4 +1,9 @@
-//! `kvferry doctor`: checks of this host, of a worker's log, or of Kubernetes manifests.
+//! `kvferry doctor`: checks of this host, of a worker's log, or of Kubernetes manifests; and a real transfer with a peer.
+
+mod clock;
+mod meeting;
+mod serve;
+mod verify;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -11,14 +16,15 @@ use kvferry_doctor::{
 };
 
 use crate::env_file;
+use meeting::Meeting;
 
 /// Bytes of a log that are read; of a longer one, its beginning is what matters.
 const LOG_BYTES_MAX: u64 = 256 << 20;
 
-/// Check one host, a worker's log or Kubernetes manifests for KV transfers over EFA, UCX, libfabric and NVLink.
+/// Check one host, a worker's log or Kubernetes manifests for KV transfers over EFA, UCX, libfabric and NVLink; or transfer and see.
 ///
 /// Each check is ok, warn or fail, with what was seen and the exact fix. Nothing is loaded, sent or changed; what only a transfer can prove is
-/// said to be so. What a host does not have (EFA, GPUs, IMEX channels) is of no concern unless --expect says so.
+/// said to be so. That is what --verify is for: it moves KV from a peer that runs --serve, and grades what proves the way that it took. What a host does not have (EFA, GPUs, IMEX channels) is of no concern unless --expect says so.
 ///
 /// Exits with 0 when all is ok, with 1 when something is a warning, with 2 when something fails or the options make no sense.
 #[derive(Clone, Debug, Args)]
@@ -63,6 +69,9 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 4096, requires = "log")]
     block_bytes: u64,
 
+    #[command(flatten)]
+    meeting: Meeting,
+
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -84,6 +93,15 @@ enum Library {
 
 /// Runs it.
 pub(crate) fn run(options: &Options) -> ExitCode {
+    if let Some(address) = &options.meeting.serve {
+        return match serve::run(&options.meeting, address) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("kvferry doctor: {error}");
+                ExitCode::from(2)
+            }
+        };
+    }
     let printed = options.report().and_then(|report| {
         let text = if options.json {
             serde_json::to_string_pretty(&report).map_err(|error| error.to_string())? + "\n"
@@ -106,6 +124,9 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 
 impl Options {
     fn report(&self) -> Result<Report, String> {
+        if let Some(peer) = &self.meeting.verify {
+            return verify::run(&self.meeting, peer);
+        }
         let expect = self.expect.unwrap_or_default();
         if let Some(log) = &self.log {
             let text = env_file::read_lossy(log, LOG_BYTES_MAX).map_err(|error| error.to_string())?;
