@@ -37,6 +37,16 @@
 
 pub mod transport;
 
+/// An agent that speaks to NIXL agents, over UCX and without libnixl.
+pub mod nixl {
+    pub use kvferry_core::End;
+    pub use kvferry_nixl::{
+        Agent, AgentConfig, AgentError, AgentMetadata, Connection, EXCHANGE_PORT, Exchange, ExchangeError, LACKS,
+        MemoryKind, Met, MetadataServer, Moved, Notification, Notifications, Operation, Peer, PeerKind, Piece, Range,
+        Section, ServerConfig, Transfer, WireError, pieces,
+    };
+}
+
 /// NICs and GPUs of this host, and which NICs serve which GPU.
 pub mod topology {
     pub use kvferry_topology::{Affinity, BadOverride, GpuNics, Make, Nearness, Overrides, Pci, Port, Topology};

@@ -25,6 +25,8 @@ use remote::Remote;
 pub(super) const UCX: &str = "UCX";
 /// Our own entry beside it; NIXL agents skip what they do not know.
 pub(super) const OURS: &str = "KVFERRY";
+/// What our entry begins with; the extension follows.
+pub(super) const VERSION: u8 = b'1';
 /// Steps of UCX without a look at commands and deadlines.
 const STEPS: usize = 64;
 /// How long the thread keeps looking after something happened, before it sleeps.
@@ -33,6 +35,8 @@ const SPIN: Duration = Duration::from_micros(50);
 const NAP: Duration = Duration::from_millis(200);
 /// Where UCX cannot wake it.
 const DOZE: Duration = Duration::from_micros(200);
+/// How long a peer may take at the end for what was said to it last.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long connections may take to close at the end.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -44,6 +48,7 @@ pub(crate) enum Command {
     Deregister { pool: PoolId, reply: Reply<()> },
     Metadata { pools: Option<(Vec<PoolId>, bool)>, reply: Reply<Bytes> },
     AddPeer { metadata: Bytes, reply: Reply<Peer> },
+    Connect { peer: String, within: Option<Duration>, reply: Reply<Moved> },
     RemovePeer { name: String, reply: Reply<()> },
     Transfer { transfer: Transfer, reply: Reply<Moved> },
     Notify { peer: String, message: Bytes, within: Option<Duration>, reply: Reply<Moved> },
@@ -54,7 +59,7 @@ pub(crate) enum Command {
 pub(super) struct Driver {
     pub(super) worker: RawWorker,
     pub(super) name: String,
-    extension: Option<Bytes>,
+    extension: Bytes,
     pub(super) in_flight_max: usize,
     pub(super) within: Duration,
     queue: Arc<Queue>,
@@ -207,12 +212,31 @@ impl Driver {
     }
 
     fn say_farewell(&mut self, wake: &Wake) {
+        self.flush_all(wake);
         let names: Vec<String> = self.peers.keys().cloned().collect();
         for name in names {
             self.drop_peer(&name, &AgentError::Gone);
         }
         let until = now() + FAREWELL;
         while !(self.closing.is_empty() && self.flights.is_empty()) && now() < until {
+            if !self.step() {
+                wake.wait(None, DOZE);
+            }
+        }
+    }
+
+    /// What was said last may still be here; closing would lose it.
+    fn flush_all(&mut self, wake: &Wake) {
+        let connected = self.peers.iter().filter(|(_, remote)| remote.link.is_some());
+        let names: Vec<String> = connected.map(|(name, _)| name.clone()).collect();
+        let mut flushed = Vec::new();
+        for name in names {
+            let (reply, answer) = oneshot::channel();
+            self.warm(name, Some(LAST_WORDS), reply);
+            flushed.push(answer);
+        }
+        // Each has a deadline of its own.
+        while flushed.iter_mut().any(|answer| matches!(answer.try_recv(), Err(oneshot::error::TryRecvError::Empty))) {
             if !self.step() {
                 wake.wait(None, DOZE);
             }
@@ -229,6 +253,7 @@ impl Driver {
             }
             Command::Metadata { pools, reply } => drop(reply.send(self.metadata(pools))),
             Command::AddPeer { metadata, reply } => drop(reply.send(self.add_peer(metadata))),
+            Command::Connect { peer, within, reply } => self.warm(peer, within, reply),
             Command::RemovePeer { name, reply } => self.remove_peer(&name, reply),
             Command::Transfer { transfer, reply } => self.transfer(transfer, reply),
             Command::Notify { peer, message, within, reply } => self.notify(peer, message, within, reply),
@@ -294,9 +319,8 @@ impl Driver {
         if connection {
             let address = self.worker.address().map_err(AgentError::Ucx)?.into();
             connections.push(Connection { backend: UCX.to_owned(), address });
-            if let Some(extension) = &self.extension {
-                connections.push(Connection { backend: OURS.to_owned(), address: extension.clone() });
-            }
+            let address = [&[VERSION][..], &self.extension].concat().into();
+            connections.push(Connection { backend: OURS.to_owned(), address });
         }
         let sections = match ranges.is_empty() {
             true => Vec::new(),

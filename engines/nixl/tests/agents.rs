@@ -3,13 +3,18 @@
 //! `KVFERRY_NIXL_PYTHON` names a Python with a NIXL wheel; without it the cases say so and pass, unless `KVFERRY_REQUIRE` names nixl-agent.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "this is test code")]
 
+#[allow(dead_code, reason = "each of the tests takes what it needs")]
 mod support;
 
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::PoolId;
-use kvferry_nixl::{Agent, AgentConfig, AgentError, PeerKind, Piece, Transfer};
+use kvferry_nixl::{Agent, AgentConfig, AgentError, AgentMetadata, PeerKind, Piece, Transfer};
+use kvferry_ucx::raw::{PackedKey, WorkerAddress};
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
 use serde_json::json;
 use support::{Peer, address, config, contents, hex, ours, pattern, pool, run, turn, with};
 
@@ -88,6 +93,25 @@ fn a_nixl_agent_reads_and_writes_our_memory_while_nobody_polls_here() {
 }
 
 #[test]
+fn connecting_waits_for_the_peer_and_no_longer_than_it_may() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", 4096, "tcp");
+    run(async {
+        let (agent, _notifications, _local) = ours(4096, 0).await;
+        assert!(agent.connect("nixl", None).await.is_err(), "it was not added");
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        rustix::process::kill_process(peer.pid(), rustix::process::Signal::STOP).unwrap();
+        let late = agent.connect("nixl", Some(Duration::from_millis(300))).await.unwrap_err();
+        assert!(matches!(late, AgentError::Deadline { .. }), "{late}");
+        rustix::process::kill_process(peer.pid(), rustix::process::Signal::CONT).unwrap();
+        agent.connect("nixl", None).await.unwrap();
+        agent.connect("nixl", None).await.unwrap();
+        peer.kill();
+        assert!(agent.connect("nixl", Some(Duration::from_secs(5))).await.is_err());
+    });
+}
+
+#[test]
 fn notifications_go_both_ways_whatever_they_hold() {
     let Some(_turn) = turn() else { return };
     let mut peer = Peer::start("nixl", 4096, "tcp");
@@ -104,6 +128,26 @@ fn notifications_go_both_ways_whatever_they_hold() {
             let said = tokio::time::timeout(Duration::from_secs(10), notifications.next()).await.unwrap().unwrap();
             assert_eq!((said.from.as_str(), &said.message[..]), ("nixl", &message[..]));
         }
+    });
+}
+
+#[test]
+fn a_notification_follows_its_transfer_though_nobody_asks_for_that_any_more() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", SIZE as usize, "tcp");
+    run(async {
+        let (agent, _notifications, _local) = ours(SIZE, 0).await;
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        let read = Transfer::read("nixl", PoolId(1), scattered(256, 4096, peer.address)).then_notify("read");
+        let mut transfer = std::pin::pin!(agent.transfer(read));
+        // Asked once, by which it begins; then not before the peer has heard.
+        let first = std::future::poll_fn(|context| Poll::Ready(transfer.as_mut().poll(context))).await;
+        assert_eq!(peer.heard(), [(agent.name().to_owned(), b"read".to_vec())]);
+        let moved = match first {
+            Poll::Ready(moved) => moved,
+            Poll::Pending => transfer.await,
+        };
+        assert_eq!(moved.unwrap().bytes, SIZE);
     });
 }
 
@@ -258,6 +302,50 @@ fn what_is_not_the_peers_or_ours_is_refused_before_anything_moves() {
     });
 }
 
+/// Whether everything of it that UCX would get was found to be well-formed, by those who check it.
+fn is_whole(metadata: Bytes) -> bool {
+    let Ok(metadata) = AgentMetadata::decode(metadata) else { return false };
+    let ours = metadata.sections.iter().filter(|section| section.backend == "UCX");
+    let keys = ours.flat_map(|section| &section.ranges).all(|range| PackedKey::check(&range.key).is_ok());
+    keys && metadata.connection("UCX").is_some_and(|found| WorkerAddress::check(&found.address).is_ok())
+}
+
+#[test]
+fn of_damaged_metadata_ucx_gets_only_what_is_whole() {
+    let Some(_turn) = turn() else { return };
+    let peer = Peer::start("nixl", 65536, "tcp");
+    run(async {
+        let (agent, _notifications, _local) = ours(4096, 0).await;
+        let damage = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4);
+        let case = (damage, any::<prop::sample::Index>(), 0..4u8);
+        let config = ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() };
+        let mut runner = proptest::test_runner::TestRunner::new(config);
+        let (mut taken, mut refused) = (0, 0);
+        for _ in 0..2000 {
+            let (damage, end, cut) = case.new_tree(&mut runner).unwrap().current();
+            let mut bytes = peer.metadata.to_vec();
+            for (at, byte) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            if cut == 0 {
+                bytes.truncate(end.index(bytes.len()));
+            }
+            let bytes = Bytes::from(bytes);
+            let added = agent.add_peer(bytes.clone()).await;
+            assert_eq!(added.is_ok(), is_whole(bytes.clone()), "{added:?} of {bytes:?}");
+            match added {
+                Ok(added) => {
+                    taken += 1;
+                    agent.remove_peer(&added.name).await.unwrap();
+                }
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(taken > 50 && refused > 50, "{taken} taken, {refused} refused");
+    });
+}
+
 #[test]
 fn peers_of_ours_tell_more_and_nixl_does_not_mind() {
     let Some(_turn) = turn() else { return };
@@ -271,5 +359,8 @@ fn peers_of_ours_tell_more_and_nixl_does_not_mind() {
         let (other, _notifications, _local) = ours(4096, 0).await;
         let added = other.add_peer(metadata).await.unwrap();
         assert_eq!(added.kind, PeerKind::Kvferry(Bytes::from_static(b"control=10.0.0.1:7000")));
+        // Also without anything to tell.
+        let added = agent.add_peer(other.metadata().await.unwrap()).await.unwrap();
+        assert_eq!(added.kind, PeerKind::Kvferry(Bytes::new()));
     });
 }

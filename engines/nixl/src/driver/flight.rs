@@ -18,6 +18,8 @@ const FOREVER: Duration = Duration::from_secs(100 * 365 * 86_400);
 pub(crate) struct Flight {
     pub(super) peer: String,
     operation: Operation,
+    /// What was begun is flushed before the peer is told.
+    flush: bool,
     memory: (MemoryKind, u64),
     local: Option<Rc<RawMemory>>,
     pieces: Vec<Piece>,
@@ -57,7 +59,15 @@ impl Driver {
         let pieces = pieces.into_iter().filter(|piece| piece.bytes > 0).collect();
         // A key is of one range: what lies in two stays two.
         let pieces = joined(pieces, |address, bytes| remote.has(memory, address, bytes));
-        self.begin(peer, operation, (memory, local, pieces), notification, within, reply);
+        // Reads are here when they end; writes are there when a flush does.
+        let flush = operation == Operation::Write && !pieces.is_empty();
+        self.begin(peer, (operation, flush), (memory, local, pieces), notification, within, reply);
+    }
+
+    /// A flush comes to its end once the connection stands.
+    pub(super) fn warm(&mut self, peer: String, within: Option<Duration>, reply: Reply<Moved>) {
+        let nothing = ((MemoryKind::Dram, 0), None, Vec::new());
+        self.begin(peer, (Operation::Write, true), nothing, None, within, reply);
     }
 
     pub(super) fn notify(&mut self, peer: String, message: Bytes, within: Option<Duration>, reply: Reply<Moved>) {
@@ -65,7 +75,7 @@ impl Driver {
             return drop(reply.send(Err(error)));
         }
         let nothing = ((MemoryKind::Dram, 0), None, Vec::new());
-        self.begin(peer, Operation::Write, nothing, Some(message), within, reply);
+        self.begin(peer, (Operation::Write, false), nothing, Some(message), within, reply);
     }
 
     /// Every piece lies in the pool, and in what the peer has told of.
@@ -97,7 +107,7 @@ impl Driver {
     fn begin(
         &mut self,
         peer: String,
-        operation: Operation,
+        (operation, flush): (Operation, bool),
         (memory, local, pieces): ((MemoryKind, u64), Option<Rc<RawMemory>>, Vec<Piece>),
         notification: Option<Bytes>,
         within: Option<Duration>,
@@ -111,6 +121,7 @@ impl Driver {
         let flight = Flight {
             peer: peer.clone(),
             operation,
+            flush,
             memory,
             local,
             pieces,
@@ -188,7 +199,7 @@ impl Driver {
             return self.doom(id, AgentError::Gone);
         }
         match flight.stage {
-            Stage::Moving if flight.operation == Operation::Write && !flight.pieces.is_empty() => {
+            Stage::Moving if flight.flush => {
                 flight.stage = Stage::Flushing;
                 self.post(id, |link, number| link.raw.flush(number));
             }

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::process::ExitStatus;
 
+use kvferry::nixl::AgentError;
 use kvferry::transport::{AllocateError, OpenError, SelectError};
 use kvferry::{GeometryError, PoolError};
 use kvferry_core::PlanError;
@@ -27,6 +28,15 @@ pub(crate) enum BenchError {
     /// So is the choice.
     #[error("--packed-below is for --transport ucx only; leave it out")]
     NoChoice,
+    /// So are NIXL's.
+    #[error("--tls and --nixl-python are for --transport nixl only; leave them out")]
+    NoNixl,
+    /// NIXL's protocol fails.
+    #[error(transparent)]
+    Nixl(#[from] AgentError),
+    /// No thread or timer for futures.
+    #[error("no runtime for futures: {0}")]
+    Runtime(#[source] std::io::Error),
     /// There is no memory for a pool.
     #[error(transparent)]
     Allocate(#[from] AllocateError),
@@ -90,6 +100,7 @@ impl BenchError {
                 | BenchError::NoGpus
                 | BenchError::NoTwoSides
                 | BenchError::NoChoice
+                | BenchError::NoNixl
                 | BenchError::Select(SelectError::UnknownDevice { .. })
                 | BenchError::Geometry(_)
                 | BenchError::Plan(_)
@@ -105,6 +116,7 @@ impl BenchError {
                 | BenchError::Connect(_)
                 | BenchError::Import(_)
                 | BenchError::Post(_)
+                | BenchError::Nixl(_)
                 | BenchError::Words(_)
         )
     }
