@@ -28,6 +28,8 @@ pub(crate) enum Operation {
     Received { link: u64, header: Header, buffer: Buffer },
     /// Bytes on their way into a pool, and what keeps both ends of the copy.
     Got { fetch: u64, _memory: Rc<GetMemory> },
+    /// Bytes on their way into a buffer that nobody looks at, and the key that they are read with.
+    Tried { link: u64, buffer: Buffer, _keys: Rc<RemoteKeys> },
     /// An endpoint that is being closed, and what its error handler may still be given.
     Closed { link: u64, _mark: Box<Mark> },
     /// The worker's flush after a link was closed.
@@ -95,10 +97,27 @@ impl Endpoint {
         bytes: usize,
     ) -> Begun<Operation> {
         let operation = Operation::Got { fetch, _memory: memory.clone() };
-        let Some(Some(rkey)) = memory.keys.regions.get(region).copied() else {
+        // SAFETY: the caller vouches for the local range; the operation keeps it and the key until it is over.
+        unsafe { self.read(operation, &memory.keys, region, from, to, bytes) }
+    }
+
+    /// Reads remote memory.
+    ///
+    /// # Safety
+    /// `to` must be `bytes` writable bytes that `operation` keeps, as it must keep the keys.
+    pub(crate) unsafe fn read(
+        &self,
+        operation: Operation,
+        keys: &RemoteKeys,
+        region: usize,
+        from: u64,
+        to: *mut u8,
+        bytes: usize,
+    ) -> Begun<Operation> {
+        let Some(Some(rkey)) = keys.regions.get(region).copied() else {
             return Begun::Over(operation, ucx_sys::UCS_ERR_INVALID_PARAM);
         };
-        // SAFETY: the caller vouches for the local range; the operation keeps it and the key until it is over.
+        // SAFETY: as the caller promises.
         self.worker.operations.start(operation, 0, |params| unsafe {
             self.worker.library().api.ucp_get_nbx(self.raw, to.cast(), bytes, from, rkey, params)
         })

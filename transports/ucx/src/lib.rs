@@ -33,6 +33,7 @@ mod session;
 mod settings;
 mod staging;
 mod transport;
+mod warming;
 mod wire;
 mod worker;
 

@@ -12,6 +12,7 @@ use crate::endpoint::Endpoint;
 use crate::inbox::Key;
 use crate::lanes::Lanes;
 use crate::staging::Buffer;
+use crate::warming::Warmth;
 use crate::wire::{Header, KEY_BYTES};
 
 /// Chunks that may be on a link before its reader has to take some off.
@@ -48,8 +49,7 @@ pub(crate) struct Link {
     pub(crate) consumed: u32,
     /// Chunks that UCX is bringing by rendezvous: no more than the peer has credits for.
     pub(crate) receiving: u32,
-    /// A chunk went out over it.
-    pub(crate) is_warm: bool,
+    pub(crate) warmth: Warmth,
     /// Nobody uses it; it is kept until then, since an endpoint that is made anew while the peer still closes the old one is often reset.
     pub(crate) idle_until: Option<Instant>,
     /// Numbers of sessions that are over: chunks of them may still come, and free their places.
@@ -72,7 +72,7 @@ impl Link {
             sessions: BTreeSet::new(),
             consumed: 0,
             receiving: 0,
-            is_warm: false,
+            warmth: Warmth::default(),
             idle_until: None,
             ended: VecDeque::new(),
         }
@@ -179,7 +179,7 @@ pub(crate) struct Session {
     pub(crate) there: Option<u64>,
     /// The peer's secret, where this side had its address.
     pub(crate) secret: Option<[u8; KEY_BYTES]>,
-    /// Until when the peer must have answered.
+    /// Until when the peer must have answered, and their link be warm: none once `Connected` was told.
     pub(crate) deadline: Option<Instant>,
     next_tag: u64,
     /// What this side initiated, by tag.
@@ -188,6 +188,8 @@ pub(crate) struct Session {
     pub(crate) reads: BTreeMap<u64, Serving>,
     /// Pushes that are arriving or held, by the peer's tag.
     pub(crate) writes: BTreeMap<u64, TransferId>,
+    /// Tokens of pools whose keys the peer was given.
+    pub(crate) lent: BTreeSet<u64>,
     /// Messages that come in parts, by tag: how many parts, and their bytes.
     pub(crate) parts: BTreeMap<u64, (u32, Vec<u8>)>,
 }
@@ -204,8 +206,14 @@ impl Session {
             posts: BTreeMap::new(),
             reads: BTreeMap::new(),
             writes: BTreeMap::new(),
+            lent: BTreeSet::new(),
             parts: BTreeMap::new(),
         }
+    }
+
+    /// Whether transfers may start.
+    pub(crate) fn is_up(&self) -> bool {
+        self.there.is_some() && self.deadline.is_none()
     }
 
     pub(crate) fn new_tag(&mut self) -> u64 {

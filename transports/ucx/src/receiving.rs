@@ -21,6 +21,11 @@ pub(crate) struct Receiving {
 }
 
 impl Receiving {
+    /// Keeps what a failed operation may still be writing to, until its link's endpoint is gone.
+    pub(crate) fn doubt(&mut self, link: u64, buffer: Buffer) {
+        self.doubtful.push((link, buffer));
+    }
+
     /// Lets the buffers of links go that `is_open` does not know any more.
     pub(crate) fn settle(&mut self, is_open: impl Fn(u64) -> bool) {
         self.doubtful.retain(|(link, _)| is_open(*link));
@@ -58,7 +63,7 @@ impl UcxTransport {
     pub(crate) fn received(&mut self, link: u64, header: Header, buffer: Buffer, status: ucs_status_t) {
         self.receiving.in_flight = self.receiving.in_flight.saturating_sub(1);
         if status != UCS_OK {
-            self.receiving.doubtful.push((link, buffer));
+            self.receiving.doubt(link, buffer);
             let reason = format!("receiving from the peer failed: {}", self.context.library.words(status));
             return self.lose_link(link, &reason);
         }

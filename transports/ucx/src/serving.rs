@@ -12,7 +12,7 @@ use crate::link::{SENDS_MAX, Serving, Source};
 use crate::request::Begun;
 use crate::staging::Buffer;
 use crate::transport::UcxTransport;
-use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX, RENDEZVOUS_BYTES_MAX, Read, Refusal, WARMING_TAG, decode_first};
+use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX, RENDEZVOUS_BYTES_MAX, Read, Refusal, decode_first};
 
 impl Access {
     /// The longest chunk, with its header.
@@ -33,8 +33,6 @@ impl Access {
 const READS_MAX: usize = 4096;
 /// Chunks up to this long are not worth a rendezvous.
 const EAGER_BYTES_MAX: usize = 32 << 10;
-/// Bytes of the chunk that warms a link up: long enough for a rendezvous.
-const WARMING_BYTES: usize = 64 << 10;
 /// Bytes of requests that a peer may make this side hold.
 const REQUEST_BYTES_MAX: usize = 256 << 20;
 
@@ -110,27 +108,8 @@ impl UcxTransport {
         }
     }
 
-    /// Sends one chunk of no transfer, which its receiver takes and forgets: UCX chooses its protocols, and both ends get their buffers, at
-    /// the first message of a kind. Once a link, when its first session is up.
-    pub(crate) fn warm_up(&mut self, peer: PeerId) {
-        let Some(session) = self.sessions.get(&peer) else { return };
-        let (Some(there), id) = (session.there, session.link) else { return };
-        // What is sent, and what is received by rendezvous.
-        let ways = if self.access == Access::TwoSided { 2 } else { 1 };
-        self.staging.provide(ways * self.links.len());
-        let Some(link) = self.links.get_mut(&id) else { return };
-        if std::mem::replace(&mut link.is_warm, true) || link.outgoing.credits == 0 {
-            return;
-        }
-        let header = Header { kind: Kind::PushData, number: 0, session: there, tag: WARMING_TAG };
-        let mut buffer = self.staging.buffer();
-        if buffer.append(&header.encode()) && buffer.append(&[0; WARMING_BYTES]) {
-            self.send_chunk(id, buffer);
-        }
-    }
-
     /// Hands a chunk to UCX.
-    fn send_chunk(&mut self, id: u64, buffer: Buffer) {
+    pub(crate) fn send_chunk(&mut self, id: u64, buffer: Buffer) {
         let Some(link) = self.links.get_mut(&id) else { return };
         link.outgoing.credits = link.outgoing.credits.saturating_sub(1);
         link.outgoing.in_flight += 1;

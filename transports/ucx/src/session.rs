@@ -146,19 +146,13 @@ impl UcxTransport {
         }
         let id = session.link;
         session.there = Some(welcome.session);
-        session.deadline = None;
         let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
         if link.theirs.replace(welcome.link).is_some_and(|theirs| theirs != welcome.link) {
             // The peer has lost its end of this link, and the sessions that were over it.
             self.begin_anew(id, Some(peer));
         }
-        self.events.push(Event::Connected { peer });
         self.warm_up(peer);
-        self.show(peer);
-        let queued: Vec<_> = self.posts.iter().filter(|(_, p)| p.peer == peer).map(|(id, _)| *id).collect();
-        for id in queued {
-            self.start(id);
-        }
+        self.join(id);
         Ok(())
     }
 
@@ -242,7 +236,10 @@ impl UcxTransport {
     fn begin_anew(&mut self, id: u64, but: Option<PeerId>) {
         self.lose_sessions(id, but);
         if let Some(link) = self.links.get_mut(&id) {
-            (link.outgoing.credits, link.consumed, link.is_warm) = (CREDITS, 0, false);
+            (link.outgoing.credits, link.consumed, link.warmth) = (CREDITS, 0, link.warmth.anew());
+            for number in std::mem::take(&mut link.ended) {
+                self.numbers.remove(&number);
+            }
         }
     }
 
@@ -335,7 +332,7 @@ mod tests {
                 lanes: transport.links.iter().map(|(id, link)| (*id, lanes(link))).collect(),
                 registered: transport.pools.values().filter(|bound| bound.mapped.is_some()).count(),
                 sessions: transport.sessions.values().filter(|session| session.there.is_some()).count(),
-                warm: transport.links.values().all(|link| link.is_warm && link.outgoing.credits == CREDITS),
+                warm: transport.links.values().all(|link| link.warmth.is_whole() && link.outgoing.credits == CREDITS),
             }
         }
     }

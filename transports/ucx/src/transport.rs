@@ -31,6 +31,7 @@ use crate::posted::Posted;
 use crate::receiving::Receiving;
 use crate::remote::{Bound, Remote, Withdrawing};
 use crate::staging::Staging;
+use crate::warming::Sample;
 use crate::wire::{Address, Keys, RegionKey};
 use crate::worker::Worker;
 
@@ -74,6 +75,8 @@ pub(crate) struct UcxTransport {
     /// Chunks that UCX is receiving by rendezvous, and buffers for them. The last to be dropped: by then the worker is gone, which a receive
     /// that failed might still have been writing for.
     pub(crate) receiving: Receiving,
+    /// What peers read when they join, where they can.
+    pub(crate) sample: Option<Sample>,
     /// Where packed chunks are put together, and received by rendezvous.
     pub(crate) staging: Staging,
 }
@@ -94,6 +97,7 @@ impl UcxTransport {
         options: Options,
     ) -> Result<UcxTransport, String> {
         let context = worker.context().clone();
+        let sample = if method.registers(access) { Some(Sample::new(&context)?) } else { None };
         let waiting = if method.wakes() { Some(Waiting::new(&worker)?) } else { None };
         let secret = || random().map_err(|error| format!("no random bytes: {error}"));
         let own = Address {
@@ -131,6 +135,7 @@ impl UcxTransport {
             events: Vec::new(),
             next_deadline: None,
             receiving: Receiving::default(),
+            sample,
             staging,
         })
     }
@@ -177,7 +182,8 @@ impl UcxTransport {
             })
             // The kernel copies while UCX makes progress, and announces nothing.
             || (self.method == Method::Memory
-                && (self.receiving.in_flight > 0 || self.fetches.values().any(|fetch| fetch.in_flight > 0)))
+                && (self.receiving.in_flight > 0 || self.fetches.values().any(|fetch| fetch.in_flight > 0)
+                    || self.links.values().any(|link| link.warmth.is_trying())))
             || self.closing.values().any(|closing| !closing.is_draining())
             || !self.fences.is_empty()
             || self.pools.values().any(|bound| bound.leaving.is_some() && self.is_idle(bound.pool.id()))
