@@ -2,6 +2,7 @@
 
 mod clock;
 mod meeting;
+mod nixl;
 mod serve;
 mod verify;
 
@@ -41,7 +42,8 @@ pub(crate) struct Options {
     #[arg(long, value_enum)]
     backend: Option<Library>,
 
-    /// What the host must have: efa=N EFA devices, gpu=N GPUs, imex=N IMEX channels, separated by commas.
+    /// What the host must have: efa=N EFA devices, gpu=N GPUs, imex=N IMEX channels, gbps=N gigabits a second of all active EFA ports, separated by
+    /// commas.
     #[arg(long, value_name = "LIST", value_parser = |text: &str| text.parse::<Expectations>())]
     expect: Option<Expectations>,
 
@@ -160,7 +162,11 @@ impl Options {
             Side::Prefill => Role::Prefill,
             Side::Decode => Role::Decode,
         });
-        Ok(examine(&root, &Question { environment, backend, role, multinode: self.multinode, expect }))
+        let question = Question { environment, backend, role, multinode: self.multinode, expect };
+        let report = examine(&root, &question);
+        // Libraries are looked for on the live host only.
+        let abi = if self.root.is_none() { nixl::check(&question) } else { None };
+        Ok(report.with(abi))
     }
 
     /// A file's, a process's, or this one's; a captured host without a file has none.

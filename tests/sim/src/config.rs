@@ -243,7 +243,13 @@ fn bound(cluster: &ClusterOptions) -> Duration {
     let SchedulerTerms { queue_within, prefill_within, pair_within, outcome_within, attempts_max, .. } =
         cluster.scheduler;
     let attempt = prefill_within + pair_within + outcome_within + cluster.session.silence_max;
-    queue_within + attempt * attempts_max + cluster.leases.duration * 2 + cluster.quarantine.fence_after * 4
+    // Groups that leave may give a request back four times, which costs no attempt.
+    let given_back = (queue_within + prefill_within) * 4;
+    queue_within
+        + given_back
+        + attempt * attempts_max
+        + cluster.leases.duration * 2
+        + cluster.quarantine.fence_after * 4
 }
 
 fn group_size(side: &'static str, ranks: u32, tp: Option<u32>) -> Result<u32, ShapeError> {

@@ -181,6 +181,7 @@ impl PrefillRank {
     /// The leader cannot be reached any more, while both live: it has given up every offer of this group, and nobody else can release them.
     pub fn handle_leader_down(&mut self, now: Moment) {
         self.close_all(now);
+        self.group_offers_nothing(now);
     }
 
     fn close_all(&mut self, now: Moment) {
@@ -253,6 +254,9 @@ impl PrefillRank {
             Message::Prefill(job) => {
                 self.leader = Some(from);
                 self.prefill(now, job);
+            }
+            Message::Renew { requests } if requests.is_empty() && Some(from) == self.leader => {
+                self.group_offers_nothing(now)
             }
             Message::Renew { requests } => {
                 for request in requests {

@@ -96,7 +96,13 @@ impl Roll {
         outbox.send(scheduler, Message::Health { trouble });
     }
 
-    fn trouble(&self) -> Option<String> {
+    /// The nodes of ranks that take no work: they may be leaving.
+    pub(super) fn troubled(&self) -> Vec<NodeId> {
+        self.ranks.values().filter(|entry| entry.trouble.is_some()).map(|entry| entry.node).collect()
+    }
+
+    /// Why the group takes no work.
+    pub(super) fn trouble(&self) -> Option<String> {
         let troubles = self.ranks.iter().find_map(|(rank, entry)| {
             let parted =
                 entry.parted.as_ref().map(|cause| format!("{rank} ({}) cannot be reached: {cause}", entry.node));

@@ -115,6 +115,8 @@ struct Request {
     stage: Stage,
     deadline: Deadline,
     attempts: u32,
+    /// Times that a group gave it back because it leaves, which cost no attempt.
+    given_back: u32,
     ready_at: Option<Moment>,
     submitted: Moment,
     /// The span of it, if whoever submitted it said to which it belongs.
@@ -257,6 +259,7 @@ impl Scheduler {
                 stage: Stage::Queued,
                 deadline,
                 attempts: 0,
+                given_back: 0,
                 ready_at: None,
                 submitted: now,
                 trace: None,

@@ -216,6 +216,7 @@ impl Scheduler {
                 stage: Stage::Queued,
                 deadline,
                 attempts: 0,
+                given_back: 0,
                 ready_at: None,
                 submitted: now,
                 trace: None,

@@ -131,6 +131,40 @@ fn a_group_offers_when_every_rank_does() {
     assert_eq!(say(&mut leader, SCHEDULER, release), [], "once");
 }
 
+/// Offers of one part would be lost with a rank of another part that leaves.
+#[test]
+fn a_rank_may_leave_once_its_group_offers_nothing() {
+    let mut leader = prefill_leader(divided());
+    let say = |leader: &mut PrefillLeader, from, message| {
+        leader.handle_message(at(1), NodeId(from), message);
+        commands(leader.outbox())
+    };
+    let trouble = Message::Health { trouble: Some("it leaves".into()) };
+    let may_leave = || send(21, Message::Renew { requests: Vec::new() });
+    say(&mut leader, SCHEDULER, job(1));
+    let said = say(&mut leader, 21, trouble.clone());
+    assert!(
+        matches!(said.as_slice(), [Command::Send { message: Message::Health { trouble: Some(_) }, .. }]),
+        "{said:?}"
+    );
+    // The scheduler may not have heard of it.
+    let refused = say(&mut leader, SCHEDULER, job(2));
+    assert!(
+        matches!(
+            refused.as_slice(),
+            [Command::Send { message: Message::OfferFailed { reason: FailReason::Unhealthy(_), .. }, .. }]
+        ),
+        "{refused:?}"
+    );
+    let release = Message::Release { request: R1, view: PrefillView::Confirmed };
+    assert_eq!(say(&mut leader, SCHEDULER, release.clone()), [send(20, release), may_leave()]);
+    // The scheduler has been told already; who asks again is answered.
+    assert_eq!(say(&mut leader, 21, trouble.clone()), [may_leave()]);
+    // Where no rank has a part of its own, nothing is to be said: every offer is one of the leaving rank's, too.
+    let mut leader = prefill_leader(geometry(2));
+    assert_eq!(say(&mut leader, 21, trouble).len(), 1);
+}
+
 #[test]
 fn one_rank_that_fails_fails_the_offer_once() {
     let ended = |to| send(to, Message::Release { request: R1, view: PrefillView::InDoubt });
