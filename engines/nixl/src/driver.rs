@@ -29,6 +29,10 @@ pub(super) const OURS: &str = "KVFERRY";
 pub(super) const VERSION: u8 = b'1';
 /// Steps of UCX without a look at commands and deadlines.
 const STEPS: usize = 64;
+/// Longest time for what has happened, before commands and deadlines are looked at again.
+const TURN: Duration = Duration::from_millis(2);
+/// Operations that end within their call (a copy between processes does) and are begun in a row.
+pub(super) const BURST: usize = 64;
 /// How long the thread keeps looking after something happened, before it sleeps.
 const SPIN: Duration = Duration::from_micros(50);
 /// It never sleeps longer: UCX asks silent peers whether they live while it is driven.
@@ -190,9 +194,14 @@ impl Driver {
         let mut events = Vec::new();
         self.worker.take(&mut events);
         self.at_once.extend(events);
+        let until = now() + TURN;
         while let Some(event) = self.at_once.pop_front() {
             active = true;
             self.event(event);
+            // Each may begin what ends at once, and so on: other peers, commands and deadlines have their turn, too.
+            if now() >= until {
+                break;
+            }
         }
         self.expire(now());
         active

@@ -102,7 +102,7 @@ impl Exchange {
         self.address
     }
 
-    /// What the agent there tells of itself: for [`Agent::add_peer`](crate::Agent::add_peer). What it says before, of its own accord, is passed over.
+    /// What the agent there tells of itself: for [`Agent::add_peer`](crate::Agent::add_peer).
     pub async fn fetch(&mut self) -> Result<Bytes, ExchangeError> {
         let send = Frame::Send.encode()?;
         let (address, within) = (self.address, self.within);

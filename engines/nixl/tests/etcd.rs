@@ -6,7 +6,7 @@
 #[allow(dead_code, reason = "each of the tests takes what it needs")]
 mod support;
 
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -50,7 +50,14 @@ impl Etcd {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        Some(Etcd { child, folder, endpoint })
+        let etcd = Etcd { child, folder, endpoint };
+        for _ in 0..2000 {
+            if TcpStream::connect(etcd.endpoint.trim_start_matches("http://")).is_ok() {
+                return Some(etcd);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("etcd did not listen within 20 s");
     }
 
     fn config(&self) -> EtcdConfig {

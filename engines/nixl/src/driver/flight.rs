@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvferry_ucx::raw::{RawEvent, RawMemory, RawRange};
 
-use super::{Driver, Reply, now, remote};
+use super::{BURST, Driver, Reply, now, remote};
 use crate::agent::Moved;
 use crate::pieces::{Operation, Piece, joined};
 use crate::{AgentError, MemoryKind, NOTIFICATION_BYTES_MAX, Notification, Transfer};
@@ -169,7 +169,9 @@ impl Driver {
             let Some(local) = flight.local.clone() else { break };
             let (operation, memory) = (flight.operation, flight.memory);
             let Some(remote) = self.peers.get_mut(peer) else { return true };
-            if remote.link.as_ref().is_some_and(|link| link.in_flight >= self.in_flight_max) {
+            // What has ended already begins more when that is looked at.
+            let full = remote.link.as_ref().is_some_and(|link| link.in_flight >= self.in_flight_max);
+            if full || self.at_once.len() >= BURST {
                 return false;
             }
             let key = match remote.key(memory, piece.address, piece.bytes) {
