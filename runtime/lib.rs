@@ -49,8 +49,9 @@ pub use kvferry_actors::{
 pub use kvferry_core::protocol::{
     Away, ChosenPath, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchCourse, Finished, GroupView,
     Identity, LeaseTerms, LeastLoaded, LongestHeldPrefix, Message as ControlMessage, Obstacle, OfferCourse, Outcome,
-    PassedOver, PathReport, PeerName, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms, RdmaShortfall,
-    Refusal, RequestCourse, RequestSpec, Role, SchedulerTerms, SessionTerms, ShownPath, Vitals,
+    PassedOver, PathReport, PeerName, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms, RailHealth,
+    RailTerms, RailTurn, RdmaShortfall, Refusal, RequestCourse, RequestSpec, Role, SchedulerTerms, SessionTerms,
+    ShownPath, Vitals,
 };
 pub use kvferry_core::{
     BlockTable, Direction, Dtype, Epoch, Evidence, Extent, FenceProof, Format, GeometryError, GeometrySpec, Grade,

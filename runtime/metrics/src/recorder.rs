@@ -214,11 +214,12 @@ impl Entry {
 
 /// Events of which the name alone is looked for.
 fn kind(detail: &str) -> &'static str {
-    const KINDS: [&str; 22] = [
+    const KINDS: [&str; 23] = [
         "GroupReady",
         "Met",
         "PathChosen",
         "PathShown",
+        "RailTurned",
         "Parted",
         "NodeLost",
         "WasAway",
