@@ -60,7 +60,8 @@ pub use kvferry_core::protocol::{
     Away, Begun, ChosenPath, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchCourse, Finished,
     GroupView, Identity, LeaseTerms, LeastLoaded, LongestHeldPrefix, Message as ControlMessage, Obstacle, OfferCourse,
     Outcome, Part, PassedOver, PathReport, PeerName, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms,
-    RdmaShortfall, Refusal, RequestCourse, RequestSpec, Role, SchedulerTerms, SessionTerms, ShownPath, Vitals,
+    RailHealth, RailTerms, RailTurn, RdmaShortfall, Refusal, RequestCourse, RequestSpec, Role, SchedulerTerms,
+    SessionTerms, ShownPath, Vitals,
 };
 pub use kvferry_core::{
     BlockTable, Direction, Dtype, Epoch, Evidence, Extent, FenceProof, Format, GeometryError, GeometrySpec, Grade,

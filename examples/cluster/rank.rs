@@ -17,7 +17,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::nics::NicChoice;
-use crate::paths::{Paths, Told};
+use crate::paths::{Key, Paths, Told};
 use crate::share;
 use crate::terms::Terms;
 use crate::timeline::Course;
@@ -316,7 +316,7 @@ struct Runner<'a> {
     pool: Pool,
     paths: Paths,
     /// Paths of which the parent has not been told the latest.
-    fresh: BTreeSet<(NodeId, TransportKind)>,
+    fresh: BTreeSet<Key>,
     /// It may leave, with so many requests still offered.
     left: Option<u64>,
 }
@@ -439,7 +439,7 @@ impl Runner<'_> {
         self.ledger.report.answered += 1;
         let mut report = self.report(idle);
         report.census = Some(Census::take(&self.ledger.config.pool_name()));
-        let told = |key: (NodeId, TransportKind)| Some((key.0, key.1, self.paths.get(key)?.clone()));
+        let told = |key: Key| Some((key.clone(), self.paths.get(&key)?.clone()));
         report.paths = std::mem::take(&mut self.fresh).into_iter().filter_map(told).collect();
         say(Said::Report(Box::new(report)));
     }

@@ -32,6 +32,8 @@ const SILENCE_MIN: u64 = 120;
 const LEASE_MIN: u64 = 300;
 const MILLISECONDS_MAX: u64 = 600_000;
 const DRAIN_WITHIN: u64 = 30_000;
+/// More NICs than any host has.
+const RAILS_MAX: u64 = 64;
 
 /// A cluster that can be.
 pub(crate) struct Setup {
@@ -126,6 +128,7 @@ impl Setup {
             silence_ms: milliseconds("silence", options.silence, SILENCE_MIN)?,
             lease_ms: milliseconds("lease", options.lease, LEASE_MIN)?,
             deadlines: plan.as_ref().map(|plan| plan.deadlines.terms()),
+            rails_max: u32::try_from(number("rails", Some(options.rails), options.rails, 1, RAILS_MAX)?).ok(),
         };
         let drain_within = milliseconds("drain-within", options.drain_within, 0)?.unwrap_or(DRAIN_WITHIN);
         let metrics = options.metrics.as_deref().map(|value| metrics(value, ranks)).transpose()?;

@@ -8,6 +8,7 @@
 mod check;
 mod codec;
 mod copies;
+mod cut;
 mod measure;
 mod spans;
 mod tiles;

@@ -260,6 +260,51 @@ proptest! {
     }
 
     #[test]
+    fn a_split_by_weights_is_disjoint_ordered_and_covers_everything(
+        (program, source, destination) in program(),
+        weights in prop::collection::vec(prop_oneof![Just(0u32), 1u32..10, any::<u32>()], 1..20),
+    ) {
+        let ranges = program.split_by(&weights);
+        prop_assert_eq!(ranges.len(), weights.len());
+        let mut next = 0;
+        for range in &ranges {
+            prop_assert!(range.start == next && range.start <= range.end);
+            next = range.end;
+        }
+        prop_assert_eq!(next, program.units());
+        let sum: u128 = weights.iter().map(|weight| u128::from(*weight)).sum();
+        let segment = &program.segments[0];
+        let token = u64::from(segment.heads * segment.run_bytes);
+        for (range, weight) in ranges.iter().zip(&weights) {
+            let copied: u64 = program.copies(*range, &source, &destination).map(|copy| copy.bytes).sum();
+            prop_assert_eq!(copied, program.bytes_in(*range));
+            if let Some(share) = (u128::from(program.bytes()) * u128::from(*weight)).checked_div(sum) {
+                let share = share as u64;
+                prop_assert!(copied <= share + share / 16 + 2 * token, "{} for {} of {:?}", copied, weight, weights);
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_of_smaller_units_is_the_same_copies((program, source, destination) in program(), most in 1u64..200) {
+        let bytes_of = |program: &Program| -> BTreeMap<(u32, u64), (u32, u64)> {
+            let copies = program.copies(program.whole(), &source, &destination);
+            copies.flat_map(|copy| (0..copy.bytes).map(move |byte| {
+                let (to, from) = (copy.destination, copy.source);
+                ((to.region, to.offset + byte), (from.region, from.offset + byte))
+            })).collect()
+        };
+        let cut = program.with_units_up_to(most);
+        prop_assert!(cut.unit_bytes_max() <= most);
+        prop_assert_eq!(cut.bytes(), program.bytes());
+        prop_assert_eq!(bytes_of(&cut), bytes_of(&program));
+        for (end, layout) in [(End::Source, &source), (End::Destination, &destination)] {
+            prop_assert!(cut.validate(end, layout).is_ok());
+        }
+        prop_assert_eq!(program.with_units_up_to(u64::MAX), program);
+    }
+
+    #[test]
     fn decoding_anything_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         let _ = Program::decode(&bytes);
     }
@@ -336,6 +381,43 @@ fn a_program_beyond_4_gib_is_split_evenly() {
     }
     assert!(Program::default().split(4).iter().all(|range| range.is_empty()));
     assert_eq!(Program::default().bytes(), 0);
+}
+
+#[test]
+fn one_huge_piece_is_shared_by_bytes() {
+    let side = Side {
+        plane: 0,
+        plane_step: 1,
+        table: 0,
+        first_block: 0,
+        block_tokens: 1,
+        cp: 1,
+        cp_rank: 0,
+        token_pitch: 1 << 36,
+        head_pitch: u64::from(u32::MAX),
+        offset: 0,
+    };
+    let of = |heads, run_bytes| Program {
+        segments: vec![Segment { source: side, destination: side, planes: 1, start: 0, end: 1, heads, run_bytes }],
+        sources: vec![None],
+        destinations: vec![None],
+    };
+    // 17 GB of one token: as it is, nobody can share it.
+    let huge = of(4, u32::MAX);
+    assert_eq!(huge.split(4).iter().filter(|range| !range.is_empty()).count(), 1);
+    let cut = huge.with_units_up_to(huge.bytes() / 32);
+    assert_eq!((cut.bytes(), cut.segments.len()), (4 * u64::from(u32::MAX), 36));
+    let share = cut.bytes() / 4;
+    for range in cut.split(4) {
+        assert!(cut.bytes_in(range).abs_diff(share) <= cut.unit_bytes_max(), "{}", cut.bytes_in(range));
+    }
+    for bytes in [1, 2, 3] {
+        let small = of(1, bytes).with_units_up_to(1);
+        let sizes: Vec<u64> = small.split(4).into_iter().map(|range| small.bytes_in(range)).collect();
+        assert!(sizes.iter().all(|size| *size <= 1) && sizes.iter().sum::<u64>() == u64::from(bytes), "{sizes:?}");
+    }
+    // Nothing is cut into more segments than a program may have.
+    assert_eq!(huge.with_units_up_to(1), huge);
 }
 
 #[test]

@@ -3,11 +3,9 @@
 mod drain;
 mod readers;
 
+use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
-
-use bytes::Bytes;
 
 use drain::Drain;
 
@@ -207,21 +205,8 @@ impl PrefillRank {
         }
         let peer = Peer::meet(&self.local, profile, self.require_rdma);
         if let Ok(peer) = &peer {
-            peer.tell_path(node, &self.local, &mut self.outbox);
-        }
-        if let Ok(peer) = &peer
-            && peer.initiates(Role::Prefill)
-            && let Some(remote) = peer.remote()
-        {
-            self.outbox.nic(
-                peer.nic,
-                NicCommand::Connect {
-                    node,
-                    address: remote.address.clone(),
-                    keys: remote.keys.clone(),
-                    layout: Arc::clone(&peer.profile.layout),
-                },
-            );
+            peer.tell_path(node, &self.local, self.require_rdma, &mut self.outbox);
+            peer.connect(node, Role::Prefill, &mut self.outbox);
         }
         self.peers.insert(node, peer);
     }
@@ -233,10 +218,8 @@ impl PrefillRank {
             self.stop_reader(request, node);
             self.finish_closing(now, request);
         }
-        if let Some(Ok(peer)) = self.peers.remove(&node)
-            && peer.initiates(Role::Prefill)
-        {
-            self.outbox.nic(peer.nic, NicCommand::Disconnect { node });
+        if let Some(Ok(peer)) = self.peers.remove(&node) {
+            peer.disconnect(node, Role::Prefill, &mut self.outbox);
         }
     }
 
