@@ -12,7 +12,7 @@ use super::prefill::check_steps;
 use super::sources::Sources;
 use super::{
     Awaited, Begun, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms,
-    Lost, MemberList, Message, NicCommand, NicEvent, Outbox, Outcome, Pace, Part, PathReport, QuarantineTerms,
+    Lost, MemberList, Message, NicEvent, Outbox, Outcome, Pace, Part, PathReport, QuarantineTerms,
     RailTerms, Role, Vitals, WorkerProfile,
 };
 use crate::{HandoverId, Moment, NodeId, Plane, Rank, RequestId, Tables, TransferId};

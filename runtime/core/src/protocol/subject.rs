@@ -140,6 +140,7 @@ impl Event {
             Event::Met { .. } => "Met",
             Event::PathChosen(_) => "PathChosen",
             Event::PathShown(_) => "PathShown",
+            Event::RailTurned(_) => "RailTurned",
             Event::Parted { .. } => "Parted",
             Event::NodeLost { .. } => "NodeLost",
             Event::WasAway(_) => "WasAway",
