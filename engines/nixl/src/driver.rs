@@ -29,10 +29,8 @@ pub(super) const OURS: &str = "KVFERRY";
 pub(super) const VERSION: u8 = b'1';
 /// Steps of UCX without a look at commands and deadlines.
 const STEPS: usize = 64;
-/// Longest time for what has happened, before commands and deadlines are looked at again.
-const TURN: Duration = Duration::from_millis(2);
-/// Operations that end within their call (a copy between processes does) and are begun in a row.
-pub(super) const BURST: usize = 64;
+/// Longest time for what has happened, and for copies of one peer, before commands and deadlines are looked at again.
+pub(super) const TURN: Duration = Duration::from_millis(2);
 /// How long the thread keeps looking after something happened, before it sleeps.
 const SPIN: Duration = Duration::from_micros(50);
 /// It never sleeps longer: UCX asks silent peers whether they live while it is driven.
@@ -81,6 +79,8 @@ pub(super) struct Driver {
     pub(super) leaving: Vec<(BTreeSet<u64>, Reply<()>)>,
     /// What ended inside a call.
     pub(super) at_once: VecDeque<RawEvent>,
+    /// Peers whose turn was over before everything was begun that could be.
+    pub(super) resume: BTreeSet<String>,
     next: u64,
 }
 
@@ -151,6 +151,7 @@ impl Driver {
             closing: BTreeSet::new(),
             leaving: Vec::new(),
             at_once: VecDeque::new(),
+            resume: BTreeSet::new(),
             next: 1,
         })
     }
@@ -191,6 +192,10 @@ impl Driver {
             }
             active = true;
         }
+        for peer in std::mem::take(&mut self.resume) {
+            active = true;
+            self.pump(&peer);
+        }
         let mut events = Vec::new();
         self.worker.take(&mut events);
         self.at_once.extend(events);
@@ -198,7 +203,7 @@ impl Driver {
         while let Some(event) = self.at_once.pop_front() {
             active = true;
             self.event(event);
-            // Each may begin what ends at once, and so on: other peers, commands and deadlines have their turn, too.
+            // Each may begin more: other peers, commands and deadlines have their turn, too.
             if now() >= until {
                 break;
             }
@@ -244,8 +249,14 @@ impl Driver {
             self.warm(name, Some(LAST_WORDS), reply);
             flushed.push(answer);
         }
-        // Each has a deadline of its own.
-        while flushed.iter_mut().any(|answer| matches!(answer.try_recv(), Err(oneshot::error::TryRecvError::Empty))) {
+        // Each has a deadline of its own; but UCX does not always let go of what ran out of time.
+        let until = now() + 2 * LAST_WORDS;
+        let mut waits = || {
+            let waiting =
+                |answer: &mut oneshot::Receiver<_>| answer.try_recv() == Err(oneshot::error::TryRecvError::Empty);
+            flushed.iter_mut().any(waiting)
+        };
+        while waits() && now() < until {
             if !self.step() {
                 wake.wait(None, DOZE);
             }

@@ -27,13 +27,23 @@ fn scattered(count: u64, bytes: u64, remote: u64) -> Vec<Piece> {
     (0..count).map(piece).collect()
 }
 
+/// How an agent of ours is set up for a NIXL agent that was started with the same list.
+fn over(tls: &str) -> AgentConfig {
+    let config = AgentConfig::new("kvferry");
+    if tls.is_empty() { config } else { config.transports(tls) }
+}
+
 #[test]
 fn we_read_and_write_a_nixl_agents_memory() {
     let Some(_turn) = turn() else { return };
+    read_and_write("tcp");
+}
+
+fn read_and_write(tls: &str) {
     for (count, bytes) in [(1, SIZE), (1, 1), (256, 4096), (20_000, 48)] {
-        let mut peer = Peer::start("nixl", SIZE as usize, "tcp");
+        let mut peer = Peer::start("nixl", SIZE as usize, tls);
         run(async {
-            let (agent, _notifications, local) = ours(SIZE, 0xEE).await;
+            let (agent, _notifications, local) = with(over(tls), SIZE, 0xEE).await;
             let added = agent.add_peer(peer.metadata.clone()).await.unwrap();
             assert_eq!((added.name.as_str(), added.kind, added.ranges), ("nixl", PeerKind::Nixl, 1));
             let pieces = scattered(count, bytes, peer.address);
@@ -65,9 +75,13 @@ fn we_read_and_write_a_nixl_agents_memory() {
 #[test]
 fn a_nixl_agent_reads_and_writes_our_memory_while_nobody_polls_here() {
     let Some(_turn) = turn() else { return };
-    let mut peer = Peer::start("nixl", SIZE as usize, "tcp");
+    be_read_and_written("tcp");
+}
+
+fn be_read_and_written(tls: &str) {
+    let mut peer = Peer::start("nixl", SIZE as usize, tls);
     run(async {
-        let (agent, mut notifications, local) = ours(SIZE, 0x11).await;
+        let (agent, mut notifications, local) = with(over(tls), SIZE, 0x11).await;
         let added = peer.ask(&json!({"do": "add", "metadata": hex(&agent.metadata().await.unwrap())}));
         assert_eq!(added, agent.name());
         let pieces: Vec<(u64, u64, u64)> =
@@ -154,16 +168,8 @@ fn a_notification_follows_its_transfer_though_nobody_asks_for_that_any_more() {
 #[test]
 fn over_whatever_transports_ucx_finds_too() {
     let Some(_turn) = turn() else { return };
-    let mut peer = Peer::start("nixl", SIZE as usize, "");
-    run(async {
-        let (agent, _notifications, local) = with(AgentConfig::new("kvferry"), SIZE, 0).await;
-        agent.add_peer(peer.metadata.clone()).await.unwrap();
-        let pieces = scattered(256, 4096, peer.address);
-        agent.transfer(Transfer::read("nixl", PoolId(1), pieces).then_notify("x")).await.unwrap();
-        let here = contents(&local);
-        assert!((0..SIZE).all(|at| here[((255 - at / 4096) * 4096 + at % 4096) as usize] == pattern(at)));
-        assert_eq!(peer.heard().len(), 1);
-    });
+    read_and_write("");
+    be_read_and_written("");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvferry_ucx::raw::{RawEvent, RawMemory, RawRange};
 
-use super::{BURST, Driver, Reply, now, remote};
+use super::{Driver, Reply, TURN, now, remote};
 use crate::agent::Moved;
 use crate::pieces::{Operation, Piece, joined};
 use crate::{AgentError, MemoryKind, NOTIFICATION_BYTES_MAX, Notification, Transfer};
@@ -143,7 +143,7 @@ impl Driver {
     }
 
     /// Begins what there is room for, oldest transfer first.
-    fn pump(&mut self, peer: &str) {
+    pub(super) fn pump(&mut self, peer: &str) {
         while let Some(id) = self.peers.get(peer).and_then(|remote| remote.waiting.front().copied()) {
             if !self.advance(peer, id) {
                 return;
@@ -156,6 +156,7 @@ impl Driver {
 
     /// Says whether the next transfer may be begun: this one has nothing left to begin.
     fn advance(&mut self, peer: &str, id: u64) -> bool {
+        let until = now() + TURN;
         while let Some(flight) = self.flights.get_mut(&id) {
             // Nobody waits for it any more: what was begun comes to its end, the rest is not begun.
             if flight.reply.is_closed() {
@@ -169,9 +170,7 @@ impl Driver {
             let Some(local) = flight.local.clone() else { break };
             let (operation, memory) = (flight.operation, flight.memory);
             let Some(remote) = self.peers.get_mut(peer) else { return true };
-            // What has ended already begins more when that is looked at.
-            let full = remote.link.as_ref().is_some_and(|link| link.in_flight >= self.in_flight_max);
-            if full || self.at_once.len() >= BURST {
+            if remote.link.as_ref().is_some_and(|link| link.in_flight >= self.in_flight_max) {
                 return false;
             }
             let key = match remote.key(memory, piece.address, piece.bytes) {
@@ -184,10 +183,15 @@ impl Driver {
             };
             flight.next += 1;
             let range = RawRange { region: piece.region, offset: piece.offset, bytes: piece.bytes };
-            self.post(id, |link, number| match operation {
+            let over = self.post(id, |link, number| match operation {
                 Operation::Read => link.raw.read(number, &local, range, (piece.address, &key)),
                 Operation::Write => link.raw.write(number, &local, range, (piece.address, &key)),
             });
+            // UCX copies within the call where it can: other peers, commands and deadlines have their turn, too.
+            if over && now() >= until {
+                self.resume.insert(peer.to_owned());
+                return false;
+            }
         }
         self.after_pieces(id);
         true
@@ -203,13 +207,17 @@ impl Driver {
         match flight.stage {
             Stage::Moving if flight.flush => {
                 flight.stage = Stage::Flushing;
-                self.post(id, |link, number| link.raw.flush(number));
+                if self.post(id, |link, number| link.raw.flush(number)) {
+                    self.after_pieces(id);
+                }
             }
             Stage::Moving | Stage::Flushing if flight.outstanding == 0 => match flight.notification.take() {
                 Some(message) => {
                     flight.stage = Stage::Notifying;
                     let body = Notification { from: self.name.clone(), message }.encode();
-                    self.post(id, |link, number| link.raw.send(number, body));
+                    if self.post(id, |link, number| link.raw.send(number, body)) {
+                        self.after_pieces(id);
+                    }
                 }
                 None => self.finish(id),
             },
@@ -218,16 +226,21 @@ impl Driver {
         }
     }
 
-    /// Begins an operation of a transfer; what ends at once is looked at with what else happened.
-    fn post(&mut self, id: u64, call: impl FnOnce(&remote::Link, u64) -> Option<RawEvent>) {
+    /// Begins an operation of a transfer. True when it is over already, and well; what fails at once is looked at with what else happened.
+    fn post(&mut self, id: u64, call: impl FnOnce(&remote::Link, u64) -> Option<RawEvent>) -> bool {
         let number = self.number();
-        let Some(flight) = self.flights.get_mut(&id) else { return };
-        let Some(remote) = self.peers.get_mut(&flight.peer) else { return };
-        let Some(link) = &mut remote.link else { return };
+        let Some(flight) = self.flights.get_mut(&id) else { return false };
+        let Some(remote) = self.peers.get_mut(&flight.peer) else { return false };
+        let Some(link) = &mut remote.link else { return false };
+        let begun = call(link, number);
+        if matches!(begun, Some(RawEvent::Done { result: Ok(()), .. })) {
+            return true;
+        }
         flight.outstanding += 1;
         link.in_flight += 1;
         self.operations.insert(number, (id, link.number));
-        self.at_once.extend(call(link, number));
+        self.at_once.extend(begun);
+        false
     }
 
     /// UCX is done with an operation.
