@@ -24,7 +24,7 @@ pub trait Backend: 'static {
     /// A program on its way into a local pool.
     type Copy: Copying;
 
-    /// How long after a push was announced its end is looked for all the time.
+    /// How long after a push was announced its end is looked for all the time; for a multiple of it, now and then.
     const PUSH_SPIN: Duration = Duration::ZERO;
     /// How long after its last transfer, or expectation, a push that is expected is looked for all the time.
     const EXPECT_SPIN: Duration = Duration::ZERO;

@@ -66,9 +66,11 @@ impl Ring {
         fence(Ordering::Acquire);
         self.put(0, before);
         self.put(1, frame.len() as u64);
-        for (index, chunk) in frame.chunks(8).enumerate() {
-            let word = chunk.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-            self.put(HEADER_WORDS + index as u64, word);
+        let (whole, rest) = frame.as_chunks::<8>();
+        let mut last = [0; 8];
+        last.iter_mut().zip(rest).for_each(|(byte, rest)| *byte = *rest);
+        for (index, word) in (HEADER_WORDS..words).zip(whole.iter().chain([&last])) {
+            self.put(index, u64::from_le_bytes(*word));
         }
         self.written = self.written.wrapping_add(words);
         fence(Ordering::Release);
@@ -91,7 +93,9 @@ impl Ring {
             return Err(format!("it announced a frame of {length} bytes in memory where {waiting} words are"));
         }
         let mut bytes = Vec::with_capacity((words * 8) as usize);
-        bytes.extend((HEADER_WORDS..words).flat_map(|index| self.word(index).to_le_bytes()));
+        for index in HEADER_WORDS..words {
+            bytes.extend_from_slice(&self.word(index).to_le_bytes());
+        }
         bytes.truncate(length as usize);
         self.taken = self.taken.wrapping_add(words);
         self.at_once += words;

@@ -37,8 +37,8 @@ const DEAF: Duration = Duration::from_millis(50);
 const REDIAL: Duration = Duration::from_millis(1);
 /// Connections that have not shown the key yet.
 const STRANGERS_MAX: usize = 1024;
-/// Looks into memory between two looks at the sockets, as long as neither has anything.
-const MEMORY_LOOKS: u32 = 16;
+/// Sockets are not looked at again so soon after nothing was there, as long as nothing is in memory either: it takes longer than all the rest.
+const QUIET: Duration = Duration::from_micros(5);
 
 /// A listening socket and its connections.
 pub struct Sockets {
@@ -60,8 +60,8 @@ pub struct Sockets {
     speaking: VecDeque<(PeerId, bool)>,
     /// Whether small frames go through memory.
     has_rings: bool,
-    /// Looks until sockets are looked at again.
-    looks: u32,
+    /// When nothing was found at the sockets, if that was the last look at them.
+    quiet_since: Option<Instant>,
     /// Who has said so much through memory that it has to wait for the next look.
     later: Vec<PeerId>,
 }
@@ -190,7 +190,7 @@ impl Sockets {
             unflushed: BTreeSet::new(),
             speaking: VecDeque::new(),
             has_rings,
-            looks: 0,
+            quiet_since: None,
             later: Vec::new(),
         })
     }
@@ -383,9 +383,7 @@ impl Carrier for Sockets {
                 self.speaking.push_back((id, true));
             }
         }
-        // Looking at sockets takes longer than all the rest.
-        self.looks = if has_frames { 0 } else { self.looks.saturating_sub(1) };
-        if self.looks > 0 {
+        if !has_frames && self.quiet_since.is_some_and(|since| now.saturating_duration_since(since) < QUIET) {
             return;
         }
         self.redial();
@@ -396,7 +394,7 @@ impl Carrier for Sockets {
         }
         let mut ready = std::mem::take(&mut self.ready);
         let is_quiet = ready.is_empty() && !has_frames && self.connections.values().any(|socket| socket.ring.is_some());
-        self.looks = if is_quiet { MEMORY_LOOKS } else { 0 };
+        self.quiet_since = is_quiet.then_some(now);
         for event in ready.drain(..) {
             match event.data.u64() {
                 LISTENER => self.is_called = true,
@@ -488,7 +486,7 @@ impl Carrier for Sockets {
         if has_frames {
             return Wait::Busy;
         }
-        self.looks = 0;
+        self.quiet_since = None;
         let redial = self.connections.values().any(|socket| socket.dialing.is_some()).then(|| now + REDIAL);
         let at = deadline.into_iter().chain(redial).chain(self.deaf_until).min();
         if self.alarm.set(at, now) { Wait::Ready(Arc::clone(&self.poller)) } else { Wait::MustPoll }

@@ -23,6 +23,8 @@ use crate::wire::{Address, Frame, Keys};
 
 /// How often a backend is polled that has more to do than it announces.
 const TEND_EVERY: Duration = Duration::from_millis(5);
+/// After a push was announced its end is looked for all the time at first, then now and then for so many times as long.
+const NAPS: u32 = 50;
 /// Bytes that one transfer copies before it is another's turn.
 const SLICE_BYTES: u64 = 512 << 10;
 
@@ -317,13 +319,15 @@ impl<B: Backend> Transport for LocalTransport<B> {
         {
             return wait;
         }
-        if self.announced.is_some_and(|at| at.elapsed() < B::PUSH_SPIN) && self.posted.values().any(Posted::is_push) {
+        let announced = self.announced.filter(|_| self.posted.values().any(Posted::is_push)).map(|at| at.elapsed());
+        if announced.is_some_and(|since| since < B::PUSH_SPIN) {
             return Wait::Busy;
         }
         if self.expected.is_some_and(|at| at.elapsed() < B::EXPECT_SPIN) && !self.expecting.is_empty() {
             return Wait::Busy;
         }
-        if !self.waiting.is_empty() {
+        // A thread that is woken from deep sleep takes longer than one that naps.
+        if !self.waiting.is_empty() || announced.is_some_and(|since| since < B::PUSH_SPIN * NAPS) {
             return Wait::MustPoll;
         }
         let now = Instant::now();

@@ -15,6 +15,8 @@ pub const FDS_PER_FRAME_MAX: usize = 200;
 pub const GREETING_BYTES_MAX: usize = 256;
 /// Bytes of a frame without block tables; the largest carries a whole `PoolLayout`.
 pub const PLAIN_BYTES_MAX: usize = 4 << 20;
+/// Room that most frames fit in, apart from a program.
+const PLAIN_BYTES: usize = 128;
 /// Bytes of a frame with block tables.
 pub const PUSH_BYTES_MAX: usize = kvferry_core::limits::FRAME_BYTES_MAX;
 /// Bytes of an encoded address.
@@ -173,7 +175,9 @@ pub enum PushOutcome {
 impl Frame {
     /// Its bytes behind a little-endian 32-bit length.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = vec![0; 4];
+        let payload = if let Frame::Push(doorbell) = self { doorbell.program.len() } else { 0 };
+        let mut out = Vec::with_capacity(payload + PLAIN_BYTES);
+        out.extend([0; 4]);
         match postcard::to_extend(self, out) {
             Ok(bytes) => out = bytes,
             // Serialising into a growing vector has no way to fail for these types.
