@@ -7,6 +7,7 @@
 mod absent;
 mod blocks;
 mod case;
+mod device;
 mod ends;
 mod harness;
 mod lane;
@@ -17,6 +18,7 @@ mod refusals;
 pub use absent::absent;
 pub use blocks::{block_planes, whole_blocks};
 pub use case::{Format, Shape};
+pub use device::{Faults, OnDevice};
 pub use ends::*;
 pub use harness::{Pair, Party, until};
 pub use moves::*;
