@@ -22,6 +22,7 @@ mod backend;
 mod blocks;
 mod bounds;
 mod buffer;
+mod copier;
 mod copy;
 mod driver;
 #[cfg(test)]
@@ -40,6 +41,9 @@ mod provider;
 mod ptx;
 mod rectangle;
 mod shared;
+mod staged;
+#[cfg(test)]
+mod staged_emulated;
 
 pub use allocation::Allocate;
 pub use blocks::{Difference, check_blocks, fill_blocks};

@@ -6,9 +6,10 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use kvferry_core::{PoolId, PoolLayout};
-use kvferry_transport::{DeviceMemory, DeviceRegion, Pool, PoolError};
+use kvferry_transport::{Copier, DeviceMemory, DeviceRegion, Pool, PoolError};
 
 use crate::allocation::{Allocate, Allocation, Handle};
+use crate::copier::StagedCopies;
 use crate::driver::{self, Stream};
 use crate::gpu::{Gpu, label};
 use crate::shared::{How, Part};
@@ -215,6 +216,10 @@ impl DeviceMemory for GpuMemory {
             driver::synchronize(self.stream)?;
         }
         Ok(())
+    }
+
+    fn copier(&self, pool: &Pool, arena_bytes: usize) -> Result<Box<dyn Copier>, String> {
+        Ok(Box::new(StagedCopies::new(&self.gpu, pool, arena_bytes)?))
     }
 }
 
