@@ -31,6 +31,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
         let (from, to) = if options.op.here() == Holds::Source { (device, there) } else { (there, device) };
         format!("{from} to {to}")
     };
+    let device = options.staged().map_or(device.clone(), |way| format!("{device}, {way}"));
     match compare(options, &shape, nic, &mut peer.words, deadline) {
         Ok(measured) => {
             peer.finish(deadline)?;

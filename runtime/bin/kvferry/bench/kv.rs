@@ -96,8 +96,8 @@ impl Cache {
     pub(crate) fn allocate(options: &Options, shape: &Shape, holds: Holds, seed: u64) -> Result<Cache, BenchError> {
         let count = shape.blocks.saturating_mul(2);
         let layout = shape.geometry.shard(Rank(0))?.layout(&[count]);
-        let device = options.device_of(holds);
-        let pool = transport::allocate(options.transport, device.as_deref(), PoolId(0), layout, "kvferry-bench")?;
+        let (kind, device) = options.memory_of(holds);
+        let pool = transport::allocate(kind, device.as_deref(), PoolId(0), layout, "kvferry-bench")?;
         let mut table = shuffled(count, seed);
         table.truncate(shape.blocks as usize);
         let stray = match holds {

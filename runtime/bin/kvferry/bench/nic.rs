@@ -56,12 +56,19 @@ impl Nic {
             }
             how.streams_per_peer = streams;
         }
-        let is_cuda = options.transport == TransportKind::Cuda;
-        let of_gpus = [options.from_gpu, options.to_gpu, options.thread_blocks];
-        if !is_cuda && (options.gpu_times || of_gpus.iter().any(Option::is_some)) {
+        let (is_cuda, is_tcp) = (options.transport == TransportKind::Cuda, options.transport == TransportKind::Tcp);
+        if !is_cuda && (options.gpu_times || options.thread_blocks.is_some()) {
+            return Err(BenchError::NoLaunches);
+        }
+        if !is_cuda && !is_tcp && options.staged().is_some() {
             return Err(BenchError::NoGpus);
         }
+        if !is_tcp && (options.staged_chunk, options.staged_chunks) != (None, None) {
+            return Err(BenchError::NoStages);
+        }
         how.thread_blocks = options.thread_blocks.unwrap_or(how.thread_blocks);
+        how.staged_chunk_bytes = options.staged_chunk.map_or(how.staged_chunk_bytes, |bytes| bytes as usize);
+        how.staged_chunks = options.staged_chunks.unwrap_or(how.staged_chunks);
         if options.two_sided && options.transport != TransportKind::Ucx {
             return Err(BenchError::NoTwoSides);
         }
