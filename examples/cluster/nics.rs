@@ -35,11 +35,26 @@ impl NicChoice {
 /// What `--devices` names, or `--gpus` in its place.
 pub(crate) fn devices(options: &crate::options::Options) -> Result<Option<String>, UsageError> {
     let Some(gpus) = &options.gpus else { return Ok(options.devices.clone()) };
-    if options.transport != TransportKind::Cuda.name() {
-        return Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: options.transport.clone() });
+    match options.transport.as_str() {
+        "cuda" => Ok(Some(gpu_names(gpus).collect::<Vec<_>>().join(","))),
+        "tcp" => Ok(options.devices.clone()),
+        _ => Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: options.transport.clone() }),
     }
-    let names: Vec<String> = gpus.split(',').map(|gpu| format!("gpu{}", gpu.trim())).collect();
-    Ok(Some(names.join(",")))
+}
+
+/// The GPUs in whose memory pools are to be though another transport carries them, dealt to the ranks in turn.
+pub(crate) fn memories(options: &crate::options::Options) -> Result<Vec<String>, UsageError> {
+    let gpus = options.gpus.as_deref().filter(|_| options.transport == TransportKind::Tcp.name());
+    let names: Vec<String> = gpus.into_iter().flat_map(gpu_names).collect();
+    if !names.is_empty() {
+        // Names are checked here, not in every rank.
+        choose(TransportKind::Cuda.name(), Some(&names.join(",")))?;
+    }
+    Ok(names)
+}
+
+fn gpu_names(list: &str) -> impl Iterator<Item = String> {
+    list.split(',').map(|gpu| format!("gpu{}", gpu.trim()))
 }
 
 /// Has both sides move the bytes over these, which must be UCX's.

@@ -70,8 +70,9 @@ pub(crate) struct Options {
     /// method of --config says]
     #[arg(long)]
     pub(crate) two_sided: bool,
-    /// With --transport cuda: the GPUs, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one]
-    #[arg(long, value_name = "LIST", conflicts_with = "devices")]
+    /// With --transport cuda: the GPUs, in place of --devices, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one].
+    /// With --transport tcp: the same, for pools in GPU memory that is staged through host memory [default: host memory]
+    #[arg(long, value_name = "LIST")]
     pub(crate) gpus: Option<String>,
     /// KV between hosts goes by RDMA or not at all, with the reason; memory of one host is as good. Otherwise it is a warning where a side has an
     /// RDMA device

@@ -37,6 +37,9 @@ pub(crate) struct RankConfig {
     pub(crate) geometry: Arc<GroupGeometry>,
     pub(crate) blocks: Vec<u32>,
     pub(crate) nics: Vec<NicChoice>,
+    /// The GPU in whose memory the pool is to be, where the NICs do not say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) gpu: Option<String>,
     /// The simulated host that it is on; `None` for this one.
     pub(crate) host: Option<String>,
     pub(crate) direction: Option<Direction>,
@@ -249,6 +252,9 @@ async fn live(
 /// The rank's pool: on its GPU if it has one, and where UCX is the only way, in the memory that suits that.
 fn allocate(config: &RankConfig, layout: PoolLayout) -> Result<Pool, RankError> {
     let (id, name) = (PoolId(0), config.pool_name());
+    if let Some(gpu) = &config.gpu {
+        return Ok(transport::allocate(TransportKind::Cuda, Some(gpu), id, layout, &name)?);
+    }
     let all_ucx = config.nics.iter().all(|nic| nic.kind == TransportKind::Ucx);
     match config.nics.first() {
         Some(nic) if nic.kind == TransportKind::Cuda || all_ucx => {

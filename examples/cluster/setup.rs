@@ -110,6 +110,7 @@ impl Setup {
             nics::two_sided(&mut nics)?;
         }
         let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);
+        let memories = nics::memories(options)?;
         let counts = (prefill.ranks(), decode.ranks());
         let faults = [
             (Action::Kill, &options.kill),
@@ -167,6 +168,7 @@ impl Setup {
                         } else {
                             nics.clone()
                         },
+                        gpu: memories.get(configs.len() % memories.len().max(1)).cloned(),
                         host: (transport == "auto" && host > 0).then(|| format!("simulated host {host}")),
                         direction: options.direction.chosen(),
                         require_rdma: options.require_rdma,
@@ -193,7 +195,7 @@ impl Setup {
             }
         }
         // GPUs say for themselves when they are full.
-        if !of_gpus {
+        if !of_gpus && memories.is_empty() {
             let remedy = if options.trace.is_some() { "blocks or --limit" } else { "blocks, --isl, tp or groups" };
             fits_memory(&configs, remedy)?;
         }

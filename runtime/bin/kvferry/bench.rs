@@ -78,13 +78,22 @@ pub(crate) struct Options {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     streams: Option<u32>,
 
-    /// Where the bytes come from (cuda): the number of a GPU, in both processes the same.
+    /// Whose memory the bytes come from (cuda, tcp): the number of a GPU, in both processes the same. With tcp it is staged through host memory;
+    /// without, the pool is in host memory.
     #[arg(long, value_name = "N")]
     from_gpu: Option<u32>,
 
-    /// Where they go to (cuda).
+    /// Whose memory they go to (cuda, tcp).
     #[arg(long, value_name = "N")]
     to_gpu: Option<u32>,
+
+    /// Bytes of one chunk of a GPU's memory that is staged (tcp). By default what the transport thinks best.
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(4096..=64 << 20))]
+    staged_chunk: Option<u32>,
+
+    /// How many such chunks there are. By default what the transport thinks best.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=4096))]
+    staged_chunks: Option<u32>,
 
     /// Thread blocks that a launch occupies at most (cuda). By default what the transport thinks best.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
@@ -131,9 +140,14 @@ impl Options {
         if self.streams.is_some() && !is(TransportKind::Tcp) {
             return Err(BenchError::NoStreams);
         }
-        let of_gpus = [self.from_gpu, self.to_gpu, self.thread_blocks];
-        if (self.gpu_times || of_gpus.iter().any(Option::is_some)) && !is(TransportKind::Cuda) {
+        if (self.gpu_times || self.thread_blocks.is_some()) && !is(TransportKind::Cuda) {
+            return Err(BenchError::NoLaunches);
+        }
+        if self.staged().is_some() && !is(TransportKind::Tcp) {
             return Err(BenchError::NoGpus);
+        }
+        if (self.staged_chunk, self.staged_chunks) != (None, None) && !is(TransportKind::Tcp) {
+            return Err(BenchError::NoStages);
         }
         if self.two_sided && !is(TransportKind::Ucx) {
             return Err(BenchError::NoTwoSides);
@@ -147,13 +161,36 @@ impl Options {
         Ok(())
     }
 
-    /// The device that a side opens, if one is named.
-    fn device_of(&self, holds: Holds) -> Option<String> {
+    /// The GPU in whose memory a side's pool is to be, if one is named.
+    fn gpu_of(&self, holds: Holds) -> Option<String> {
         let gpu = match holds {
             Holds::Source => self.from_gpu,
             Holds::Destination => self.to_gpu,
         };
-        gpu.map(|gpu| format!("gpu{gpu}")).or_else(|| self.device.clone())
+        gpu.map(|gpu| format!("gpu{gpu}"))
+    }
+
+    /// The device that a side opens, if one is named.
+    fn device_of(&self, holds: Holds) -> Option<String> {
+        let gpu = if self.transport.is(TransportKind::Cuda) { self.gpu_of(holds) } else { None };
+        gpu.or_else(|| self.device.clone())
+    }
+
+    /// What a side's pool is allocated by: the transport that moves such memory best, and its device.
+    fn memory_of(&self, kind: TransportKind, holds: Holds) -> (TransportKind, Option<String>) {
+        match self.gpu_of(holds) {
+            Some(gpu) => (TransportKind::Cuda, Some(gpu)),
+            None => (kind, self.device_of(holds)),
+        }
+    }
+
+    /// Where the bytes come from and go to, where a GPU's memory is staged.
+    fn staged(&self) -> Option<String> {
+        if self.transport.is(TransportKind::Cuda) || (self.from_gpu, self.to_gpu) == (None, None) {
+            return None;
+        }
+        let place = |holds| self.gpu_of(holds).unwrap_or_else(|| "host memory".to_owned());
+        Some(format!("{} to {}", place(Holds::Source), place(Holds::Destination)))
     }
 }
 

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use kvferry_core::{End, Location, Plane, PoolLayout, Program, Segment, Side, UnitRange};
+use kvferry_core::{End, Location, Plane, PoolLayout, Program, Segment, Side, Strip, UnitRange};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -163,6 +163,27 @@ fn oracle(program: &Program, range: UnitRange, source: &PoolLayout, destination:
     map
 }
 
+/// Where a side keeps the bytes of a strip, in stream order.
+fn strip_bytes(strip: &Strip, program: &Program, end: End, table: &[u32], layout: &PoolLayout) -> Vec<u64> {
+    let segment = &program.segments[strip.segment];
+    let run = u64::from(strip.run_bytes);
+    let (tokens, heads) = (strip.token..strip.token + strip.tokens, strip.head..strip.head + strip.heads);
+    let mut runs = Vec::new();
+    for token in tokens {
+        for head in heads.clone() {
+            let (token_pitch, head_pitch) = strip.pitches();
+            let at = (token - strip.token) * token_pitch + u64::from(head - strip.head) * head_pitch;
+            let from = byte_at(segment.side(end), table, layout, strip.plane, token, head).unwrap();
+            runs.push((at, from + u64::from(strip.byte)));
+        }
+    }
+    runs.sort_unstable();
+    for (index, (at, _)) in runs.iter().enumerate() {
+        assert_eq!(*at, index as u64 * run, "the stream has gaps");
+    }
+    runs.iter().flat_map(|(_, from)| *from..*from + run).collect()
+}
+
 fn memory(layout: &PoolLayout) -> Memory {
     let fill = |bytes: &u64| (0..*bytes).map(|index| (index.wrapping_mul(2_654_435_761) >> 7) as u8).collect();
     layout.regions.iter().map(fill).collect()
@@ -233,6 +254,42 @@ proptest! {
             prop_assert!(rest.is_empty());
             let expected: BTreeMap<u64, u8> = wanted.iter().map(|(to, at)| (*to, from[0][*at as usize])).collect();
             prop_assert_eq!(received, expected);
+        }
+    }
+
+    #[test]
+    fn strips_are_the_stream_cut_at_any_byte(
+        (program, source, destination) in program(),
+        cut in (any::<Index>(), any::<Index>()),
+        sizes in prop::collection::vec((1u64..40, 1usize..5), 1..20),
+    ) {
+        let units = program.units() as usize + 1;
+        let (a, b) = (cut.0.index(units) as u64, cut.1.index(units) as u64);
+        for range in [program.whole(), UnitRange { start: a.min(b), end: a.max(b) }] {
+            for (end, layout) in [(End::Source, &source), (End::Destination, &destination)] {
+                // A strip is found with the definition of a side alone.
+                let mut due = Vec::new();
+                for span in program.spans(end, range, layout) {
+                    due.extend(span.at.offset..span.at.offset + span.bytes);
+                }
+                let table = program.tables(end)[0].clone().unwrap_or_default();
+                let (mut strips, mut places, mut sizes) = (program.strips(range), Vec::new(), sizes.iter().cycle());
+                loop {
+                    let (bytes, most) = *sizes.next().unwrap();
+                    let mut taken = Vec::new();
+                    let count = strips.take(&program, bytes, most, &mut taken);
+                    prop_assert!(taken.len() <= most);
+                    prop_assert_eq!(count, taken.iter().map(|strip| strip.bytes()).sum::<u64>());
+                    prop_assert!(count == bytes || taken.len() == most || places.len() as u64 + count == due.len() as u64);
+                    for strip in &taken {
+                        places.extend(strip_bytes(strip, &program, end, &table, layout));
+                    }
+                    if count == 0 {
+                        break;
+                    }
+                }
+                prop_assert_eq!(&places, &due);
+            }
         }
     }
 

@@ -19,9 +19,15 @@ pub(crate) enum BenchError {
     /// Streams are TCP's.
     #[error("--streams is for --transport tcp only; leave it out")]
     NoStreams,
-    /// GPUs are CUDA's.
-    #[error("--from-gpu, --to-gpu, --thread-blocks and --gpu-times are for --transport cuda only; leave them out")]
+    /// Launches are CUDA's.
+    #[error("--thread-blocks and --gpu-times are for --transport cuda only; leave them out")]
+    NoLaunches,
+    /// Others do not reach GPUs.
+    #[error("--from-gpu and --to-gpu are for --transport cuda and tcp only; leave them out")]
     NoGpus,
+    /// Stages are TCP's.
+    #[error("--staged-chunk and --staged-chunks are for --transport tcp only; leave them out")]
+    NoStages,
     /// The two-sided method is UCX's.
     #[error("--two-sided is for --transport ucx only; leave it out")]
     NoTwoSides,
@@ -97,7 +103,9 @@ impl BenchError {
         matches!(
             self,
             BenchError::NoStreams
+                | BenchError::NoLaunches
                 | BenchError::NoGpus
+                | BenchError::NoStages
                 | BenchError::NoTwoSides
                 | BenchError::NoChoice
                 | BenchError::NoNixl

@@ -97,9 +97,11 @@ impl Cache {
     pub(crate) fn allocate(options: &Options, shape: &Shape, holds: Holds, seed: u64) -> Result<Cache, BenchError> {
         let count = shape.blocks.saturating_mul(2);
         let layout = shape.geometry.shard(Rank(0))?.layout(&[count]);
-        let device = options.device_of(holds);
         let pool = match options.transport {
-            Way::Transport(kind) => transport::allocate(kind, device.as_deref(), PoolId(0), layout, "kvferry-bench")?,
+            Way::Transport(kind) => {
+                let (kind, device) = options.memory_of(kind, holds);
+                transport::allocate(kind, device.as_deref(), PoolId(0), layout, "kvferry-bench")?
+            }
             Way::Nixl => Pool::allocate_private(PoolId(0), layout, &PoolOptions::default())?,
         };
         let mut table = shuffled(count, seed);

@@ -55,6 +55,8 @@ impl Nic {
             thread_blocks: options.thread_blocks.unwrap_or(defaults.thread_blocks),
             two_sided: options.two_sided,
             packed_below_bytes: options.packed_below,
+            staged_chunk_bytes: options.staged_chunk.map_or(defaults.staged_chunk_bytes, |bytes| bytes as usize),
+            staged_chunks: options.staged_chunks.unwrap_or(defaults.staged_chunks),
             ..defaults
         };
         let device = options.device_of(holds);

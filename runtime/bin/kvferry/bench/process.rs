@@ -61,9 +61,13 @@ impl PeerProcess {
         for (name, number) in numbers {
             command.arg(name).arg(number.to_string());
         }
-        for (name, number) in
-            [("--from-gpu", options.from_gpu), ("--to-gpu", options.to_gpu), ("--thread-blocks", options.thread_blocks)]
-        {
+        for (name, number) in [
+            ("--from-gpu", options.from_gpu),
+            ("--to-gpu", options.to_gpu),
+            ("--thread-blocks", options.thread_blocks),
+            ("--staged-chunk", options.staged_chunk),
+            ("--staged-chunks", options.staged_chunks),
+        ] {
             if let Some(number) = number {
                 command.arg(name).arg(number.to_string());
             }

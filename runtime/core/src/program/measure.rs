@@ -114,7 +114,7 @@ impl Program {
 }
 
 impl Segment {
-    fn units(&self) -> u64 {
+    pub(super) fn units(&self) -> u64 {
         self.tokens().saturating_mul(u64::from(self.planes))
     }
 

@@ -12,8 +12,8 @@ use super::prefill::check_steps;
 use super::sources::Sources;
 use super::{
     Awaited, Begun, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms,
-    Lost, MemberList, Message, NicEvent, Outbox, Outcome, Pace, Part, PathReport, QuarantineTerms,
-    RailTerms, Role, Vitals, WorkerProfile,
+    Lost, MemberList, Message, NicEvent, Outbox, Outcome, Pace, Part, PathReport, QuarantineTerms, RailTerms, Role,
+    Vitals, WorkerProfile,
 };
 use crate::{HandoverId, Moment, NodeId, Plane, Rank, RequestId, Tables, TransferId};
 
