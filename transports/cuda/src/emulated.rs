@@ -320,7 +320,7 @@ proptest! {
             runs.extend(own);
         }
         let mut wrong = vec![0; blocks.len()];
-        let mut call = |wrong: *mut c_uint| {
+        let call = |wrong: *mut c_uint| {
             // SAFETY: every block lies in `memory`, every run in its block; there is a count for each.
             unsafe { emulate(blocks.as_ptr(), runs.as_ptr(), blocks.len() as u32, wrong, grid.0, grid.1) }
         };
