@@ -227,6 +227,7 @@ impl PrefillRank {
     pub fn handle_lost(&mut self, now: Moment, lost: &Lost, of_my_group: bool) {
         if of_my_group {
             self.close_all(now);
+            self.group_offers_nothing(now);
         }
         self.handle_peer_down(now, lost.node);
     }

@@ -5,9 +5,10 @@ use core::time::Duration;
 use super::kit::*;
 use super::{decode, prefill, scheduler};
 use crate::protocol::{
-    EngineEvent, Event, Message, NicEvent, OfferCourse, OpenedFetch, Outcome, PrefillView, RequestCourse,
+    Begun, Command, EngineCall, EngineEvent, Event, Message, NicEvent, OfferCourse, OpenedFetch, Outbox, Outcome, Part,
+    PrefillView, RequestCourse,
 };
-use crate::{Direction, Moment};
+use crate::{Direction, Moment, TraceContext};
 
 #[test]
 fn a_fetch_tells_its_stages_apart() {
@@ -102,4 +103,64 @@ fn a_request_tells_how_long_it_was_queued() {
     };
     assert_eq!((**course).clone(), expected);
     assert_eq!(course.queue(), Some(Duration::from_secs(1)));
+}
+
+/// What a machine tells of beginnings since it was asked last.
+fn begun(outbox: &mut Outbox) -> Vec<Begun> {
+    let begun = |event| match event {
+        Event::Began(begun) => Some(*begun),
+        _ => None,
+    };
+    std::iter::from_fn(|| outbox.poll_event()).filter_map(begun).collect()
+}
+
+#[test]
+fn what_is_done_for_a_traced_request_has_spans_below_its_own() {
+    let parent: TraceContext = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".parse().expect("parses");
+    let mut fixture = scheduler::Fixture::new(1, 1);
+    fixture.scheduler.handle_submit_traced(at(0), spec(1), Some(parent)).expect("a new request");
+    let began = begun(fixture.scheduler.outbox());
+    let [Begun { part: Part::Request, trace: Some((own, below)), .. }] = began.as_slice() else { panic!("{began:?}") };
+    assert_eq!((*below, own.trace()), (parent, parent.trace()));
+    let said = fixture.commands();
+    let [Command::Send { message: job @ Message::Prefill(_), .. }] = said.as_slice() else { panic!("{said:?}") };
+    assert_eq!(job.trace(), Some(*own));
+    let said = fixture.offer(0, 1);
+    let pair = said.iter().find_map(|command| match command {
+        Command::Send { message: pair @ Message::Pair(_), .. } => Some(pair.trace()),
+        _ => None,
+    });
+    assert_eq!(pair, Some(Some(*own)));
+
+    let mut fixture = prefill::Fixture::new();
+    let said = fixture.message(0, prefill::LEADER, job.clone());
+    let began = begun(fixture.rank.outbox());
+    let [Begun { part: Part::Offer, request: R1, trace: Some((offer, below)), .. }] = began.as_slice() else {
+        panic!("{began:?}")
+    };
+    assert_eq!(below, own);
+    // The engine goes on below the offer.
+    let [Command::Engine(EngineCall::Prefill(told))] = said.as_slice() else { panic!("{said:?}") };
+    assert_eq!(told.trace, Some(*offer));
+    // Of a later prefill of the same request the span is another one.
+    let mut later = prefill::Fixture::new();
+    later.message(7, prefill::LEADER, job.clone());
+    assert_ne!(begun(later.rank.outbox()), began);
+    // Without a parent nobody has a place in a trace.
+    let mut fixture = scheduler::Fixture::new(1, 1);
+    let said = fixture.submit(1);
+    assert!(matches!(begun(fixture.scheduler.outbox()).as_slice(), [Begun { trace: None, .. }]));
+    assert!(matches!(said.as_slice(), [Command::Send { message, .. }] if message.trace().is_none()), "{said:?}");
+}
+
+/// An offer that the engine could not even begin is over, too: whoever opened something for it closes it.
+#[test]
+fn what_an_engine_cannot_begin_ends_as_it_began() {
+    let mut fixture = prefill::Fixture::new();
+    fixture.message(0, prefill::LEADER, prefill::job(1));
+    assert_eq!(begun(fixture.rank.outbox()).len(), 1);
+    fixture.engine(1, EngineEvent::Unable { request: R1, reason: "no memory".into() });
+    let courses = courses(fixture.rank.outbox());
+    let [Event::OfferEnded(course)] = courses.as_slice() else { panic!("{courses:?}") };
+    assert_eq!((course.opened, course.view), (None, PrefillView::Ended));
 }

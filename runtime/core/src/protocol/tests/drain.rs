@@ -132,6 +132,9 @@ fn with_attention_dp_the_whole_group_is_waited_for() {
     rank.handle_leader_down(at(5));
     assert_eq!(commands(rank.outbox()), [drained(0)]);
     let mut rank = start();
+    rank.handle_lost(at(5), &lost(LEADER), true);
+    assert_eq!(commands(rank.outbox()), [drained(0)], "a rank of the group is");
+    let mut rank = start();
     assert_eq!(rank.poll_timeout(), Some(at(61)));
     rank.handle_timeout(at(61));
     assert_eq!(commands(rank.outbox()), [drained(0)]);
