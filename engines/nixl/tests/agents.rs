@@ -126,6 +126,24 @@ fn connecting_waits_for_the_peer_and_no_longer_than_it_may() {
 }
 
 #[test]
+fn what_was_said_last_arrives_though_the_agent_ends() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", 4096, "tcp");
+    run(async {
+        for number in 0..10u8 {
+            let (agent, _notifications) = Agent::start(config()).await.unwrap();
+            agent.add_peer(peer.metadata.clone()).await.unwrap();
+            // More than a socket takes at once.
+            let message = Bytes::from(vec![number; 4 << 20]);
+            agent.notify("nixl", message.clone(), None).await.unwrap();
+            agent.shutdown().await;
+            let heard = peer.heard();
+            assert!(heard.len() == 1 && heard[0].1 == message, "message {number} is not what was heard");
+        }
+    });
+}
+
+#[test]
 fn notifications_go_both_ways_whatever_they_hold() {
     let Some(_turn) = turn() else { return };
     let mut peer = Peer::start("nixl", 4096, "tcp");
