@@ -32,14 +32,39 @@ impl NicChoice {
     }
 }
 
-/// What `--devices` names, or `--gpus` in its place.
-pub(crate) fn devices(options: &crate::options::Options) -> Result<Option<String>, UsageError> {
-    let Some(gpus) = &options.gpus else { return Ok(options.devices.clone()) };
-    if options.transport != TransportKind::Cuda.name() {
-        return Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: options.transport.clone() });
-    }
+/// The transport, and the devices that are named for it: `--transport` and `--devices`, or `--gpus` in place of both.
+///
+/// `auto` takes named GPUs where they reach each other and all ranks are on one host; else pools are in host memory, and it is said why.
+pub(crate) fn wanted<'a>(
+    options: &'a crate::options::Options,
+    transport: &'a str,
+    hosts: u32,
+) -> Result<(&'a str, Option<String>), UsageError> {
+    let Some(gpus) = &options.gpus else { return Ok((transport, options.devices.clone())) };
     let names: Vec<String> = gpus.split(',').map(|gpu| format!("gpu{}", gpu.trim())).collect();
-    Ok(Some(names.join(",")))
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    match transport {
+        "cuda" => Ok(("cuda", Some(names.join(",")))),
+        "auto" => match auto(hosts, || transport::cuda::joined(&names)) {
+            Ok(way) => {
+                eprintln!("note: pools are on GPUs; {way}");
+                Ok(("cuda", Some(names.join(","))))
+            }
+            Err(reason) => {
+                eprintln!("note: pools are in host memory, not on --gpus {gpus}: {reason}");
+                Ok(("auto", None))
+            }
+        },
+        _ => Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: transport.to_owned() }),
+    }
+}
+
+/// Whether `auto` takes the GPUs that are named; else why not.
+fn auto(hosts: u32, joined: impl FnOnce() -> Result<String, String>) -> Result<String, String> {
+    if hosts > 1 {
+        return Err(format!("ranks are on {hosts} hosts, and only GPUs of one host read each other's memory"));
+    }
+    joined()
 }
 
 /// Has both sides move the bytes over these, which must be UCX's.
@@ -153,4 +178,17 @@ fn list(known: &[NicChoice]) -> String {
     };
     let names: Vec<String> = known.iter().map(describe).collect();
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_takes_gpus_that_reach_each_other_on_one_host() {
+        let nvlink = || Ok("gpu0, gpu1 are joined by NVLink".to_owned());
+        assert!(auto(1, nvlink).is_ok());
+        assert!(auto(2, nvlink).unwrap_err().contains("2 hosts"));
+        assert_eq!(auto(1, || Err("no driver".to_owned())), Err("no driver".to_owned()));
+    }
 }

@@ -57,7 +57,7 @@ pub(crate) struct Options {
     /// Requests in flight at once [default: 4 per decode group]
     #[arg(long, value_name = "N")]
     pub(crate) concurrency: Option<u64>,
-    /// auto (shared memory where ranks share a host, otherwise TCP), shm, tcp, ucx, libfabric, or cuda (pools in GPU memory)
+    /// auto (with --gpus: cuda where these GPUs reach each other; shared memory where ranks share a host; otherwise TCP), shm, tcp, ucx, libfabric, or cuda (pools in GPU memory)
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) transport: String,
     /// Devices by name, best first within each transport: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]
@@ -67,7 +67,7 @@ pub(crate) struct Options {
     /// method of --config says]
     #[arg(long)]
     pub(crate) two_sided: bool,
-    /// With --transport cuda: the GPUs, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one]
+    /// With --transport cuda or auto: the GPUs, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one]
     #[arg(long, value_name = "LIST", conflicts_with = "devices")]
     pub(crate) gpus: Option<String>,
     /// KV between hosts goes by RDMA or not at all, with the reason; memory of one host is as good. Otherwise it is a warning where a side has an
