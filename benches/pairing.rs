@@ -156,7 +156,11 @@ fn wire(criterion: &mut Criterion) {
     };
     let messages = [
         ("confirmed", Message::Confirmed { handover }, 1),
-        ("pair", Message::Pair(Pairing { handover, spec, source: GroupId(1), source_dp: 0, steps: vec![80] }), 1),
+        (
+            "pair",
+            Message::Pair(Pairing { handover, spec, source: GroupId(1), source_dp: 0, steps: vec![80], trace: None }),
+            1,
+        ),
         ("open", Message::Open(open), 1),
         ("opened-256", Message::Opened(OpenedFetch { handover, source: tables(256), ready: 1 }), 256),
         ("opened-8192", Message::Opened(OpenedFetch { handover, source: tables(8192), ready: 1 }), 8192),

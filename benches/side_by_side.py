@@ -11,8 +11,9 @@ of the rounds, and ratios of one round's figures: their median, least and greate
 Processor time is that of both ends. NIXL's script does not tell its own: it is run a second time, for one iteration, and what the whole
 processes took longer for the others is theirs; waiting by polling counts, as it does for kvferry.
 
-Paths are transports, with a device where one is meant: shm,tcp,ucx:memory,ucx:lo. For ucx let KVFERRY_UCX_LIBRARY name the library that
-NIXL brings, so that both use one; UCX_MODULES=^ib keeps both from loading RDMA libraries of which the system has others.
+Paths are transports, with a device where one is meant: shm,tcp,ucx:memory,ucx:lo; nixl and nixl:tcp are kvferry as the initiator by NIXL's protocol, with
+all of UCX's transports or only tcp, of a NIXL agent that the Python of --nixl runs. For ucx and nixl let KVFERRY_UCX_LIBRARY name the library that NIXL
+brings, so that both use one; UCX_MODULES=^ib keeps both from loading RDMA libraries of which the system has others.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import sys
 SHAPES = [(32, 160, 4 << 10), (32, 160, 16 << 10), (32, 128, 64 << 10)]
 OPS = ["pull", "push"]
 # Whose limit and whose setting of NIXL is meant.
-LIKE = {"shm": "shm", "tcp": "tcp", "ucx:memory": "shm", "ucx:lo": "tcp"}
+LIKE = {"shm": "shm", "tcp": "tcp", "ucx:memory": "shm", "ucx:lo": "tcp", "nixl": "shm", "nixl:tcp": "tcp"}
 # What the destination reads and what the source writes.
 NIXL_OP = {"pull": "READ", "push": "WRITE"}
 LIMIT_LINE = re.compile(r"^(tcp sg|shm copy) n=\d+ bb=\d+ ([0-9.]+) GB/s")
@@ -51,6 +52,8 @@ def main():
         parser.error(f"--paths: no {unknown[0]}; there are {', '.join(LIKE)}")
     options.cases = [(path, op) for path in options.paths for op in OPS]
     options.shapes = SHAPES + ([(32, 8, 1 << 20)] if options.mebibyte else [])
+    if any(path.startswith("nixl") for path in options.paths) and not options.nixl:
+        parser.error("--paths nixl: --nixl must name its Python")
     if options.rounds < 1 or options.iters < 2:
         parser.error("--rounds must be at least 1, and --iters 2")
 
@@ -92,7 +95,10 @@ def kvferry(options, transport, op, shape):
     layers, blocks, block_bytes = map(str, shape)
     transport, _, device = transport.partition(":")
     command = [options.kvferry, "bench", "--transport", transport, "--op", op, "--layers", layers, "--blocks", blocks]
-    command += ["--device", device] if device else []
+    if transport == "nixl":
+        command += ["--nixl-python", shlex.split(options.nixl)[0]] + (["--tls", device] if device else [])
+    elif device:
+        command += ["--device", device]
     command += ["--block-bytes", block_bytes, "--iters", str(options.iters), "--json"]
     report = json.loads(run(command, options.timeout))
     if report["verified"] is not True:
@@ -148,7 +154,7 @@ def run(command, timeout, environment=None):
 
 def table(rounds, options):
     head = ["path", "op", "pieces", "kvferry GB/s", "limit GB/s", "kvferry / limit", "NIXL GB/s", "kvferry / NIXL"]
-    head += ["plan µs", "CPU s / GiB", "NIXL's"]
+    head += ["plan µs", "CPU s / GiB", "NIXL's", "CPU µs / piece", "NIXL's"]
     rows = [head, ["---"] * len(head)]
     for transport, op in options.cases:
         for shape in options.shapes:
@@ -157,14 +163,16 @@ def table(rounds, options):
             row = [transport, op, f"{2 * shape[0] * shape[1]:,} × {shape[2] >> 10} KiB", middle(figures, own)]
             row += [middle(figures, limit), ratio(figures, own, limit), middle(figures, rival), ratio(figures, own, rival)]
             row += [middle(figures, (figure, transport, op)) for figure in ("plan", "cpu", "nixl cpu")]
+            each = 1e6 * gibibytes(shape) / (2 * shape[0] * shape[1])
+            row += [middle(figures, (figure, transport, op), each) for figure in ("cpu", "nixl cpu")]
             rows.append(row)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", f"Medians of {options.rounds} rounds of {options.iters} iterations; ratios within a round: median (least-greatest)."]
     return "\n".join(lines)
 
 
-def middle(figures, key):
-    values = [each[key] for each in figures if key in each]
+def middle(figures, key, factor=1):
+    values = [each[key] * factor for each in figures if key in each]
     return f"{statistics.median(values):.2f}" if values else "-"
 
 

@@ -37,6 +37,16 @@
 
 pub mod transport;
 
+/// An agent that speaks to NIXL agents, over UCX and without libnixl.
+pub mod nixl {
+    pub use kvferry_core::End;
+    pub use kvferry_nixl::{
+        Agent, AgentConfig, AgentError, AgentMetadata, Connection, EXCHANGE_PORT, Exchange, ExchangeError, LACKS,
+        MemoryKind, Met, MetadataServer, Moved, Notification, Notifications, Operation, Peer, PeerKind, Piece, Range,
+        Section, ServerConfig, Transfer, WireError, pieces,
+    };
+}
+
 /// NICs and GPUs of this host, and which NICs serve which GPU.
 pub mod topology {
     pub use kvferry_topology::{Affinity, BadOverride, GpuNics, Make, Nearness, Overrides, Pci, Port, Topology};
@@ -44,19 +54,20 @@ pub mod topology {
 
 pub use kvferry_actors::{
     EnginePort, Handover, HandoverError, ListenError, MonotonicClock, NicStartError, NodeConfig, NodeError, OpenNic,
-    SchedulerNode, Standing, ThreadOptions, Watch, WorkerConfig, WorkerNode,
+    SPAN_TARGET, SchedulerNode, Standing, ThreadOptions, Watch, WorkerConfig, WorkerNode,
 };
 pub use kvferry_core::protocol::{
-    Away, ChosenPath, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchCourse, Finished, GroupView,
-    Identity, LeaseTerms, LeastLoaded, LongestHeldPrefix, Message as ControlMessage, Obstacle, OfferCourse, Outcome,
-    PassedOver, PathReport, PeerName, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms, RdmaShortfall,
-    Refusal, RequestCourse, RequestSpec, Role, SchedulerTerms, SessionTerms, ShownPath, Vitals,
+    Away, Begun, ChosenPath, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchCourse, Finished,
+    GroupView, Identity, LeaseTerms, LeastLoaded, LongestHeldPrefix, Message as ControlMessage, Obstacle, OfferCourse,
+    Outcome, Part, PassedOver, PathReport, PeerName, Policy, PrefillJob, PrefillView, Protocols, QuarantineTerms,
+    RailHealth, RailTerms, RailTurn, RdmaShortfall, Refusal, RequestCourse, RequestSpec, Role, SchedulerTerms,
+    SessionTerms, ShownPath, Vitals,
 };
 pub use kvferry_core::{
     BlockTable, Direction, Dtype, Epoch, Evidence, Extent, FenceProof, Format, GeometryError, GeometrySpec, Grade,
     GroupGeometry, GroupId, HandoverId, KvPlacement, LayerGroup, LibraryName, Model, Moment, NodeId, Order, PairPlan,
     Parallel, PlanRequest, Plane, PlanePlacement, PoolId, PoolLayout, Program, Rank, RequestId, Shard, Sharding,
-    SpecError, TableBlocks, TableShape, Tables, Tensor, TransportKind, destinations, sources,
+    SpecError, TableBlocks, TableShape, Tables, Tensor, TraceContext, TraceError, TransportKind, destinations, sources,
 };
 pub use kvferry_metrics::{Metrics, MetricsServer, Recorder, RecorderOptions, ServeError};
 pub use kvferry_transport::{Pool, PoolError, PoolOptions};

@@ -1,7 +1,5 @@
 //! Which transports this build has, and how to open them.
 
-use std::net::IpAddr;
-
 use kvferry_actors::OpenNic;
 use kvferry_core::{PoolId, PoolLayout, TransportKind};
 pub use kvferry_transport::Provider;
@@ -126,10 +124,6 @@ fn find(kind: TransportKind, device: Option<&str>) -> Result<(Box<dyn Provider>,
     let provider = provider.ok_or_else(|| no_device("this build does not have it".to_owned()))?;
     let devices = || provider.discover();
     let device = match device {
-        // An address of this host is as good a name as its interface; opening it says if it is not one.
-        Some(name) if kind == TransportKind::Tcp && name.parse::<IpAddr>().is_ok() => {
-            Device { kind, name: name.to_owned(), unavailable: None }
-        }
         Some(name) => provider.named(name).ok_or_else(|| {
             let describe = |device: &Device| match &device.unavailable {
                 None => device.name.clone(),

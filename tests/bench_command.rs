@@ -101,6 +101,9 @@ fn options_without_sense_are_refused_with_two() {
         ("--transport shm --streams 2", "--streams"),
         ("--transport shm --device gpu9", "memory"),
         ("--transport tcp --device no-such-interface", "lo"),
+        ("--transport ucx --tls tcp", "--transport nixl"),
+        ("--transport shm --nixl-python python3", "--transport nixl"),
+        ("--transport nixl --two-sided", "--transport ucx"),
         ("--transport shm --frobnicate", "--frobnicate"),
     ] {
         let output = run(arguments);

@@ -295,6 +295,28 @@ fn the_direction_is_pull_unless_asked_otherwise() {
     assert!(outcome.paths().iter().all(|path| path["direction"] == "pull" && path["transport"] == "shm"));
 }
 
+/// One decode rank pulls through two devices at once, of one transport or of two.
+#[test]
+fn several_devices_share_what_is_pulled() {
+    let sides =
+        ["--geometry", "layers=4,kv_heads=4,head_dim=128", "--prefill", "tp=2", "--isl", "2000", "--requests", "6"];
+    for (transport, devices, names) in
+        [("tcp", "127.0.0.2,127.0.0.3", ["127.0.0.2", "127.0.0.3"]), ("auto", "shm:memory,tcp:lo", ["memory", "lo"])]
+    {
+        let case = Case { transport, direction: "pull", in_process: false };
+        let ran = run(&case, &[&sides[..], &["--devices", devices, "--rails", "2"]].concat());
+        ran.check_delivered(&case);
+        for from in 0..2 {
+            let paths = ran.paths();
+            let of_rank = paths
+                .iter()
+                .filter(|path| path["from"] == format!("prefill:{from}") && path["bytes"].as_u64() > Some(0));
+            let used: Vec<&str> = of_rank.filter_map(|path| path["device"].as_str()).collect();
+            assert!(names.iter().all(|name| used.contains(name)), "{names:?}: {paths:?}");
+        }
+    }
+}
+
 #[test]
 fn a_pool_for_one_request_is_enough() {
     everywhere(&[

@@ -72,9 +72,13 @@ warning: TRTLLM_USE_UCX_KVCACHE=1 with `backend: DEFAULT` does not enable UCX (v
   NVIDIA Dynamo 1.x, KV Cache Transfer page: the variable does not enable UCX, `backend: UCX` must be set
   TensorRT-LLM 1.3.0rc22, llm_args.py `_resolve_default_backend`: the first of NIXL, UCX, MOONCAKE, MPI whose variable is \"1\" is what DEFAULT means
 note: NIXL with UCX: these are kvferry's own agents and not wire-compatible with NIXL agents (decode.yaml:3)
-  do: run kvferry on both the prefill and the decode side
+  do: run kvferry on both the prefill and the decode side; where the peer is a NIXL agent, --peers nixl tells what speaks to it
 ";
     assert_eq!(text(&output.stdout), expected);
+    let nixl = folder.check("decode.yaml --env-file worker.env --peers nixl");
+    assert_eq!(nixl.status.code(), Some(1), "{}", text(&nixl.stderr));
+    let spoken = "transport            nixl                         decode.yaml:3: the peer is a NIXL agent: kvferry's NIXL engine";
+    assert!(text(&nixl.stdout).contains(spoken), "{}", text(&nixl.stdout));
     let ucx = folder.check("decode.yaml --env-file worker.env --follow trtllm");
     assert!(text(&ucx.stdout).starts_with("method               UCX  "), "{}", text(&ucx.stdout));
 }

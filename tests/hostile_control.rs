@@ -257,7 +257,7 @@ async fn a_stranger_does_not_become_the_leader_by_saying_so() {
         stranger.say(&mut session, Message::Profile(Box::new(Profile { worker: Some(worker) })));
         let spec =
             kvferry::RequestSpec { request: RequestId(99), tokens: 40, prefix: Arc::default(), prefix_tokens: 512 };
-        stranger.say(&mut session, Message::Prefill(PrefillJob { spec, dp: 0 }));
+        stranger.say(&mut session, Message::Prefill(PrefillJob { spec, dp: 0, trace: None }));
         stranger
     });
     let ignored = async {

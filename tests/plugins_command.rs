@@ -128,6 +128,17 @@ fn wheels_fit_or_do_not_as_loading_them_shows() {
         // The loader agrees.
         assert!(plugin["probe"]["told"]["refused"].is_string(), "{plugin:#}");
     }
+    // The doctor says the same of what the environment names, and loads nothing.
+    for (core, plugins, code) in [(newest, first, 0), (newest, before, 2), (before, newest, 2)] {
+        let (core, plugins) = (plugin_folder(core).parent().unwrap().to_owned(), plugin_folder(plugins));
+        let mut doctor = Command::new(env!("CARGO_BIN_EXE_kvferry"));
+        doctor.args(["doctor", "--json"]).env_clear().env("LD_LIBRARY_PATH", &core).env("NIXL_PLUGIN_DIR", &plugins);
+        let report: Value = serde_json::from_slice(&doctor.output().unwrap().stdout).unwrap();
+        let abi = report["checks"].as_array().unwrap().iter().find(|check| check["id"] == "nixl.abi").unwrap();
+        assert_eq!(abi["status"], if code == 0 { "ok" } else { "fail" }, "{abi:#}");
+        assert!(code == 0 || abi["fix"].as_str().unwrap().contains("NIXL_PLUGIN_DIR="), "{abi:#}");
+        assert!(abi["evidence"][0].as_str().unwrap().contains(core.to_str().unwrap()), "{abi:#}");
+    }
     // The silent one: it loads, claims interface 1, and ends the process by a call of the wrong function.
     let (silent, plugin) = verdict(before, first, "POSIX");
     assert_eq!(silent, "incompatible");

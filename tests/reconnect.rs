@@ -79,7 +79,8 @@ async fn cut_and_post(kind: TransportKind) {
         for plane in 0..layout.planes.len() as u32 {
             pool.fill(plane, 0, 0).unwrap();
         }
-        let post = NicCommand::Post { id, node: PEER, direction: Direction::Pull, program: Arc::clone(&program) };
+        let (range, program) = (program.whole(), Arc::clone(&program));
+        let post = NicCommand::Post { id, node: PEER, direction: Direction::Pull, program, range };
         port.do_send(NicRequest(post));
         let done = |events: &[NicEvent]| {
             events.iter().any(|event| matches!(event, NicEvent::Done { id: done, .. } if *done == id))

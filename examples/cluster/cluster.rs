@@ -98,6 +98,7 @@ impl<'a> Cluster<'a> {
             epoch: Epoch(u64::from(life) + 1),
             listen: self.address.clone().unwrap_or_else(|| "127.0.0.1:0".to_owned()),
             policy: self.setup.policy,
+            traceparent: self.setup.traceparent.map(|trace| trace.to_string()),
             terms: self.setup.terms,
             metrics: self.setup.metrics.map(|address| address.to_string()),
             recorder: self.setup.recorder.as_ref().map(|dir| (dir.join("scheduler.jsonl"), !self.setup.in_process)),

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use kvferry_trtllm::{Environment, FILE_BYTES_MAX, Follow, Plan, Severity, TransceiverConfig, resolve};
+use kvferry_trtllm::{Environment, FILE_BYTES_MAX, Follow, Peers, Plan, Severity, TransceiverConfig, resolve};
 
 use crate::error::UsageError;
 
@@ -19,7 +19,7 @@ pub(crate) fn plan(file: &Path) -> Result<Plan, UsageError> {
     let environment: Environment = std::env::vars_os()
         .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()))
         .collect();
-    let resolution = resolve(&config, &file.display().to_string(), &environment, Follow::default());
+    let resolution = resolve(&config, &file.display().to_string(), &environment, Follow::default(), Peers::Kvferry);
     for finding in resolution.findings.iter().filter(|finding| finding.severity == Severity::Warning) {
         eprintln!("warning: {} ({})", finding.message, finding.source);
     }

@@ -40,7 +40,8 @@ const BAD_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "error".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let ends = tracing_subscriber::fmt::format::FmtSpan::CLOSE;
+    tracing_subscriber::fmt().with_env_filter(filter).with_span_events(ends).with_writer(std::io::stderr).init();
     match std::env::args().nth(1).as_deref() {
         Some(RANK_WORKER) => return worker::process::<rank::RankWorker>(),
         Some(SCHEDULER_WORKER) => return worker::process::<scheduler::SchedulerWorker>(),

@@ -32,7 +32,8 @@ impl NicChoice {
     }
 }
 
-/// The transport, and the devices that are named for it: `--transport` and `--devices`, or `--gpus` in place of both.
+/// The transport, and the devices that are named for it: `--transport` and `--devices`, or `--gpus` in their place. With tcp, GPUs only say
+/// where pools are ([`memories`]).
 ///
 /// `auto` takes named GPUs where they reach each other and all ranks are on one host; else pools are in host memory, and it is said why.
 pub(crate) fn wanted<'a>(
@@ -41,7 +42,7 @@ pub(crate) fn wanted<'a>(
     hosts: u32,
 ) -> Result<(&'a str, Option<String>), UsageError> {
     let Some(gpus) = &options.gpus else { return Ok((transport, options.devices.clone())) };
-    let names: Vec<String> = gpus.split(',').map(|gpu| format!("gpu{}", gpu.trim())).collect();
+    let names: Vec<String> = gpu_names(gpus).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     match transport {
         "cuda" => Ok(("cuda", Some(names.join(",")))),
@@ -52,9 +53,10 @@ pub(crate) fn wanted<'a>(
             }
             Err(reason) => {
                 eprintln!("note: pools are in host memory, not on --gpus {gpus}: {reason}");
-                Ok(("auto", None))
+                Ok(("auto", options.devices.clone()))
             }
         },
+        "tcp" => Ok(("tcp", options.devices.clone())),
         _ => Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: transport.to_owned() }),
     }
 }
@@ -65,6 +67,21 @@ fn auto(hosts: u32, joined: impl FnOnce() -> Result<String, String>) -> Result<S
         return Err(format!("ranks are on {hosts} hosts, and only GPUs of one host read each other's memory"));
     }
     joined()
+}
+
+/// The GPUs in whose memory pools are to be though another transport carries them, dealt to the ranks in turn.
+pub(crate) fn memories(options: &crate::options::Options, transport: &str) -> Result<Vec<String>, UsageError> {
+    let gpus = options.gpus.as_deref().filter(|_| transport == TransportKind::Tcp.name());
+    let names: Vec<String> = gpus.into_iter().flat_map(gpu_names).collect();
+    if !names.is_empty() {
+        // Names are checked here, not in every rank.
+        choose(TransportKind::Cuda.name(), Some(&names.join(",")))?;
+    }
+    Ok(names)
+}
+
+fn gpu_names(list: &str) -> impl Iterator<Item = String> {
+    list.split(',').map(|gpu| format!("gpu{}", gpu.trim()))
 }
 
 /// Has both sides move the bytes over these, which must be UCX's.

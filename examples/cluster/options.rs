@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
-use kvferry::Direction;
+use kvferry::{Direction, TraceContext};
 use serde::{Deserialize, Serialize};
 
 /// The first argument of a rank's process.
@@ -63,12 +63,16 @@ pub(crate) struct Options {
     /// Devices by name, best first within each transport: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]
     #[arg(long, value_name = "LIST")]
     pub(crate) devices: Option<String>,
+    /// NICs of a decode rank that share what it pulls from one prefill rank, of those that --devices names; 1 leaves one to each pair of ranks
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) rails: u64,
     /// With --transport ucx: active messages by rendezvous instead of remote access, as TensorRT-LLM's `backend: UCX` [default: what the
     /// method of --config says]
     #[arg(long)]
     pub(crate) two_sided: bool,
-    /// With --transport cuda or auto: the GPUs, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one]
-    #[arg(long, value_name = "LIST", conflicts_with = "devices")]
+    /// With --transport cuda or auto: the GPUs, in place of --devices, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one].
+    /// With --transport tcp: the same, for pools in GPU memory that is staged through host memory [default: host memory]
+    #[arg(long, value_name = "LIST")]
     pub(crate) gpus: Option<String>,
     /// KV between hosts goes by RDMA or not at all, with the reason; memory of one host is as good. Otherwise it is a warning where a side has an
     /// RDMA device
@@ -109,6 +113,10 @@ pub(crate) struct Options {
     /// Writes when what happened to each request, at the scheduler and at each rank, as a Chrome trace: open it in Perfetto
     #[arg(long, value_name = "FILE")]
     pub(crate) timeline: Option<PathBuf>,
+    /// The span that every request belongs to, as a W3C traceparent: 00-TRACE-SPAN-01. Every process then has spans of that trace; with
+    /// RUST_LOG=kvferry::handover=info it logs each when it ends
+    #[arg(long, value_name = "TRACEPARENT", value_parser = |text: &str| text.parse::<TraceContext>())]
+    pub(crate) traceparent: Option<TraceContext>,
     /// Ranks that were killed or have left are started again at once, as the next incarnation of their node
     #[arg(long)]
     pub(crate) restart: bool,

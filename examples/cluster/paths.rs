@@ -16,27 +16,30 @@ pub(crate) struct Known {
     pub(crate) shortfall: Option<String>,
 }
 
-/// By peer and transport.
+/// The peer, the transport, and its device at whoever knows.
+pub(crate) type Key = (NodeId, TransportKind, String);
+
+/// All that one rank knows.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Paths(BTreeMap<(NodeId, TransportKind), Known>);
+pub(crate) struct Paths(BTreeMap<Key, Known>);
 
 /// One of them, on its way to the parent.
-pub(crate) type Told = (NodeId, TransportKind, Known);
+pub(crate) type Told = (Key, Known);
 
 impl Paths {
     /// Takes in what an event says of a path; says of which.
-    pub(crate) fn note(&mut self, event: &Event) -> Option<(NodeId, TransportKind)> {
+    pub(crate) fn note(&mut self, event: &Event) -> Option<Key> {
         match event {
             Event::PathChosen(chosen) => {
-                let key = (chosen.peer.node, chosen.kind);
-                let known = self.0.entry(key).or_default();
+                let key = (chosen.peer.node, chosen.kind, chosen.device.clone());
+                let known = self.0.entry(key.clone()).or_default();
                 known.passed_over = chosen.passed_over.iter().map(ToString::to_string).collect();
                 known.shortfall = chosen.shortfall.as_ref().map(ToString::to_string);
                 Some(key)
             }
             Event::PathShown(shown) => {
-                let key = (shown.peer.node, shown.kind);
-                let known = self.0.entry(key).or_default();
+                let key = (shown.peer.node, shown.kind, shown.device.clone());
+                let known = self.0.entry(key.clone()).or_default();
                 known.evidence = Some(shown.evidence.clone());
                 // The choice of the device fell short already, or its lanes do.
                 known.shortfall = shown.shortfall.as_ref().map(ToString::to_string).or(known.shortfall.take());
@@ -46,12 +49,18 @@ impl Paths {
         }
     }
 
-    pub(crate) fn get(&self, key: (NodeId, TransportKind)) -> Option<&Known> {
-        self.0.get(&key)
+    pub(crate) fn get(&self, key: &Key) -> Option<&Known> {
+        self.0.get(key)
+    }
+
+    /// Of the path to a peer by a transport: over that device, where several are in use, or the only one.
+    pub(crate) fn find(&self, peer: NodeId, kind: TransportKind, device: &str) -> Option<&Known> {
+        let of_peer = || self.0.iter().filter(|((node, by, _), _)| *node == peer && *by == kind);
+        of_peer().find(|((.., on), _)| on == device).or_else(|| of_peer().next()).map(|(_, known)| known)
     }
 
     /// Takes in what a rank told.
     pub(crate) fn extend(&mut self, told: Vec<Told>) {
-        self.0.extend(told.into_iter().map(|(node, kind, known)| ((node, kind), known)));
+        self.0.extend(told);
     }
 }

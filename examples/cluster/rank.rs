@@ -17,7 +17,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::nics::NicChoice;
-use crate::paths::{Paths, Told};
+use crate::paths::{Key, Paths, Told};
 use crate::share;
 use crate::terms::Terms;
 use crate::timeline::Course;
@@ -37,6 +37,9 @@ pub(crate) struct RankConfig {
     pub(crate) geometry: Arc<GroupGeometry>,
     pub(crate) blocks: Vec<u32>,
     pub(crate) nics: Vec<NicChoice>,
+    /// The GPU in whose memory the pool is to be, where the NICs do not say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) gpu: Option<String>,
     /// The simulated host that it is on; `None` for this one.
     pub(crate) host: Option<String>,
     pub(crate) direction: Option<Direction>,
@@ -249,6 +252,9 @@ async fn live(
 /// The rank's pool: on its GPU if it has one, and where UCX is the only way, in the memory that suits that.
 fn allocate(config: &RankConfig, layout: PoolLayout) -> Result<Pool, RankError> {
     let (id, name) = (PoolId(0), config.pool_name());
+    if let Some(gpu) = &config.gpu {
+        return Ok(transport::allocate(TransportKind::Cuda, Some(gpu), id, layout, &name)?);
+    }
     let all_ucx = config.nics.iter().all(|nic| nic.kind == TransportKind::Ucx);
     match config.nics.first() {
         Some(nic) if nic.kind == TransportKind::Cuda || all_ucx => {
@@ -316,7 +322,7 @@ struct Runner<'a> {
     pool: Pool,
     paths: Paths,
     /// Paths of which the parent has not been told the latest.
-    fresh: BTreeSet<(NodeId, TransportKind)>,
+    fresh: BTreeSet<Key>,
     /// It may leave, with so many requests still offered.
     left: Option<u64>,
 }
@@ -439,7 +445,7 @@ impl Runner<'_> {
         self.ledger.report.answered += 1;
         let mut report = self.report(idle);
         report.census = Some(Census::take(&self.ledger.config.pool_name()));
-        let told = |key: (NodeId, TransportKind)| Some((key.0, key.1, self.paths.get(key)?.clone()));
+        let told = |key: Key| Some((key.clone(), self.paths.get(&key)?.clone()));
         report.paths = std::mem::take(&mut self.fresh).into_iter().filter_map(told).collect();
         say(Said::Report(Box::new(report)));
     }

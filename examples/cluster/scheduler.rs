@@ -25,6 +25,8 @@ pub(crate) struct SchedulerConfig {
     /// Where its control listener is: any port at first, afterwards the one that ranks know.
     pub(crate) listen: String,
     pub(crate) policy: PolicyName,
+    /// The span that requests belong to, as a traceparent.
+    pub(crate) traceparent: Option<String>,
     pub(crate) terms: Terms,
     /// Where its metrics are served.
     pub(crate) metrics: Option<String>,
@@ -87,6 +89,8 @@ pub(crate) enum SchedulerError {
     Node(#[from] NodeError),
     #[error(transparent)]
     Serve(#[from] ServeError),
+    #[error(transparent)]
+    Trace(#[from] kvferry::TraceError),
     #[error("its flight recorder cannot write to {}: {source}; name a folder that is there with --recorder", file.display())]
     Recorder { file: PathBuf, source: std::io::Error },
     #[error("it has no runtime: {0}")]
@@ -144,12 +148,13 @@ async fn serve(
     let (_keep, nothing) = mpsc::unbounded_channel();
     let mut events = scheduler.events().unwrap_or(nothing);
     say(Said::Listening { address: scheduler.address().to_owned() });
+    let trace = config.traceparent.as_deref().map(str::parse).transpose()?;
     let mut handovers: JoinSet<Ended> = JoinSet::new();
     loop {
         tokio::select! {
             order = orders.recv() => match order {
                 Some(Order::Submit(spec)) => {
-                    let handover: Handover = scheduler.submit(spec).await;
+                    let handover: Handover = scheduler.submit_traced(spec, trace).await;
                     handovers.spawn(ended(handover));
                 }
                 Some(Order::Report) => say(Said::Report { census: Census::take("") }),

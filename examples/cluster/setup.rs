@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kvferry::{
     GroupGeometry, GroupId, KvPlacement, Model, NodeId, PairPlan, PlanePlacement, Rank, RequestSpec, Role,
-    TransportKind,
+    TraceContext, TransportKind,
 };
 use kvferry_trtllm::Method;
 
@@ -32,6 +32,8 @@ const SILENCE_MIN: u64 = 120;
 const LEASE_MIN: u64 = 300;
 const MILLISECONDS_MAX: u64 = 600_000;
 const DRAIN_WITHIN: u64 = 30_000;
+/// More NICs than any host has.
+const RAILS_MAX: u64 = 64;
 
 /// A cluster that can be.
 pub(crate) struct Setup {
@@ -45,6 +47,7 @@ pub(crate) struct Setup {
     pub(crate) restart: bool,
     pub(crate) terms: Terms,
     pub(crate) policy: PolicyName,
+    pub(crate) traceparent: Option<TraceContext>,
     pub(crate) concurrency: usize,
     pub(crate) in_process: bool,
     pub(crate) reuse_prefix: bool,
@@ -107,6 +110,7 @@ impl Setup {
             nics::two_sided(&mut nics)?;
         }
         let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);
+        let memories = nics::memories(options, transport)?;
         let counts = (prefill.ranks(), decode.ranks());
         let faults = [
             (Action::Kill, &options.kill),
@@ -125,6 +129,7 @@ impl Setup {
             silence_ms: milliseconds("silence", options.silence, SILENCE_MIN)?,
             lease_ms: milliseconds("lease", options.lease, LEASE_MIN)?,
             deadlines: plan.as_ref().map(|plan| plan.deadlines.terms()),
+            rails_max: u32::try_from(number("rails", Some(options.rails), options.rails, 1, RAILS_MAX)?).ok(),
         };
         let drain_within = milliseconds("drain-within", options.drain_within, 0)?.unwrap_or(DRAIN_WITHIN);
         let metrics = options.metrics.as_deref().map(|value| metrics(value, ranks)).transpose()?;
@@ -163,6 +168,7 @@ impl Setup {
                         } else {
                             nics.clone()
                         },
+                        gpu: memories.get(configs.len() % memories.len().max(1)).cloned(),
                         host: (transport == "auto" && host > 0).then(|| format!("simulated host {host}")),
                         direction: options.direction.chosen(),
                         require_rdma: options.require_rdma,
@@ -189,7 +195,7 @@ impl Setup {
             }
         }
         // GPUs say for themselves when they are full.
-        if !of_gpus {
+        if !of_gpus && memories.is_empty() {
             let remedy = if options.trace.is_some() { "blocks or --limit" } else { "blocks, --isl, tp or groups" };
             fits_memory(&configs, remedy)?;
         }
@@ -207,6 +213,7 @@ impl Setup {
             restart: options.restart,
             terms,
             policy,
+            traceparent: options.traceparent,
             concurrency: concurrency as usize,
             in_process: options.in_process,
             reuse_prefix: options.reuse_prefix,

@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
-use kvferry::{DeadlineTerms, LeaseTerms, NodeConfig, SessionTerms};
+use kvferry::{DeadlineTerms, LeaseTerms, NodeConfig, RailTerms, SessionTerms};
 use serde::{Deserialize, Serialize};
 
-/// What `--silence`, `--lease` and `--config` give; the defaults of a node otherwise.
+/// What `--silence`, `--lease`, `--rails` and `--config` give; the defaults of a node otherwise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Terms {
     pub(crate) silence_ms: Option<u64>,
     pub(crate) lease_ms: Option<u64>,
     pub(crate) deadlines: Option<DeadlineTerms>,
+    pub(crate) rails_max: Option<u32>,
 }
 
 impl Terms {
@@ -21,6 +22,9 @@ impl Terms {
             let beat = silence / 6;
             node.session =
                 SessionTerms { handshake_within: silence, beat_every: beat, silence_max: silence, resume_within: beat };
+        }
+        if let Some(rails_max) = self.rails_max {
+            node.rails = RailTerms { rails_max, ..RailTerms::default() };
         }
         if let Some(deadlines) = self.deadlines {
             node.deadlines = deadlines;

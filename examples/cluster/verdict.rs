@@ -252,7 +252,7 @@ impl PathKey {
         let (here, there) = if self.pushed { (source, destination) } else { (destination, source) };
         let (Some(here), Some(there)) = (here, there) else { return Known::default() };
         let (rank, peer) = (record.ranks.get(here), setup.ranks.get(there));
-        let known = rank.zip(peer).and_then(|(rank, peer)| rank.paths.get((peer.node, self.transport)));
+        let known = rank.zip(peer).and_then(|(rank, peer)| rank.paths.find(peer.node, self.transport, &self.device));
         known.cloned().unwrap_or_default()
     }
 

@@ -43,6 +43,9 @@ pub(crate) struct Options {
     /// NICs of every node.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = value_parser!(u32).range(1..=NICS_MAX))]
     pub(crate) nics: u32,
+    /// NICs of a decode rank that share what it reads from one prefill rank, at most; by default the seed decides.
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=NICS_MAX))]
+    pub(crate) rails: Option<u32>,
     /// Requests submitted while things go wrong; a quarter as many, at most 64, follow once all is mended.
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = value_parser!(u64).range(1..=REQUESTS_MAX))]
     pub(crate) requests: u64,
@@ -183,6 +186,7 @@ impl Options {
             prefill_tp: self.prefill_tp,
             decode_tp: self.decode_tp,
             nics: self.nics,
+            rails: self.rails,
             requests: self.requests,
             faults: self.faults.clone(),
             plant: self.plant,
@@ -206,6 +210,9 @@ impl Options {
             }
         }
         put("--nics", self.nics.to_string());
+        if let Some(rails) = self.rails {
+            put("--rails", rails.to_string());
+        }
         put("--requests", self.requests.to_string());
         put("--faults", self.faults.to_string());
         if let Some(plant) = self.plant {

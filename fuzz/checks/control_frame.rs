@@ -1,7 +1,7 @@
 // What is done with the bytes of a link. Shared by the fuzz target and the corpus test, by `include!`.
 
 use bytes::Bytes;
-use kvferry_core::wire::{Frame, FrameReader, decode_message, encode_message};
+use kvferry_core::wire::{Frame, FrameReader, PROTOCOL_MAX, decode_from, decode_message, encode_for};
 
 /// Reads `bytes` as a stream of frames; whatever decodes must survive being encoded again.
 fn control_frame(bytes: &[u8]) {
@@ -14,12 +14,13 @@ fn control_frame(bytes: &[u8]) {
         // A reason is cut to its limit and made valid text; everything else comes back as it was.
         assert!(again.as_ref() == Some(&frame) || matches!(frame, Frame::Reject(_)), "{frame:?} became {again:?}");
         if let Frame::Sealed { body, .. } = frame
-            && let Ok(message) = decode_message(&body)
+            && let Ok(message) = decode_from(&body, PROTOCOL_MAX)
         {
-            let again: Option<Bytes> = encode_message(&message).ok();
-            let again = again.and_then(|bytes| decode_message(&bytes).ok());
+            let again: Option<Bytes> = encode_for(&message, PROTOCOL_MAX).ok();
+            let again = again.and_then(|bytes| decode_from(&bytes, PROTOCOL_MAX).ok());
             assert!(again.as_ref() == Some(&message), "{message:?} became {again:?}");
         }
     }
     let _ = decode_message(bytes);
+    let _ = decode_from(bytes, PROTOCOL_MAX);
 }

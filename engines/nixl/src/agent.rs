@@ -1,6 +1,7 @@
 //! The agent as programs hold it: calls become commands to its thread, answers come back as futures.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, Waker};
@@ -48,14 +49,30 @@ pub struct Moved {
     pub took: Duration,
 }
 
-/// What a peer is.
+/// What transfers by NIXL's protocol lack beside those between kvferry's own nodes.
+pub const LACKS: [&str; 4] = [
+    "no program: UCX is asked for every piece, neighbours merged",
+    "no lease: nobody confirms that what was read was still the request's",
+    "no fence: whoever has a key may write until the memory is deregistered, and a write that was given up may still land",
+    "no authentication: any peer may claim any name",
+];
+
+/// What a peer is. With either, an [`Agent`] speaks NIXL's protocol, without what [`LACKS`] lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PeerKind {
-    /// A NIXL agent: reads, writes and notifications, without leases, fences or programs. Whoever has its keys may read and write until its
-    /// process deregisters the memory, and a write that was given up may still land there.
+    /// A NIXL agent, which has no better way.
     Nixl,
-    /// One of ours: what it said in [`AgentConfig::extension`].
+    /// One of ours: what it said in [`AgentConfig::extension`], by which its node may be found.
     Kvferry(Bytes),
+}
+
+impl fmt::Display for PeerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PeerKind::Nixl => "a NIXL agent",
+            PeerKind::Kvferry(_) => "an agent of kvferry's",
+        })
+    }
 }
 
 /// A peer that was added.
@@ -122,6 +139,12 @@ impl Agent {
         self.ask(|reply| Command::AddPeer { metadata, reply }).await?
     }
 
+    /// Connects to a peer that was added, so that its first transfer need not; each one does where nobody has.
+    pub async fn connect(&self, peer: &str, within: Option<Duration>) -> Result<(), AgentError> {
+        let peer = peer.to_owned();
+        self.ask(|reply| Command::Connect { peer, within, reply }).await?.map(|_| ())
+    }
+
     /// Forgets a peer. Its transfers fail, and when this returns nothing of them touches local memory any more.
     pub async fn remove_peer(&self, name: &str) -> Result<(), AgentError> {
         let name = name.to_owned();
@@ -140,7 +163,7 @@ impl Agent {
         self.ask(|reply| Command::Notify { peer, message, within, reply }).await?.map(|_| ())
     }
 
-    /// Closes every connection and ends the thread. Registered memory is free afterwards, unless UCX does not let go of it within five seconds: then
+    /// Closes every connection and ends the thread; what was said last gets a second to arrive, transfers under way fail then. Registered memory is free afterwards, unless UCX does not let go of it within five seconds: then
     /// a warning says so.
     pub async fn shutdown(&self) {
         let _ended = self.ask(|done| Command::Shutdown { done: Some(done) }).await;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use kvferry_ucx::raw::RawSettings;
 
 use crate::AgentError;
-use crate::metadata::NAME_BYTES_MAX;
+use crate::metadata::{CONNECTION_BYTES_MAX, NAME_BYTES_MAX};
 use crate::notification::NOTIFICATION_BYTES_MAX;
 
 /// The active message of notifications; 1 up to NIXL 0.4.1.
@@ -29,7 +29,7 @@ pub struct AgentConfig {
     name: String,
     devices: Option<String>,
     transports: Option<String>,
-    extension: Option<Bytes>,
+    extension: Bytes,
     pub(crate) in_flight_max: usize,
     pub(crate) notifications_max: usize,
     pub(crate) within: Duration,
@@ -49,7 +49,7 @@ impl AgentConfig {
             name: name.to_owned(),
             devices: None,
             transports: None,
-            extension: None,
+            extension: Bytes::new(),
             in_flight_max: 1024,
             notifications_max: 1 << 16,
             within: Duration::from_secs(30),
@@ -68,9 +68,9 @@ impl AgentConfig {
         self
     }
 
-    /// Bytes that travel with the metadata and that NIXL agents skip: what a peer of ours is told of better ways. At most 64 KiB.
+    /// Bytes that travel with the metadata in an entry of ours, which NIXL agents skip: what a peer of ours is told of better ways. At most 65,535.
     pub fn extension(mut self, extension: Bytes) -> AgentConfig {
-        self.extension = Some(extension);
+        self.extension = extension;
         self
     }
 
@@ -92,13 +92,15 @@ impl AgentConfig {
         self
     }
 
-    pub(crate) fn check(self) -> Result<(String, Option<Bytes>, RawSettings), AgentError> {
+    pub(crate) fn check(self) -> Result<(String, Bytes, RawSettings), AgentError> {
         let bad = |reason: String| Err(AgentError::Config(reason));
         if self.name.is_empty() || self.name.len() > NAME_BYTES_MAX {
             return bad(format!("a name of {} bytes; 1 to {NAME_BYTES_MAX} are taken", self.name.len()));
         }
-        if let Some(long) = self.extension.as_ref().map(Bytes::len).filter(|bytes| *bytes > 1 << 16) {
-            return bad(format!("an extension of {long} bytes; at most 65,536 are taken"));
+        // It shares its entry with a byte of ours.
+        if self.extension.len() >= CONNECTION_BYTES_MAX {
+            let (long, max) = (self.extension.len(), CONNECTION_BYTES_MAX - 1);
+            return bad(format!("an extension of {long} bytes; at most {max} are taken"));
         }
         let like = LIKE_NIXL.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned()));
         let devices = self.devices.iter().map(|devices| ("NET_DEVICES".to_owned(), devices.clone()));

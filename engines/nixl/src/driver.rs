@@ -25,14 +25,20 @@ use remote::Remote;
 pub(super) const UCX: &str = "UCX";
 /// Our own entry beside it; NIXL agents skip what they do not know.
 pub(super) const OURS: &str = "KVFERRY";
+/// What our entry begins with; the extension follows.
+pub(super) const VERSION: u8 = b'1';
 /// Steps of UCX without a look at commands and deadlines.
 const STEPS: usize = 64;
+/// Longest time for what has happened, and for copies of one peer, before commands and deadlines are looked at again.
+pub(super) const TURN: Duration = Duration::from_millis(2);
 /// How long the thread keeps looking after something happened, before it sleeps.
 const SPIN: Duration = Duration::from_micros(50);
 /// It never sleeps longer: UCX asks silent peers whether they live while it is driven.
 const NAP: Duration = Duration::from_millis(200);
 /// Where UCX cannot wake it.
 const DOZE: Duration = Duration::from_micros(200);
+/// How long a peer may take at the end for what was said to it last.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long connections may take to close at the end.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -44,6 +50,7 @@ pub(crate) enum Command {
     Deregister { pool: PoolId, reply: Reply<()> },
     Metadata { pools: Option<(Vec<PoolId>, bool)>, reply: Reply<Bytes> },
     AddPeer { metadata: Bytes, reply: Reply<Peer> },
+    Connect { peer: String, within: Option<Duration>, reply: Reply<Moved> },
     RemovePeer { name: String, reply: Reply<()> },
     Transfer { transfer: Transfer, reply: Reply<Moved> },
     Notify { peer: String, message: Bytes, within: Option<Duration>, reply: Reply<Moved> },
@@ -54,7 +61,7 @@ pub(crate) enum Command {
 pub(super) struct Driver {
     pub(super) worker: RawWorker,
     pub(super) name: String,
-    extension: Option<Bytes>,
+    extension: Bytes,
     pub(super) in_flight_max: usize,
     pub(super) within: Duration,
     queue: Arc<Queue>,
@@ -72,6 +79,8 @@ pub(super) struct Driver {
     pub(super) leaving: Vec<(BTreeSet<u64>, Reply<()>)>,
     /// What ended inside a call.
     pub(super) at_once: VecDeque<RawEvent>,
+    /// Peers whose turn was over before everything was begun that could be.
+    pub(super) resume: BTreeSet<String>,
     next: u64,
 }
 
@@ -142,6 +151,7 @@ impl Driver {
             closing: BTreeSet::new(),
             leaving: Vec::new(),
             at_once: VecDeque::new(),
+            resume: BTreeSet::new(),
             next: 1,
         })
     }
@@ -182,12 +192,21 @@ impl Driver {
             }
             active = true;
         }
+        for peer in std::mem::take(&mut self.resume) {
+            active = true;
+            self.pump(&peer);
+        }
         let mut events = Vec::new();
         self.worker.take(&mut events);
         self.at_once.extend(events);
+        let until = now() + TURN;
         while let Some(event) = self.at_once.pop_front() {
             active = true;
             self.event(event);
+            // Each may begin more: other peers, commands and deadlines have their turn, too.
+            if now() >= until {
+                break;
+            }
         }
         self.expire(now());
         active
@@ -207,12 +226,37 @@ impl Driver {
     }
 
     fn say_farewell(&mut self, wake: &Wake) {
+        self.flush_all(wake);
         let names: Vec<String> = self.peers.keys().cloned().collect();
         for name in names {
             self.drop_peer(&name, &AgentError::Gone);
         }
         let until = now() + FAREWELL;
         while !(self.closing.is_empty() && self.flights.is_empty()) && now() < until {
+            if !self.step() {
+                wake.wait(None, DOZE);
+            }
+        }
+    }
+
+    /// What was said last may still be here; closing would lose it.
+    fn flush_all(&mut self, wake: &Wake) {
+        let connected = self.peers.iter().filter(|(_, remote)| remote.link.is_some());
+        let names: Vec<String> = connected.map(|(name, _)| name.clone()).collect();
+        let mut flushed = Vec::new();
+        for name in names {
+            let (reply, answer) = oneshot::channel();
+            self.warm(name, Some(LAST_WORDS), reply);
+            flushed.push(answer);
+        }
+        // Each has a deadline of its own; but UCX does not always let go of what ran out of time.
+        let until = now() + 2 * LAST_WORDS;
+        let mut waits = || {
+            let waiting =
+                |answer: &mut oneshot::Receiver<_>| answer.try_recv() == Err(oneshot::error::TryRecvError::Empty);
+            flushed.iter_mut().any(waiting)
+        };
+        while waits() && now() < until {
             if !self.step() {
                 wake.wait(None, DOZE);
             }
@@ -229,6 +273,7 @@ impl Driver {
             }
             Command::Metadata { pools, reply } => drop(reply.send(self.metadata(pools))),
             Command::AddPeer { metadata, reply } => drop(reply.send(self.add_peer(metadata))),
+            Command::Connect { peer, within, reply } => self.warm(peer, within, reply),
             Command::RemovePeer { name, reply } => self.remove_peer(&name, reply),
             Command::Transfer { transfer, reply } => self.transfer(transfer, reply),
             Command::Notify { peer, message, within, reply } => self.notify(peer, message, within, reply),
@@ -294,9 +339,8 @@ impl Driver {
         if connection {
             let address = self.worker.address().map_err(AgentError::Ucx)?.into();
             connections.push(Connection { backend: UCX.to_owned(), address });
-            if let Some(extension) = &self.extension {
-                connections.push(Connection { backend: OURS.to_owned(), address: extension.clone() });
-            }
+            let address = [&[VERSION][..], &self.extension].concat().into();
+            connections.push(Connection { backend: OURS.to_owned(), address });
         }
         let sections = match ranges.is_empty() {
             true => Vec::new(),

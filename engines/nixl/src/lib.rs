@@ -26,17 +26,25 @@ mod agent;
 mod config;
 mod driver;
 mod error;
+#[cfg(feature = "etcd")]
+mod etcd;
+mod exchange;
 mod frame;
 mod metadata;
 mod notification;
 mod pieces;
 mod serdes;
+mod server;
 mod wake;
 
-pub use agent::{Agent, Moved, Notifications, Peer, PeerKind};
+pub use agent::{Agent, LACKS, Moved, Notifications, Peer, PeerKind};
 pub use config::AgentConfig;
 pub use error::{AgentError, WireError};
+#[cfg(feature = "etcd")]
+pub use etcd::{ETCD_LABEL, EtcdConfig, EtcdError, EtcdExchange};
+pub use exchange::{EXCHANGE_PORT, Exchange, ExchangeError};
 pub use frame::{FRAME_BYTES_MAX, Frame};
 pub use metadata::{AgentMetadata, Connection, MemoryKind, NAME_BYTES_MAX, RANGES_MAX, Range, Section};
 pub use notification::{NOTIFICATION_BYTES_MAX, Notification};
 pub use pieces::{Operation, Piece, Transfer, pieces};
+pub use server::{Met, MetadataServer, ServerConfig};

@@ -17,7 +17,7 @@ const BACKEND_BYTES_MAX: usize = 64;
 /// Backends of an agent.
 const CONNECTIONS_MAX: usize = 32;
 /// Bytes by which a backend is reached. A UCX worker with 32 devices has 6 KiB.
-const CONNECTION_BYTES_MAX: usize = 1 << 16;
+pub(crate) const CONNECTION_BYTES_MAX: usize = 1 << 16;
 const SECTIONS_MAX: usize = 64;
 /// Ranges of an agent's memory.
 pub const RANGES_MAX: usize = 1 << 20;

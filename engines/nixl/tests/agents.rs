@@ -3,13 +3,18 @@
 //! `KVFERRY_NIXL_PYTHON` names a Python with a NIXL wheel; without it the cases say so and pass, unless `KVFERRY_REQUIRE` names nixl-agent.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "this is test code")]
 
+#[allow(dead_code, reason = "each of the tests takes what it needs")]
 mod support;
 
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::PoolId;
-use kvferry_nixl::{Agent, AgentConfig, AgentError, PeerKind, Piece, Transfer};
+use kvferry_nixl::{Agent, AgentConfig, AgentError, AgentMetadata, PeerKind, Piece, Transfer};
+use kvferry_ucx::raw::{PackedKey, WorkerAddress};
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
 use serde_json::json;
 use support::{Peer, address, config, contents, hex, ours, pattern, pool, run, turn, with};
 
@@ -22,13 +27,23 @@ fn scattered(count: u64, bytes: u64, remote: u64) -> Vec<Piece> {
     (0..count).map(piece).collect()
 }
 
+/// How an agent of ours is set up for a NIXL agent that was started with the same list.
+fn over(tls: &str) -> AgentConfig {
+    let config = AgentConfig::new("kvferry");
+    if tls.is_empty() { config } else { config.transports(tls) }
+}
+
 #[test]
 fn we_read_and_write_a_nixl_agents_memory() {
     let Some(_turn) = turn() else { return };
+    read_and_write("tcp");
+}
+
+fn read_and_write(tls: &str) {
     for (count, bytes) in [(1, SIZE), (1, 1), (256, 4096), (20_000, 48)] {
-        let mut peer = Peer::start("nixl", SIZE as usize, "tcp");
+        let mut peer = Peer::start("nixl", SIZE as usize, tls);
         run(async {
-            let (agent, _notifications, local) = ours(SIZE, 0xEE).await;
+            let (agent, _notifications, local) = with(over(tls), SIZE, 0xEE).await;
             let added = agent.add_peer(peer.metadata.clone()).await.unwrap();
             assert_eq!((added.name.as_str(), added.kind, added.ranges), ("nixl", PeerKind::Nixl, 1));
             let pieces = scattered(count, bytes, peer.address);
@@ -60,9 +75,13 @@ fn we_read_and_write_a_nixl_agents_memory() {
 #[test]
 fn a_nixl_agent_reads_and_writes_our_memory_while_nobody_polls_here() {
     let Some(_turn) = turn() else { return };
-    let mut peer = Peer::start("nixl", SIZE as usize, "tcp");
+    be_read_and_written("tcp");
+}
+
+fn be_read_and_written(tls: &str) {
+    let mut peer = Peer::start("nixl", SIZE as usize, tls);
     run(async {
-        let (agent, mut notifications, local) = ours(SIZE, 0x11).await;
+        let (agent, mut notifications, local) = with(over(tls), SIZE, 0x11).await;
         let added = peer.ask(&json!({"do": "add", "metadata": hex(&agent.metadata().await.unwrap())}));
         assert_eq!(added, agent.name());
         let pieces: Vec<(u64, u64, u64)> =
@@ -88,6 +107,25 @@ fn a_nixl_agent_reads_and_writes_our_memory_while_nobody_polls_here() {
 }
 
 #[test]
+fn connecting_waits_for_the_peer_and_no_longer_than_it_may() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", 4096, "tcp");
+    run(async {
+        let (agent, _notifications, _local) = ours(4096, 0).await;
+        assert!(agent.connect("nixl", None).await.is_err(), "it was not added");
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        rustix::process::kill_process(peer.pid(), rustix::process::Signal::STOP).unwrap();
+        let late = agent.connect("nixl", Some(Duration::from_millis(300))).await.unwrap_err();
+        assert!(matches!(late, AgentError::Deadline { .. }), "{late}");
+        rustix::process::kill_process(peer.pid(), rustix::process::Signal::CONT).unwrap();
+        agent.connect("nixl", None).await.unwrap();
+        agent.connect("nixl", None).await.unwrap();
+        peer.kill();
+        assert!(agent.connect("nixl", Some(Duration::from_secs(5))).await.is_err());
+    });
+}
+
+#[test]
 fn notifications_go_both_ways_whatever_they_hold() {
     let Some(_turn) = turn() else { return };
     let mut peer = Peer::start("nixl", 4096, "tcp");
@@ -108,18 +146,30 @@ fn notifications_go_both_ways_whatever_they_hold() {
 }
 
 #[test]
+fn a_notification_follows_its_transfer_though_nobody_asks_for_that_any_more() {
+    let Some(_turn) = turn() else { return };
+    let mut peer = Peer::start("nixl", SIZE as usize, "tcp");
+    run(async {
+        let (agent, _notifications, _local) = ours(SIZE, 0).await;
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        let read = Transfer::read("nixl", PoolId(1), scattered(256, 4096, peer.address)).then_notify("read");
+        let mut transfer = std::pin::pin!(agent.transfer(read));
+        // Asked once, by which it begins; then not before the peer has heard.
+        let first = std::future::poll_fn(|context| Poll::Ready(transfer.as_mut().poll(context))).await;
+        assert_eq!(peer.heard(), [(agent.name().to_owned(), b"read".to_vec())]);
+        let moved = match first {
+            Poll::Ready(moved) => moved,
+            Poll::Pending => transfer.await,
+        };
+        assert_eq!(moved.unwrap().bytes, SIZE);
+    });
+}
+
+#[test]
 fn over_whatever_transports_ucx_finds_too() {
     let Some(_turn) = turn() else { return };
-    let mut peer = Peer::start("nixl", SIZE as usize, "");
-    run(async {
-        let (agent, _notifications, local) = with(AgentConfig::new("kvferry"), SIZE, 0).await;
-        agent.add_peer(peer.metadata.clone()).await.unwrap();
-        let pieces = scattered(256, 4096, peer.address);
-        agent.transfer(Transfer::read("nixl", PoolId(1), pieces).then_notify("x")).await.unwrap();
-        let here = contents(&local);
-        assert!((0..SIZE).all(|at| here[((255 - at / 4096) * 4096 + at % 4096) as usize] == pattern(at)));
-        assert_eq!(peer.heard().len(), 1);
-    });
+    read_and_write("");
+    be_read_and_written("");
 }
 
 #[test]
@@ -258,6 +308,50 @@ fn what_is_not_the_peers_or_ours_is_refused_before_anything_moves() {
     });
 }
 
+/// Whether everything of it that UCX would get was found to be well-formed, by those who check it.
+fn is_whole(metadata: Bytes) -> bool {
+    let Ok(metadata) = AgentMetadata::decode(metadata) else { return false };
+    let ours = metadata.sections.iter().filter(|section| section.backend == "UCX");
+    let keys = ours.flat_map(|section| &section.ranges).all(|range| PackedKey::check(&range.key).is_ok());
+    keys && metadata.connection("UCX").is_some_and(|found| WorkerAddress::check(&found.address).is_ok())
+}
+
+#[test]
+fn of_damaged_metadata_ucx_gets_only_what_is_whole() {
+    let Some(_turn) = turn() else { return };
+    let peer = Peer::start("nixl", 65536, "tcp");
+    run(async {
+        let (agent, _notifications, _local) = ours(4096, 0).await;
+        let damage = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4);
+        let case = (damage, any::<prop::sample::Index>(), 0..4u8);
+        let config = ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() };
+        let mut runner = proptest::test_runner::TestRunner::new(config);
+        let (mut taken, mut refused) = (0, 0);
+        for _ in 0..2000 {
+            let (damage, end, cut) = case.new_tree(&mut runner).unwrap().current();
+            let mut bytes = peer.metadata.to_vec();
+            for (at, byte) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            if cut == 0 {
+                bytes.truncate(end.index(bytes.len()));
+            }
+            let bytes = Bytes::from(bytes);
+            let added = agent.add_peer(bytes.clone()).await;
+            assert_eq!(added.is_ok(), is_whole(bytes.clone()), "{added:?} of {bytes:?}");
+            match added {
+                Ok(added) => {
+                    taken += 1;
+                    agent.remove_peer(&added.name).await.unwrap();
+                }
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(taken > 50 && refused > 50, "{taken} taken, {refused} refused");
+    });
+}
+
 #[test]
 fn peers_of_ours_tell_more_and_nixl_does_not_mind() {
     let Some(_turn) = turn() else { return };
@@ -271,5 +365,8 @@ fn peers_of_ours_tell_more_and_nixl_does_not_mind() {
         let (other, _notifications, _local) = ours(4096, 0).await;
         let added = other.add_peer(metadata).await.unwrap();
         assert_eq!(added.kind, PeerKind::Kvferry(Bytes::from_static(b"control=10.0.0.1:7000")));
+        // Also without anything to tell.
+        let added = agent.add_peer(other.metadata().await.unwrap()).await.unwrap();
+        assert_eq!(added.kind, PeerKind::Kvferry(Bytes::new()));
     });
 }

@@ -1,7 +1,7 @@
 """A NIXL agent that does as it is told, one JSON object a line: for kvferry's tests.
 
-usage: peer.py NAME BYTES
-Its memory is BYTES bytes of DRAM, byte i being (i * 7 + 3) mod 251. It says what it is, then answers every line.
+usage: peer.py NAME BYTES [PORT]
+Its memory is BYTES bytes of DRAM, byte i being (i * 7 + 3) mod 251. It says what it is, then answers every line. With a port it listens for metadata.
 """
 import hashlib
 import importlib
@@ -23,7 +23,9 @@ def api():
 
 nixl = api()
 name, size = sys.argv[1], int(sys.argv[2])
-agent = nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"]))
+port = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+listens = {"enable_listen_thread": True, "listen_port": port} if port else {}
+agent = nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"], **listens))
 memory = ((np.arange(size, dtype=np.uint64) * 7 + 3) % 251).astype(np.uint8)
 registered = agent.register_memory([(memory.ctypes.data, size, 0, "")], "DRAM")
 heard = []
@@ -55,6 +57,14 @@ def answer(order):
             agent.remove_remote_agent(order["peer"])
         case "transfer":
             return transfer(order)
+        case "send":
+            agent.send_local_metadata(order["ip"], order["port"])
+        case "fetch":
+            agent.fetch_remote_metadata(order["peer"], order["ip"], order["port"])
+        case "invalidate":
+            agent.invalidate_local_metadata(order["ip"], order["port"])
+        case "knows":
+            return agent.check_remote_metadata(order["peer"])
         case "notify":
             agent.send_notif(order["peer"], bytes.fromhex(order["message"]))
         case "heard":

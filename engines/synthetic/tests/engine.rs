@@ -295,7 +295,7 @@ fn a_release_stops_the_computation() {
     let mut bench = Bench::new(&Setup::tiny());
     let spec = spec(1, 24 * 16, 0, &[]);
     let mut events = Vec::new();
-    let job = kvferry_core::protocol::PrefillJob { spec: spec.clone(), dp: 0 };
+    let job = kvferry_core::protocol::PrefillJob { spec: spec.clone(), dp: 0, trace: None };
     let engine = &mut bench.prefill[0].engine;
     for _ in 0..3 {
         engine.handle(EngineCall::Prefill(job.clone()), &mut |event| events.push(event));

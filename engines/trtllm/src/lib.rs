@@ -8,6 +8,7 @@
 mod config;
 mod contradiction;
 mod finding;
+mod peers;
 mod plan;
 mod resolve;
 
@@ -15,5 +16,6 @@ pub use config::{Backend, ConfigError, Located, TransceiverConfig, TransceiverRu
 pub use contradiction::{Claim, Contradiction};
 pub use finding::{Finding, Severity, Source};
 pub use kvferry_yaml::{FILE_BYTES_MAX, Position, YamlError};
+pub use peers::Peers;
 pub use plan::{Carrier, Credits, Deadlines, Method, NixlBackend, Plan, Resolved};
 pub use resolve::{Environment, Follow, Resolution, resolve};

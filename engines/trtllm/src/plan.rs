@@ -48,7 +48,7 @@ impl Method {
         }
     }
 
-    /// The transport that carries it here.
+    /// The transport that carries it between kvferry's own nodes.
     pub fn carrier(self) -> Carrier {
         match self {
             Method::Nixl(NixlBackend::Libfabric) => Carrier::Libfabric,
@@ -57,7 +57,7 @@ impl Method {
     }
 }
 
-/// A transport of kvferry that a method is carried by, whether a build has it or not.
+/// What of kvferry a method is carried by, whether a build has it or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Carrier {
@@ -65,14 +65,17 @@ pub enum Carrier {
     Ucx,
     /// Endpoints of our own over the libfabric library.
     Libfabric,
+    /// NIXL's protocol over the UCX library, for peers that are NIXL agents.
+    Nixl,
 }
 
 impl Carrier {
-    /// Its name among transports.
+    /// Its name for `kvferry bench --transport`.
     pub fn name(self) -> &'static str {
         match self {
             Carrier::Ucx => "ucx",
             Carrier::Libfabric => "libfabric",
+            Carrier::Nixl => "nixl",
         }
     }
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::config::{Backend, Located, TransceiverConfig, TransceiverRuntime};
 use crate::contradiction::Contradiction;
 use crate::finding::{Finding, Severity, Source};
+use crate::peers::{Carried, Peers, Unreachable};
 use crate::plan::{Carrier, Credits, Deadlines, Method, NixlBackend, Plan, Resolved};
 
 /// Variables by name.
@@ -39,11 +40,17 @@ impl Resolution {
     }
 }
 
-/// Resolves `config`, which was read from `file` (a name for messages), in `environment`.
-pub fn resolve(config: &TransceiverConfig, file: &str, environment: &Environment, follow: Follow) -> Resolution {
-    let mut resolver = Resolver { config, file, environment, follow, findings: Vec::new() };
+/// Resolves `config`, which was read from `file` (a name for messages), in `environment`, for such peers.
+pub fn resolve(
+    config: &TransceiverConfig,
+    file: &str,
+    environment: &Environment,
+    follow: Follow,
+    peers: Peers,
+) -> Resolution {
+    let mut resolver = Resolver { config, file, environment, follow, peers, findings: Vec::new() };
     resolver.keys();
-    let plan = resolver.method().map(|method| resolver.plan(method));
+    let plan = resolver.method().and_then(|method| resolver.plan(method));
     Resolution { plan, findings: resolver.findings }
 }
 
@@ -79,6 +86,7 @@ struct Resolver<'a> {
     file: &'a str,
     environment: &'a Environment,
     follow: Follow,
+    peers: Peers,
     findings: Vec<Finding>,
 }
 
@@ -301,35 +309,19 @@ impl Resolver<'_> {
         Resolved { value: Method::Nixl(backend), reason: format!("{reason}; {NIXL_BACKEND}={value}"), source: variable }
     }
 
-    fn plan(&mut self, method: Resolved<Method>) -> Plan {
-        let carrier = method.value.carrier();
-        let wire = match method.value {
-            Method::Nixl(_) => "these are kvferry's own agents and not wire-compatible with NIXL agents",
-            Method::Ucx => "these are kvferry's own endpoints and not wire-compatible with TensorRT-LLM's",
+    fn plan(&mut self, method: Resolved<Method>) -> Option<Plan> {
+        let source = method.source.clone();
+        let Carried { carrier, reason, note: (code, message, remedy) } = match self.peers.carried(method.value) {
+            Ok(carried) => carried,
+            Err(Unreachable(code, message, remedy)) => {
+                self.say(Severity::Error, code, source, message, Some(remedy));
+                return None;
+            }
         };
-        let remedy = "run kvferry on both the prefill and the decode side".to_owned();
-        self.say(
-            Severity::Note,
-            "own-wire",
-            method.source.clone(),
-            format!("{}: {wire}", method.value.name()),
-            Some(remedy),
-        );
-        let transport = Resolved {
-            value: carrier,
-            reason: match method.value {
-                Method::Ucx => {
-                    "UCX is carried by kvferry's ucx transport, by its two-sided method: messages by rendezvous, no remote keys"
-                        .to_owned()
-                }
-                Method::Nixl(_) => {
-                    format!("{} is carried by kvferry's {} transport", method.value.name(), carrier.name())
-                }
-            },
-            source: method.source.clone(),
-        };
+        self.say(Severity::Note, code, source.clone(), message, remedy);
+        let transport = Resolved { value: carrier, reason, source };
         let (library_transports, devices) = match carrier {
-            Carrier::Ucx => {
+            Carrier::Ucx | Carrier::Nixl => {
                 (self.list("UCX_TLS", "UCX chooses"), self.list("UCX_NET_DEVICES", "every device that UCX finds"))
             }
             Carrier::Libfabric => (
@@ -341,7 +333,7 @@ impl Resolver<'_> {
         let deadlines = self.deadlines();
         let credits = self.credits();
         self.without_effect();
-        Plan { method, transport, library_transports, devices, deadlines, credits }
+        Some(Plan { method, transport, library_transports, devices, deadlines, credits })
     }
 
     /// A list from a variable, where `all` and nothing mean everything.
@@ -365,12 +357,13 @@ impl Resolver<'_> {
             name => name.starts_with("FI_EFA_"),
         });
         if efa {
-            let message = format!("the environment is one for AWS EFA, and {} carries the bytes", carrier.name());
+            let library = if carrier == Carrier::Libfabric { "libfabric" } else { "ucx" };
+            let message = format!("the environment is one for AWS EFA, and {library} carries the bytes");
             let remedy = "measure both: `kvferry doctor` says what the host is fit for".to_owned();
             self.say(Severity::Note, "efa-backend", Source::Default, message, Some(remedy));
             self.but(Contradiction::EFA_BACKEND);
         }
-        if carrier == Carrier::Ucx {
+        if carrier != Carrier::Libfabric {
             let names: Vec<&str> =
                 self.environment.keys().map(String::as_str).filter(|name| name.starts_with("FI_")).collect();
             if let Some(first) = names.first() {

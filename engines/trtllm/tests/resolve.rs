@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use kvferry_trtllm::{
-    Carrier, Contradiction, Environment, Finding, Follow, Method, NixlBackend, Plan, Resolution, Severity, Source,
-    TransceiverConfig, resolve,
+    Carrier, Contradiction, Environment, Finding, Follow, Method, NixlBackend, Peers, Plan, Resolution, Severity,
+    Source, TransceiverConfig, resolve,
 };
 
 fn environment(variables: &[(&str, &str)]) -> Environment {
@@ -14,7 +14,7 @@ fn environment(variables: &[(&str, &str)]) -> Environment {
 
 fn resolved(section: &str, variables: &[(&str, &str)], follow: Follow) -> Resolution {
     let text = format!("cache_transceiver_config:\n  {section}\n");
-    resolve(&TransceiverConfig::parse(&text).unwrap(), "engine.yaml", &environment(variables), follow)
+    resolve(&TransceiverConfig::parse(&text).unwrap(), "engine.yaml", &environment(variables), follow, Peers::Kvferry)
 }
 
 fn plan(section: &str, variables: &[(&str, &str)]) -> Plan {
@@ -134,7 +134,7 @@ fn without_a_backend_there_is_nothing_to_run() {
         ("\ncache_transceiver_config:\n  backend: ~\n", "engine.yaml:3"),
     ] {
         let config = TransceiverConfig::parse(text).unwrap();
-        let resolution = resolve(&config, "engine.yaml", &Environment::new(), Follow::Dynamo);
+        let resolution = resolve(&config, "engine.yaml", &Environment::new(), Follow::Dynamo, Peers::Kvferry);
         let error = finding(&resolution, "disaggregation-off");
         assert_eq!((error.source.to_string().as_str(), &resolution.plan), (source, &None), "{text:?}");
     }
@@ -216,6 +216,29 @@ fn what_changes_nothing_here_is_said() {
         assert!(text.contains(word), "no {word:?} in {text}");
     }
     assert!(text.contains("not wire-compatible with NIXL agents"));
+}
+
+#[test]
+fn nixl_agents_are_spoken_to_by_the_nixl_engine_over_ucx_or_not_at_all() {
+    let with = |backend: &str, variables: &[(&str, &str)]| {
+        let config = TransceiverConfig::parse(&format!("cache_transceiver_config: {{backend: {backend}}}\n")).unwrap();
+        resolve(&config, "engine.yaml", &environment(variables), Follow::Dynamo, Peers::Nixl)
+    };
+    for backend in ["NIXL", "DEFAULT"] {
+        let resolution = with(backend, &[("UCX_NET_DEVICES", "mlx5_0:1"), ("FI_PROVIDER", "verbs")]);
+        let plan = resolution.plan.as_ref().unwrap();
+        assert_eq!((plan.method.value, plan.transport.value), (Method::Nixl(NixlBackend::Ucx), Carrier::Nixl));
+        assert!(plan.transport.reason.contains("the peer is a NIXL agent"), "{}", plan.transport.reason);
+        assert_eq!(plan.devices.value, ["mlx5_0:1"]);
+        let text = messages(&resolution);
+        assert!(text.contains("no programs, leases, fences") && text.contains("never loads libfabric"), "{text}");
+        assert!(!text.contains("not wire-compatible"), "{text}");
+    }
+    let libfabric = with("NIXL", &[("TRTLLM_NIXL_KVCACHE_BACKEND", "LIBFABRIC")]);
+    assert_eq!(finding(&libfabric, "nixl-over-libfabric").severity, Severity::Error);
+    let ucx = with("UCX", &[]);
+    assert_eq!(finding(&ucx, "no-nixl").severity, Severity::Error);
+    assert!(libfabric.plan.is_none() && ucx.plan.is_none());
 }
 
 fn messages(resolution: &Resolution) -> String {

@@ -8,8 +8,8 @@ use std::time::Duration;
 use actix::prelude::*;
 use kvferry_core::protocol::{
     self, DeadlineTerms, DecodeLeader, DecodeRank, Directory, EngineCall, Event, Identity, LeaseTerms, Member, Place,
-    Policy, PrefillLeader, PrefillRank, Profile, Protocols, QuarantineTerms, Role, SchedulerTerms, SessionTerms,
-    WorkerProfile,
+    Policy, PrefillLeader, PrefillRank, Profile, Protocols, QuarantineTerms, RailTerms, Role, SchedulerTerms,
+    SessionTerms, WorkerProfile,
 };
 use kvferry_core::{Direction, Epoch, GroupGeometry, GroupId, NodeId, Rank};
 use kvferry_transport::Pool;
@@ -50,6 +50,8 @@ pub struct NodeConfig {
     pub deadlines: DeadlineTerms,
     /// How long blocks that somebody may still touch are waited for.
     pub quarantine: QuarantineTerms,
+    /// How several NICs share what a decode rank reads; one of them reads from each peer by default.
+    pub rails: RailTerms,
     /// Who watches it; nobody by default.
     pub watchers: Vec<Arc<dyn Watch>>,
     /// How long the node's own thread polls on after every input before it sleeps; zero by default. Being woken takes tens of microseconds on
@@ -69,6 +71,7 @@ impl NodeConfig {
             leases: LeaseTerms::default(),
             deadlines: DeadlineTerms::default(),
             quarantine: QuarantineTerms::default(),
+            rails: RailTerms::default(),
             watchers: Vec::new(),
             linger: Duration::ZERO,
         }
@@ -236,9 +239,10 @@ pub async fn assemble_worker(
             run_worker(around, node, config, pool, nics, make).await
         }
         Role::Decode => {
-            let (leases, deadlines, quarantine) = (node.leases, node.deadlines, node.quarantine);
+            let (leases, deadlines, quarantine, rails) = (node.leases, node.deadlines, node.quarantine, node.rails);
             let make = move |group, profile, shell| {
-                let core = DecodeRank::new(profile, leases, deadlines, quarantine).with_rdma_required(require_rdma);
+                let core = DecodeRank::new(profile, leases, deadlines, quarantine);
+                let core = core.with_rdma_required(require_rdma).with_rails(rails);
                 DecodeWorker::new(core, shell, group)
             };
             run_worker(around, node, config, pool, nics, make).await

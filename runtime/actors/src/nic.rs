@@ -251,7 +251,7 @@ impl Nic {
                     self.outgoing.push(NicEvent::Failed { id, reason });
                 }
             }
-            NicCommand::Post { id, node, direction, program } => {
+            NicCommand::Post { id, node, direction, program, range } => {
                 self.begin(id);
                 let pair = match self.peers.get(&node).copied() {
                     Some(pair) => Ok(pair),
@@ -265,7 +265,6 @@ impl Nic {
                         return;
                     }
                 };
-                let range = program.whole();
                 let transfer = Transfer {
                     id,
                     peer,
@@ -277,7 +276,7 @@ impl Nic {
                     notice: None,
                 };
                 let posted = self.transport.post(transfer);
-                self.accept(posted, id, NicCommand::Post { id, node, direction, program });
+                self.accept(posted, id, NicCommand::Post { id, node, direction, program, range });
             }
             NicCommand::Expect { id, program } => {
                 self.begin(id);

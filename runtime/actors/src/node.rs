@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use kvferry_core::protocol::{EngineCall, EngineEvent, Event, Finished, Policy, Refusal, RequestSpec, SchedulerTerms};
-use kvferry_core::{HandoverId, NodeId, RequestId, Tables};
+use kvferry_core::{HandoverId, NodeId, RequestId, Tables, TraceContext};
 use kvferry_transport::Pool;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -20,6 +20,7 @@ use crate::assemble::{NodeConfig, NodeError, Surroundings, WorkerConfig, assembl
 use crate::scheduler::{CancelRequest, Scheduler, Submit};
 use crate::seams::OpenNic;
 use crate::shell::Observer;
+use crate::spans::Spans;
 use crate::threads::{NodeClock, ThreadOptions, environment, local_runtime};
 use crate::watch::{Standing, Watch};
 use crate::worker::Answer;
@@ -82,11 +83,17 @@ impl SchedulerNode {
     ///
     /// Dropping the returned [`Handover`] asks for cancellation; it frees nothing by itself.
     pub async fn submit(&self, spec: RequestSpec) -> Handover {
+        self.submit_traced(spec, None).await
+    }
+
+    /// The same for a request that belongs to a span of a distributed trace, as its `traceparent` says ([`TraceContext`] is read from it): every node
+    /// that works on it has `tracing` spans (target [`SPAN_TARGET`](crate::SPAN_TARGET)) below that one. Nodes of older builds do not learn of it.
+    pub async fn submit_traced(&self, spec: RequestSpec, trace: Option<TraceContext>) -> Handover {
         let permit = Arc::clone(&self.credits).acquire_owned().await.ok();
         let (answer, finished) = oneshot::channel();
         let request = spec.request;
         let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
-        self.scheduler.do_send(Submit { spec, ticket, answer });
+        self.scheduler.do_send(Submit { spec, trace, ticket, answer });
         Handover { request, ticket, finished, scheduler: Some(self.scheduler.clone()), _permit: permit }
     }
 
@@ -350,7 +357,9 @@ impl NodeThread {
                 tokio::task::spawn_local(clock.linger());
                 let over = Rc::new(tokio::sync::Notify::new());
                 let seen = watching.clone();
+                let spans = Spans::new(node);
                 let observer: Observer = Rc::new(move |event| {
+                    spans.happened(&event);
                     seen.iter().for_each(|watcher| watcher.happened(&event));
                     tap.pass(event);
                 });

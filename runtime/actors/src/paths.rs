@@ -1,9 +1,10 @@
-//! What operators grep for: which path was chosen to each peer and why, and what is shown of it.
+//! What operators grep for: which path was chosen to each peer and why, what is shown of it, and what becomes of its rails.
 
 use kvferry_core::Direction;
-use kvferry_core::protocol::{ChosenPath, Event, PassedOver, ShownPath};
+use kvferry_core::protocol::{ChosenPath, Event, PassedOver, RailHealth, RailTurn, ShownPath};
 
-/// Logs what an event says of a path: a line at info once per peer, once more when its evidence rises, and a warning where RDMA was expected.
+/// Logs what an event says of a path: a line at info once per peer and rail, once more when its evidence rises, and a warning where RDMA was
+/// expected or a rail is not up any more.
 pub(crate) fn log(event: &Event) {
     let shortfall = match event {
         Event::PathChosen(chosen) => {
@@ -13,6 +14,13 @@ pub(crate) fn log(event: &Event) {
         Event::PathShown(shown) => {
             tracing::info!("{}", proof(shown));
             shown.shortfall.as_ref().map(|short| (shown.peer, short))
+        }
+        Event::RailTurned(turn) => {
+            match turn.health {
+                RailHealth::Up => tracing::info!("{}", turned(turn)),
+                _ => tracing::warn!("{}", turned(turn)),
+            }
+            None
         }
         _ => None,
     };
@@ -31,6 +39,14 @@ fn choice(chosen: &ChosenPath) -> String {
     let ChosenPath { peer, kind, device, remote_device, .. } = chosen;
     format!(
         "kvferry: path peer={peer} transport={kind} device={device} peer_device={remote_device} direction={direction} passed over: {passed}"
+    )
+}
+
+fn turned(turn: &RailTurn) -> String {
+    let RailTurn { peer, kind, device, remote_device, health, reason } = turn;
+    let health = health.name();
+    format!(
+        "kvferry: rail peer={peer} transport={kind} device={device} peer_device={remote_device} is {health}: {reason}"
     )
 }
 
@@ -68,6 +84,22 @@ mod tests {
             proof(&shown),
             "kvferry: transport=ucx peer=prefill/group-0/rank-1/node-2 lanes=srd/rdmap40s0:1,srd/rdmap62s0:1 device=rdmap40s0:1 \
              library=/usr/lib/libucp.so.0 version=1.22.0 evidence=E4"
+        );
+    }
+
+    #[test]
+    fn a_rail_is_named_by_both_its_devices() {
+        let turn = RailTurn {
+            peer: PEER,
+            kind: TransportKind::Tcp,
+            device: "eth1".into(),
+            remote_device: "eth3".into(),
+            health: RailHealth::Down,
+            reason: "the peer was lost: reset".into(),
+        };
+        assert_eq!(
+            turned(&turn),
+            "kvferry: rail peer=prefill/group-0/rank-1/node-2 transport=tcp device=eth1 peer_device=eth3 is down: the peer was lost: reset"
         );
     }
 

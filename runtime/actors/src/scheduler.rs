@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use actix::prelude::*;
-use kvferry_core::RequestId;
 use kvferry_core::protocol::{
     self, Directory, Event, Finished, Lost, Member, Message as Wire, Refusal, RequestSpec, Submitted,
 };
+use kvferry_core::{RequestId, TraceContext};
 use tokio::sync::oneshot;
 
 use crate::mesh::PeerDown;
@@ -19,6 +19,8 @@ use crate::shell::{Inspect, Shell};
 pub struct Submit {
     /// What to move.
     pub spec: RequestSpec,
+    /// The span that it belongs to, if whoever asks says one.
+    pub trace: Option<TraceContext>,
     /// Tells submissions of one request id apart.
     pub ticket: u64,
     /// Answered once: refused at once, or finished later.
@@ -83,9 +85,9 @@ impl Actor for Scheduler {
 impl Handler<Submit> for Scheduler {
     type Result = ();
 
-    fn handle(&mut self, Submit { spec, ticket, answer }: Submit, ctx: &mut Context<Self>) {
+    fn handle(&mut self, Submit { spec, trace, ticket, answer }: Submit, ctx: &mut Context<Self>) {
         let request = spec.request;
-        match self.core.handle_submit(self.shell.now(), spec) {
+        match self.core.handle_submit_traced(self.shell.now(), spec, trace) {
             Ok(Submitted::Taken) => {
                 self.waiting.insert(request, (ticket, answer));
             }

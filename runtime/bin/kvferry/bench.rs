@@ -4,23 +4,26 @@ mod error;
 mod initiator;
 mod kv;
 mod nic;
+mod nixl;
 mod peer;
 mod process;
 mod report;
+mod way;
 mod words;
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use kvferry::transport::providers;
 use kvferry::{Direction, TransportKind};
 use kvferry_core::limits::{LAYERS_MAX, TABLE_BLOCKS_MAX};
 
 use error::{BenchError, explain};
 use kv::Holds;
+use way::Way;
 
 /// Measure a transport: move the KV blocks of one request between two processes of this host, then verify every byte.
 ///
@@ -37,12 +40,15 @@ use kv::Holds;
 /// `evidence` is what the destination knows of the path, else the initiator: how far it is proven, over which lanes, and where pieces may
 /// come in two ways, from which length on they are read and why.
 ///
+/// With `--transport nixl` the first process is an agent that speaks NIXL's protocol over UCX, and pulls by READ and pushes by WRITE, each followed by a
+/// notification; the second is another one, or with `--nixl-python` NIXL's own. `peer` says what it is, `lacks` what NIXL's protocol does not have.
+///
 /// Exits with 0 when every byte was right, with 1 when one was not or something failed, with 2 when the options make no sense.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Options {
-    /// How the bytes move.
-    #[arg(long, value_parser = PossibleValuesParser::new(providers().iter().map(|p| p.kind().name())).try_map(|word| word.parse::<TransportKind>()))]
-    transport: TransportKind,
+    /// How the bytes move: a transport of kvferry's, or NIXL's protocol.
+    #[arg(long, value_parser = PossibleValuesParser::new(Way::words()).try_map(|word| Way::parse(&word)))]
+    transport: Way,
 
     /// Who initiates: the destination (pull) or the source (push).
     #[arg(long, value_enum, default_value_t = Op::Pull)]
@@ -64,7 +70,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     iters: u32,
 
-    /// The device that both processes open: a network interface for tcp. By default the first usable one.
+    /// The device that both processes open: a network interface for tcp; what UCX's NET_DEVICES takes for nixl. By default the first usable one.
     #[arg(long)]
     device: Option<String>,
 
@@ -72,13 +78,22 @@ pub(crate) struct Options {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     streams: Option<u32>,
 
-    /// Where the bytes come from (cuda): the number of a GPU, in both processes the same.
+    /// Whose memory the bytes come from (cuda, tcp): the number of a GPU, in both processes the same. With tcp it is staged through host memory;
+    /// without, the pool is in host memory.
     #[arg(long, value_name = "N")]
     from_gpu: Option<u32>,
 
-    /// Where they go to (cuda).
+    /// Whose memory they go to (cuda, tcp).
     #[arg(long, value_name = "N")]
     to_gpu: Option<u32>,
+
+    /// Bytes of one chunk of a GPU's memory that is staged (tcp). By default what the transport thinks best.
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(4096..=64 << 20))]
+    staged_chunk: Option<u32>,
+
+    /// How many such chunks there are. By default what the transport thinks best.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=4096))]
+    staged_chunks: Option<u32>,
 
     /// Thread blocks that a launch occupies at most (cuda). By default what the transport thinks best.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
@@ -92,6 +107,14 @@ pub(crate) struct Options {
     /// transfers took decides.
     #[arg(long, value_name = "BYTES")]
     packed_below: Option<u64>,
+
+    /// UCX's transports, as its TLS lists them (nixl). By default all that it finds; UCX_TLS counts more.
+    #[arg(long, value_name = "LIST")]
+    tls: Option<String>,
+
+    /// A Python with a NIXL wheel and numpy: the second process is then NIXL's agent instead of kvferry's (nixl).
+    #[arg(long, value_name = "PROGRAM")]
+    nixl_python: Option<PathBuf>,
 
     /// Also take the GPU's time of every transfer by CUDA events (cuda), which costs each a few microseconds: `gpu_seconds`.
     #[arg(long)]
@@ -111,13 +134,63 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// The device that a side opens, if one is named.
-    fn device_of(&self, holds: Holds) -> Option<String> {
+    /// Refuses what would be ignored.
+    fn check(&self) -> Result<(), BenchError> {
+        let is = |kind| self.transport.is(kind);
+        if self.streams.is_some() && !is(TransportKind::Tcp) {
+            return Err(BenchError::NoStreams);
+        }
+        if (self.gpu_times || self.thread_blocks.is_some()) && !is(TransportKind::Cuda) {
+            return Err(BenchError::NoLaunches);
+        }
+        if self.staged().is_some() && !is(TransportKind::Tcp) {
+            return Err(BenchError::NoGpus);
+        }
+        if (self.staged_chunk, self.staged_chunks) != (None, None) && !is(TransportKind::Tcp) {
+            return Err(BenchError::NoStages);
+        }
+        if self.two_sided && !is(TransportKind::Ucx) {
+            return Err(BenchError::NoTwoSides);
+        }
+        if self.packed_below.is_some() && !is(TransportKind::Ucx) {
+            return Err(BenchError::NoChoice);
+        }
+        if (self.tls.is_some() || self.nixl_python.is_some()) && self.transport != Way::Nixl {
+            return Err(BenchError::NoNixl);
+        }
+        Ok(())
+    }
+
+    /// The GPU in whose memory a side's pool is to be, if one is named.
+    fn gpu_of(&self, holds: Holds) -> Option<String> {
         let gpu = match holds {
             Holds::Source => self.from_gpu,
             Holds::Destination => self.to_gpu,
         };
-        gpu.map(|gpu| format!("gpu{gpu}")).or_else(|| self.device.clone())
+        gpu.map(|gpu| format!("gpu{gpu}"))
+    }
+
+    /// The device that a side opens, if one is named.
+    fn device_of(&self, holds: Holds) -> Option<String> {
+        let gpu = if self.transport.is(TransportKind::Cuda) { self.gpu_of(holds) } else { None };
+        gpu.or_else(|| self.device.clone())
+    }
+
+    /// What a side's pool is allocated by: the transport that moves such memory best, and its device.
+    fn memory_of(&self, kind: TransportKind, holds: Holds) -> (TransportKind, Option<String>) {
+        match self.gpu_of(holds) {
+            Some(gpu) => (TransportKind::Cuda, Some(gpu)),
+            None => (kind, self.device_of(holds)),
+        }
+    }
+
+    /// Where the bytes come from and go to, where a GPU's memory is staged.
+    fn staged(&self) -> Option<String> {
+        if self.transport.is(TransportKind::Cuda) || (self.from_gpu, self.to_gpu) == (None, None) {
+            return None;
+        }
+        let place = |holds| self.gpu_of(holds).unwrap_or_else(|| "host memory".to_owned());
+        Some(format!("{} to {}", place(Holds::Source), place(Holds::Destination)))
     }
 }
 
@@ -177,7 +250,11 @@ impl Deadline {
     /// What is left, or an error that says what was under way.
     fn left(self, during: &'static str) -> Result<Duration, BenchError> {
         let left = self.at.saturating_duration_since(Instant::now());
-        if left.is_zero() { Err(BenchError::Late { seconds: self.seconds, during }) } else { Ok(left) }
+        if left.is_zero() { Err(self.late(during)) } else { Ok(left) }
+    }
+
+    fn late(self, during: &'static str) -> BenchError {
+        BenchError::Late { seconds: self.seconds, during }
     }
 }
 
@@ -186,7 +263,11 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     if options.peer {
         return peer::run(options);
     }
-    let report = match initiator::measure(options) {
+    let measured = options.check().and_then(|()| match options.transport {
+        Way::Transport(kind) => initiator::measure(options, kind),
+        Way::Nixl => nixl::measure(options),
+    });
+    let report = match measured {
         Ok(report) => report,
         Err(error) => {
             eprintln!("kvferry bench: {}", explain(&error));

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand, ValueEnum};
 use kvferry_trtllm::{
-    FILE_BYTES_MAX, Finding, Follow, Plan, Resolution, Resolved, Severity, TransceiverConfig, resolve,
+    FILE_BYTES_MAX, Finding, Follow, Peers, Plan, Resolution, Resolved, Severity, TransceiverConfig, resolve,
 };
 use serde::Serialize;
 
@@ -43,9 +43,22 @@ struct Check {
     #[arg(long, value_enum, default_value_t = Rule::Dynamo)]
     follow: Rule,
 
+    /// Who is on the other side.
+    #[arg(long, value_enum, default_value_t = OtherSide::Kvferry)]
+    peers: OtherSide,
+
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+}
+
+/// Who is on the other side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum OtherSide {
+    /// kvferry's own nodes.
+    Kvferry,
+    /// NIXL agents of other programs.
+    Nixl,
 }
 
 /// Whose rule is followed.
@@ -62,6 +75,7 @@ enum Rule {
 struct Report<'a> {
     file: String,
     follow: Follow,
+    peers: Peers,
     status: &'static str,
     #[serde(flatten)]
     resolution: &'a Resolution,
@@ -94,14 +108,18 @@ impl Check {
             Rule::Trtllm => Follow::Trtllm,
             Rule::Dynamo => Follow::Dynamo,
         };
-        let resolution = resolve(&config, &name, &environment, follow);
+        let peers = match self.peers {
+            OtherSide::Kvferry => Peers::Kvferry,
+            OtherSide::Nixl => Peers::Nixl,
+        };
+        let resolution = resolve(&config, &name, &environment, follow, peers);
         let (status, code) = match resolution.severity() {
             Some(Severity::Error) => ("error", 2),
             Some(Severity::Warning) => ("warning", 1),
             _ => ("ok", 0),
         };
         let printed = if self.json {
-            let report = Report { file: name, follow, status, resolution: &resolution };
+            let report = Report { file: name, follow, peers, status, resolution: &resolution };
             let json = serde_json::to_string_pretty(&report).map_err(|error| error.to_string())?;
             format!("{json}\n")
         } else {

@@ -1,4 +1,10 @@
-//! `kvferry doctor`: checks of this host, of a worker's log, or of Kubernetes manifests.
+//! `kvferry doctor`: checks of this host, of a worker's log, or of Kubernetes manifests; and a real transfer with a peer.
+
+mod clock;
+mod meeting;
+mod nixl;
+mod serve;
+mod verify;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -11,14 +17,15 @@ use kvferry_doctor::{
 };
 
 use crate::env_file;
+use meeting::Meeting;
 
 /// Bytes of a log that are read; of a longer one, its beginning is what matters.
 const LOG_BYTES_MAX: u64 = 256 << 20;
 
-/// Check one host, a worker's log or Kubernetes manifests for KV transfers over EFA, UCX, libfabric and NVLink.
+/// Check one host, a worker's log or Kubernetes manifests for KV transfers over EFA, UCX, libfabric and NVLink; or transfer and see.
 ///
 /// Each check is ok, warn or fail, with what was seen and the exact fix. Nothing is loaded, sent or changed; what only a transfer can prove is
-/// said to be so. What a host does not have (EFA, GPUs, IMEX channels) is of no concern unless --expect says so.
+/// said to be so. That is what --verify is for: it moves KV from a peer that runs --serve, and grades what proves the way that it took. What a host does not have (EFA, GPUs, IMEX channels) is of no concern unless --expect says so.
 ///
 /// Exits with 0 when all is ok, with 1 when something is a warning, with 2 when something fails or the options make no sense.
 #[derive(Clone, Debug, Args)]
@@ -35,7 +42,8 @@ pub(crate) struct Options {
     #[arg(long, value_enum)]
     backend: Option<Library>,
 
-    /// What the host must have: efa=N EFA devices, gpu=N GPUs, imex=N IMEX channels, separated by commas.
+    /// What the host must have: efa=N EFA devices, gpu=N GPUs, imex=N IMEX channels, gbps=N gigabits a second of all active EFA ports, separated by
+    /// commas.
     #[arg(long, value_name = "LIST", value_parser = |text: &str| text.parse::<Expectations>())]
     expect: Option<Expectations>,
 
@@ -63,6 +71,9 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 4096, requires = "log")]
     block_bytes: u64,
 
+    #[command(flatten)]
+    meeting: Meeting,
+
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -84,6 +95,15 @@ enum Library {
 
 /// Runs it.
 pub(crate) fn run(options: &Options) -> ExitCode {
+    if let Some(address) = &options.meeting.serve {
+        return match serve::run(&options.meeting, address) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("kvferry doctor: {error}");
+                ExitCode::from(2)
+            }
+        };
+    }
     let printed = options.report().and_then(|report| {
         let text = if options.json {
             serde_json::to_string_pretty(&report).map_err(|error| error.to_string())? + "\n"
@@ -106,6 +126,9 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 
 impl Options {
     fn report(&self) -> Result<Report, String> {
+        if let Some(peer) = &self.meeting.verify {
+            return verify::run(&self.meeting, peer);
+        }
         let expect = self.expect.unwrap_or_default();
         if let Some(log) = &self.log {
             let text = env_file::read_lossy(log, LOG_BYTES_MAX).map_err(|error| error.to_string())?;
@@ -139,7 +162,11 @@ impl Options {
             Side::Prefill => Role::Prefill,
             Side::Decode => Role::Decode,
         });
-        Ok(examine(&root, &Question { environment, backend, role, multinode: self.multinode, expect }))
+        let question = Question { environment, backend, role, multinode: self.multinode, expect };
+        let report = examine(&root, &question);
+        // Libraries are looked for on the live host only.
+        let abi = if self.root.is_none() { nixl::check(&question) } else { None };
+        Ok(report.with(abi))
     }
 
     /// A file's, a process's, or this one's; a captured host without a file has none.

@@ -54,14 +54,20 @@ pub struct TransferId(pub u128);
 impl TransferId {
     /// The transfer of one step of a handover between one pair of ranks.
     ///
-    /// Ranks are below [`crate::limits::RANKS_MAX`] and steps below [`crate::limits::STEPS_MAX`], so the parts never meet.
+    /// Ranks are below [`crate::limits::RANKS_MAX`] and steps below [`crate::limits::STEPS_MAX`], so the parts never meet. It is chunk 0 of
+    /// that step.
     pub fn of(handover: HandoverId, source: Rank, destination: Rank, step: u32) -> Self {
         TransferId(
             u128::from(handover.0) << 64
                 | u128::from(source.0 & 0xffff) << 48
                 | u128::from(destination.0 & 0xffff) << 32
-                | u128::from(step),
+                | u128::from(step & 0xffff),
         )
+    }
+
+    /// The same step's transfer of that number, where several rails move parts of it, or one of them moves a part again.
+    pub fn with_chunk(self, chunk: u16) -> Self {
+        TransferId(self.0 & !(0xffff << 16) | u128::from(chunk) << 16)
     }
 
     /// The handover it belongs to.
@@ -81,12 +87,40 @@ impl TransferId {
 
     /// Which step of the offer it moves.
     pub fn step(self) -> u32 {
-        self.0 as u32
+        self.0 as u32 & 0xffff
+    }
+
+    /// Which of the transfers of that step it is.
+    pub fn chunk(self) -> u16 {
+        (self.0 >> 16) as u16
     }
 }
 
 impl fmt::Display for TransferId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "transfer-{}/{}>{}/{}", self.handover().0, self.source().0, self.destination().0, self.step())
+        write!(f, "transfer-{}/{}>{}/{}", self.handover().0, self.source().0, self.destination().0, self.step())?;
+        match self.chunk() {
+            0 => Ok(()),
+            chunk => write!(f, ".{chunk}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_of_a_transfer_never_meet() {
+        let whole = TransferId::of(HandoverId(7 << 40), Rank(4095), Rank(3), 1023);
+        assert_eq!(
+            (whole.step(), whole.chunk(), whole.to_string()),
+            (1023, 0, "transfer-7696581394432/4095>3/1023".into())
+        );
+        let part = whole.with_chunk(u16::MAX);
+        assert_eq!((part.handover(), part.source(), part.destination()), (whole.handover(), Rank(4095), Rank(3)));
+        assert_eq!((part.step(), part.chunk()), (1023, u16::MAX));
+        assert_eq!(part.with_chunk(2).to_string(), "transfer-7696581394432/4095>3/1023.2");
+        assert_eq!(part.with_chunk(0), whole);
     }
 }

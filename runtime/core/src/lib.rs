@@ -10,6 +10,7 @@ mod plan;
 mod program;
 pub mod protocol;
 mod time;
+mod trace;
 mod transport;
 pub mod wire;
 
@@ -23,7 +24,9 @@ pub use ids::{Epoch, GroupId, HandoverId, NodeId, PoolId, Rank, RequestId, Trans
 pub use layout::{LayoutError, Plane, PoolLayout};
 pub use plan::{BlockTable, PairPlan, PlanError, PlanRequest, TableBlocks, Tables, destinations, sources};
 pub use program::{
-    Copies, Copy, End, Location, Program, ProgramError, Segment, Side, Span, Spans, Tile, Tiles, UnitRange,
+    Copies, Copy, End, Location, Program, ProgramError, Segment, Side, Span, Spans, Strip, Strips, Tile, Tiles,
+    UnitRange,
 };
 pub use time::Moment;
+pub use trace::{TraceContext, TraceError};
 pub use transport::{Direction, FenceProof, TransportKind};

@@ -8,8 +8,10 @@
 mod check;
 mod codec;
 mod copies;
+mod cut;
 mod measure;
 mod spans;
+mod strips;
 mod tiles;
 mod walk;
 
@@ -20,6 +22,7 @@ use serde::{Deserialize, Serialize};
 pub use check::ProgramError;
 pub use copies::Copies;
 pub use spans::Spans;
+pub use strips::{Strip, Strips};
 pub use tiles::{Tile, Tiles};
 
 /// The copies for one pair of ranks. Its size is independent of the number of layers.

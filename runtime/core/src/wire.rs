@@ -8,14 +8,17 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::protocol::Message;
-use crate::{Epoch, NodeId, limits};
+use crate::trace::TRACE_BYTES;
+use crate::{Epoch, NodeId, TraceContext, limits};
 
 /// Oldest protocol that this build speaks: everything but what a later one adds. What was written before the first release has no number; two builds
 /// of that time do not understand each other.
 pub const PROTOCOL_MIN: u16 = 1;
-/// Newest protocol that this build speaks. 2 adds resumption (`Resume`, `Heard`). `tests/encoding.rs` pins how each is written: a new message is
+/// Newest protocol that this build speaks. 2 adds resumption (`Resume`, `Heard`), 3 trace contexts ([`encode_for`]). `tests/encoding.rs` pins how each is written: a new message is
 /// appended to its enum, belongs to a new protocol, and is not said to peers of older ones.
-pub const PROTOCOL_MAX: u16 = 2;
+pub const PROTOCOL_MAX: u16 = 3;
+/// The first protocol in which a message may have a trace context.
+pub const TRACING_PROTOCOL: u16 = 3;
 
 const HEADER_BYTES: usize = 4;
 const HANDSHAKE_BYTES_MAX: usize = 4096;
@@ -197,12 +200,39 @@ impl Frame {
     }
 }
 
-/// Encodes a message body.
+/// Encodes a message body for a peer that speaks `protocol`. From [`TRACING_PROTOCOL`] on, `Prefill`, `Pair` and `Fetch` are followed by their trace
+/// context, if they have one: 16 bytes of the trace, 8 of the span, both big-endian, and one of flags.
+pub fn encode_for(message: &Message, protocol: u16) -> Result<Bytes, WireError> {
+    let mut out = append(message, Vec::new(), "message")?;
+    if let Some(trace) = message.trace().filter(|_| protocol >= TRACING_PROTOCOL) {
+        out.extend(trace.to_bytes());
+    }
+    Ok(Bytes::from(out))
+}
+
+/// Decodes a message body of a peer that speaks `protocol`, strictly: nothing else may follow it.
+pub fn decode_from(bytes: &[u8], protocol: u16) -> Result<Message, WireError> {
+    let (mut message, rest) = parse::<Message>(bytes, "message")?;
+    if rest.is_empty() {
+        return Ok(message);
+    }
+    let trailing = WireError::Trailing { what: "message", bytes: rest.len() };
+    let Some(place) = message.trace_mut().filter(|_| protocol >= TRACING_PROTOCOL) else { return Err(trailing) };
+    let bytes: &[u8; TRACE_BYTES] = rest.try_into().map_err(|_| trailing)?;
+    let trace = TraceContext::from_bytes(bytes).ok_or_else(|| WireError::Malformed {
+        what: "trace context",
+        cause: "its trace or span is 0, or it has unknown flags".to_owned(),
+    })?;
+    *place = Some(trace);
+    Ok(message)
+}
+
+/// Encodes a message body without its trace context, as every protocol has it.
 pub fn encode_message(message: &Message) -> Result<Bytes, WireError> {
     Ok(Bytes::from(append(message, Vec::new(), "message")?))
 }
 
-/// Decodes a message body, strictly: nothing may follow it.
+/// Decodes a message body without a trace context, strictly: nothing may follow it.
 pub fn decode_message(bytes: &[u8]) -> Result<Message, WireError> {
     parse_exact(bytes, "message")
 }
@@ -211,9 +241,12 @@ fn append<T: Serialize>(value: &T, out: Vec<u8>, what: &'static str) -> Result<V
     postcard::to_extend(value, out).map_err(|error| WireError::Malformed { what, cause: error.to_string() })
 }
 
+fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<(T, &'a [u8]), WireError> {
+    postcard::take_from_bytes(bytes).map_err(|error| WireError::Malformed { what, cause: error.to_string() })
+}
+
 fn parse_exact<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<T, WireError> {
-    let (value, rest) =
-        postcard::take_from_bytes(bytes).map_err(|error| WireError::Malformed { what, cause: error.to_string() })?;
+    let (value, rest) = parse(bytes, what)?;
     if rest.is_empty() { Ok(value) } else { Err(WireError::Trailing { what, bytes: rest.len() }) }
 }
 

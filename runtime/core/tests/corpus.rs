@@ -20,7 +20,7 @@ mod control_frame {
         let frame = |(message, sequence)| Frame::Sealed {
             sequence,
             mac: [0; 16],
-            body: encode_message(message).expect("encodes"),
+            body: encode_for(message, PROTOCOL_MAX).expect("encodes"),
         };
         messages.iter().zip(0..).flat_map(|pair| frame(pair).encode().expect("encodes")).collect()
     }

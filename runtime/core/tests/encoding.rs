@@ -7,7 +7,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use kvferry_core::protocol::{Awaited, FailReason, JoinError, Message, Outcome, PrefillView, Refusal, Role};
-use kvferry_core::wire::encode_message;
+use kvferry_core::wire::{PROTOCOL_MAX, encode_for, encode_message};
 use kvferry_core::{Direction, Epoch, GroupId, HandoverId, NodeId, Rank, RequestId, TransportKind};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -95,9 +95,31 @@ fn parts_as_written() -> Vec<String> {
     lines
 }
 
+/// What follows a message that belongs to a span (protocol 3).
+fn traces_as_written() -> Vec<String> {
+    let text = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let mut lines = Vec::new();
+    for mut message in messages::every_variant() {
+        let bare = encode_message(&message).expect("encodes").len();
+        let place = match &mut message {
+            Message::Prefill(job) => &mut job.trace,
+            Message::Pair(pairing) => &mut pairing.trace,
+            Message::Fetch(job) => &mut job.pairing.trace,
+            _ => continue,
+        };
+        *place = Some(text.parse().expect("parses"));
+        let line =
+            format!("trace {} {}", name(&message), hex(&encode_for(&message, PROTOCOL_MAX).expect("encodes")[bare..]));
+        if !lines.contains(&line) {
+            lines.push(line);
+        }
+    }
+    lines
+}
+
 #[test]
 fn messages_are_written_as_they_always_were() {
-    let lines = [messages_as_written(), parts_as_written()].concat();
+    let lines = [messages_as_written(), parts_as_written(), traces_as_written()].concat();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/encoding.txt");
     if std::env::var_os("KVFERRY_WRITE_ENCODING").is_some() {
         std::fs::write(&path, lines.join("\n") + "\n").expect("writable");

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use kvferry_core::{End, Location, Plane, PoolLayout, Program, Segment, Side, UnitRange};
+use kvferry_core::{End, Location, Plane, PoolLayout, Program, Segment, Side, Strip, UnitRange};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -163,6 +163,27 @@ fn oracle(program: &Program, range: UnitRange, source: &PoolLayout, destination:
     map
 }
 
+/// Where a side keeps the bytes of a strip, in stream order.
+fn strip_bytes(strip: &Strip, program: &Program, end: End, table: &[u32], layout: &PoolLayout) -> Vec<u64> {
+    let segment = &program.segments[strip.segment];
+    let run = u64::from(strip.run_bytes);
+    let (tokens, heads) = (strip.token..strip.token + strip.tokens, strip.head..strip.head + strip.heads);
+    let mut runs = Vec::new();
+    for token in tokens {
+        for head in heads.clone() {
+            let (token_pitch, head_pitch) = strip.pitches();
+            let at = (token - strip.token) * token_pitch + u64::from(head - strip.head) * head_pitch;
+            let from = byte_at(segment.side(end), table, layout, strip.plane, token, head).unwrap();
+            runs.push((at, from + u64::from(strip.byte)));
+        }
+    }
+    runs.sort_unstable();
+    for (index, (at, _)) in runs.iter().enumerate() {
+        assert_eq!(*at, index as u64 * run, "the stream has gaps");
+    }
+    runs.iter().flat_map(|(_, from)| *from..*from + run).collect()
+}
+
 fn memory(layout: &PoolLayout) -> Memory {
     let fill = |bytes: &u64| (0..*bytes).map(|index| (index.wrapping_mul(2_654_435_761) >> 7) as u8).collect();
     layout.regions.iter().map(fill).collect()
@@ -237,6 +258,42 @@ proptest! {
     }
 
     #[test]
+    fn strips_are_the_stream_cut_at_any_byte(
+        (program, source, destination) in program(),
+        cut in (any::<Index>(), any::<Index>()),
+        sizes in prop::collection::vec((1u64..40, 1usize..5), 1..20),
+    ) {
+        let units = program.units() as usize + 1;
+        let (a, b) = (cut.0.index(units) as u64, cut.1.index(units) as u64);
+        for range in [program.whole(), UnitRange { start: a.min(b), end: a.max(b) }] {
+            for (end, layout) in [(End::Source, &source), (End::Destination, &destination)] {
+                // A strip is found with the definition of a side alone.
+                let mut due = Vec::new();
+                for span in program.spans(end, range, layout) {
+                    due.extend(span.at.offset..span.at.offset + span.bytes);
+                }
+                let table = program.tables(end)[0].clone().unwrap_or_default();
+                let (mut strips, mut places, mut sizes) = (program.strips(range), Vec::new(), sizes.iter().cycle());
+                loop {
+                    let (bytes, most) = *sizes.next().unwrap();
+                    let mut taken = Vec::new();
+                    let count = strips.take(&program, bytes, most, &mut taken);
+                    prop_assert!(taken.len() <= most);
+                    prop_assert_eq!(count, taken.iter().map(|strip| strip.bytes()).sum::<u64>());
+                    prop_assert!(count == bytes || taken.len() == most || places.len() as u64 + count == due.len() as u64);
+                    for strip in &taken {
+                        places.extend(strip_bytes(strip, &program, end, &table, layout));
+                    }
+                    if count == 0 {
+                        break;
+                    }
+                }
+                prop_assert_eq!(&places, &due);
+            }
+        }
+    }
+
+    #[test]
     fn a_split_covers_everything_evenly((program, source, destination) in program(), parts in 1u32..40) {
         let ranges = program.split(parts);
         prop_assert_eq!(ranges.len(), parts as usize);
@@ -257,6 +314,51 @@ proptest! {
             let share = program.bytes() / u64::from(parts);
             prop_assert!(copied <= share + share / 16 + 2 * token, "{} of {} in {} parts", copied, program.bytes(), parts);
         }
+    }
+
+    #[test]
+    fn a_split_by_weights_is_disjoint_ordered_and_covers_everything(
+        (program, source, destination) in program(),
+        weights in prop::collection::vec(prop_oneof![Just(0u32), 1u32..10, any::<u32>()], 1..20),
+    ) {
+        let ranges = program.split_by(&weights);
+        prop_assert_eq!(ranges.len(), weights.len());
+        let mut next = 0;
+        for range in &ranges {
+            prop_assert!(range.start == next && range.start <= range.end);
+            next = range.end;
+        }
+        prop_assert_eq!(next, program.units());
+        let sum: u128 = weights.iter().map(|weight| u128::from(*weight)).sum();
+        let segment = &program.segments[0];
+        let token = u64::from(segment.heads * segment.run_bytes);
+        for (range, weight) in ranges.iter().zip(&weights) {
+            let copied: u64 = program.copies(*range, &source, &destination).map(|copy| copy.bytes).sum();
+            prop_assert_eq!(copied, program.bytes_in(*range));
+            if let Some(share) = (u128::from(program.bytes()) * u128::from(*weight)).checked_div(sum) {
+                let share = share as u64;
+                prop_assert!(copied <= share + share / 16 + 2 * token, "{} for {} of {:?}", copied, weight, weights);
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_of_smaller_units_is_the_same_copies((program, source, destination) in program(), most in 1u64..200) {
+        let bytes_of = |program: &Program| -> BTreeMap<(u32, u64), (u32, u64)> {
+            let copies = program.copies(program.whole(), &source, &destination);
+            copies.flat_map(|copy| (0..copy.bytes).map(move |byte| {
+                let (to, from) = (copy.destination, copy.source);
+                ((to.region, to.offset + byte), (from.region, from.offset + byte))
+            })).collect()
+        };
+        let cut = program.with_units_up_to(most);
+        prop_assert!(cut.unit_bytes_max() <= most);
+        prop_assert_eq!(cut.bytes(), program.bytes());
+        prop_assert_eq!(bytes_of(&cut), bytes_of(&program));
+        for (end, layout) in [(End::Source, &source), (End::Destination, &destination)] {
+            prop_assert!(cut.validate(end, layout).is_ok());
+        }
+        prop_assert_eq!(program.with_units_up_to(u64::MAX), program);
     }
 
     #[test]
@@ -336,6 +438,43 @@ fn a_program_beyond_4_gib_is_split_evenly() {
     }
     assert!(Program::default().split(4).iter().all(|range| range.is_empty()));
     assert_eq!(Program::default().bytes(), 0);
+}
+
+#[test]
+fn one_huge_piece_is_shared_by_bytes() {
+    let side = Side {
+        plane: 0,
+        plane_step: 1,
+        table: 0,
+        first_block: 0,
+        block_tokens: 1,
+        cp: 1,
+        cp_rank: 0,
+        token_pitch: 1 << 36,
+        head_pitch: u64::from(u32::MAX),
+        offset: 0,
+    };
+    let of = |heads, run_bytes| Program {
+        segments: vec![Segment { source: side, destination: side, planes: 1, start: 0, end: 1, heads, run_bytes }],
+        sources: vec![None],
+        destinations: vec![None],
+    };
+    // 17 GB of one token: as it is, nobody can share it.
+    let huge = of(4, u32::MAX);
+    assert_eq!(huge.split(4).iter().filter(|range| !range.is_empty()).count(), 1);
+    let cut = huge.with_units_up_to(huge.bytes() / 32);
+    assert_eq!((cut.bytes(), cut.segments.len()), (4 * u64::from(u32::MAX), 36));
+    let share = cut.bytes() / 4;
+    for range in cut.split(4) {
+        assert!(cut.bytes_in(range).abs_diff(share) <= cut.unit_bytes_max(), "{}", cut.bytes_in(range));
+    }
+    for bytes in [1, 2, 3] {
+        let small = of(1, bytes).with_units_up_to(1);
+        let sizes: Vec<u64> = small.split(4).into_iter().map(|range| small.bytes_in(range)).collect();
+        assert!(sizes.iter().all(|size| *size <= 1) && sizes.iter().sum::<u64>() == u64::from(bytes), "{sizes:?}");
+    }
+    // Nothing is cut into more segments than a program may have.
+    assert_eq!(huge.with_units_up_to(1), huge);
 }
 
 #[test]

@@ -4,9 +4,11 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kvferry_core::protocol::{Identity, Message, Protocols, Session, SessionError, SessionEvent, SessionTerms};
-use kvferry_core::wire::{Frame, WireError};
-use kvferry_core::{Epoch, HandoverId, Moment, NodeId};
+use kvferry_core::protocol::{
+    Identity, Message, PrefillJob, Protocols, RequestSpec, Session, SessionError, SessionEvent, SessionTerms,
+};
+use kvferry_core::wire::{Frame, PROTOCOL_MAX, WireError};
+use kvferry_core::{Epoch, HandoverId, Moment, NodeId, RequestId};
 use proptest::prelude::*;
 
 const DIALER: NodeId = NodeId(1);
@@ -61,8 +63,14 @@ fn exchange(one: &mut Session, other: &mut Session) {
 fn established(secret: Option<&str>) -> (Session, Session) {
     let (mut dialer, mut acceptor) = (dial(secret, secret.is_none()), accept(secret, secret.is_none()));
     exchange(&mut dialer, &mut acceptor);
-    assert_eq!(events(&mut dialer), [SessionEvent::Established { node: ACCEPTOR, epoch: Epoch(5), protocol: 2 }]);
-    assert_eq!(events(&mut acceptor), [SessionEvent::Established { node: DIALER, epoch: Epoch(5), protocol: 2 }]);
+    assert_eq!(
+        events(&mut dialer),
+        [SessionEvent::Established { node: ACCEPTOR, epoch: Epoch(5), protocol: PROTOCOL_MAX }]
+    );
+    assert_eq!(
+        events(&mut acceptor),
+        [SessionEvent::Established { node: DIALER, epoch: Epoch(5), protocol: PROTOCOL_MAX }]
+    );
     (dialer, acceptor)
 }
 
@@ -96,6 +104,25 @@ fn messages_pass_both_ways_in_order() {
         exchange(&mut dialer, &mut acceptor);
         assert_eq!(events(&mut acceptor), [0, 1, 2].map(|number| SessionEvent::Message(message(number))));
         assert_eq!(events(&mut dialer), [10, 11, 12].map(|number| SessionEvent::Message(message(number))));
+    }
+}
+
+/// A peer of an older build is told what it understands, and hears all of that.
+#[test]
+fn a_span_is_named_to_peers_that_know_of_spans() {
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".parse().ok();
+    let spec = RequestSpec { request: RequestId(1), tokens: 2, prefix: Arc::default(), prefix_tokens: 3 };
+    let job = |trace| Message::Prefill(PrefillJob { spec: spec.clone(), dp: 0, trace });
+    for (max, heard) in [(PROTOCOL_MAX, trace), (2, None), (1, None)] {
+        let older = Identity { protocols: Protocols { min: 1, max }, ..identity(ACCEPTOR, None) };
+        let mut acceptor = Session::accept(at(0), older, true, [2; 16], SessionTerms::default());
+        let mut dialer = dial(None, true);
+        dialer.send(at(0), &job(trace));
+        exchange(&mut dialer, &mut acceptor);
+        dialer.send(at(2), &job(trace));
+        exchange(&mut dialer, &mut acceptor);
+        let message = || SessionEvent::Message(job(heard));
+        assert_eq!(events(&mut acceptor)[1..], [message(), message()], "protocol {max}");
     }
 }
 
@@ -246,7 +273,7 @@ fn hello_of(dialer: &mut Session) -> kvferry_core::wire::Hello {
 
 #[test]
 fn protocols_must_overlap() {
-    for (least, most, fits) in [(1, 1, true), (0, 9, true), (2, 2, true), (3, 9, false), (0, 0, false)] {
+    for (least, most, fits) in [(1, 1, true), (0, 9, true), (2, 2, true), (PROTOCOL_MAX + 1, 9, false), (0, 0, false)] {
         let mut hello = hello_of(&mut dial(None, true));
         (hello.protocol_min, hello.protocol_max) = (least, most);
         let mut acceptor = accept(None, true);
@@ -255,7 +282,7 @@ fn protocols_must_overlap() {
         if fits {
             assert_eq!(heard, []);
         } else {
-            let error = SessionError::Protocol { peer_min: least, peer_max: most, own_min: 1, own_max: 2 };
+            let error = SessionError::Protocol { peer_min: least, peer_max: most, own_min: 1, own_max: PROTOCOL_MAX };
             assert_eq!(heard, [SessionEvent::Closed(error)]);
         }
     }
@@ -264,9 +291,9 @@ fn protocols_must_overlap() {
     let Some(Ok(Frame::Welcome(mut welcome))) = written(&mut acceptor).pop().map(Frame::decode) else {
         panic!("a welcome was due")
     };
-    welcome.protocol = 3;
+    welcome.protocol = PROTOCOL_MAX + 1;
     dialer.handle_frame(at(1), Frame::Welcome(welcome).encode().expect("encodes").slice(4..));
-    assert!(matches!(closed(&mut dialer), SessionError::Protocol { peer_max: 3, .. }));
+    assert!(matches!(closed(&mut dialer), SessionError::Protocol { peer_max, .. } if peer_max > PROTOCOL_MAX));
 }
 
 #[test]

@@ -3,8 +3,11 @@
 use bytes::Bytes;
 use kvferry_core::limits::FRAME_BYTES_MAX;
 use kvferry_core::protocol::Message;
-use kvferry_core::wire::{Frame, FrameReader, Hello, Welcome, WireError, decode_message, encode_message};
-use kvferry_core::{Epoch, NodeId};
+use kvferry_core::wire::{
+    Frame, FrameReader, Hello, TRACING_PROTOCOL, Welcome, WireError, decode_from, decode_message, encode_for,
+    encode_message,
+};
+use kvferry_core::{Epoch, NodeId, TraceContext};
 use proptest::prelude::*;
 
 mod messages;
@@ -103,6 +106,51 @@ fn nothing_short_or_long_is_taken_for_a_message() {
         let long = [&bytes[..], &[0]].concat();
         assert_eq!(decode_message(&long), Err(WireError::Trailing { what: "message", bytes: 1 }));
     }
+}
+
+/// What a peer of this protocol may say of a span, and nothing else, to nobody who does not speak it.
+#[test]
+fn a_trace_context_follows_what_may_have_one() {
+    let trace: TraceContext = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".parse().expect("parses");
+    let mut traced = 0;
+    for message in every_variant() {
+        let bare = encode_message(&message).expect("encodes");
+        let context = trace_bytes(trace);
+        let long = [&bare[..], &context].concat();
+        let mut message = message;
+        let place = match &mut message {
+            Message::Prefill(job) => Some(&mut job.trace),
+            Message::Pair(pairing) => Some(&mut pairing.trace),
+            Message::Fetch(job) => Some(&mut job.pairing.trace),
+            _ => None,
+        };
+        let trailing = Err(WireError::Trailing { what: "message", bytes: context.len() });
+        assert_eq!(decode_from(&long, TRACING_PROTOCOL - 1), trailing, "an older peer does not say that");
+        let Some(place) = place else {
+            assert_eq!(decode_from(&long, TRACING_PROTOCOL), trailing);
+            continue;
+        };
+        *place = Some(trace);
+        traced += 1;
+        assert_eq!(encode_for(&message, TRACING_PROTOCOL).expect("encodes"), long);
+        assert_eq!(encode_for(&message, TRACING_PROTOCOL - 1).expect("encodes"), bare, "nor is it told");
+        assert_eq!(decode_from(&long, TRACING_PROTOCOL).as_ref(), Ok(&message));
+        for length in bare.len() + 1..long.len() {
+            assert!(decode_from(&long[..length], TRACING_PROTOCOL).is_err(), "{length} of {} bytes", long.len());
+        }
+        assert!(decode_from(&[&long[..], &[0]].concat(), TRACING_PROTOCOL).is_err());
+        let zero = [&bare[..], &[0; 25]].concat();
+        assert!(matches!(
+            decode_from(&zero, TRACING_PROTOCOL),
+            Err(WireError::Malformed { what: "trace context", .. })
+        ));
+    }
+    assert!(traced >= 3, "{traced}");
+}
+
+/// As it is written on the wire.
+fn trace_bytes(trace: TraceContext) -> Vec<u8> {
+    [&trace.trace().to_be_bytes()[..], &trace.span().to_be_bytes(), &[u8::from(trace.is_sampled())]].concat()
 }
 
 #[test]

@@ -13,11 +13,13 @@ pub struct Expectations {
     pub gpu: Option<u32>,
     /// IMEX channels.
     pub imex: Option<u32>,
+    /// Gigabits per second of all active EFA ports together.
+    pub gbps: Option<u32>,
 }
 
 /// Why it is no expectation.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("`{part}` is not efa=N, gpu=N or imex=N; write for example efa=4,gpu=8")]
+#[error("`{part}` is not efa=N, gpu=N, imex=N or gbps=N; write for example efa=4,gpu=8")]
 pub struct ExpectationError {
     part: String,
 }
@@ -35,6 +37,7 @@ impl FromStr for Expectations {
                 "efa" => expected.efa = number,
                 "gpu" => expected.gpu = number,
                 "imex" => expected.imex = number,
+                "gbps" => expected.gbps = number,
                 _ => return Err(wrong()),
             }
         }

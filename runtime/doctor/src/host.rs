@@ -35,10 +35,14 @@ pub(crate) struct Host {
     /// Bytes, `None` for unlimited.
     pub(crate) memlock: Option<Option<u64>>,
     pub(crate) capabilities: Option<u64>,
+    /// The mode of the process's seccomp filter: 0 is none.
+    pub(crate) seccomp: Option<u32>,
     pub(crate) hugepages: Option<(u64, u64)>,
     pub(crate) nvidia_driver: Option<String>,
     pub(crate) ptrace_scope: Option<u32>,
     pub(crate) imex_channels: Vec<(String, DeviceNode)>,
+    /// Whether the kernel knows the device of IMEX channels; `None` where it does not say.
+    pub(crate) imex_driver: Option<bool>,
     pub(crate) gdr_node: DeviceNode,
     /// Loaded libraries by their name up to `.so`, with the files; of another process only.
     pub(crate) loaded: BTreeMap<String, Vec<String>>,
@@ -75,6 +79,7 @@ impl Host {
             kernel: text(&root.proc.join("sys/kernel/osrelease")).unwrap_or_default(),
             memlock: text(&root.own("limits")).and_then(|limits| memlock(&limits)),
             capabilities: field(&status, "CapEff").and_then(|hex| u64::from_str_radix(hex, 16).ok()),
+            seccomp: field(&status, "Seccomp").and_then(|mode| mode.parse().ok()),
             hugepages: pages("HugePages_Total").zip(pages("HugePages_Free")),
             nvidia_driver: text(&root.proc.join("driver/nvidia/version")),
             ptrace_scope: text(&root.proc.join("sys/kernel/yama/ptrace_scope")).and_then(|text| text.parse().ok()),
@@ -84,6 +89,8 @@ impl Host {
                     (name, node)
                 })
                 .collect(),
+            imex_driver: text(&root.proc.join("devices"))
+                .map(|devices| devices.lines().any(|line| line.trim_end().ends_with(" nvidia-caps-imex-channels"))),
             gdr_node: root.device_node("gdrdrv"),
             loaded: if root.process == "self" { BTreeMap::new() } else { loaded(root) },
             topology,

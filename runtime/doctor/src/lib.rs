@@ -2,7 +2,8 @@
 //!
 //! [`examine`] reads what Linux shows below a [`SysRoot`] (the live host, or a captured tree) once and judges it together with an
 //! environment: every [`Check`] is ok, a warning or a failure, with its evidence and the exact fix. [`read_log`] says what the lines of a
-//! worker's log prove, and what they do not. Nothing is loaded, sent or changed.
+//! worker's log prove, and what they do not. [`judge_transfer`] judges what a transfer showed that somebody else made. Nothing is loaded, sent or
+//! changed.
 #![forbid(unsafe_code)]
 
 mod checks;
@@ -14,6 +15,7 @@ mod manifest;
 mod question;
 mod report;
 mod root;
+mod verify;
 
 pub use checks::examine;
 pub use expectations::{ExpectationError, Expectations};
@@ -23,3 +25,4 @@ pub use manifest::{MANIFEST_BYTES_MAX, read_manifest};
 pub use question::{Backend, Environment, Question, Role};
 pub use report::{Check, Report, Status};
 pub use root::SysRoot;
+pub use verify::{ClockSeen, PathSeen, Proof, Transferred, judge_transfer};

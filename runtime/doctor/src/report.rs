@@ -69,6 +69,11 @@ pub struct Report {
 }
 
 impl Report {
+    /// With more checks behind these.
+    pub fn with(self, more: impl IntoIterator<Item = Check>) -> Report {
+        Report::of(self.checks.into_iter().chain(more).collect())
+    }
+
     pub(crate) fn of(checks: Vec<Check>) -> Report {
         let status = checks.iter().map(|check| check.status).max().unwrap_or(Status::Ok);
         Report { status, checks }

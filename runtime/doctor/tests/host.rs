@@ -31,6 +31,12 @@ fn set(question: &mut Question, name: &str, value: &str) {
     question.environment.insert(name.to_owned(), value.to_owned());
 }
 
+fn page_of_gb200(question: &mut Question) {
+    for name in ["NCCL_MNNVL_ENABLE", "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"] {
+        set(question, name, "1");
+    }
+}
+
 const BUNDLED: &str = "/opt/dynamo/venv/lib/python3.12/site-packages/tensorrt_llm/libs/nixl/plugins";
 
 #[test]
@@ -38,7 +44,7 @@ fn a_healthy_p5_has_nothing_wrong() {
     let tree = Tree::p5("healthy");
     for backend in [Backend::Ucx, Backend::Libfabric] {
         let mut question = Question { backend, ..page() };
-        question.expect = "efa=32,gpu=8,imex=0".parse().unwrap();
+        question.expect = "efa=32,gpu=8,imex=0,gbps=3200".parse().unwrap();
         let report = examine(&SysRoot::captured(tree.path()), &question);
         assert_eq!(wrong(&report), [], "{report:#?}");
         let affinity = report.checks.iter().find(|check| check.id == "gpu.affinity").unwrap();
@@ -61,7 +67,7 @@ fn a_healthy_p5_has_nothing_wrong() {
 fn a_healthy_p4d_has_nothing_wrong() {
     let tree = Tree::p4d("p4d");
     let mut question = page();
-    question.expect = "efa=4,gpu=8".parse().unwrap();
+    question.expect = "efa=4,gpu=8,gbps=400".parse().unwrap();
     let report = examine(&SysRoot::captured(tree.path()), &question);
     assert_eq!(wrong(&report), [], "{report:#?}");
 }
@@ -102,6 +108,13 @@ const BROKEN: &[(&str, Break, &str, Status, &str)] = &[
         "efa.devices",
         Status::Fail,
         "16 expected",
+    ),
+    (
+        "less rate than expected",
+        |_, question| question.expect.gbps = Some(6400),
+        "efa.rate",
+        Status::Fail,
+        "3200 Gb/s over all active ports, 6400 expected",
     ),
     (
         "fewer GPUs than expected",
@@ -304,6 +317,13 @@ const BROKEN: &[(&str, Break, &str, Status, &str)] = &[
         "FI_EFA_ENABLE_SHM_TRANSFER is",
     ),
     (
+        "fork safety on a kernel that needs none",
+        |_, question| set(question, "FI_EFA_FORK_SAFE", "1"),
+        "variables.unread",
+        Status::Warn,
+        "FI_EFA_FORK_SAFE has no effect on Linux 6.1",
+    ),
+    (
         "another provider",
         |_, question| set(question, "FI_PROVIDER", "tcp"),
         "variables.provider",
@@ -380,15 +400,32 @@ const BROKEN: &[(&str, Break, &str, Status, &str)] = &[
     ),
     (
         "multi-node NVLink without a ComputeDomain",
-        |_, question| {
-            ["NCCL_MNNVL_ENABLE", "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"]
-                .map(|name| set(question, name, "1"))
-                .into_iter()
-                .collect()
-        },
+        |_, question| page_of_gb200(question),
         "fabric.imex",
         Status::Fail,
         "ComputeDomain",
+    ),
+    (
+        "a channel that is expected and that nobody claimed",
+        |tree, question| {
+            tree.write("proc/devices", "Character devices:\n195 nvidia\n505 nvidia-caps-imex-channels");
+            question.expect.imex = Some(1);
+            page_of_gb200(question);
+        },
+        "fabric.imex",
+        Status::Fail,
+        "no channel was given to this container",
+    ),
+    (
+        "a channel that the driver does not know",
+        |tree, question| {
+            tree.write("proc/devices", "Character devices:\n195 nvidia");
+            question.expect.imex = Some(1);
+            page_of_gb200(question);
+        },
+        "fabric.imex",
+        Status::Fail,
+        "the driver does not know them",
     ),
     (
         "an IMEX channel that NCCL is not told of",
@@ -447,11 +484,23 @@ fn page_gb200_with_a_channel_and_its_variables() {
     tree.write("dev/nvidia-caps-imex-channels/channel0", "");
     let mut question = page();
     question.expect = "imex=1".parse().unwrap();
-    for name in ["NCCL_MNNVL_ENABLE", "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"] {
-        set(&mut question, name, "1");
-    }
+    page_of_gb200(&mut question);
     set(&mut question, "NVIDIA_GDRCOPY", "enabled");
     assert_eq!(wrong(&examine(&SysRoot::captured(tree.path()), &question)), []);
+}
+
+/// 2.4 is what the EFA installer brought up to 1.48.
+#[test]
+fn gb200_needs_a_newer_libfabric_than_others() {
+    for (abi, found) in [("FABRIC_1.8", &[("library.libfabric", Status::Fail)][..]), ("FABRIC_1.9", &[])] {
+        let tree = Tree::gb200("gb200-libfabric");
+        tree.write("opt/amazon/efa/lib/libfabric.so.1.30.0", &format!("\x7fELF {abi}\0efa_rdm_ep_ctrl\0"));
+        let report = examine(&SysRoot::captured(tree.path()), &page());
+        assert_eq!(wrong(&report), found, "{abi}");
+        if let Some(check) = report.checks.iter().find(|check| check.status == Status::Fail) {
+            assert!(check.evidence[0].contains("2.5") && check.fix.contains("1.48"), "{check:?}");
+        }
+    }
 }
 
 #[test]
@@ -474,8 +523,8 @@ fn copies_of_a_library_in_a_worker_are_found() {
 #[test]
 fn expectations_are_read_or_refused() {
     use kvferry_doctor::Expectations;
-    let read: Expectations = "efa=4, gpu=8".parse().unwrap();
-    assert_eq!((read.efa, read.gpu, read.imex), (Some(4), Some(8), None));
+    let read: Expectations = "efa=4, gpu=8,gbps=400".parse().unwrap();
+    assert_eq!((read.efa, read.gpu, read.imex, read.gbps), (Some(4), Some(8), None, Some(400)));
     for wrong in ["", "efa", "efa=x", "nic=1", "efa=-1"] {
         let error = wrong.parse::<Expectations>().unwrap_err().to_string();
         assert!(error.contains("efa=4,gpu=8"), "{error}");

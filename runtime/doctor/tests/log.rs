@@ -99,6 +99,28 @@ fn a_list_that_is_cut_in_a_word_loses_the_word_and_says_so() {
     assert!(!devices.evidence[0].contains("rdma "), "{devices:#?}");
 }
 
+/// "Multiple rdmap entries correspond to one EFA device per GPU": they are the lanes of one endpoint, which says nothing of GPUs.
+#[test]
+fn page_rdmap_entries_are_lanes_not_one_device_per_gpu() {
+    let line = "ucp_context_2 inter-node cfg#1 rma_am(srd/rdmap40s0:1) am(srd/rdmap40s0:1 srd/rdmap62s0:1)\n";
+    let report = read_log(line, &"efa=8".parse().unwrap(), 4096);
+    let devices = check(&report, "log.devices");
+    assert_eq!(devices.status, Status::Warn);
+    assert!(
+        devices.evidence[0].contains("2 EFA devices seen") && devices.evidence[0].contains("not one device per GPU")
+    );
+    assert!(devices.fix.contains("UCX_MAX_RMA_RAILS"), "{devices:?}");
+}
+
+/// What libfabric's efa provider says before it ends the process where memory must not be locked.
+#[test]
+fn an_error_of_locked_memory_is_told_from_others() {
+    let provider = |code| format!("Libfabric EFA provider has encountered an internal error: {code}\n");
+    let fix = |code| check(&log(&provider(code)), "log.errors").fix.clone();
+    assert!(fix("(-12) Cannot allocate memory (4112)").contains("process.memlock"));
+    assert!(fix("(-22) RMA address verification failed (4111)").contains("event queue"));
+}
+
 #[test]
 fn devices_that_are_not_there_are_named() {
     let report = log(captured!("ucx_no_such_device"));

@@ -22,6 +22,14 @@ pub(crate) struct Carrier {
     pub(crate) direction: &'static str,
 }
 
+/// Which rail became what.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Turn {
+    pub(crate) transport: String,
+    pub(crate) device: String,
+    pub(crate) health: &'static str,
+}
+
 /// Of what credits are out.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct Credited {

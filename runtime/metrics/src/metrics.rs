@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kvferry_actors::{Standing, Watch};
 use kvferry_core::Direction;
-use kvferry_core::protocol::{Event, FetchCourse, Outcome, PathReport, PrefillView, Vitals};
+use kvferry_core::protocol::{Event, FetchCourse, Outcome, PathReport, PrefillView, RailTurn, Vitals};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -14,7 +14,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::labels::{Carrier, Credited, Ending, InHand, Stage};
+use crate::labels::{Carrier, Credited, Ending, InHand, Stage, Turn};
 use crate::state::State;
 
 /// Actors that do not answer for so long are taken for dead.
@@ -37,6 +37,7 @@ struct Inner {
     offers: Family<Ending, Counter>,
     bytes: Family<Carrier, Counter>,
     pieces: Family<Carrier, Counter>,
+    rail_turns: Family<Turn, Counter>,
     restarts: Counter,
     leases_expired: Counter,
     quarantines: Counter,
@@ -112,6 +113,13 @@ impl Metrics {
             "Contiguous pieces of those bytes, as transports counted them",
             Family::clone(&pieces),
         );
+        let rail_turns: Family<Turn, Counter> = Family::default();
+        registry.register(
+            "rail_turns",
+            "How often a rail of several to one peer became something else, by the device here: down when it failed or fell silent, slow, or up \
+             again",
+            rail_turns.clone(),
+        );
         let endings = |registry: &mut Registry, name: &str, help: &str| {
             let family: Family<Ending, Counter> = Family::default();
             registry.register(name, help, family.clone());
@@ -140,6 +148,7 @@ impl Metrics {
             offers,
             bytes,
             pieces,
+            rail_turns,
             restarts,
             leases_expired,
             quarantines,
@@ -217,6 +226,12 @@ impl Metrics {
         self.0.bytes.get_or_create(&carrier).inc_by(path.bytes);
         self.0.pieces.get_or_create(&carrier).inc_by(path.pieces);
     }
+
+    fn turned(&self, turn: &RailTurn) {
+        let RailTurn { kind, device, health, .. } = turn;
+        let turn = Turn { transport: kind.to_string(), device: device.clone(), health: health.name() };
+        self.0.rail_turns.get_or_create(&turn).inc();
+    }
 }
 
 impl Watch for Metrics {
@@ -243,6 +258,7 @@ impl Watch for Metrics {
                     self.0.stages.queue.observe(queue.as_secs_f64());
                 }
             }
+            Event::RailTurned(turn) => self.turned(turn),
             Event::LeaseExpired { .. } => drop(self.0.leases_expired.inc()),
             Event::Quarantined { .. } => drop(self.0.quarantines.inc()),
             Event::NodeLost { .. } => drop(self.0.nodes_lost.inc()),

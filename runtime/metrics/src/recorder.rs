@@ -17,6 +17,8 @@ use writer::{Dump, Writer};
 
 /// Peers of which something is kept; of the one heard least lately nothing is any more, then.
 const PEERS_MAX: usize = 4096;
+/// Entries of one dump; of more, the latest are written. With descriptions as long as they may be that is about 12 MiB.
+const DUMP_ENTRIES_MAX: usize = 16_384;
 /// Dumps that nobody asked for come no faster.
 const UNASKED_EVERY: Duration = Duration::from_secs(1);
 /// Longest description of an event that is kept.
@@ -93,7 +95,7 @@ impl Recorder {
         Ok(Recorder(Arc::new(Inner { entries_per_peer, kept: Mutex::default(), writer })))
     }
 
-    /// Has all that is kept written, oldest first. Does not wait for that; says whether the writer could take it.
+    /// Has what is kept written, oldest first: the latest 16,384 entries, and how many older ones were left out. Does not wait for that; says whether the writer could take it.
     pub fn dump(&self, because: &str) -> bool {
         let dump = self.kept().dump(because.to_owned());
         self.0.writer.write(dump)
@@ -156,9 +158,15 @@ impl Recorder {
 impl Kept {
     fn dump(&mut self, because: String) -> Dump {
         self.dumps += 1;
-        let mut entries: Vec<Entry> = self.peers.values().flatten().chain(&self.own).cloned().collect();
+        let mut kept: Vec<&Entry> = self.peers.values().flatten().chain(&self.own).collect();
+        let left_out = kept.len().saturating_sub(DUMP_ENTRIES_MAX);
+        if left_out > 0 {
+            // Only references are moved: the node waits.
+            kept.select_nth_unstable_by_key(left_out, |entry| entry.entry);
+        }
+        let mut entries: Vec<Entry> = kept.into_iter().skip(left_out).cloned().collect();
         entries.sort_by_key(|entry| entry.entry);
-        Dump { dump: self.dumps, because, node: self.node, entries }
+        Dump { dump: self.dumps, because, node: self.node, entries, left_out }
     }
 
     /// The peer of which the last entry is oldest.
@@ -181,12 +189,11 @@ impl Watch for Recorder {
             return;
         }
         let mut detail = format!("{event:?}");
-        let name = kind(&detail);
         if detail.len() > DETAIL_BYTES_MAX {
             let end = (0..=DETAIL_BYTES_MAX).rev().find(|end| detail.is_char_boundary(*end)).unwrap_or(0);
             detail.truncate(end);
         }
-        let entry = Entry { detail: Some(detail), ..Entry::new("event", name) };
+        let entry = Entry { detail: Some(detail), ..Entry::new("event", event.name()) };
         self.keep(None, entry);
         if let Some(because) = alarming(event) {
             self.dump_unasked(because);
@@ -210,36 +217,6 @@ impl Entry {
         let at_ns = MonotonicClock::moment().0;
         Entry { entry: 0, at_ns, what, name, peer: None, request: None, handover: None, detail: None }
     }
-}
-
-/// Events of which the name alone is looked for.
-fn kind(detail: &str) -> &'static str {
-    const KINDS: [&str; 22] = [
-        "GroupReady",
-        "Met",
-        "PathChosen",
-        "PathShown",
-        "Parted",
-        "NodeLost",
-        "WasAway",
-        "OfferOpened",
-        "OfferClosed",
-        "Quarantined",
-        "Drained",
-        "Health",
-        "LeaseExpired",
-        "Paired",
-        "Started",
-        "Settled",
-        "Finished",
-        "Freed",
-        "Ignored",
-        "FetchEnded",
-        "OfferEnded",
-        "RequestEnded",
-    ];
-    let word = detail.split(|c: char| !c.is_ascii_alphanumeric()).next().unwrap_or_default();
-    KINDS.into_iter().find(|kind| *kind == word).unwrap_or("event")
 }
 
 /// Why what happened is worth a dump, if it is.

@@ -338,7 +338,7 @@ impl CapacityCluster {
             self.ledger.borrow_mut().arrive(id, request, at);
             self.world.at(at, move |_| {
                 // How it ended is heard of as an event.
-                scheduler.do_send(Submit { spec, ticket: 0, answer: oneshot::channel().0 });
+                scheduler.do_send(Submit { spec, trace: None, ticket: 0, answer: oneshot::channel().0 });
             });
         }
         let (ledger, all) = (Rc::clone(&self.ledger), workload.len());

@@ -52,6 +52,8 @@ pub enum What {
         direction: Direction,
         /// All that it moves.
         bytes: u64,
+        /// The unit of its step at which that begins: rails may move the same more than once.
+        first: u64,
     },
     /// A worker expects a push.
     Expected {

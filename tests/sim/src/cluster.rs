@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use kvferry_actors::{Inspect, NodeError, SESSIONS_EAGER_MAX};
 use kvferry_core::protocol::{
-    DeadlineTerms, LeaseTerms, QuarantineTerms, RequestSpec, Role, SchedulerTerms, SessionTerms, Vitals,
+    DeadlineTerms, LeaseTerms, QuarantineTerms, RailTerms, RequestSpec, Role, SchedulerTerms, SessionTerms, Vitals,
 };
 use kvferry_core::{
     Direction, Dtype, Extent, Format, GeometryError, GroupGeometry, GroupId, LayerGroup, Model, Order, Parallel, Rank,
@@ -64,6 +64,8 @@ pub struct ClusterOptions {
     pub sessions_eager_max: usize,
     /// NICs of every worker.
     pub nics: u32,
+    /// How NICs share what a decode rank reads.
+    pub rails: RailTerms,
     /// How decode engines withhold room.
     pub room: RoomTrouble,
     /// Nodes that speak the first protocol only.
@@ -104,6 +106,7 @@ impl ClusterOptions {
             layers_per_step: Some(1),
             sessions_eager_max: SESSIONS_EAGER_MAX,
             nics: 1,
+            rails: RailTerms::default(),
             room: RoomTrouble::default(),
             old_peers: BTreeSet::new(),
             handovers_max: 8,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use kvferry_actors::SESSIONS_EAGER_MAX;
-use kvferry_core::protocol::{DeadlineTerms, LeaseTerms, QuarantineTerms, SchedulerTerms, SessionTerms};
+use kvferry_core::protocol::{DeadlineTerms, LeaseTerms, QuarantineTerms, RailTerms, SchedulerTerms, SessionTerms};
 use kvferry_core::{Direction, Order};
 use kvferry_fabric_sim::{Delivery, FabricOptions, FenceBy};
 use thiserror::Error;
@@ -33,6 +33,8 @@ pub struct Shape {
     pub decode_tp: Option<u32>,
     /// NICs of every node.
     pub nics: u32,
+    /// NICs that share what one rank reads from another, at most; `None` leaves it to the seed.
+    pub rails: Option<u32>,
     /// Requests of the first wave.
     pub requests: u64,
     /// Faults that the run may have.
@@ -49,6 +51,7 @@ impl Default for Shape {
             prefill_tp: None,
             decode_tp: None,
             nics: 2,
+            rails: None,
             requests: 200,
             faults: FaultSet::all(),
             plant: None,
@@ -148,6 +151,7 @@ impl Config {
         cluster.direction = [None, Some(Direction::Pull), Some(Direction::Push)][dice.below(3) as usize];
         cluster.layers_per_step = [None, Some(1)][dice.below(2) as usize];
         cluster.nics = shape.nics;
+        cluster.rails = rails(seed, shape);
         cluster.handovers_max = dice.within(2..12) as u32;
         if dice.below(3) == 0 {
             cluster.sessions_eager_max = dice.below(6) as usize;
@@ -238,12 +242,33 @@ impl Config {
     }
 }
 
+/// In a run in two all NICs of a rank share what it reads. Shares are small, and so is the patience with them: programs are, too.
+fn rails(seed: u64, shape: &Shape) -> RailTerms {
+    let mut dice = Dice::new(seed, "rails", 0);
+    let drawn = if dice.below(2) == 0 { 1 } else { shape.nics };
+    RailTerms {
+        rails_max: shape.rails.unwrap_or(drawn),
+        share_bytes_min: 64 << dice.below(8),
+        silent_after: micros(50 << dice.below(12)),
+        slack: dice.within(1..8) as u32,
+        initial_bytes_per_second: 100_000_000 << dice.below(6),
+        rest: micros(500 << dice.below(10)),
+        rest_max: millis(dice.within(500..5_000)),
+    }
+}
+
 /// The longest that anything may wait by its own terms, over all attempts.
 fn bound(cluster: &ClusterOptions) -> Duration {
     let SchedulerTerms { queue_within, prefill_within, pair_within, outcome_within, attempts_max, .. } =
         cluster.scheduler;
     let attempt = prefill_within + pair_within + outcome_within + cluster.session.silence_max;
-    queue_within + attempt * attempts_max + cluster.leases.duration * 2 + cluster.quarantine.fence_after * 4
+    // Groups that leave may give a request back four times, which costs no attempt.
+    let given_back = (queue_within + prefill_within) * 4;
+    queue_within
+        + given_back
+        + attempt * attempts_max
+        + cluster.leases.duration * 2
+        + cluster.quarantine.fence_after * 4
 }
 
 fn group_size(side: &'static str, ranks: u32, tp: Option<u32>) -> Result<u32, ShapeError> {

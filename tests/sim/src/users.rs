@@ -109,7 +109,7 @@ impl Users {
         asked.answer = Some(finished);
         asked.ticket += 1;
         world.note(What::Submitted { request, tokens: asked.spec.tokens, again });
-        scheduler.do_send(Submit { spec: asked.spec.clone(), ticket: asked.ticket, answer });
+        scheduler.do_send(Submit { spec: asked.spec.clone(), trace: None, ticket: asked.ticket, answer });
         if asked.cancelled {
             scheduler.do_send(CancelRequest { request, ticket: asked.ticket });
         }

@@ -73,14 +73,15 @@ impl Transport for WatchedNic {
     }
 
     fn post(&mut self, mut transfer: Transfer) -> Result<(), PostError> {
-        let (id, direction, bytes) = (transfer.id, transfer.direction, transfer.program.bytes());
+        let (id, direction, range) = (transfer.id, transfer.direction, transfer.range);
+        let bytes = transfer.program.bytes_in(range);
         if self.plant == Some(Plant::HalfNic) && direction == Direction::Pull {
             let UnitRange { start, end } = transfer.range;
             transfer.range = UnitRange { start, end: start + (end - start).div_ceil(2) };
-            self.halved.insert(id, transfer.program.bytes());
+            self.halved.insert(id, bytes);
         }
         self.inner.post(transfer)?;
-        self.note(What::Posted { id, direction, bytes });
+        self.note(What::Posted { id, direction, bytes, first: range.start });
         Ok(())
     }
 

@@ -160,7 +160,7 @@ impl Yard {
         }
         config.listen = address(node);
         (config.session, config.leases, config.deadlines) = (options.session, options.leases, options.deadlines);
-        config.quarantine = options.quarantine;
+        (config.quarantine, config.rails) = (options.quarantine, options.rails);
         config.sessions_eager_max = options.sessions_eager_max;
         config
     }

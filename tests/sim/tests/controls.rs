@@ -36,6 +36,7 @@ fn shape((plant, faults, _): Control) -> Shape {
     Shape {
         prefill: 4,
         decode: 4,
+        rails: Some(1),
         requests: 80,
         faults: faults.parse().unwrap(),
         plant: Some(plant),

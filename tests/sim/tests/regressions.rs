@@ -4,7 +4,9 @@
 use kvferry_sim::{Config, Run, Shape};
 
 fn holds(seed: u64, shape: &Shape) {
-    let report = Run::new(Config::from_seed(seed, shape).unwrap()).unwrap().to_end(|_| {});
+    // They were found when one NIC read from each peer.
+    let shape = Shape { rails: Some(1), ..shape.clone() };
+    let report = Run::new(Config::from_seed(seed, &shape).unwrap()).unwrap().to_end(|_| {});
     assert_eq!(report.broken, [], "seed {seed}");
 }
 

@@ -28,6 +28,7 @@ fn options_that_make_no_sense_are_told() {
         ("--prefill 0", "'0' for '--prefill <N>': 0 is not in 1..=4096"),
         ("--decode 5000", "5000 is not in 1..=4096"),
         ("--nics 0", "0 is not in 1..=64"),
+        ("--rails 0", "0 is not in 1..=64"),
         ("--nics -1", "-1 is not in 1..=64"),
         ("--requests 0", "0 is not in 1..=1000000"),
         ("--requests 99999999999999999999", "number too large"),

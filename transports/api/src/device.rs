@@ -3,6 +3,9 @@
 use std::any::Any;
 use std::fmt;
 
+use kvferry_core::{End, Program, Strip};
+
+use crate::Pool;
 use crate::known::{DeviceBlock, KnownRun, image};
 
 /// Where a pool's bytes are when they are not the host's: a GPU's memory, as its transport provides it.
@@ -37,6 +40,31 @@ pub trait DeviceMemory: Any + Send + Sync {
         };
         blocks.iter().map(count).collect()
     }
+
+    /// What copies between `pool`, which is in this memory, and `arena_bytes` of host memory, for transports that reach host memory only.
+    fn copier(&self, pool: &Pool, arena_bytes: usize) -> Result<Box<dyn Copier>, String> {
+        let _any = (pool, arena_bytes);
+        Err(format!("nothing copies between {} and host memory here; use the device's own transport", self.device()))
+    }
+}
+
+/// Copies between a pool in a device's memory and an arena of page-locked host memory, by the device, while the processor goes on. It belongs
+/// to one thread. Dropping it waits for what is under way.
+///
+/// # Safety
+/// The arena is readable and writable memory of this process, at one place, until the copier is dropped. A copy touches nothing but the bytes
+/// that its strips name and their place in the arena, and those only from its start until [`Copier::is_done`] has said that it ended.
+pub unsafe trait Copier {
+    /// The arena: its first byte, from the start of a page on, and its length.
+    fn arena(&self) -> (*mut u8, usize);
+
+    /// Starts a copy of `strips` of a program that was validated against the pool at `end`: for [`End::Source`] from the pool into the arena, for
+    /// [`End::Destination`] the other way. In the arena they lie one behind the other from byte `at` on, where there is room for them. Returns
+    /// the copy's number. Copies are not ordered among each other.
+    fn start(&mut self, program: &Program, end: End, strips: &[Strip], at: usize) -> Result<u64, String>;
+
+    /// Whether a copy has ended: asked again and again until it says so, or says why it failed; then nothing of it runs any more.
+    fn is_done(&mut self, copy: u64) -> Result<bool, String>;
 }
 
 impl fmt::Debug for dyn DeviceMemory {

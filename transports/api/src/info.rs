@@ -32,6 +32,12 @@ pub struct Options {
     /// Pieces that are shorter than this on average, in bytes, are packed by their source where the destination could also read them one by
     /// one (ucx). By default what earlier transfers took decides.
     pub packed_below_bytes: Option<u64>,
+    /// Bytes of memory that are registered with the device for packed chunks, at most (ucx); what goes beyond is registered as it comes.
+    pub staging_bytes_max: u64,
+    /// Bytes of one chunk of a device's memory that is staged through page-locked host memory (tcp), rounded to whole pages.
+    pub staged_chunk_bytes: usize,
+    /// Such chunks of one pool at once, half of them on their way out and half on their way in. Their memory is page-locked when the pool is bound.
+    pub staged_chunks: u32,
     /// How long a push that nobody expects may wait, in milliseconds.
     pub unexpected_wait_ms: u64,
     /// Both sides move the bytes, by messages with rendezvous, and neither reads the other's memory (ucx: TensorRT-LLM's `backend: UCX`).
@@ -47,6 +53,9 @@ impl Default for Options {
             poll_bytes_max: 4 << 20,
             thread_blocks: 16,
             packed_below_bytes: None,
+            staging_bytes_max: 64 << 20,
+            staged_chunk_bytes: 512 << 10,
+            staged_chunks: 16,
             unexpected_wait_ms: 5_000,
             two_sided: false,
         }

@@ -12,10 +12,11 @@ pub mod native;
 mod part;
 mod pool;
 mod region;
+mod stage;
 mod transport;
 
 pub use cursor::{Cursor, Piece};
-pub use device::{DeviceMemory, DeviceRegion};
+pub use device::{Copier, DeviceMemory, DeviceRegion};
 pub use event::{Event, TransferError};
 pub use info::{Device, NicInfo, Options, PoolKeys, Wait};
 pub use known::{DeviceBlock, KnownBlocks, KnownRun, known_word, write_known};
@@ -23,6 +24,7 @@ pub use kvferry_core::{Direction, Evidence, FenceProof, Grade, LibraryName, Tran
 pub use part::first_part;
 pub use pool::{Pool, PoolError, PoolOptions};
 pub use region::Region;
+pub use stage::{Slot, Stage};
 pub use transport::{
     BindError, ConnectError, DeviceEvent, Expected, ImportError, Notice, OpenError, PeerId, PostError, Provider,
     RemotePool, Transfer, Transport,

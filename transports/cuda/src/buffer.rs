@@ -84,6 +84,11 @@ impl HostBuffer {
         self.bytes
     }
 
+    /// Its first byte, here and for kernels alike (unified addressing).
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.base
+    }
+
     /// Copies bytes to its start and says where that is. The caller has waited for every earlier use by the GPU.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> *const u8 {
         let length = bytes.len().min(self.bytes);

@@ -12,11 +12,12 @@ use proptest::prelude::*;
 use crate::launch::{INLINE_BYTES, SMALL_BYTES};
 use crate::rectangle::{Payload, lower};
 
-type Emulate = unsafe extern "C" fn(*const u8, c_uint, c_uint, c_uint, c_uint, c_uint) -> c_ulonglong;
-type EmulateKnown = unsafe extern "C" fn(*const DeviceBlock, *const KnownRun, c_uint, *mut c_uint, c_uint, c_uint);
+pub(crate) type Emulate = unsafe extern "C" fn(*const u8, c_uint, c_uint, c_uint, c_uint, c_uint) -> c_ulonglong;
+pub(crate) type EmulateKnown =
+    unsafe extern "C" fn(*const DeviceBlock, *const KnownRun, c_uint, *mut c_uint, c_uint, c_uint);
 
 /// The kernels as functions of the processor; `None` where there is no C++ compiler.
-fn kernel() -> Option<&'static Mutex<(Emulate, EmulateKnown)>> {
+pub(crate) fn kernel() -> Option<&'static Mutex<(Emulate, EmulateKnown)>> {
     static KERNEL: OnceLock<Option<Mutex<(Emulate, EmulateKnown)>>> = OnceLock::new();
     let build = || {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels");
@@ -48,14 +49,14 @@ fn kernel() -> Option<&'static Mutex<(Emulate, EmulateKnown)>> {
 }
 
 /// A side's memory, with room around it, and where its planes are.
-struct Memory {
+pub(crate) struct Memory {
     bytes: Vec<u8>,
     base: u64,
-    planes: Vec<u64>,
+    pub(crate) planes: Vec<u64>,
 }
 
 impl Memory {
-    fn new(layout: &PoolLayout, shift: usize, fill: impl Fn(usize) -> u8) -> Memory {
+    pub(crate) fn new(layout: &PoolLayout, shift: usize, fill: impl Fn(usize) -> u8) -> Memory {
         let length = layout.regions.first().copied().unwrap_or(0) as usize;
         let mut bytes = vec![0; length + 64];
         let start = bytes.as_ptr().align_offset(32) + shift;
@@ -65,13 +66,13 @@ impl Memory {
         Memory { bytes, base, planes }
     }
 
-    fn region(&self, layout: &PoolLayout) -> &[u8] {
+    pub(crate) fn region(&self, layout: &PoolLayout) -> &[u8] {
         let start = (self.base - self.bytes.as_ptr() as u64) as usize;
         &self.bytes[start..start + layout.regions[0] as usize]
     }
 }
 
-fn run(payload: &Payload, blocks: u32, warps: u32) -> u64 {
+pub(crate) fn run(payload: &Payload, blocks: u32, warps: u32) -> u64 {
     let Some(kernel) = kernel() else { return 0 };
     // Of eight-byte words, as GPU memory is aligned, and as long as what travels as an argument.
     let mut words = vec![0u64; payload.bytes.len().max(INLINE_BYTES).div_ceil(8)];
@@ -121,10 +122,10 @@ fn side() -> impl Strategy<Value = SideSpec> {
 }
 
 #[derive(Clone, Debug)]
-struct Case {
-    program: Program,
-    layouts: [PoolLayout; 2],
-    shifts: [usize; 2],
+pub(crate) struct Case {
+    pub(crate) program: Program,
+    pub(crate) layouts: [PoolLayout; 2],
+    pub(crate) shifts: [usize; 2],
 }
 
 fn build(spec: &SideSpec, planes: u32, tokens: (u64, u64), heads: u32, run: u32) -> (Side, Arc<[u32]>, PoolLayout) {
@@ -163,7 +164,7 @@ fn build(spec: &SideSpec, planes: u32, tokens: (u64, u64), heads: u32, run: u32)
     (side, ids.into(), layout)
 }
 
-fn case() -> impl Strategy<Value = Case> {
+pub(crate) fn case() -> impl Strategy<Value = Case> {
     let runs = prop::sample::select(vec![1u32, 2, 3, 7, 16, 64, 96, 128, 1000, 5000]);
     (side(), side(), 1u32..4, 0u64..90, 0u64..200, 1u32..4, runs).prop_map(
         |(from, to, planes, start, length, heads, run)| {

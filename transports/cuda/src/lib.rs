@@ -22,6 +22,7 @@ mod backend;
 mod blocks;
 mod bounds;
 mod buffer;
+mod copier;
 mod copy;
 mod driver;
 #[cfg(test)]
@@ -41,6 +42,9 @@ mod provider;
 mod ptx;
 mod rectangle;
 mod shared;
+mod staged;
+#[cfg(test)]
+mod staged_emulated;
 
 pub use allocation::Allocate;
 pub use blocks::{Difference, check_blocks, fill_blocks};

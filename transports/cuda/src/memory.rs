@@ -6,10 +6,11 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use kvferry_core::{PoolId, PoolLayout};
-use kvferry_transport::{DeviceBlock, DeviceMemory, DeviceRegion, KnownRun, Pool, PoolError};
+use kvferry_transport::{Copier, DeviceBlock, DeviceMemory, DeviceRegion, KnownRun, Pool, PoolError};
 
 use crate::allocation::{Allocate, Allocation, Handle};
 use crate::buffer::Buffer;
+use crate::copier::StagedCopies;
 use crate::driver::{self, Stream};
 use crate::gpu::{Gpu, label};
 use crate::known::{self, Task};
@@ -229,6 +230,10 @@ impl DeviceMemory for GpuMemory {
 
     fn count_unknown(&self, blocks: &[DeviceBlock], runs: &[KnownRun]) -> Result<Vec<u32>, String> {
         known::run(self, Task::Count, blocks, runs)
+    }
+
+    fn copier(&self, pool: &Pool, arena_bytes: usize) -> Result<Box<dyn Copier>, String> {
+        Ok(Box::new(StagedCopies::new(&self.gpu, pool, arena_bytes)?))
     }
 }
 

@@ -182,14 +182,17 @@ impl Cells {
     fn of(segment: &Segment, part: &Part) -> Result<Option<Cells>, LowerError> {
         let (source, destination) = (&segment.source, &segment.destination);
         let tokens = gcd(source.block_tokens, destination.block_tokens);
-        // The side that holds fewer of the tokens has fewer blocks to go through in vain.
-        let by_destination = destination.cp > source.cp;
-        let driver = if by_destination { destination } else { source };
-        let other = if by_destination { source } else { destination };
-        let Some((first, last)) = driver.blocks(part.start, part.end) else { return Ok(None) };
-        if other.blocks(part.start, part.end).is_none() {
+        let (Some(at_source), Some(at_destination)) =
+            (source.blocks(part.start, part.end), destination.blocks(part.start, part.end))
+        else {
             return Ok(None);
-        }
+        };
+        // The side that has fewer cells to go through, in vain where it shares blocks with others or has larger ones than the part.
+        let cells = |side: &Side, (first, last): (u64, u64)| {
+            (last - first + 1).saturating_mul(u64::from(side.block_tokens / tokens.max(1)))
+        };
+        let by_destination = cells(destination, at_destination) < cells(source, at_source);
+        let (driver, (first, last)) = if by_destination { (destination, at_destination) } else { (source, at_source) };
         let per_block = driver.block_tokens / tokens.max(1);
         let inner_tokens = source.head_pitch > source.token_pitch && destination.head_pitch > destination.token_pitch;
         let most = u64::from(tokens).min(part.end - part.start);

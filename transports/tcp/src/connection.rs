@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvferry_core::{End, PoolId, PoolLayout, Program, TransferId, UnitRange};
-use kvferry_transport::{Direction, Evidence, Expected, Notice, PeerId, Pool};
+use kvferry_transport::{Direction, Evidence, Expected, Notice, PeerId, Pool, Stage};
 
 use crate::address::KEY_BYTES;
 use crate::frame::WriteRequest;
+use crate::share::Share;
+use crate::staging::Told;
 use crate::stream::{Flow, Key, Stream};
-use kvferry_transport::Cursor;
 
 /// Transfers shorter than this stay on one stream.
 const SPLIT_BYTES_MIN: u64 = 1 << 20;
@@ -22,6 +23,8 @@ pub(crate) struct Bound {
     pub(crate) pool: Pool,
     pub(crate) layout: Arc<PoolLayout>,
     pub(crate) token: u64,
+    /// For a pool in a device's memory.
+    pub(crate) stage: Option<Stage>,
 }
 
 /// The streams to one peer, opened by one of the two ends.
@@ -46,6 +49,7 @@ pub(crate) struct Connection {
     pub(crate) reads: BTreeMap<u64, Serving>,
     /// Pushes that are arriving or held, by the peer's tag.
     pub(crate) writes: BTreeMap<u64, TransferId>,
+    pub(crate) told: Told,
 }
 
 impl Connection {
@@ -62,6 +66,7 @@ impl Connection {
             posts: BTreeMap::new(),
             reads: BTreeMap::new(),
             writes: BTreeMap::new(),
+            told: Told::default(),
         }
     }
 
@@ -159,6 +164,7 @@ pub(crate) struct Posted {
     pub(crate) parts_left: usize,
     pub(crate) pieces: u64,
     pub(crate) notice: Option<Notice>,
+    pub(crate) since: Instant,
 }
 
 impl Posted {
@@ -167,12 +173,12 @@ impl Posted {
     }
 
     /// This side's memory of one part.
-    pub(crate) fn cursor(&self, part: UnitRange) -> Cursor {
+    pub(crate) fn share(&self, part: UnitRange) -> Share {
         let end = match self.direction {
             Direction::Pull => End::Destination,
             Direction::Push => End::Source,
         };
-        Cursor::new(self.local.pool.clone(), self.local.layout.clone(), self.program.clone(), end, part)
+        self.local.share(&self.program, end, part)
     }
 }
 

@@ -14,6 +14,7 @@ impl TcpTransport {
             Signal::Placed { key: (Flow::Pull, tag), pieces } => self.pull_placed(peer, tag, pieces),
             Signal::Placed { key: (Flow::Push, tag), pieces } => self.push_placed(peer, tag, pieces),
             Signal::Sent { key, pieces } => self.sent(peer, key, pieces),
+            Signal::Broken { key, is_outgoing, reason } => self.broken(peer, key, is_outgoing, reason),
             Signal::Control { kind, tag, payload } => match kind {
                 Kind::Read => return self.on_read(peer, index, tag, &payload),
                 Kind::Write => return self.on_write(peer, index, tag, &payload),

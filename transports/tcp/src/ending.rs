@@ -1,7 +1,7 @@
 //! How transfers, pools and connections end before their time.
 
 use kvferry_core::{PoolId, TransferId};
-use kvferry_transport::{Direction, Event, PeerId, TransferError};
+use kvferry_transport::{Direction, Event, PeerId, Stage, TransferError};
 
 use crate::connection::Phase;
 use crate::frame::{Kind, Refusal};
@@ -21,7 +21,7 @@ impl TcpTransport {
             connection.drop_transfer((Flow::Push, arriving.tag), false);
             self.refuse(arriving.peer, arriving.base, arriving.tag, &Refusal::text(words));
         }
-        self.events.push(Event::Failed { id, error });
+        self.report(expectation.local.stage.as_slice(), Event::Failed { id, error });
     }
 
     /// Ends a posted transfer here and at its responder.
@@ -36,7 +36,7 @@ impl TcpTransport {
             connection.drop_transfer(posted.key(), posted.direction == Direction::Push);
             self.control(posted.peer, posted.base, Kind::Cancel, posted.tag, &[]);
         }
-        self.events.push(Event::Failed { id, error });
+        self.report(posted.local.stage.as_slice(), Event::Failed { id, error });
     }
 
     /// Takes a connection down; its transfers fail.
@@ -55,29 +55,31 @@ impl TcpTransport {
         self.imports.retain(|_, (of, _)| *of != peer);
         self.held.retain(|_, held| held.peer != peer);
         let error = TransferError::PeerLost(reason.to_owned());
-        let events = &mut self.events;
-        let mut fail = |id: TransferId| events.push(Event::Failed { id, error: error.clone() });
+        let mut ended: Vec<(TransferId, Option<Stage>)> = Vec::new();
         self.posts.retain(|id, posted| {
             let keep = posted.peer != peer;
             if !keep {
-                fail(*id);
+                ended.push((*id, posted.local.stage.clone()));
             }
             keep
         });
         self.expected.retain(|id, expectation| {
             let keep = expectation.arriving.as_ref().is_none_or(|arriving| arriving.peer != peer);
             if !keep {
-                fail(*id);
+                ended.push((*id, expectation.local.stage.clone()));
             }
             keep
         });
+        for (id, stage) in ended {
+            self.report(stage.as_slice(), Event::Failed { id, error: error.clone() });
+        }
     }
 
     /// Ends everything that uses a pool, here and at the peers.
     pub(crate) fn withdraw(&mut self, pool: PoolId) {
-        if self.pools.remove(&pool).is_none() {
+        let Some(bound) = self.pools.remove(&pool) else {
             return;
-        }
+        };
         let posts: Vec<_> = self.posts.iter().filter(|(_, p)| p.local.pool.id() == pool).map(|(id, _)| *id).collect();
         for id in posts {
             self.end_posted(id, TransferError::Unbound);
@@ -103,6 +105,6 @@ impl TcpTransport {
         for (peer, base, tag) in refused {
             self.refuse(peer, base, tag, &Refusal::text("the source pool was withdrawn"));
         }
-        self.events.push(Event::Unbound { pool });
+        self.report(bound.stage.as_slice(), Event::Unbound { pool });
     }
 }

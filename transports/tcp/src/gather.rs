@@ -1,9 +1,10 @@
 //! A batch of bytes on their way into a socket.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::TcpStream;
 
-use kvferry_transport::Pool;
+use kvferry_transport::{Pool, Slot};
 
 use crate::socket::{self, Moved};
 use kvferry_transport::Piece;
@@ -29,6 +30,8 @@ pub(crate) struct Gather {
     detached: Vec<u8>,
     /// What the entries point into.
     pools: Vec<Pool>,
+    /// Each with its entry.
+    slots: VecDeque<(usize, Slot)>,
 }
 
 impl Gather {
@@ -51,6 +54,7 @@ impl Gather {
         self.stage.clear();
         self.detached = Vec::new();
         self.pools.clear();
+        self.slots.clear();
     }
 
     /// Gives back the memory of an idle stream.
@@ -99,10 +103,18 @@ impl Gather {
         }
     }
 
+    /// Appends the first bytes of a slot, which nobody else writes. Needs [`Gather::has_room`].
+    pub(crate) fn slot(&mut self, slot: Slot, bytes: usize) {
+        let bytes = bytes.min(slot.bytes());
+        self.entries.push(libc::iovec { iov_base: slot.base().cast(), iov_len: bytes });
+        self.bytes += bytes;
+        self.slots.push_back((self.entries.len() - 1, slot));
+    }
+
     /// Sends once.
     pub(crate) fn send(&mut self, socket: &TcpStream) -> io::Result<Moved> {
         let entries = self.entries.get(self.next..).unwrap_or_default();
-        // SAFETY: every entry points into `stage`, `detached` or a pool in `pools`, all of them alive.
+        // SAFETY: every entry points into `stage`, `detached`, a pool in `pools` or a slot in `slots`, all of them alive.
         let moved = unsafe { socket::send(socket, entries) }?;
         if let Moved::Bytes(bytes) = moved {
             self.sent(bytes);
@@ -120,19 +132,33 @@ impl Gather {
             }
             bytes -= entry.iov_len;
             self.next += 1;
+            // Others may want it.
+            while self.slots.front().is_some_and(|(entry, _)| *entry < self.next) {
+                self.slots.pop_front();
+            }
         }
     }
 
     /// Copies what is left, so that no entry points into a pool any more.
     pub(crate) fn detach(&mut self) {
-        if self.pools.is_empty() {
-            return;
+        if !self.pools.is_empty() {
+            self.copy_out();
         }
+    }
+
+    /// The same for slots.
+    pub(crate) fn shed(&mut self) {
+        if !self.slots.is_empty() {
+            self.copy_out();
+        }
+    }
+
+    fn copy_out(&mut self) {
         let left = self.entries.get(self.next..).unwrap_or_default();
         let total = left.iter().map(|entry| entry.iov_len).sum();
         let mut copy: Vec<u8> = Vec::with_capacity(total);
         for entry in left {
-            // SAFETY: the entry's memory is alive (`stage`, `detached` or `pools`); the copy has capacity for the sum of all entries, and
+            // SAFETY: the entry's memory is alive (`stage`, `detached`, `pools` or `slots`); the copy has capacity for the sum of all entries, and
             // after each step the bytes up to the new length are initialised.
             unsafe {
                 std::ptr::copy_nonoverlapping(

@@ -30,7 +30,7 @@ impl TcpTransport {
                 posted.phase = Phase::Moving;
                 let streams = connection.streams.len().max(1);
                 for (offset, part) in posted.parts.iter().enumerate() {
-                    let sink = Sink { cursor: posted.cursor(*part), left: posted.program.bytes_in(*part) };
+                    let sink = Sink::new(posted.share(*part), posted.program.bytes_in(*part));
                     if let Some(stream) = connection.streams.get_mut((posted.base + offset) % streams) {
                         stream.add_sink(posted.key(), sink);
                     }
@@ -74,7 +74,7 @@ impl TcpTransport {
         let sources: Vec<_> = posted
             .parts
             .iter()
-            .map(|part| Source { key, cursor: posted.cursor(*part), left: posted.program.bytes_in(*part) })
+            .map(|part| Source { key, share: posted.share(*part), left: posted.program.bytes_in(*part) })
             .collect();
         for (offset, source) in sources.into_iter().enumerate() {
             self.send_part(peer, (base + offset) % streams, source);
@@ -96,6 +96,9 @@ impl TcpTransport {
         connection.posts.remove(&tag);
         if let Some(posted) = self.posts.remove(&id) {
             let bytes = posted.program.bytes_in(posted.range);
+            if let Some(stage) = &posted.local.stage {
+                self.show_staged(peer, stage, bytes, posted.since.elapsed());
+            }
             self.events.push(Event::Completed { id, bytes, pieces: posted.pieces });
         }
         Ok(())
@@ -117,7 +120,7 @@ impl TcpTransport {
             Refusal::Text(words) => TransferError::Refused(words),
             Refusal::Mismatch { here, there } => TransferError::Mismatch { local: there, remote: here },
         };
-        self.events.push(Event::Failed { id, error });
+        self.report(posted.local.stage.as_slice(), Event::Failed { id, error });
         Ok(())
     }
 
@@ -143,6 +146,9 @@ impl TcpTransport {
         let bytes = posted.program.bytes_in(posted.range);
         if let Some(notice) = posted.notice {
             self.control(peer, posted.base, Kind::Notice, tag, &encode(&notice));
+        }
+        if let Some(stage) = &posted.local.stage {
+            self.show_staged(peer, stage, bytes, posted.since.elapsed());
         }
         self.events.push(Event::Completed { id, bytes, pieces: posted.pieces });
     }

@@ -13,13 +13,17 @@ mod ending;
 mod frame;
 mod gather;
 mod greeting;
+mod incoming;
 mod initiator;
+mod outgoing;
 mod provider;
 mod receiver;
 mod responder;
 mod scatter;
 mod service;
+mod share;
 mod socket;
+mod staging;
 mod stream;
 #[cfg(test)]
 mod tests;

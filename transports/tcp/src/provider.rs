@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::ffi::CStr;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 
 use kvferry_transport::{Device, NicInfo, OpenError, Options, Provider, Transport, TransportKind};
 
 use crate::transport::TcpTransport;
+
+const UNSPECIFIED: &str = "peers cannot connect to it; name a concrete address or an interface";
 
 /// Opens network interfaces, or addresses of them, as TCP transports.
 #[derive(Clone, Debug, Default)]
@@ -45,6 +47,19 @@ impl Provider for TcpProvider {
         devices
     }
 
+    /// Also an address of this host: as good a name as its interface, but in no list.
+    fn named(&self, name: &str) -> Option<Device> {
+        let Ok(ip) = name.parse::<IpAddr>() else {
+            return self.discover().into_iter().find(|device| device.name == name);
+        };
+        let unavailable = match TcpListener::bind((ip, 0)) {
+            Ok(_) if ip.is_unspecified() => Some(UNSPECIFIED.to_owned()),
+            Ok(_) => None,
+            Err(error) => Some(format!("this host does not listen on it: {error}")),
+        };
+        Some(Device { kind: TransportKind::Tcp, name: name.to_owned(), unavailable })
+    }
+
     /// Opens an interface by name (its first address, IPv4 before IPv6), or an address of this host.
     fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError> {
         let unavailable = |reason: String| OpenError::Unavailable { device: device.name.clone(), reason };
@@ -54,9 +69,7 @@ impl Provider for TcpProvider {
         let interfaces = interfaces();
         let (ip, interface) = match device.name.parse::<IpAddr>() {
             Ok(ip) if ip.is_unspecified() => {
-                return Err(unavailable(
-                    "peers cannot connect to it; name a concrete address or an interface".to_owned(),
-                ));
+                return Err(unavailable(UNSPECIFIED.to_owned()));
             }
             Ok(ip) => {
                 let of = interfaces.iter().find(|interface| interface.ip == ip);

@@ -1,10 +1,12 @@
 //! The receiving half of a stream: headers and messages into buffers, data straight into blocks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpStream;
 
 use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::incoming::Incoming;
 use crate::scatter::Scatter;
+use crate::share::Share;
 use crate::socket::{self, Moved};
 use crate::stream::{Flow, Key};
 use kvferry_transport::Cursor;
@@ -23,12 +25,51 @@ pub(crate) enum Signal {
     Placed { key: Key, pieces: u64 },
     /// This stream's share of an outgoing transfer was queued to its last byte.
     Sent { key: Key, pieces: u64 },
+    /// The device failed to copy a share, which goes no further here.
+    Broken { key: Key, is_outgoing: bool, reason: String },
 }
 
 /// Where a stream's share of a transfer is put.
 pub(crate) struct Sink {
-    pub(crate) cursor: Cursor,
-    pub(crate) left: u64,
+    place: Place,
+    left: u64,
+}
+
+enum Place {
+    Direct(Box<Cursor>),
+    Staged(Incoming),
+}
+
+impl Sink {
+    /// A place for a share's `left` bytes.
+    pub(crate) fn new(share: Share, left: u64) -> Sink {
+        let place = match share {
+            Share::Direct(cursor) => Place::Direct(cursor),
+            Share::Staged(staged) => Place::Staged(Incoming::new(staged)),
+        };
+        Sink { place, left }
+    }
+
+    fn pieces(&self) -> u64 {
+        match &self.place {
+            Place::Direct(cursor) => cursor.pieces(),
+            Place::Staged(incoming) => incoming.chunks(),
+        }
+    }
+
+    fn incoming(&self) -> Option<&Incoming> {
+        match &self.place {
+            Place::Direct(_) => None,
+            Place::Staged(incoming) => Some(incoming),
+        }
+    }
+
+    fn incoming_mut(&mut self) -> Option<&mut Incoming> {
+        match &mut self.place {
+            Place::Direct(_) => None,
+            Place::Staged(incoming) => Some(incoming),
+        }
+    }
 }
 
 /// What the next bytes are.
@@ -58,6 +99,10 @@ pub(crate) struct Receiver {
     header_bytes: usize,
     scatter: Scatter,
     sinks: BTreeMap<Key, Sink>,
+    /// Whose bytes are all here, and not yet out of their slots.
+    ending: BTreeMap<Key, Sink>,
+    /// Of these two, whose slots the device empties.
+    emptying: BTreeSet<Key>,
     discard: Vec<u8>,
 }
 
@@ -67,6 +112,8 @@ impl Receiver {
     }
 
     pub(crate) fn remove_sink(&mut self, key: Key) {
+        self.ending.remove(&key);
+        self.emptying.remove(&key);
         if self.sinks.remove(&key).is_none() {
             return;
         }
@@ -78,8 +125,58 @@ impl Receiver {
         }
     }
 
-    /// Gives back buffers while nothing is expected.
-    pub(crate) fn rest(&mut self) {
+    /// Whether the next bytes wait for a slot.
+    pub(crate) fn is_stalled(&self) -> bool {
+        let Reading::Data { key, .. } = &self.reading else {
+            return false;
+        };
+        self.sinks.get(key).and_then(Sink::incoming).is_some_and(Incoming::is_stalled)
+    }
+
+    /// Whether anything waits for a device.
+    pub(crate) fn is_staging(&self) -> bool {
+        !self.emptying.is_empty() || self.is_stalled()
+    }
+
+    /// Whether [`Receiver::settle`] would get anywhere.
+    pub(crate) fn has_settled(&self) -> bool {
+        let incoming = |key| self.sinks.get(key).or_else(|| self.ending.get(key)).and_then(Sink::incoming);
+        self.emptying.iter().filter_map(incoming).any(Incoming::has_settled)
+    }
+
+    /// Lets go of slots that the device has emptied, and ends the shares that were the last ones.
+    pub(crate) fn settle(&mut self, signals: &mut Vec<Signal>) {
+        for key in self.emptying.iter().copied().collect::<Vec<_>>() {
+            let sink = self.sinks.get_mut(&key).or_else(|| self.ending.get_mut(&key));
+            match sink.and_then(Sink::incoming_mut).map_or(Ok(true), Incoming::settle) {
+                Ok(false) => {}
+                Ok(true) => {
+                    self.emptying.remove(&key);
+                    if let Some(sink) = self.ending.remove(&key) {
+                        signals.push(Signal::Placed { key, pieces: sink.pieces() });
+                    }
+                }
+                Err(reason) => self.fail(key, reason, signals),
+            }
+        }
+    }
+
+    fn fail(&mut self, key: Key, reason: String, signals: &mut Vec<Signal>) {
+        self.remove_sink(key);
+        signals.push(Signal::Broken { key, is_outgoing: false, reason });
+    }
+
+    /// Gives back what is not needed while nothing comes.
+    pub(crate) fn rest(&mut self, signals: &mut Vec<Signal>) {
+        if let Reading::Data { key, .. } = self.reading
+            && let Some(incoming) = self.sinks.get_mut(&key).and_then(Sink::incoming_mut)
+        {
+            match incoming.rest() {
+                Ok(true) => drop(self.emptying.insert(key)),
+                Ok(false) => {}
+                Err(reason) => self.fail(key, reason, signals),
+            }
+        }
         if self.sinks.is_empty() && matches!(self.reading, Reading::Header) {
             self.scatter.shrink();
             self.discard = Vec::new();
@@ -131,10 +228,23 @@ impl Receiver {
                 unsafe { socket::receive(socket, entries) }.map(|moved| (moved, wanted))
             }
             Reading::Data { key, left } => {
+                let place = self.sinks.get_mut(key).map(|sink| &mut sink.place);
+                if let Some(Place::Staged(incoming)) = place {
+                    let Some(body) = incoming.room(*left) else {
+                        // Whoever calls has asked `is_stalled`.
+                        return Ok((Moved::Bytes(0), 0));
+                    };
+                    let both = &mut [body, tail];
+                    let entries = if body.iov_len == *left { &mut both[..] } else { &mut both[..1] };
+                    let wanted = entries.iter().map(|entry| entry.iov_len).sum();
+                    // SAFETY: the entries are the unfilled part of a slot that this sink holds, in which nothing of the device runs, and the
+                    // unread part of `header`. No reference covers either.
+                    return unsafe { socket::receive(socket, entries) }.map(|moved| (moved, wanted));
+                }
                 if self.scatter.is_empty() {
-                    match self.sinks.get_mut(key) {
-                        Some(sink) => self.scatter.fill(&mut sink.cursor, *left),
-                        None => self.scatter.clear(),
+                    match place {
+                        Some(Place::Direct(cursor)) => self.scatter.fill(cursor, *left),
+                        _ => self.scatter.clear(),
                     }
                     if self.scatter.is_empty() {
                         return Err(std::io::Error::other("a program ended before the bytes that came for it"));
@@ -165,14 +275,24 @@ impl Receiver {
                 }
             }
             Reading::Data { key, left } => {
-                let taken = bytes.min(*left);
-                self.scatter.received(taken);
+                let (key, taken) = (*key, bytes.min(*left));
                 *left -= taken;
                 bytes -= taken;
-                if let Some(sink) = self.sinks.get_mut(key) {
+                let (is_end, mut emptying) = (*left == 0, Ok(false));
+                if let Some(sink) = self.sinks.get_mut(&key) {
                     sink.left -= taken as u64;
+                    match &mut sink.place {
+                        Place::Direct(_) => self.scatter.received(taken),
+                        Place::Staged(incoming) => emptying = incoming.received(taken, is_end),
+                    }
                 }
-                if *left > 0 {
+                match emptying {
+                    Ok(true) => drop(self.emptying.insert(key)),
+                    Ok(false) => {}
+                    // Leaves the rest of the frame to be discarded.
+                    Err(reason) => self.fail(key, reason, signals),
+                }
+                if !is_end {
                     return Ok(());
                 }
             }
@@ -230,7 +350,11 @@ impl Receiver {
                 return Err(format!("a transfer ended {} bytes early", sink.left));
             }
             if let Some(sink) = self.sinks.remove(&key) {
-                signals.push(Signal::Placed { key, pieces: sink.cursor.pieces() });
+                if self.emptying.contains(&key) {
+                    self.ending.insert(key, sink);
+                } else {
+                    signals.push(Signal::Placed { key, pieces: sink.pieces() });
+                }
             }
         }
         Ok(())

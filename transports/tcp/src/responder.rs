@@ -11,7 +11,6 @@ use crate::frame::{Kind, ReadRequest, Refusal, WriteRequest, covered};
 use crate::receiver::Sink;
 use crate::stream::{Flow, Source};
 use crate::transport::TcpTransport;
-use kvferry_transport::Cursor;
 use kvferry_transport::codec::decode;
 
 /// Pulls that a peer may have served at once.
@@ -65,8 +64,8 @@ impl TcpTransport {
         for (offset, (start, end)) in request.parts.into_iter().enumerate() {
             let part = UnitRange { start, end };
             let left = program.bytes_in(part);
-            let cursor = Cursor::new(bound.pool.clone(), bound.layout.clone(), program.clone(), End::Source, part);
-            self.send_part(peer, (index + offset) % streams, Source { key: (Flow::Pull, tag), cursor, left });
+            let share = bound.share(&program, End::Source, part);
+            self.send_part(peer, (index + offset) % streams, Source { key: (Flow::Pull, tag), share, left });
         }
         Ok(())
     }
@@ -135,8 +134,7 @@ impl TcpTransport {
         for (offset, (start, end)) in request.parts.iter().enumerate() {
             let part = UnitRange { start: *start, end: *end };
             let (local, program) = (&expectation.local, &expectation.expected.program);
-            let cursor = Cursor::new(local.pool.clone(), local.layout.clone(), program.clone(), End::Destination, part);
-            let sink = Sink { cursor, left: program.bytes_in(part) };
+            let sink = Sink::new(local.share(program, End::Destination, part), program.bytes_in(part));
             if let Some(stream) = connection.streams.get_mut((index + offset) % streams) {
                 stream.add_sink((Flow::Push, tag), sink);
             }
@@ -170,10 +168,11 @@ impl TcpTransport {
             return;
         }
         let of = |arriving: &Arriving| arriving.peer == peer && arriving.tag == tag;
-        if self.expected.get(&id).and_then(|e| e.arriving.as_ref()).is_some_and(of) {
-            self.expected.remove(&id);
+        if self.expected.get(&id).and_then(|e| e.arriving.as_ref()).is_some_and(of)
+            && let Some(expectation) = self.expected.remove(&id)
+        {
             let error = TransferError::Refused("the sender cancelled it".to_owned());
-            self.events.push(Event::Failed { id, error });
+            self.report(expectation.local.stage.as_slice(), Event::Failed { id, error });
         }
     }
 

@@ -42,6 +42,7 @@ impl TcpTransport {
                 None => {}
             }
         }
+        self.attend();
         if self.accepting {
             self.accept();
         }
@@ -116,11 +117,15 @@ impl TcpTransport {
 
     /// Gives a stream a turn if it has work.
     pub(crate) fn schedule(&mut self, peer: PeerId, index: usize) {
-        if let Some(stream) = self.stream(peer, index)
-            && !stream.scheduled
-            && stream.has_work()
-        {
-            stream.scheduled = true;
+        let Some(stream) = self.stream(peer, index) else {
+            return;
+        };
+        let has_work = !stream.scheduled && stream.has_work();
+        stream.scheduled |= has_work;
+        if stream.is_staging() {
+            self.staging.insert((peer, index));
+        }
+        if has_work {
             self.active.push_back((peer, index));
         }
     }

@@ -2,15 +2,20 @@
 
 use std::collections::VecDeque;
 use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
 
 use crate::frame::{DATA_BYTES_MAX, Header, Kind, frame};
 use crate::gather::Gather;
+use crate::outgoing::Outgoing;
 use crate::receiver::{Receiver, Signal, Sink};
+use crate::share::Share;
 use crate::socket::Moved;
 use kvferry_transport::Cursor;
 
 /// Replies that may wait before the peer has to read some: a peer that only asks is not listened to.
 const REPLY_BYTES_MAX: usize = 8 << 20;
+/// A peer that takes nothing for so long keeps no slot that another stream needs.
+const STUCK: Duration = Duration::from_millis(20);
 
 /// Which way a transfer's data goes: tags of pulls and pushes are counted by different ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,8 +32,15 @@ pub(crate) type Key = (Flow, u64);
 /// A stream's share of a transfer, on its way out.
 pub(crate) struct Source {
     pub(crate) key: Key,
-    pub(crate) cursor: Cursor,
+    pub(crate) share: Share,
     pub(crate) left: u64,
+}
+
+/// A share that goes straight from a pool's blocks to the socket, or that has no bytes.
+struct Direct {
+    key: Key,
+    cursor: Option<Box<Cursor>>,
+    left: u64,
 }
 
 /// What is being put into the socket.
@@ -48,13 +60,18 @@ pub(crate) struct Stream {
     socket: TcpStream,
     readable: bool,
     writable: bool,
+    /// Since when the peer has not taken a byte.
+    blocked: Option<Instant>,
     closing: bool,
     /// Whether it stands in the transport's queue of streams with work.
     pub(crate) scheduled: bool,
     receiver: Receiver,
     control: VecDeque<Vec<u8>>,
     reply_bytes: usize,
-    sources: VecDeque<Source>,
+    sources: VecDeque<Direct>,
+    outgoing: Outgoing,
+    /// Whether the last data frame was a staged one: the two kinds take turns.
+    was_staged: bool,
     writing: Writing,
     gather: Gather,
 }
@@ -65,12 +82,15 @@ impl Stream {
             socket,
             readable: true,
             writable: true,
+            blocked: None,
             closing: false,
             scheduled: false,
             receiver: Receiver::default(),
             control: VecDeque::new(),
             reply_bytes: 0,
             sources: VecDeque::new(),
+            outgoing: Outgoing::default(),
+            was_staged: false,
             writing: Writing::Idle,
             gather: Gather::default(),
         }
@@ -90,18 +110,44 @@ impl Stream {
     pub(crate) fn ready(&mut self, readable: bool, writable: bool, closing: bool) {
         self.readable |= readable;
         self.writable |= writable;
+        if writable {
+            self.blocked = None;
+        }
         self.closing |= closing;
     }
 
     /// Whether a call to [`Stream::receive`] or [`Stream::send`] may get anywhere.
     pub(crate) fn has_work(&self) -> bool {
-        (self.readable && self.reply_bytes <= REPLY_BYTES_MAX) || (self.writable && self.wants_to_send())
+        self.listens() || self.receiver.has_settled() || (self.writable && self.wants_to_send())
+    }
+
+    /// Whether anything of it waits for a device, so that it may have work without a word of the kernel's.
+    pub(crate) fn is_staging(&self) -> bool {
+        !self.outgoing.is_idle() || self.receiver.is_staging()
+    }
+
+    /// Whether it has no slot for what it could send.
+    pub(crate) fn is_starved(&self) -> bool {
+        self.writable && self.outgoing.is_starved()
+    }
+
+    /// Gives its slots up if the peer has not read for a while: others need them.
+    pub(crate) fn relieve(&mut self) {
+        if self.blocked.is_some_and(|since| since.elapsed() > STUCK) {
+            self.outgoing.shed();
+            self.gather.shed();
+        }
+    }
+
+    fn listens(&self) -> bool {
+        self.readable && self.reply_bytes <= REPLY_BYTES_MAX && !self.receiver.is_stalled()
     }
 
     fn wants_to_send(&self) -> bool {
         !self.gather.is_empty()
             || !self.control.is_empty()
             || !self.sources.is_empty()
+            || self.outgoing.has_work()
             || !matches!(self.writing, Writing::Idle)
     }
 
@@ -117,7 +163,12 @@ impl Stream {
 
     /// Queues a share of a transfer; its end is reported as [`Signal::Sent`] once it is in the socket's hands or copied.
     pub(crate) fn add_source(&mut self, source: Source) {
-        self.sources.push_back(source);
+        let Source { key, share, left } = source;
+        match share {
+            Share::Direct(cursor) => self.sources.push_back(Direct { key, cursor: Some(cursor), left }),
+            Share::Staged(staged) if left > 0 => self.outgoing.add(key, staged, left),
+            Share::Staged(_) => self.sources.push_back(Direct { key, cursor: None, left }),
+        }
     }
 
     /// Registers where a share of a transfer is put.
@@ -138,6 +189,7 @@ impl Stream {
             self.writing = Writing::Filler(*left);
         }
         self.sources.retain(|source| source.key != key);
+        self.outgoing.remove(key);
         self.gather.detach();
     }
 
@@ -149,7 +201,8 @@ impl Stream {
     /// Receives up to about `budget` bytes. An error ends the connection.
     pub(crate) fn receive(&mut self, budget: u64, signals: &mut Vec<Signal>) -> Result<u64, String> {
         let mut total = 0;
-        while self.readable && total < budget && self.reply_bytes <= REPLY_BYTES_MAX {
+        self.receiver.settle(signals);
+        while total < budget && self.listens() {
             match self.receiver.receive(&self.socket, signals)? {
                 (Moved::Bytes(bytes), full) => {
                     // Even a tiny frame costs a call.
@@ -164,7 +217,7 @@ impl Stream {
             }
         }
         if !self.readable {
-            self.receiver.rest();
+            self.receiver.rest(signals);
         }
         Ok(total)
     }
@@ -182,7 +235,10 @@ impl Stream {
             }
             match self.gather.send(&self.socket) {
                 Ok(Moved::Bytes(bytes)) => total += bytes as u64,
-                Ok(Moved::Blocked | Moved::Closed) => self.writable = false,
+                Ok(Moved::Blocked | Moved::Closed) => {
+                    self.writable = false;
+                    self.blocked = Some(Instant::now());
+                }
                 Err(error) => return Err(format!("sending: {error}")),
             }
         }
@@ -195,10 +251,11 @@ impl Stream {
             match self.writing {
                 Writing::Idle if !self.control.is_empty() => self.writing = Writing::Control(0),
                 Writing::Idle => {
-                    let Some(source) = self.sources.front() else {
+                    let is_staged_turn = !self.was_staged;
+                    let began = is_staged_turn && self.chunk(signals);
+                    if !began && !self.begin(signals) && !self.chunk(signals) {
                         break;
-                    };
-                    self.begin(source.key, source.left, signals);
+                    }
                 }
                 Writing::Control(from) => {
                     let Some(first) = self.control.front() else {
@@ -227,10 +284,42 @@ impl Stream {
         Ok(())
     }
 
-    /// Begins a data frame of the first source, or ends that source.
-    fn begin(&mut self, key: Key, left: u64, signals: &mut Vec<Signal>) {
-        let (flow, tag) = key;
-        let bytes = left.min(u64::from(DATA_BYTES_MAX)) as u32;
+    /// Begins a data frame of the first source, or ends that source; false where there is none.
+    fn begin(&mut self, signals: &mut Vec<Signal>) -> bool {
+        let Some(source) = self.sources.front() else {
+            return false;
+        };
+        let bytes = source.left.min(u64::from(DATA_BYTES_MAX)) as u32;
+        self.header(source.key, bytes);
+        if bytes > 0 {
+            self.writing = Writing::Data(bytes as usize);
+            self.was_staged = false;
+        } else if let Some(source) = self.sources.pop_front() {
+            let pieces = source.cursor.map_or(0, |cursor| cursor.pieces());
+            signals.push(Signal::Sent { key: source.key, pieces });
+        }
+        true
+    }
+
+    /// Adds a whole data frame of the next full slot, and the end of its share behind the last one; false where none is full.
+    fn chunk(&mut self, signals: &mut Vec<Signal>) -> bool {
+        self.outgoing.refill(signals);
+        let Some(chunk) = self.outgoing.next(signals) else {
+            return false;
+        };
+        self.header(chunk.key, chunk.bytes as u32);
+        self.gather.slot(chunk.slot, chunk.bytes);
+        if let Some(pieces) = chunk.last {
+            self.header(chunk.key, 0);
+            signals.push(Signal::Sent { key: chunk.key, pieces });
+        }
+        self.was_staged = true;
+        self.outgoing.refill(signals);
+        true
+    }
+
+    /// The header of a data frame, or with no bytes of an end.
+    fn header(&mut self, (flow, tag): Key, bytes: u32) {
         let kind = match (flow, bytes) {
             (Flow::Pull, 0) => Kind::PullEnd,
             (Flow::Pull, _) => Kind::PullData,
@@ -238,11 +327,6 @@ impl Stream {
             (Flow::Push, _) => Kind::PushData,
         };
         self.gather.pack(&Header { kind, bytes, tag }.encode());
-        if bytes > 0 {
-            self.writing = Writing::Data(bytes as usize);
-        } else if let Some(source) = self.sources.pop_front() {
-            signals.push(Signal::Sent { key: source.key, pieces: source.cursor.pieces() });
-        }
     }
 
     /// Adds a piece to the data frame of the first source.
@@ -251,10 +335,11 @@ impl Stream {
             self.writing = Writing::Filler(left);
             return Ok(());
         };
-        let Some(piece) = source.cursor.take(left) else {
+        let taken = source.cursor.as_mut().and_then(|cursor| Some((cursor.take(left)?, cursor.pool())));
+        let Some((piece, pool)) = taken else {
             return Err("a program ended before the bytes it announced".to_owned());
         };
-        self.gather.keep(source.cursor.pool());
+        self.gather.keep(pool);
         self.gather.piece(piece);
         source.left -= piece.bytes as u64;
         if piece.bytes < left {

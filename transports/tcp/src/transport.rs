@@ -1,17 +1,17 @@
 //! One opened device: the state behind [`Transport`].
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvferry_core::{End, FenceProof, PoolId, PoolLayout, Program, ProgramError, TransferId, UnitRange};
+use kvferry_core::{End, PoolId, PoolLayout, Program, ProgramError, TransferId, UnitRange};
 use kvferry_transport::codec::random;
 use kvferry_transport::{
     BindError, ConnectError, Direction, Event, Expected, ImportError, NicInfo, Options, PeerId, Pool, PoolKeys,
-    PostError, RemotePool, Transfer, TransferError, Transport, TransportKind, Wait,
+    PostError, RemotePool, Stage, Transfer, TransferError, Transport, TransportKind, Wait,
 };
 
 use crate::address::{Address, KEY_BYTES, Keys};
@@ -20,6 +20,7 @@ use crate::frame::STREAMS_MAX;
 use crate::greeting::{Greeting, Hello};
 use crate::receiver::Signal;
 use crate::socket::{self, Poller};
+use crate::staging::Deferred;
 
 /// How long a connection may take to be up, and a client to say hello.
 pub(crate) const GREETING_WAIT: Duration = Duration::from_secs(5);
@@ -58,6 +59,10 @@ pub(crate) struct TcpTransport {
     pub(crate) held: BTreeMap<TransferId, Held>,
     /// Streams with work, in turn.
     pub(crate) active: VecDeque<(PeerId, usize)>,
+    /// Streams that wait for a device.
+    pub(crate) staging: BTreeSet<(PeerId, usize)>,
+    /// Events that wait for one, in order.
+    pub(crate) deferred: VecDeque<Deferred>,
     /// What happened since the last poll.
     pub(crate) events: Vec<Event>,
     pub(crate) signals: Vec<Signal>,
@@ -103,6 +108,8 @@ impl TcpTransport {
             expected: BTreeMap::new(),
             held: BTreeMap::new(),
             active: VecDeque::new(),
+            staging: BTreeSet::new(),
+            deferred: VecDeque::new(),
             events: Vec::new(),
             signals: Vec::new(),
             next_deadline: None,
@@ -176,14 +183,15 @@ impl Transport for TcpTransport {
         if self.pools.contains_key(&pool.id()) {
             return Err(BindError::Duplicate(pool.id()));
         }
-        pool.require_host().map_err(|reason| BindError::Unsupported { pool: pool.id(), reason })?;
+        let stage = pool.device().map(|_| Stage::open(pool, &self.options)).transpose();
+        let stage = stage.map_err(|reason| BindError::Unsupported { pool: pool.id(), reason })?;
         let token = random::<8>().map_err(|error| BindError::Unsupported {
             pool: pool.id(),
             reason: format!("no random token could be drawn ({error}); try again"),
         })?;
         let token = u64::from_le_bytes(token);
         let layout = Arc::new(pool.layout().clone());
-        self.pools.insert(pool.id(), Bound { pool: pool.clone(), layout, token });
+        self.pools.insert(pool.id(), Bound { pool: pool.clone(), layout, token, stage });
         Ok(PoolKeys(Keys { pool: pool.id(), token }.seal()))
     }
 
@@ -239,7 +247,7 @@ impl Transport for TcpTransport {
 
     fn expect(&mut self, expected: Expected) -> Result<(), PostError> {
         let id = expected.id;
-        if self.expected.contains_key(&id) {
+        if self.expected.contains_key(&id) || self.is_ending(id) {
             return Err(PostError::Duplicate(id));
         }
         if self.expected.len() >= self.options.transfers_max.saturating_mul(EXPECTED_PER_POST) {
@@ -257,7 +265,7 @@ impl Transport for TcpTransport {
 
     fn post(&mut self, transfer: Transfer) -> Result<(), PostError> {
         let Transfer { id, peer, direction, local, remote, program, range, notice } = transfer;
-        if self.posts.contains_key(&id) {
+        if self.posts.contains_key(&id) || self.is_ending(id) {
             return Err(PostError::Duplicate(id));
         }
         let connection = self.connections.get(&peer).ok_or(PostError::UnknownPeer(peer))?;
@@ -289,6 +297,7 @@ impl Transport for TcpTransport {
             parts_left: 0,
             pieces: 0,
             notice,
+            since: Instant::now(),
         };
         self.posts.insert(id, posted);
         if up {
@@ -313,8 +322,7 @@ impl Transport for TcpTransport {
         for of in peers {
             self.lose(of, "fenced here");
         }
-        // Only this thread writes this transport's pools, and it has forgotten everything of that peer.
-        self.events.push(Event::Fenced { peer, proof: FenceProof::OwnerCopies });
+        self.report_fence(peer);
     }
 
     fn disconnect(&mut self, peer: PeerId) {
@@ -328,8 +336,12 @@ impl Transport for TcpTransport {
     }
 
     fn arm(&mut self) -> Wait {
+        self.wake();
         if !self.active.is_empty() || !self.events.is_empty() || self.accepting {
             return Wait::Busy;
+        }
+        if let Some(is_recent) = self.waits_for_device() {
+            return if is_recent { Wait::Busy } else { Wait::MustPoll };
         }
         if self.armed != self.next_deadline {
             let now = Instant::now();

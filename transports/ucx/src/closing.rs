@@ -14,7 +14,8 @@ use crate::wire::KEY_BYTES;
 /// How long a transport that is dropped waits for its last words to be out and for UCX to let go.
 const SHUT_DOWN_WAIT: Duration = Duration::from_secs(1);
 
-/// Endpoints that are kept open until their bytes are out.
+/// Endpoints that are kept open until their bytes are out. Nothing here waits for them, and their peers end that by taking the bytes or by dying;
+/// from UCX 1.22 on the kernel gives up who does neither. Beyond so many, the oldest is closed by force.
 const DRAINING_MAX: usize = 64;
 
 /// A link whose endpoint is being destroyed.
@@ -47,32 +48,46 @@ impl UcxTransport {
     pub(crate) fn close_link(&mut self, id: u64) {
         let Some(link) = self.links.remove(&id) else { return };
         self.numbers.retain(|_, (_, over)| *over != id);
-        let reads = self.fetches.values().any(|fetch| fetch.link == id && fetch.holds_endpoint());
+        let reads =
+            link.warmth.is_trying() || self.fetches.values().any(|fetch| fetch.link == id && fetch.holds_endpoint());
         // The kernel's copies are made by this thread, inside UCX's progress, and are over when that returns.
         let is_device = self.method.is_rdma();
         let closing = Closing { instance: link.instance, by_device: is_device && reads, draining: None, over: false };
         self.closing.insert(id, closing);
         // A peer that never answered was sent nothing that could fill a socket.
-        if is_device || reads || link.receiving > 0 || link.theirs.is_none() {
+        if is_device || reads || link.theirs.is_none() {
             return self.destroy(id, link.endpoint);
         }
         let mut draining = self.closing.iter().filter(|(_, closing)| closing.is_draining()).map(|(id, _)| *id);
         let oldest = draining.next();
         if let Some(oldest) = oldest.filter(|_| draining.count() + 1 >= DRAINING_MAX) {
-            self.drained(oldest);
+            self.force(oldest);
         }
-        match link.endpoint.flush(id) {
+        self.drain(id, link.endpoint);
+    }
+
+    /// Destroys an endpoint at a moment at which UCX has nothing to send over it. A flush that is over in a step of UCX's says nothing of the
+    /// step's end: the peer may have asked for more bytes in it, as a rendezvous does. One that is over at once does.
+    fn drain(&mut self, link: u64, endpoint: Endpoint) {
+        match endpoint.flush(link) {
             Begun::InFlight => {
-                if let Some(closing) = self.closing.get_mut(&id) {
-                    closing.draining = Some(link.endpoint);
+                if let Some(closing) = self.closing.get_mut(&link) {
+                    closing.draining = Some(endpoint);
                 }
             }
-            Begun::Over(..) => self.destroy(id, link.endpoint),
+            Begun::Over(..) => self.destroy(link, endpoint),
         }
     }
 
     /// Everything that was to go out over a link is out, or never will be.
-    pub(crate) fn drained(&mut self, link: u64) {
+    fn drained(&mut self, link: u64) {
+        if let Some(endpoint) = self.closing.get_mut(&link).and_then(|closing| closing.draining.take()) {
+            self.drain(link, endpoint);
+        }
+    }
+
+    /// Destroys an endpoint that UCX still has bytes to send over.
+    fn force(&mut self, link: u64) {
         if let Some(endpoint) = self.closing.get_mut(&link).and_then(|closing| closing.draining.take()) {
             self.destroy(link, endpoint);
         }
@@ -105,7 +120,7 @@ impl UcxTransport {
                 }
             }
             Operation::Drained { link } => self.drained(link),
-            Operation::Sent { .. } | Operation::Received { .. } | Operation::Got { .. } => {}
+            Operation::Sent { .. } | Operation::Received { .. } | Operation::Got { .. } | Operation::Tried { .. } => {}
         }
     }
 
@@ -173,7 +188,7 @@ impl UcxTransport {
             self.close_link(link);
         }
         let links: Vec<u64> = self.closing.keys().copied().collect();
-        links.into_iter().for_each(|link| self.drained(link));
+        links.into_iter().for_each(|link| self.force(link));
         let until = Instant::now() + SHUT_DOWN_WAIT;
         while (self.worker.operations.in_flight() > 0 || self.worker.operations.has_done()) && Instant::now() < until {
             self.progress_once();

@@ -158,16 +158,11 @@ pub(crate) struct Mapped {
 }
 
 impl Mapped {
-    /// Registers every region that has bytes; also gives what peers need to read it: one packed key a region, empty where there is no memory.
-    pub(crate) fn new(context: &Rc<Context>, pool: &Pool) -> Result<(Mapped, Vec<Vec<u8>>), String> {
+    /// Registers every region that has bytes.
+    pub(crate) fn register(context: &Rc<Context>, pool: &Pool) -> Result<Mapped, String> {
         let library = context.library;
         let mut mapped = Mapped { context: context.clone(), regions: Vec::new(), _pool: pool.clone() };
-        let mut keys = Vec::new();
-        for region in pool.regions() {
-            if region.bytes() == 0 {
-                keys.push(Vec::new());
-                continue;
-            }
+        for region in pool.regions().iter().filter(|region| region.bytes() > 0) {
             let params = ucp_mem_map_params_t {
                 field_mask: u64::from(
                     UCP_MEM_MAP_PARAM_FIELD_ADDRESS
@@ -187,9 +182,25 @@ impl Mapped {
                 return Err(refused(library, region.bytes(), status));
             }
             mapped.regions.push(raw);
-            keys.push(pack(context, raw)?);
         }
+        Ok(mapped)
+    }
+
+    /// The same, and what peers need to read it: one packed key a region, empty where there is no memory.
+    pub(crate) fn new(context: &Rc<Context>, pool: &Pool) -> Result<(Mapped, Vec<Vec<u8>>), String> {
+        let mapped = Mapped::register(context, pool)?;
+        let mut registered = mapped.regions.iter();
+        let keys = pool.regions().iter().map(|region| match region.bytes() {
+            0 => Ok(Vec::new()),
+            _ => registered.next().map_or_else(|| Ok(Vec::new()), |raw| pack(context, *raw)),
+        });
+        let keys = keys.collect::<Result<_, _>>()?;
         Ok((mapped, keys))
+    }
+
+    /// UCX's handles of the regions that have bytes.
+    pub(crate) fn handles(&self) -> &[ucp_mem_h] {
+        &self.regions
     }
 }
 

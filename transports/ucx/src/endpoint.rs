@@ -13,6 +13,7 @@ use ucx_text::Lane;
 use crate::context::Mapped;
 use crate::inbox::{Mark, on_error};
 use crate::request::Begun;
+use crate::staging::Buffer;
 use crate::wire::{HEADER_BYTES, Header};
 use crate::worker::{MESSAGE_ID, Worker};
 
@@ -21,12 +22,14 @@ const LANES_MAX: usize = 128;
 
 /// What an operation in flight owns.
 pub(crate) enum Operation {
-    /// A message, until UCX has taken it. `chunk` buffers are used again.
-    Sent { link: u64, buffer: Vec<u8>, chunk: bool },
+    /// A message, until UCX has taken it.
+    Sent { link: u64, buffer: Buffer, chunk: bool },
     /// A chunk that UCX brings by rendezvous, and where it was told to put it.
-    Received { link: u64, header: Header, buffer: Vec<u8> },
+    Received { link: u64, header: Header, buffer: Buffer },
     /// Bytes on their way into a pool, and what keeps both ends of the copy.
     Got { fetch: u64, _memory: Rc<GetMemory> },
+    /// Bytes on their way into a buffer that nobody looks at, and the key that they are read with.
+    Tried { link: u64, buffer: Buffer, _keys: Rc<RemoteKeys> },
     /// An endpoint that is being closed, and what its error handler may still be given.
     Closed { link: u64, _mark: Box<Mark> },
     /// The worker's flush after a link was closed.
@@ -58,21 +61,23 @@ impl Endpoint {
     }
 
     /// Sends one message. Never by rendezvous: its bytes go with it.
-    pub(crate) fn send(&self, link: u64, buffer: Vec<u8>, chunk: bool) -> Begun<Operation> {
-        let (at, bytes) = (buffer.as_ptr(), buffer.len());
+    pub(crate) fn send(&self, link: u64, buffer: Buffer, chunk: bool) -> Begun<Operation> {
+        let (at, bytes, memory) = (buffer.as_ptr(), buffer.len(), buffer.handle());
+        let operation = Operation::Sent { link, buffer, chunk };
         // SAFETY: the operation owns the buffer, whose bytes do not move; a living endpoint.
-        self.worker.operations.start(Operation::Sent { link, buffer, chunk }, UCP_AM_SEND_FLAG_EAGER, |params| unsafe {
+        self.worker.operations.start_with(operation, UCP_AM_SEND_FLAG_EAGER, memory, |params| unsafe {
             self.worker.library().api.ucp_am_send_nbx(self.raw, MESSAGE_ID, ptr::null(), 0, at.cast(), bytes, params)
         })
     }
 
     /// Sends a chunk by rendezvous, its header ahead of its bytes: the peer fetches them when it likes, or lets them be.
-    pub(crate) fn offer(&self, link: u64, buffer: Vec<u8>) -> Begun<Operation> {
+    pub(crate) fn offer(&self, link: u64, buffer: Buffer) -> Begun<Operation> {
+        let memory = buffer.handle();
         let (header, bytes) = buffer.split_at(HEADER_BYTES.min(buffer.len()));
         let (header, header_bytes, at, bytes) = (header.as_ptr(), header.len(), bytes.as_ptr(), bytes.len());
         let operation = Operation::Sent { link, buffer, chunk: true };
         // SAFETY: the operation owns the buffer, header and all, whose bytes do not move; a living endpoint.
-        self.worker.operations.start(operation, UCP_AM_SEND_FLAG_RNDV, |params| unsafe {
+        self.worker.operations.start_with(operation, UCP_AM_SEND_FLAG_RNDV, memory, |params| unsafe {
             let api = &self.worker.library().api;
             api.ucp_am_send_nbx(self.raw, MESSAGE_ID, header.cast(), header_bytes, at.cast(), bytes, params)
         })
@@ -92,10 +97,27 @@ impl Endpoint {
         bytes: usize,
     ) -> Begun<Operation> {
         let operation = Operation::Got { fetch, _memory: memory.clone() };
-        let Some(Some(rkey)) = memory.keys.regions.get(region).copied() else {
+        // SAFETY: the caller vouches for the local range; the operation keeps it and the key until it is over.
+        unsafe { self.read(operation, &memory.keys, region, from, to, bytes) }
+    }
+
+    /// Reads remote memory.
+    ///
+    /// # Safety
+    /// `to` must be `bytes` writable bytes that `operation` keeps, as it must keep the keys.
+    pub(crate) unsafe fn read(
+        &self,
+        operation: Operation,
+        keys: &RemoteKeys,
+        region: usize,
+        from: u64,
+        to: *mut u8,
+        bytes: usize,
+    ) -> Begun<Operation> {
+        let Some(Some(rkey)) = keys.regions.get(region).copied() else {
             return Begun::Over(operation, ucx_sys::UCS_ERR_INVALID_PARAM);
         };
-        // SAFETY: the caller vouches for the local range; the operation keeps it and the key until it is over.
+        // SAFETY: as the caller promises.
         self.worker.operations.start(operation, 0, |params| unsafe {
             self.worker.library().api.ucp_get_nbx(self.raw, to.cast(), bytes, from, rkey, params)
         })

@@ -9,7 +9,7 @@ use ucx_sys::UCS_OK;
 
 use crate::cost::Manner;
 use crate::counters::Way;
-use crate::endpoint::{GetMemory, RemoteKeys};
+use crate::endpoint::GetMemory;
 use crate::inbox::Flow;
 use crate::lanes::Lanes;
 use crate::remote::Bound;
@@ -87,20 +87,13 @@ impl UcxTransport {
         if self.choose(link, id, bytes / count.max(1), left) == Manner::Packed {
             return None;
         }
-        let endpoint = &self.links.get(&link)?.endpoint;
+        self.unpack(remote);
         let remote = self.remotes.get_mut(&remote)?;
-        if remote.unpacked.is_none() {
-            let packed = keys.regions.iter().map(|region| region.rkey.as_slice());
-            match RemoteKeys::unpack(endpoint, packed) {
-                Ok(unpacked) => remote.unpacked = Some(Rc::new(unpacked)),
-                Err(reason) => {
-                    self.watched = None;
-                    tracing::warn!(reason, "a peer's memory cannot be read; its owner sends it");
-                    return None;
-                }
-            }
-        }
-        let memory = Rc::new(GetMemory { keys: remote.unpacked.clone()?, _local: mapped });
+        let Some(unpacked) = remote.unpacked.clone() else {
+            self.watched = None;
+            return None;
+        };
+        let memory = Rc::new(GetMemory { keys: unpacked, _local: mapped });
         let named = remote.named;
         let number = self.new_number();
         let fetch = Fetch {

@@ -18,6 +18,7 @@ mod inbox;
 mod lanes;
 mod library;
 mod link;
+mod made;
 mod memlock;
 mod posted;
 mod progress;
@@ -30,7 +31,9 @@ mod request;
 mod serving;
 mod session;
 mod settings;
+mod staging;
 mod transport;
+mod warming;
 mod wire;
 mod worker;
 

@@ -11,6 +11,8 @@ use crate::counters::Way;
 use crate::endpoint::Endpoint;
 use crate::inbox::Key;
 use crate::lanes::Lanes;
+use crate::staging::Buffer;
+use crate::warming::Warmth;
 use crate::wire::{Header, KEY_BYTES};
 
 /// Chunks that may be on a link before its reader has to take some off.
@@ -19,8 +21,6 @@ pub(crate) const CREDITS: u32 = 8;
 pub(crate) const SENDS_MAX: usize = 64;
 /// Numbers of sessions that are over which a link keeps.
 pub(crate) const ENDED_MAX: usize = 1024;
-/// Buffers for chunks that a link keeps.
-const SPARES_MAX: usize = CREDITS as usize;
 /// Bytes of answers that may wait on one link: a peer that only asks and never takes anything off is dropped.
 pub(crate) const ANSWER_BYTES_MAX: usize = 32 << 20;
 
@@ -49,8 +49,7 @@ pub(crate) struct Link {
     pub(crate) consumed: u32,
     /// Chunks that UCX is bringing by rendezvous: no more than the peer has credits for.
     pub(crate) receiving: u32,
-    /// A chunk went out over it.
-    pub(crate) is_warm: bool,
+    pub(crate) warmth: Warmth,
     /// Nobody uses it; it is kept until then, since an endpoint that is made anew while the peer still closes the old one is often reset.
     pub(crate) idle_until: Option<Instant>,
     /// Numbers of sessions that are over: chunks of them may still come, and free their places.
@@ -73,7 +72,7 @@ impl Link {
             sessions: BTreeSet::new(),
             consumed: 0,
             receiving: 0,
-            is_warm: false,
+            warmth: Warmth::default(),
             idle_until: None,
             ended: VecDeque::new(),
         }
@@ -97,7 +96,6 @@ pub(crate) struct Outgoing {
     pub(crate) offered: usize,
     pub(crate) credits: u32,
     pub(crate) sources: VecDeque<Source>,
-    spares: Vec<Vec<u8>>,
 }
 
 impl Default for Outgoing {
@@ -109,7 +107,6 @@ impl Default for Outgoing {
             offered: 0,
             credits: CREDITS,
             sources: VecDeque::new(),
-            spares: Vec::new(),
         }
     }
 }
@@ -136,19 +133,6 @@ impl Outgoing {
         self.in_flight < SENDS_MAX && (!self.messages.is_empty() || (self.credits > 0 && !self.sources.is_empty()))
     }
 
-    /// An empty buffer with room for a chunk of so many bytes.
-    pub(crate) fn buffer(&mut self, bytes: usize) -> Vec<u8> {
-        self.spares.pop().unwrap_or_else(|| Vec::with_capacity(bytes))
-    }
-
-    /// Takes a chunk's buffer back.
-    pub(crate) fn spare(&mut self, mut buffer: Vec<u8>) {
-        if self.spares.len() < SPARES_MAX {
-            buffer.clear();
-            self.spares.push(buffer);
-        }
-    }
-
     /// Reads no more bytes of a transfer.
     pub(crate) fn remove_source(&mut self, key: Key) {
         self.sources.retain(|source| source.key != key);
@@ -168,25 +152,21 @@ pub(crate) struct Source {
 
 impl Source {
     /// Packs the next chunk, headed by `header` and at most `bytes_max` long with it, into an empty buffer. Says whether the program gave as many bytes as it should.
-    pub(crate) fn pack(&mut self, header: Header, bytes_max: usize, buffer: &mut Vec<u8>) -> bool {
-        buffer.extend_from_slice(&header.encode());
+    pub(crate) fn pack(&mut self, header: Header, bytes_max: usize, buffer: &mut Buffer) -> bool {
+        let headed = buffer.append(&header.encode());
         let room = bytes_max.saturating_sub(buffer.len());
         let mut wanted = usize::try_from(self.left).map_or(room, |left| left.min(room));
-        buffer.reserve(wanted);
         self.left -= wanted as u64;
         self.number = self.number.wrapping_add(1);
         while wanted > 0 {
             let Some(piece) = self.cursor.take(wanted) else { return false };
-            let at = buffer.len();
-            // SAFETY: the piece lies in the cursor's live pool; the buffer has room for `wanted` more bytes, of which the piece takes no
-            // more, and is no pool memory. The copied bytes are initialised before they are counted.
-            unsafe {
-                std::ptr::copy_nonoverlapping(piece.at, buffer.as_mut_ptr().add(at), piece.bytes);
-                buffer.set_len(at + piece.bytes);
+            // SAFETY: the piece lies in the cursor's live pool; the buffer is no memory of it.
+            if !unsafe { buffer.append_from(piece.at, piece.bytes) } {
+                return false;
             }
-            wanted -= piece.bytes;
+            wanted = wanted.saturating_sub(piece.bytes);
         }
-        true
+        headed
     }
 }
 
@@ -199,7 +179,7 @@ pub(crate) struct Session {
     pub(crate) there: Option<u64>,
     /// The peer's secret, where this side had its address.
     pub(crate) secret: Option<[u8; KEY_BYTES]>,
-    /// Until when the peer must have answered.
+    /// Until when the peer must have answered, and their link be warm: none once `Connected` was told.
     pub(crate) deadline: Option<Instant>,
     next_tag: u64,
     /// What this side initiated, by tag.
@@ -208,6 +188,8 @@ pub(crate) struct Session {
     pub(crate) reads: BTreeMap<u64, Serving>,
     /// Pushes that are arriving or held, by the peer's tag.
     pub(crate) writes: BTreeMap<u64, TransferId>,
+    /// Tokens of pools whose keys the peer was given.
+    pub(crate) lent: BTreeSet<u64>,
     /// Messages that come in parts, by tag: how many parts, and their bytes.
     pub(crate) parts: BTreeMap<u64, (u32, Vec<u8>)>,
 }
@@ -224,8 +206,14 @@ impl Session {
             posts: BTreeMap::new(),
             reads: BTreeMap::new(),
             writes: BTreeMap::new(),
+            lent: BTreeSet::new(),
             parts: BTreeMap::new(),
         }
+    }
+
+    /// Whether transfers may start.
+    pub(crate) fn is_up(&self) -> bool {
+        self.there.is_some() && self.deadline.is_none()
     }
 
     pub(crate) fn new_tag(&mut self) -> u64 {

@@ -64,7 +64,7 @@ impl UcxTransport {
         if self.posts.len() >= self.options.transfers_max {
             return Err(PostError::Full);
         }
-        let up = session.there.is_some();
+        let up = session.is_up();
         let local =
             self.pools.get(&local).filter(|bound| bound.leaving.is_none()).ok_or(PostError::UnknownPool(local))?;
         let local = local.clone();
@@ -128,6 +128,10 @@ impl UcxTransport {
             Direction::Push => {
                 posted.progress = Progress::Announced;
                 let source = (reads && posted.local.mapped.is_some()).then(|| posted.local.named());
+                if source.is_some() {
+                    self.lend_ahead(peer, id);
+                }
+                let Some(posted) = self.posts.get_mut(&id) else { return };
                 let write = Write {
                     id,
                     pool: posted.named.pool,

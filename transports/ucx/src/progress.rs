@@ -68,6 +68,7 @@ impl UcxTransport {
             }
             Operation::Received { link, header, buffer } => self.received(link, header, buffer, status),
             Operation::Got { fetch, .. } => self.got(fetch, status),
+            Operation::Tried { link, buffer, .. } => self.tried(link, buffer, status),
             Operation::Closed { .. } | Operation::Flushed { .. } | Operation::Drained { .. } => self.closed(operation),
         }
     }
@@ -126,15 +127,21 @@ impl UcxTransport {
         let Some((peer, link)) = self.numbers.get(&header.session).copied() else {
             return tracing::debug!(kind = ?header.kind, "a message of a session that is over, or never was");
         };
-        let Some(peer) = peer else { return };
-        if let Err(reason) = self.dispatch(peer, link, header, body) {
-            tracing::debug!(peer = peer.0, reason, "a peer broke the protocol");
+        let said = match (header.kind, peer) {
+            // Of the link, whatever has become of the session that said it.
+            (Kind::Credit, _) => self.on_credit(link, header.number),
+            (Kind::Warmed, _) => self.on_warmed(link, &body),
+            (_, Some(peer)) => self.dispatch(peer, header, body),
+            (_, None) => Ok(()),
+        };
+        if let Err(reason) = said {
+            tracing::debug!(?peer, reason, "a peer broke the protocol");
             self.lose_link(link, &reason);
         }
     }
 
     /// What a message means. An `Err` is a breach of the protocol: it ends that link and nothing else.
-    fn dispatch(&mut self, peer: PeerId, link: u64, header: Header, body: Vec<u8>) -> Result<(), String> {
+    fn dispatch(&mut self, peer: PeerId, header: Header, body: Vec<u8>) -> Result<(), String> {
         let tag = header.tag;
         match header.kind {
             Kind::Welcome => return self.on_welcome(peer, &body),
@@ -156,15 +163,6 @@ impl UcxTransport {
             Kind::Done => return self.on_done(peer, tag, &body),
             Kind::Refuse => return self.on_refuse(peer, tag, &body),
             Kind::Cancel => self.on_cancel(peer, tag),
-            Kind::Credit => {
-                if let Some(link) = self.links.get_mut(&link) {
-                    let credits = link.outgoing.credits.saturating_add(header.number);
-                    if credits > CREDITS {
-                        return Err(format!("{} credits for chunks that were not sent", header.number));
-                    }
-                    link.outgoing.credits = credits;
-                }
-            }
             Kind::Notice => {
                 let notice: Notice = decode(&body).map_err(|error| format!("a notice: {error}"))?;
                 self.events.push(Event::Notice { notice });
@@ -173,8 +171,21 @@ impl UcxTransport {
             Kind::Withdraw => return self.on_withdraw(peer, &body),
             Kind::Withdrawn => return self.on_withdrawn(peer, &body),
             // Taken before they come here.
-            Kind::Hello | Kind::PullData | Kind::PushData => {}
+            Kind::Hello | Kind::PullData | Kind::PushData | Kind::Credit | Kind::Warmed => {}
         }
+        Ok(())
+    }
+
+    /// The peer has taken chunks off a link.
+    fn on_credit(&mut self, id: u64, chunks: u32) -> Result<(), String> {
+        let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
+        let credits = link.outgoing.credits.saturating_add(chunks);
+        if credits > CREDITS {
+            return Err(format!("{chunks} credits for chunks that were not sent"));
+        }
+        link.outgoing.credits = credits;
+        link.warmth.taken = link.warmth.begun;
+        self.join(id);
         Ok(())
     }
 
@@ -237,6 +248,11 @@ impl UcxTransport {
         let silent: Vec<PeerId> =
             self.sessions.iter().filter(|(_, session)| late(session.deadline)).map(|(peer, _)| *peer).collect();
         for peer in silent {
+            // It has answered: what warms the link is late, which is no reason to part.
+            if self.sessions.get(&peer).is_some_and(|session| session.there.is_some()) {
+                self.connected(peer);
+                continue;
+            }
             let seconds = GREETING_WAIT.as_secs();
             let reason = format!("no answer within {seconds} s; check that its address is reachable and still its own");
             let link = self.sessions.get(&peer).map(|session| session.link);

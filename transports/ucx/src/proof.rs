@@ -71,6 +71,11 @@ impl UcxTransport {
             evidence.emulated = is_rdma;
             evidence = evidence.unseen("zero-copy reads, which these lanes have not: bytes go in messages");
         }
+        let staging = self.staging.bytes();
+        if staging > 0 {
+            evidence =
+                evidence.seen(format!("packed chunks go through {} KiB that were registered before", staging >> 10));
+        }
         Some(match &proven {
             Some(counted) if reads => Evidence { grade: Grade::E5, ..evidence }.seen(counted.clone()),
             _ if !is_rdma => evidence.unseen("counters of a device"),

@@ -11,7 +11,9 @@ use crate::device::{self, Access, Found, Method, SysRoot};
 use crate::library::Library;
 use crate::memlock::Lockable;
 use crate::settings;
+use crate::staging::Staging;
 use crate::transport::UcxTransport;
+use crate::worker::Worker;
 
 /// Opens devices through UCX, a context for each.
 #[derive(Clone, Debug, Default)]
@@ -112,6 +114,9 @@ impl UcxProvider {
             unavailable(reason + &doubt)
         };
         let context = Context::open(library, found, access).map_err(refused)?;
+        let worker = Worker::new(&context).map_err(refused)?;
+        let staging = Staging::new(&context, access.chunk_bytes_max(), options.staging_bytes_max);
+        let staging = staging.map_err(|reason| unavailable(format!("no staging for packed chunks: {reason}")))?;
         let mut named = format!("{} {}", library.path, library.version);
         for (what, list) in [("with", users), ("beside", others)] {
             if !list.is_empty() {
@@ -126,7 +131,7 @@ impl UcxProvider {
             bits_per_second: found.bits_per_second,
         };
         let mut transport =
-            UcxTransport::open(info, found.method, access, context, options.clone()).map_err(refused)?;
+            UcxTransport::open(info, found.method, access, worker, staging, options.clone()).map_err(refused)?;
         transport.counters = Counters::open(&self.root, &found.network);
         Ok(transport)
     }

@@ -1,4 +1,4 @@
-//! Chunks that come by rendezvous: UCX brings them into buffers of ours, and from there they go into blocks like any other.
+//! Chunks that come by rendezvous: UCX brings them into our staging, and from there they go into blocks like any other.
 //!
 //! Never straight into a pool: an endpoint that fails may leave UCX's fetch under way, and nobody could say when it stops.
 
@@ -7,23 +7,25 @@ use ucx_sys::{UCS_OK, ucs_status_t};
 use crate::inbox::{Key, Rendezvous};
 use crate::link::CREDITS;
 use crate::request::Begun;
+use crate::staging::Buffer;
 use crate::transport::UcxTransport;
 use crate::wire::{HEADER_BYTES, Header, RENDEZVOUS_BYTES_MAX, WARMING_TAG};
-
-/// Buffers that are kept for the next chunks.
-const SPARES_MAX: usize = 2 * CREDITS as usize;
 
 /// What UCX is bringing.
 #[derive(Default)]
 pub(crate) struct Receiving {
     /// Chunks on their way.
     pub(crate) in_flight: usize,
-    spares: Vec<Vec<u8>>,
     /// Buffers of receives that failed, by link: kept until its endpoint is gone.
-    doubtful: Vec<(u64, Vec<u8>)>,
+    doubtful: Vec<(u64, Buffer)>,
 }
 
 impl Receiving {
+    /// Keeps what a failed operation may still be writing to, until its link's endpoint is gone.
+    pub(crate) fn doubt(&mut self, link: u64, buffer: Buffer) {
+        self.doubtful.push((link, buffer));
+    }
+
     /// Lets the buffers of links go that `is_open` does not know any more.
     pub(crate) fn settle(&mut self, is_open: impl Fn(u64) -> bool) {
         self.doubtful.retain(|(link, _)| is_open(*link));
@@ -51,17 +53,17 @@ impl UcxTransport {
         }
         link.receiving += 1;
         self.receiving.in_flight += 1;
-        let buffer = self.receiving.spares.pop().unwrap_or_default();
+        let buffer = self.staging.buffer();
         if let Begun::Over(operation, status) = self.worker.receive(id, rendezvous, buffer) {
             self.finished(operation, status);
         }
     }
 
     /// UCX has brought a chunk, or could not.
-    pub(crate) fn received(&mut self, link: u64, header: Header, buffer: Vec<u8>, status: ucs_status_t) {
+    pub(crate) fn received(&mut self, link: u64, header: Header, buffer: Buffer, status: ucs_status_t) {
         self.receiving.in_flight = self.receiving.in_flight.saturating_sub(1);
         if status != UCS_OK {
-            self.receiving.doubtful.push((link, buffer));
+            self.receiving.doubt(link, buffer);
             let reason = format!("receiving from the peer failed: {}", self.context.library.words(status));
             return self.lose_link(link, &reason);
         }
@@ -69,9 +71,7 @@ impl UcxTransport {
             link.receiving = link.receiving.saturating_sub(1);
         }
         self.worker.inbox.brought(header, &buffer);
+        drop(buffer);
         self.take_arrivals();
-        if self.receiving.spares.len() < SPARES_MAX {
-            self.receiving.spares.push(buffer);
-        }
     }
 }

@@ -5,14 +5,19 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvferry_core::limits::NAMED_MAX;
 use kvferry_core::{PoolId, PoolLayout, TransferId};
 use kvferry_transport::codec::{decode, encode};
 use kvferry_transport::{Event, ImportError, PeerId, Pool, PoolKeys, RemotePool, TransferError, TransportKind};
 
 use crate::context::Mapped;
 use crate::endpoint::RemoteKeys;
+use crate::link::Session;
 use crate::transport::UcxTransport;
 use crate::wire::{Keys, Kind, Lend, Named, Refusal};
+
+/// The tag of keys that come before they are asked for: no record of a pool has this number.
+const LENT_AHEAD: u64 = 0;
 
 /// How long readers of a pool that is withdrawn may take to say that they have stopped.
 const WITHDRAW_WAIT: Duration = Duration::from_secs(5);
@@ -53,7 +58,7 @@ pub(crate) struct Remote {
     pub(crate) named: Named,
     /// From the import, or lent by the owner.
     pub(crate) lent: Option<(Keys, Arc<PoolLayout>)>,
-    /// Unpacked at first use.
+    /// Unpacked as soon as they are here and the link is wired.
     pub(crate) unpacked: Option<Rc<RemoteKeys>>,
 }
 
@@ -87,7 +92,25 @@ impl UcxTransport {
         if let Some(remote) = self.remotes.get_mut(&id) {
             remote.lent = Some((keys, Arc::new(layout.clone())));
         }
+        if self.sessions.get(&peer).is_some_and(Session::is_up) {
+            self.unpack(id);
+        }
         Ok(id)
+    }
+
+    /// Unpacks the keys of a peer's pool where its memory is read: when they come, not when it is.
+    pub(crate) fn unpack(&mut self, id: RemotePool) {
+        let link = self.remotes.get(&id).and_then(|remote| self.sessions.get(&remote.peer)).map(|session| session.link);
+        let Some(link) = link.filter(|link| self.reads_memory(*link)) else { return };
+        let (Some(remote), Some(link)) = (self.remotes.get_mut(&id), self.links.get(&link)) else { return };
+        let Some((keys, _)) = remote.lent.as_ref().filter(|(keys, _)| remote.unpacked.is_none() && keys.are_readable())
+        else {
+            return;
+        };
+        match RemoteKeys::unpack(&link.endpoint, keys.regions.iter().map(|region| region.rkey.as_slice())) {
+            Ok(unpacked) => remote.unpacked = Some(Rc::new(unpacked)),
+            Err(reason) => tracing::warn!(reason, "a peer's memory cannot be read; its owner sends it"),
+        }
     }
 
     /// The record of a peer's pool.
@@ -119,10 +142,29 @@ impl UcxTransport {
         Ok(())
     }
 
+    /// Gives the destination of a push the keys of its source ahead of it, once: they need not be asked for.
+    pub(crate) fn lend_ahead(&mut self, peer: PeerId, push: TransferId) {
+        let Some(posted) = self.posts.get(&push) else { return };
+        let (named, keys, layout) = (posted.local.named(), posted.local.keys.clone(), posted.local.layout.clone());
+        let Some(session) = self.sessions.get_mut(&peer) else { return };
+        if session.lent.insert(named.token) {
+            let pool = Some((Keys::clone(&keys), layout));
+            self.say(peer, Kind::Lend, 0, LENT_AHEAD, &encode(&Lend { named, pool }));
+        }
+    }
+
     pub(crate) fn on_lend(&mut self, peer: PeerId, tag: u64, body: &[u8]) -> Result<(), String> {
         let lend: Lend = decode(body).map_err(|error| format!("keys: {error}"))?;
         let Ok(number) = u32::try_from(tag) else { return Err("keys that nobody asked for".to_owned()) };
-        let id = RemotePool(number);
+        let id = if tag == LENT_AHEAD && lend.pool.is_some() {
+            if self.remotes.values().filter(|remote| remote.peer == peer).count() >= NAMED_MAX {
+                // Asked for when it is pushed from.
+                return Ok(());
+            }
+            self.remote(peer, lend.named)
+        } else {
+            RemotePool(number)
+        };
         let Some(remote) = self.remotes.get_mut(&id).filter(|r| r.peer == peer && r.named == lend.named) else {
             // Withdrawn, or the transfer has ended.
             return Ok(());
@@ -140,6 +182,7 @@ impl UcxTransport {
             if remote.lent.is_none() {
                 remote.lent = Some((keys, layout));
             }
+            self.unpack(id);
             self.resume_arriving(id);
         } else {
             self.remotes.remove(&id);
@@ -163,6 +206,9 @@ impl UcxTransport {
             self.end_expected(id, TransferError::Unbound, "the destination pool was withdrawn");
         }
         self.stop_serving(pool);
+        for session in self.sessions.values_mut() {
+            session.lent.remove(&named.token);
+        }
         let readers: BTreeSet<PeerId> = if readable {
             self.sessions.iter().filter(|(_, session)| session.there.is_some()).map(|(peer, _)| *peer).collect()
         } else {
@@ -190,7 +236,7 @@ impl UcxTransport {
         }
         self.stop_fetches(|fetch| fetch.peer == peer && fetch.named == named, &error);
         self.remotes.retain(|_, remote| !of(remote));
-        if self.withdrawing.len() < kvferry_core::limits::NAMED_MAX {
+        if self.withdrawing.len() < NAMED_MAX {
             self.withdrawing.push(Withdrawing { peer, named });
         }
         self.answer_withdrawals();

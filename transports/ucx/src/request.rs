@@ -6,9 +6,9 @@ use std::ffi::c_void;
 use std::rc::Rc;
 
 use ucx_sys::{
-    UCP_OP_ATTR_FIELD_CALLBACK, UCP_OP_ATTR_FIELD_FLAGS, UCP_OP_ATTR_FIELD_MEMORY_TYPE, UCP_OP_ATTR_FIELD_USER_DATA,
-    UCS_MEMORY_TYPE_HOST, UCS_OK, ucp_request_param_t, ucp_request_param_t__bindgen_ty_1, ucs_status_ptr_t,
-    ucs_status_t,
+    UCP_OP_ATTR_FIELD_CALLBACK, UCP_OP_ATTR_FIELD_FLAGS, UCP_OP_ATTR_FIELD_MEMH, UCP_OP_ATTR_FIELD_MEMORY_TYPE,
+    UCP_OP_ATTR_FIELD_USER_DATA, UCS_MEMORY_TYPE_HOST, UCS_OK, ucp_mem_h, ucp_request_param_t,
+    ucp_request_param_t__bindgen_ty_1, ucs_status_ptr_t, ucs_status_t,
 };
 
 /// The lowest status.
@@ -64,22 +64,35 @@ impl<T> Operations<T> {
         flags: u32,
         call: impl FnOnce(*const ucp_request_param_t) -> ucs_status_ptr_t,
     ) -> Begun<T> {
-        self.begin(owned, flags, ucp_request_param_t__bindgen_ty_1 { send: Some(finished::<T>) }, call)
+        self.start_with(owned, flags, None, call)
     }
 
-    /// As [`Operations::start`], for what receives a message's data.
+    /// As [`Operations::start`], over memory whose registration is at hand.
+    pub(crate) fn start_with(
+        &self,
+        owned: T,
+        flags: u32,
+        memory: Option<ucp_mem_h>,
+        call: impl FnOnce(*const ucp_request_param_t) -> ucs_status_ptr_t,
+    ) -> Begun<T> {
+        self.begin(owned, flags, memory, ucp_request_param_t__bindgen_ty_1 { send: Some(finished::<T>) }, call)
+    }
+
+    /// As [`Operations::start_with`], for what receives a message's data.
     pub(crate) fn start_receiving(
         &self,
         owned: T,
+        memory: Option<ucp_mem_h>,
         call: impl FnOnce(*const ucp_request_param_t) -> ucs_status_ptr_t,
     ) -> Begun<T> {
-        self.begin(owned, 0, ucp_request_param_t__bindgen_ty_1 { recv_am: Some(received::<T>) }, call)
+        self.begin(owned, 0, memory, ucp_request_param_t__bindgen_ty_1 { recv_am: Some(received::<T>) }, call)
     }
 
     fn begin(
         &self,
         owned: T,
         flags: u32,
+        memory: Option<ucp_mem_h>,
         cb: ucp_request_param_t__bindgen_ty_1,
         call: impl FnOnce(*const ucp_request_param_t) -> ucs_status_ptr_t,
     ) -> Begun<T> {
@@ -90,7 +103,7 @@ impl<T> Operations<T> {
             slot.owned.set(Some(owned));
             std::ptr::from_ref::<Slot<T>>(slot)
         };
-        let params = ucp_request_param_t {
+        let mut params = ucp_request_param_t {
             op_attr_mask: UCP_OP_ATTR_FIELD_CALLBACK
                 | UCP_OP_ATTR_FIELD_USER_DATA
                 | UCP_OP_ATTR_FIELD_FLAGS
@@ -101,6 +114,9 @@ impl<T> Operations<T> {
             memory_type: UCS_MEMORY_TYPE_HOST,
             ..Default::default()
         };
+        if let Some(memory) = memory {
+            (params.op_attr_mask, params.memh) = (params.op_attr_mask | UCP_OP_ATTR_FIELD_MEMH, memory);
+        }
         self.shared.in_flight.set(self.shared.in_flight.get() + 1);
         let pointer = call(&params);
         match status_of(pointer) {

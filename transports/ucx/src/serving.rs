@@ -10,12 +10,13 @@ use crate::endpoint::Operation;
 use crate::inbox::{Flow, Key};
 use crate::link::{SENDS_MAX, Serving, Source};
 use crate::request::Begun;
+use crate::staging::Buffer;
 use crate::transport::UcxTransport;
-use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX, RENDEZVOUS_BYTES_MAX, Read, Refusal, WARMING_TAG, decode_first};
+use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX, RENDEZVOUS_BYTES_MAX, Read, Refusal, decode_first};
 
 impl Access {
     /// The longest chunk, with its header.
-    fn chunk_bytes_max(self) -> usize {
+    pub(crate) fn chunk_bytes_max(self) -> usize {
         match self {
             Access::OneSided => MESSAGE_BYTES_MAX,
             Access::TwoSided => RENDEZVOUS_BYTES_MAX,
@@ -32,8 +33,6 @@ impl Access {
 const READS_MAX: usize = 4096;
 /// Chunks up to this long are not worth a rendezvous.
 const EAGER_BYTES_MAX: usize = 32 << 10;
-/// Bytes of the chunk that warms a link up: long enough for a rendezvous.
-const WARMING_BYTES: usize = 64 << 10;
 /// Bytes of requests that a peer may make this side hold.
 const REQUEST_BYTES_MAX: usize = 256 << 20;
 
@@ -103,30 +102,14 @@ impl UcxTransport {
             && let Some(message) = link.outgoing.next_message()
         {
             link.outgoing.in_flight += 1;
-            if let Begun::Over(operation, status) = link.endpoint.send(id, message, false) {
+            if let Begun::Over(operation, status) = link.endpoint.send(id, message.into(), false) {
                 self.finished(operation, status);
             }
         }
     }
 
-    /// Sends one chunk of no transfer, which its receiver takes and forgets: UCX chooses its protocols, and both ends get their buffers, at
-    /// the first message of a kind. Once a link, when its first session is up.
-    pub(crate) fn warm_up(&mut self, peer: PeerId) {
-        let Some(session) = self.sessions.get(&peer) else { return };
-        let (Some(there), id) = (session.there, session.link) else { return };
-        let Some(link) = self.links.get_mut(&id) else { return };
-        if std::mem::replace(&mut link.is_warm, true) || link.outgoing.credits == 0 {
-            return;
-        }
-        let header = Header { kind: Kind::PushData, number: 0, session: there, tag: WARMING_TAG };
-        let mut buffer = link.outgoing.buffer(self.access.chunk_bytes_max());
-        buffer.extend_from_slice(&header.encode());
-        buffer.resize(WARMING_BYTES, 0);
-        self.send_chunk(id, buffer);
-    }
-
     /// Hands a chunk to UCX.
-    fn send_chunk(&mut self, id: u64, buffer: Vec<u8>) {
+    pub(crate) fn send_chunk(&mut self, id: u64, buffer: Buffer) {
         let Some(link) = self.links.get_mut(&id) else { return };
         link.outgoing.credits = link.outgoing.credits.saturating_sub(1);
         link.outgoing.in_flight += 1;
@@ -157,7 +140,7 @@ impl UcxTransport {
                 Flow::Push => Kind::PushData,
             };
             let header = Header { kind, number: source.number, session: source.key.session, tag: source.key.tag };
-            let mut buffer = link.outgoing.buffer(bytes_max);
+            let mut buffer = self.staging.buffer();
             if !source.pack(header, bytes_max, &mut buffer) {
                 // Excluded by the program's validation.
                 let words = "a program ended before its bytes";
@@ -199,9 +182,6 @@ impl UcxTransport {
             link.outgoing.in_flight = link.outgoing.in_flight.saturating_sub(1);
             if chunk && self.access.offers(&buffer) {
                 link.outgoing.offered = link.outgoing.offered.saturating_sub(1);
-            }
-            if chunk {
-                link.outgoing.spare(buffer);
             }
         }
     }

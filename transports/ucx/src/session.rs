@@ -75,9 +75,9 @@ impl UcxTransport {
 
     fn new_link(&mut self, instance: [u8; KEY_BYTES], worker: &[u8]) -> Result<u64, String> {
         // UCX counts those that it refuses, too.
-        let made = self.endpoints_made.entry(instance).or_default();
-        let number = *made;
-        *made += 1;
+        let (links, closing) = (&self.links, &self.closing);
+        let near = || links.values().map(|link| link.instance).chain(closing.values().map(|c| c.instance)).collect();
+        let number = self.made.count(instance, near);
         let id = self.new_number();
         let endpoint = Endpoint::new(&self.worker, id, worker)?;
         self.links.insert(id, Link::new(instance, worker.to_vec(), endpoint, number));
@@ -109,9 +109,9 @@ impl UcxTransport {
             let (theirs, ours) = self.links.get(&id).map_or((None, 0), |link| (link.theirs, link.number));
             if theirs.is_some_and(|theirs| theirs != hello.link) {
                 if hello.link > ours {
-                    // The peer has given up the one that ours is paired with.
+                    // The peer has given up the one that ours is paired with. What is said of that goes over a new one, which does for this, too.
                     self.lose_link(id, ANEW);
-                    link = None;
+                    link = self.link_to(&hello.from);
                 } else {
                     // Ours is paired with this one, or a later one: closing it would reset that, and so on for ever.
                     self.begin_anew(id, None);
@@ -146,19 +146,13 @@ impl UcxTransport {
         }
         let id = session.link;
         session.there = Some(welcome.session);
-        session.deadline = None;
         let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
         if link.theirs.replace(welcome.link).is_some_and(|theirs| theirs != welcome.link) {
             // The peer has lost its end of this link, and the sessions that were over it.
             self.begin_anew(id, Some(peer));
         }
-        self.events.push(Event::Connected { peer });
         self.warm_up(peer);
-        self.show(peer);
-        let queued: Vec<_> = self.posts.iter().filter(|(_, p)| p.peer == peer).map(|(id, _)| *id).collect();
-        for id in queued {
-            self.start(id);
-        }
+        self.join(id);
         Ok(())
     }
 
@@ -242,7 +236,10 @@ impl UcxTransport {
     fn begin_anew(&mut self, id: u64, but: Option<PeerId>) {
         self.lose_sessions(id, but);
         if let Some(link) = self.links.get_mut(&id) {
-            (link.outgoing.credits, link.consumed, link.is_warm) = (CREDITS, 0, false);
+            (link.outgoing.credits, link.consumed, link.warmth) = (CREDITS, 0, link.warmth.anew());
+            for number in std::mem::take(&mut link.ended) {
+                self.numbers.remove(&number);
+            }
         }
     }
 
@@ -331,13 +328,22 @@ mod tests {
         fn of(transport: &UcxTransport) -> Wired {
             let lanes = |link: &Link| Lanes::new(&link.endpoint.description(), link.endpoint.lanes());
             Wired {
-                endpoints: transport.endpoints_made.values().sum(),
+                endpoints: transport.made.total(),
                 lanes: transport.links.iter().map(|(id, link)| (*id, lanes(link))).collect(),
                 registered: transport.pools.values().filter(|bound| bound.mapped.is_some()).count(),
                 sessions: transport.sessions.values().filter(|session| session.there.is_some()).count(),
-                warm: transport.links.values().all(|link| link.is_warm && link.outgoing.credits == CREDITS),
+                warm: transport.links.values().all(|link| link.warmth.is_whole() && link.outgoing.credits == CREDITS),
             }
         }
+    }
+
+    fn open(device: &str, options: &Options) -> UcxTransport {
+        let provider = UcxProvider::new();
+        provider.opened(&provider.named(device).unwrap(), options).unwrap()
+    }
+
+    fn are_connected(events: &[Vec<Event>; 2]) -> bool {
+        events.iter().all(|events| events.iter().any(|event| matches!(event, Event::Connected { .. })))
     }
 
     fn until(parties: [&mut UcxTransport; 2], done: impl Fn(&[Vec<Event>; 2], [&UcxTransport; 2]) -> bool) {
@@ -359,22 +365,18 @@ mod tests {
         for (device, two_sided) in [("memory", false), ("lo", false), ("memory", true), ("lo", true)] {
             for direction in [Direction::Pull, Direction::Push] {
                 let options = Options { two_sided, ..Options::default() };
-                let open = || {
-                    let provider = UcxProvider::new();
-                    provider.opened(&provider.named(device).unwrap(), &options).unwrap()
-                };
                 let pool = |id| {
                     let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
                     Pool::allocate_with(PoolId(id), block_planes(1, BLOCKS, BLOCK_BYTES), "wired", &options).unwrap()
                 };
+                let open = || open(device, &options);
                 let (mut a, mut b, ours, theirs) = (open(), open(), pool(1), pool(2));
                 a.bind(&ours).unwrap();
                 let PoolKeys(keys) = b.bind(&theirs).unwrap();
                 let peer = a.connect(&b.address()).unwrap();
                 let remote = a.import(peer, &PoolKeys(keys), theirs.layout()).unwrap();
                 until([&mut a, &mut b], |events, parties| {
-                    events.iter().all(|events| events.iter().any(|event| matches!(event, Event::Connected { .. })))
-                        && parties.iter().all(|party| Wired::of(party).warm)
+                    are_connected(events) && parties.iter().all(|party| Wired::of(party).warm)
                 });
                 let joined = [Wired::of(&a), Wired::of(&b)];
                 assert!(joined.iter().all(|wired| wired.endpoints == 1 && wired.sessions == 1), "{joined:?}");
@@ -393,5 +395,25 @@ mod tests {
                 assert_eq!([Wired::of(&a), Wired::of(&b)], joined, "{device}, two-sided {two_sided}, {direction:?}");
             }
         }
+    }
+
+    /// The peer was stopped, has given its end up since, and calls again: its old sessions are told of over the endpoint that its call needs.
+    #[test]
+    fn a_peer_that_begins_anew_costs_one_endpoint() {
+        if let Some(reason) = UcxProvider::unavailable() {
+            return absent("ucx", &reason);
+        }
+        let (mut a, mut b) = (open("lo", &Options::default()), open("lo", &Options::default()));
+        b.connect(&a.address()).unwrap();
+        until([&mut a, &mut b], |events, _| are_connected(events));
+        assert_eq!(a.made.total(), 1);
+        let hello =
+            Hello { to: a.own.instance, from: b.own.instance, link: 1, session: 99, worker: b.own.worker.clone() };
+        a.on_hello(&hello.seal(&a.own.secret)).unwrap();
+        assert_eq!(a.made.total(), 2);
+        let links: Vec<&Link> = a.links.values().collect();
+        assert_eq!(links.iter().map(|link| (link.theirs, link.sessions.len())).collect::<Vec<_>>(), [(Some(1), 1)]);
+        let lost = a.events.iter().filter(|event| matches!(event, Event::PeerLost { .. })).count();
+        assert_eq!(lost, 1, "{:?}", a.events);
     }
 }

@@ -6,6 +6,9 @@ use crate::library::Version;
 /// Bytes of one segment of UCX's tcp: a whole chunk of ours and its headers fit.
 const TCP_SEGMENT: &str = "256k";
 
+/// How long the kernel keeps bytes for a peer that takes none, as UCX reads it: much longer than peers are waited for.
+const TCP_SILENCE: &str = "60s";
+
 /// A setting of a context, as `UCX_<key>` would say it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Setting {
@@ -35,6 +38,8 @@ pub(crate) fn settings(method: Method, access: Access, version: Version) -> Vec<
             list.push(("ZCOPY_THRESH", "inf", Version(0, 0, 0)));
             list.push(("TCP_TX_SEG_SIZE", TCP_SEGMENT, Version(1, 17, 0)));
             list.push(("TCP_RX_SEG_SIZE", TCP_SEGMENT, Version(1, 17, 0)));
+            // Who takes nothing is given up, and so is what waits to be sent there: no endpoint is kept for it for ever.
+            list.push(("TCP_USER_TIMEOUT", TCP_SILENCE, Version(1, 22, 0)));
         }
         // One device, one rail.
         Method::Verbs => list.push(("MAX_RMA_RAILS", "1", Version(1, 14, 0))),
@@ -82,6 +87,8 @@ mod tests {
         assert_eq!(keys(Method::Tcp, old), of_old);
         for method in [Method::Tcp, Method::Memory] {
             assert!(keys(method, Version(1, 17, 0)).contains(&"TCP_TX_SEG_SIZE"));
+            assert!(!keys(method, Version(1, 21, 0)).contains(&"TCP_USER_TIMEOUT"));
+            assert!(keys(method, Version(1, 22, 0)).contains(&"TCP_USER_TIMEOUT"));
         }
         assert!(!keys(Method::Srd, Version(1, 20, 0)).contains(&"PROTO_EMULATION_ENABLE"));
         assert!(keys(Method::Srd, Version(1, 20, 0)).contains(&"MAX_RMA_RAILS"));

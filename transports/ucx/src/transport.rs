@@ -26,10 +26,13 @@ use crate::device::{Access, Method};
 use crate::fetch::Fetch;
 use crate::handle::Armed;
 use crate::link::{Link, Session};
+use crate::made::Made;
 use crate::posted::Posted;
 use crate::receiving::Receiving;
 use crate::remote::{Bound, Remote, Withdrawing};
-use crate::wire::{Address, KEY_BYTES, Keys, RegionKey};
+use crate::staging::Staging;
+use crate::warming::Sample;
+use crate::wire::{Address, Keys, RegionKey};
 use crate::worker::Worker;
 
 /// A device with its worker, peers and transfers.
@@ -45,8 +48,7 @@ pub(crate) struct UcxTransport {
     waiting: Option<Waiting>,
     next_number: u64,
     pub(crate) links: BTreeMap<u64, Link>,
-    /// Endpoints that were made to each peer transport; UCX keeps as much of its own of every one that it ever met.
-    pub(crate) endpoints_made: BTreeMap<[u8; KEY_BYTES], u64>,
+    pub(crate) made: Made,
     pub(crate) closing: BTreeMap<u64, Closing>,
     pub(crate) fences: Vec<Fence>,
     pub(crate) sessions: BTreeMap<PeerId, Session>,
@@ -73,6 +75,10 @@ pub(crate) struct UcxTransport {
     /// Chunks that UCX is receiving by rendezvous, and buffers for them. The last to be dropped: by then the worker is gone, which a receive
     /// that failed might still have been writing for.
     pub(crate) receiving: Receiving,
+    /// What peers read when they join, where they can.
+    pub(crate) sample: Option<Sample>,
+    /// Where packed chunks are put together, and received by rendezvous.
+    pub(crate) staging: Staging,
 }
 
 struct Waiting {
@@ -86,10 +92,12 @@ impl UcxTransport {
         info: NicInfo,
         method: Method,
         access: Access,
-        context: Rc<Context>,
+        worker: Rc<Worker>,
+        staging: Staging,
         options: Options,
     ) -> Result<UcxTransport, String> {
-        let worker = Worker::new(&context)?;
+        let context = worker.context().clone();
+        let sample = if method.registers(access) { Some(Sample::new(&context)?) } else { None };
         let waiting = if method.wakes() { Some(Waiting::new(&worker)?) } else { None };
         let secret = || random().map_err(|error| format!("no random bytes: {error}"));
         let own = Address {
@@ -109,7 +117,7 @@ impl UcxTransport {
             waiting,
             next_number: 1,
             links: BTreeMap::new(),
-            endpoints_made: BTreeMap::new(),
+            made: Made::default(),
             closing: BTreeMap::new(),
             fences: Vec::new(),
             sessions: BTreeMap::new(),
@@ -127,6 +135,8 @@ impl UcxTransport {
             events: Vec::new(),
             next_deadline: None,
             receiving: Receiving::default(),
+            sample,
+            staging,
         })
     }
 
@@ -172,7 +182,8 @@ impl UcxTransport {
             })
             // The kernel copies while UCX makes progress, and announces nothing.
             || (self.method == Method::Memory
-                && (self.receiving.in_flight > 0 || self.fetches.values().any(|fetch| fetch.in_flight > 0)))
+                && (self.receiving.in_flight > 0 || self.fetches.values().any(|fetch| fetch.in_flight > 0)
+                    || self.links.values().any(|link| link.warmth.is_trying())))
             || self.closing.values().any(|closing| !closing.is_draining())
             || !self.fences.is_empty()
             || self.pools.values().any(|bound| bound.leaving.is_some() && self.is_idle(bound.pool.id()))

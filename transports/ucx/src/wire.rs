@@ -72,23 +72,25 @@ pub(crate) enum Kind {
     Notice = 14,
     /// Destination of a push → source: lend me that pool's keys; a [`Named`].
     Borrow = 15,
-    /// The answer: a [`Lend`].
+    /// The answer, or, with tag 0, ahead of the first push from a pool: a [`Lend`].
     Lend = 16,
     /// The owner withdraws a pool; a [`Named`].
     Withdraw = 17,
     /// A reader of it has stopped; a [`Named`].
     Withdrawn = 18,
+    /// What a link begins with, after one chunk of no transfer; a [`Warmed`].
+    Warmed = 19,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
         use Kind::{
-            Borrow, Bye, Cancel, Credit, Done, Go, Hello, Lend, Notice, Part, PullData, PushData, Read, Refuse,
+            Borrow, Bye, Cancel, Credit, Done, Go, Hello, Lend, Notice, Part, PullData, PushData, Read, Refuse, Warmed,
             Welcome, Withdraw, Withdrawn, Write,
         };
         [
             Hello, Welcome, Bye, Part, Read, Write, Go, PullData, PushData, Credit, Done, Refuse, Cancel, Notice,
-            Borrow, Lend, Withdraw, Withdrawn,
+            Borrow, Lend, Withdraw, Withdrawn, Warmed,
         ]
         .into_iter()
         .find(|kind| *kind as u8 == byte)
@@ -96,8 +98,8 @@ impl Kind {
 
     /// Whether it is what a peer's message made this side say.
     pub(crate) fn is_answer(self) -> bool {
-        use Kind::{Credit, Done, Go, Lend, Refuse, Welcome, Withdrawn};
-        matches!(self, Welcome | Go | Credit | Done | Refuse | Lend | Withdrawn)
+        use Kind::{Credit, Done, Go, Lend, Refuse, Warmed, Welcome, Withdrawn};
+        matches!(self, Welcome | Warmed | Go | Credit | Done | Refuse | Lend | Withdrawn)
     }
 
     /// Whether it may be longer than one message.
@@ -161,7 +163,7 @@ pub(crate) struct Address {
 }
 
 impl Address {
-    const MARK: [u8; 4] = *b"kuA\x02";
+    const MARK: [u8; 4] = *b"kuA\x03";
 
     /// With a check behind it: UCX itself takes what it is given, and may end the process.
     pub(crate) fn seal(&self) -> Bytes {
@@ -196,6 +198,16 @@ pub(crate) struct RegionKey {
     pub(crate) bytes: u64,
     /// UCX's packed key; empty where nothing was registered.
     pub(crate) rkey: Vec<u8>,
+}
+
+impl RegionKey {
+    /// Whether UCX may be shown it.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if self.rkey.len() > RKEY_BYTES_MAX || self.base.checked_add(self.bytes).is_none() {
+            return Err("a region has no address, or a key of too many bytes".to_owned());
+        }
+        Ok(())
+    }
 }
 
 /// Names one binding of a pool, and lets it be read where it is registered: a pool that is bound anew gets a new token.
@@ -235,12 +247,7 @@ impl Keys {
         if self.regions.len() > REGIONS_MAX {
             return Err(format!("{} regions, at most {REGIONS_MAX} are allowed", self.regions.len()));
         }
-        let wrong =
-            |region: &RegionKey| region.rkey.len() > RKEY_BYTES_MAX || region.base.checked_add(region.bytes).is_none();
-        match self.regions.iter().position(wrong) {
-            Some(region) => Err(format!("region {region} has no address, or a key of too many bytes")),
-            None => Ok(()),
-        }
+        self.regions.iter().try_for_each(RegionKey::check)
     }
 
     /// Whether every region with bytes can be read.
@@ -292,6 +299,13 @@ pub(crate) struct Welcome {
     pub(crate) link: u64,
     /// What messages to the sender carry.
     pub(crate) session: u64,
+}
+
+/// Tells that all of what warms a link up was sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Warmed {
+    /// Memory of the sender's that holds nothing and may be read, where its method reads memory.
+    pub(crate) sample: Option<RegionKey>,
 }
 
 /// Asks the owner of a source pool for its bytes.

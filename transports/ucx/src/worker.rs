@@ -3,11 +3,14 @@
 use std::ops::Deref;
 use std::rc::Rc;
 
+use ucx_sys::UCS_ERR_BUFFER_TOO_SMALL;
+
 use crate::context::Context;
 use crate::endpoint::Operation;
 use crate::handle::Handle;
 use crate::inbox::{Inbox, Rendezvous, on_message};
 use crate::request::{Begun, Operations};
+use crate::staging::Buffer;
 use crate::wire::ADDRESS_BYTES_MAX;
 
 /// The one active message that kvferry uses.
@@ -46,14 +49,16 @@ impl Worker {
         Ok(address)
     }
 
-    /// Has UCX bring an announced chunk into the buffer, which gets as many bytes as it has room for: reported as [`Operation::Received`].
-    pub(crate) fn receive(&self, link: u64, rendezvous: Rendezvous, mut buffer: Vec<u8>) -> Begun<Operation> {
+    /// Has UCX bring an announced chunk into the buffer, which must have room for it: reported as [`Operation::Received`].
+    pub(crate) fn receive(&self, link: u64, rendezvous: Rendezvous, mut buffer: Buffer) -> Begun<Operation> {
         let Rendezvous { header, description, bytes } = rendezvous;
-        // What an earlier chunk left behind is overwritten.
-        buffer.resize(bytes, 0);
-        let at = buffer.as_mut_ptr();
+        let Some(at) = buffer.lay_open(bytes) else {
+            self.decline(rendezvous);
+            return Begun::Over(Operation::Received { link, header, buffer }, UCS_ERR_BUFFER_TOO_SMALL);
+        };
+        let memory = buffer.handle();
         // SAFETY: UCX's description of an announced chunk, used once; the operation owns the buffer, whose `bytes` bytes do not move.
-        self.operations.start_receiving(Operation::Received { link, header, buffer }, |params| unsafe {
+        self.operations.start_receiving(Operation::Received { link, header, buffer }, memory, |params| unsafe {
             self.library().api.ucp_am_recv_data_nbx(self.raw(), description, at.cast(), bytes, params)
         })
     }

@@ -237,9 +237,11 @@ fn memory_that_may_not_be_locked_is_told_with_limit_need_and_remedy() {
     let said = ask("lock 65536 incapable", text(&library));
     assert_says(&said, &["opening", EFA, "queues have to be locked", "65536", remedy[0], remedy[1]]);
     let said = ask("lock 1048576 incapable", text(&library));
-    assert_says(&said, &["binding", &POOL_BYTES.to_string(), "1048576", "Out of memory", remedy[0], remedy[1]]);
-    // Enough for both; and the capability has the limit not count.
-    for role in ["lock 6291456 incapable", "lock 0 capable"] {
+    assert_says(&said, &["opening", "staging", "2097152", "1048576", "Out of memory", remedy[0], remedy[1]]);
+    let said = ask("lock 3145728 incapable", text(&library));
+    assert_says(&said, &["binding", &POOL_BYTES.to_string(), "3145728", "Out of memory", remedy[0], remedy[1]]);
+    // Enough for all; and the capability has the limit not count.
+    for role in ["lock 8388608 incapable", "lock 0 capable"] {
         let said = ask(role, text(&library));
         assert!(said == "bound" || said.starts_with("cannot be tried"), "{role}: {said}");
     }

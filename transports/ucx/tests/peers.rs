@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use kvferry_core::{Direction, FenceProof, PoolId, TransferId};
@@ -38,6 +39,13 @@ fn connecting_and_letting_go_holds_nothing() {
             if number == early {
                 before = Some((descriptors(), resident_kib()));
             }
+            if number % 1000 == 0 && cycles > 1000 {
+                tell(&format!(
+                    "{way}: {number} cycles, descriptors {}, resident {} KiB",
+                    descriptors(),
+                    resident_kib()
+                ));
+            }
         }
         let (fds, kib) = before.unwrap();
         let (fds_now, kib_now) = (descriptors(), resident_kib());
@@ -45,6 +53,12 @@ fn connecting_and_letting_go_holds_nothing() {
         assert!(fds_now <= fds + 8, "{way}: descriptors grew from {fds} to {fds_now}");
         assert!(kib_now <= kib + kib / 5 + 4096, "{way}: memory grew from {kib} to {kib_now} KiB");
     }
+}
+
+/// Writes a line at once: what the harness keeps back is lost with a process that UCX or the kernel ends.
+fn tell(line: &str) {
+    // A closed stderr is no reason to stop.
+    let _unread = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Connections are made when peers join: the first transfer opens no descriptor, in either direction.

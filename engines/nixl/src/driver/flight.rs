@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvferry_ucx::raw::{RawEvent, RawMemory, RawRange};
 
-use super::{Driver, Reply, now, remote};
+use super::{Driver, Reply, TURN, now, remote};
 use crate::agent::Moved;
 use crate::pieces::{Operation, Piece, joined};
 use crate::{AgentError, MemoryKind, NOTIFICATION_BYTES_MAX, Notification, Transfer};
@@ -18,6 +18,8 @@ const FOREVER: Duration = Duration::from_secs(100 * 365 * 86_400);
 pub(crate) struct Flight {
     pub(super) peer: String,
     operation: Operation,
+    /// What was begun is flushed before the peer is told.
+    flush: bool,
     memory: (MemoryKind, u64),
     local: Option<Rc<RawMemory>>,
     pieces: Vec<Piece>,
@@ -57,7 +59,15 @@ impl Driver {
         let pieces = pieces.into_iter().filter(|piece| piece.bytes > 0).collect();
         // A key is of one range: what lies in two stays two.
         let pieces = joined(pieces, |address, bytes| remote.has(memory, address, bytes));
-        self.begin(peer, operation, (memory, local, pieces), notification, within, reply);
+        // Reads are here when they end; writes are there when a flush does.
+        let flush = operation == Operation::Write && !pieces.is_empty();
+        self.begin(peer, (operation, flush), (memory, local, pieces), notification, within, reply);
+    }
+
+    /// A flush comes to its end once the connection stands.
+    pub(super) fn warm(&mut self, peer: String, within: Option<Duration>, reply: Reply<Moved>) {
+        let nothing = ((MemoryKind::Dram, 0), None, Vec::new());
+        self.begin(peer, (Operation::Write, true), nothing, None, within, reply);
     }
 
     pub(super) fn notify(&mut self, peer: String, message: Bytes, within: Option<Duration>, reply: Reply<Moved>) {
@@ -65,7 +75,7 @@ impl Driver {
             return drop(reply.send(Err(error)));
         }
         let nothing = ((MemoryKind::Dram, 0), None, Vec::new());
-        self.begin(peer, Operation::Write, nothing, Some(message), within, reply);
+        self.begin(peer, (Operation::Write, false), nothing, Some(message), within, reply);
     }
 
     /// Every piece lies in the pool, and in what the peer has told of.
@@ -97,7 +107,7 @@ impl Driver {
     fn begin(
         &mut self,
         peer: String,
-        operation: Operation,
+        (operation, flush): (Operation, bool),
         (memory, local, pieces): ((MemoryKind, u64), Option<Rc<RawMemory>>, Vec<Piece>),
         notification: Option<Bytes>,
         within: Option<Duration>,
@@ -111,6 +121,7 @@ impl Driver {
         let flight = Flight {
             peer: peer.clone(),
             operation,
+            flush,
             memory,
             local,
             pieces,
@@ -132,7 +143,7 @@ impl Driver {
     }
 
     /// Begins what there is room for, oldest transfer first.
-    fn pump(&mut self, peer: &str) {
+    pub(super) fn pump(&mut self, peer: &str) {
         while let Some(id) = self.peers.get(peer).and_then(|remote| remote.waiting.front().copied()) {
             if !self.advance(peer, id) {
                 return;
@@ -145,6 +156,7 @@ impl Driver {
 
     /// Says whether the next transfer may be begun: this one has nothing left to begin.
     fn advance(&mut self, peer: &str, id: u64) -> bool {
+        let until = now() + TURN;
         while let Some(flight) = self.flights.get_mut(&id) {
             // Nobody waits for it any more: what was begun comes to its end, the rest is not begun.
             if flight.reply.is_closed() {
@@ -171,10 +183,15 @@ impl Driver {
             };
             flight.next += 1;
             let range = RawRange { region: piece.region, offset: piece.offset, bytes: piece.bytes };
-            self.post(id, |link, number| match operation {
+            let over = self.post(id, |link, number| match operation {
                 Operation::Read => link.raw.read(number, &local, range, (piece.address, &key)),
                 Operation::Write => link.raw.write(number, &local, range, (piece.address, &key)),
             });
+            // UCX copies within the call where it can: other peers, commands and deadlines have their turn, too.
+            if over && now() >= until {
+                self.resume.insert(peer.to_owned());
+                return false;
+            }
         }
         self.after_pieces(id);
         true
@@ -188,15 +205,19 @@ impl Driver {
             return self.doom(id, AgentError::Gone);
         }
         match flight.stage {
-            Stage::Moving if flight.operation == Operation::Write && !flight.pieces.is_empty() => {
+            Stage::Moving if flight.flush => {
                 flight.stage = Stage::Flushing;
-                self.post(id, |link, number| link.raw.flush(number));
+                if self.post(id, |link, number| link.raw.flush(number)) {
+                    self.after_pieces(id);
+                }
             }
             Stage::Moving | Stage::Flushing if flight.outstanding == 0 => match flight.notification.take() {
                 Some(message) => {
                     flight.stage = Stage::Notifying;
                     let body = Notification { from: self.name.clone(), message }.encode();
-                    self.post(id, |link, number| link.raw.send(number, body));
+                    if self.post(id, |link, number| link.raw.send(number, body)) {
+                        self.after_pieces(id);
+                    }
                 }
                 None => self.finish(id),
             },
@@ -205,16 +226,21 @@ impl Driver {
         }
     }
 
-    /// Begins an operation of a transfer; what ends at once is looked at with what else happened.
-    fn post(&mut self, id: u64, call: impl FnOnce(&remote::Link, u64) -> Option<RawEvent>) {
+    /// Begins an operation of a transfer. True when it is over already, and well; what fails at once is looked at with what else happened.
+    fn post(&mut self, id: u64, call: impl FnOnce(&remote::Link, u64) -> Option<RawEvent>) -> bool {
         let number = self.number();
-        let Some(flight) = self.flights.get_mut(&id) else { return };
-        let Some(remote) = self.peers.get_mut(&flight.peer) else { return };
-        let Some(link) = &mut remote.link else { return };
+        let Some(flight) = self.flights.get_mut(&id) else { return false };
+        let Some(remote) = self.peers.get_mut(&flight.peer) else { return false };
+        let Some(link) = &mut remote.link else { return false };
+        let begun = call(link, number);
+        if matches!(begun, Some(RawEvent::Done { result: Ok(()), .. })) {
+            return true;
+        }
         flight.outstanding += 1;
         link.in_flight += 1;
         self.operations.insert(number, (id, link.number));
-        self.at_once.extend(call(link, number));
+        self.at_once.extend(begun);
+        false
     }
 
     /// UCX is done with an operation.

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use kvferry_ucx::raw::{PackedKey, RawKey, RawPeer, WorkerAddress};
 
-use super::{Driver, OURS, Reply, UCX};
+use super::{Driver, OURS, Reply, UCX, VERSION};
 use crate::AgentError;
 use crate::agent::{Peer, PeerKind};
 use crate::metadata::{AgentMetadata, MemoryKind, RANGES_MAX, Range, Section};
@@ -106,7 +106,9 @@ impl Driver {
         }
         let address = metadata.connection(UCX).map(|connection| WorkerAddress::check(&connection.address));
         let address = address.transpose().map_err(&refuse)?;
-        let extension = metadata.connection(OURS).map(|connection| Bytes::copy_from_slice(&connection.address));
+        // An entry of another form is of a later kvferry, which speaks NIXL's protocol, too.
+        let ours = metadata.connection(OURS).and_then(|connection| connection.address.strip_prefix(&[VERSION]));
+        let extension = ours.map(Bytes::copy_from_slice);
         let sections: Vec<Section> = metadata.sections.into_iter().filter(|section| section.backend == UCX).collect();
         for range in sections.iter().flat_map(|section| &section.ranges) {
             PackedKey::check(&range.key)

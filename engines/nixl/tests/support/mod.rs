@@ -1,6 +1,7 @@
 //! A NIXL agent in a process of its own, and memory of ours.
 
 use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -43,11 +44,34 @@ pub(crate) struct Peer {
 impl Peer {
     /// Starts one with so many bytes of memory. Both agents use the same of UCX's transports; `tls` names them.
     pub(crate) fn start(name: &str, bytes: usize, tls: &str) -> Peer {
+        Peer::run(name, bytes, tls, None, None)
+    }
+
+    /// The same, over tcp, with an etcd.
+    pub(crate) fn with_etcd(name: &str, bytes: usize, endpoint: &str) -> Peer {
+        Peer::run(name, bytes, "tcp", None, Some(endpoint))
+    }
+
+    /// The same, over tcp, with a thread that listens for metadata; and where it does.
+    pub(crate) fn listening(name: &str, bytes: usize) -> (Peer, SocketAddr) {
+        // NIXL takes no port that nobody chose.
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        (Peer::run(name, bytes, "tcp", Some(free.port()), None), free)
+    }
+
+    fn run(name: &str, bytes: usize, tls: &str, port: Option<u16>, etcd: Option<&str>) -> Peer {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peer.py");
         let mut command = Command::new(std::env::var(PYTHON).unwrap());
-        command.args([script, name, &bytes.to_string()]).env("NIXL_LOG_LEVEL", "ERROR").env_remove("UCX_TLS");
+        command
+            .args([script, name, &bytes.to_string()])
+            .args(port.map(|port| port.to_string()))
+            .env("NIXL_LOG_LEVEL", "ERROR")
+            .env_remove("UCX_TLS");
         if !tls.is_empty() {
             command.env("UCX_TLS", tls);
+        }
+        if let Some(endpoint) = etcd {
+            command.env("NIXL_ETCD_ENDPOINTS", endpoint);
         }
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let orders = child.stdin.take();
@@ -94,6 +118,17 @@ impl Peer {
             std::thread::sleep(Duration::from_millis(5));
         }
         panic!("{} heard nothing for 10 s", self.name);
+    }
+
+    /// Waits until it knows an agent, or no longer does.
+    pub(crate) fn until_it_knows(&mut self, peer: &str, known: bool) {
+        for _ in 0..2000 {
+            if self.ask(&json!({"do": "knows", "peer": peer})) == known {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("after 10 s it is not true that {} knows {peer}: {known}", self.name);
     }
 
     pub(crate) fn pid(&self) -> rustix::process::Pid {
@@ -168,5 +203,5 @@ fn unhex(text: &str) -> Bytes {
 
 /// Runs a future to its end.
 pub(crate) fn run<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
 }

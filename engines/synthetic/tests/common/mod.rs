@@ -126,7 +126,7 @@ impl Bench {
     }
 
     pub(crate) fn prefill(&mut self, spec: &RequestSpec) {
-        let job = PrefillJob { spec: spec.clone(), dp: self.source_dp };
+        let job = PrefillJob { spec: spec.clone(), dp: self.source_dp, trace: None };
         self.prefill.iter_mut().for_each(|node| node.call(EngineCall::Prefill(job.clone())));
     }
 

@@ -139,7 +139,8 @@ impl Fixture {
 
     fn post(&mut self, node: u64) -> Vec<String> {
         let program = Arc::new(kvferry_core::Program::default());
-        self.command(NicCommand::Post { id: TransferId(7), node: NodeId(node), direction: Direction::Pull, program })
+        let (id, node, direction, range) = (TransferId(7), NodeId(node), Direction::Pull, program.whole());
+        self.command(NicCommand::Post { id, node, direction, program, range })
     }
 
     /// Something happens at the device: what it is asked next, and what the worker is told.

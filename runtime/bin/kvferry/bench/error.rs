@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::process::ExitStatus;
 
+use kvferry::nixl::AgentError;
 use kvferry::transport::{AllocateError, OpenError, SelectError};
 use kvferry::{GeometryError, PoolError};
 use kvferry_core::PlanError;
@@ -18,15 +19,30 @@ pub(crate) enum BenchError {
     /// Streams are TCP's.
     #[error("--streams is for --transport tcp only; leave it out")]
     NoStreams,
-    /// GPUs are CUDA's.
-    #[error("--from-gpu, --to-gpu, --thread-blocks and --gpu-times are for --transport cuda only; leave them out")]
+    /// Launches are CUDA's.
+    #[error("--thread-blocks and --gpu-times are for --transport cuda only; leave them out")]
+    NoLaunches,
+    /// Others do not reach GPUs.
+    #[error("--from-gpu and --to-gpu are for --transport cuda and tcp only; leave them out")]
     NoGpus,
+    /// Stages are TCP's.
+    #[error("--staged-chunk and --staged-chunks are for --transport tcp only; leave them out")]
+    NoStages,
     /// The two-sided method is UCX's.
     #[error("--two-sided is for --transport ucx only; leave it out")]
     NoTwoSides,
     /// So is the choice.
     #[error("--packed-below is for --transport ucx only; leave it out")]
     NoChoice,
+    /// So are NIXL's.
+    #[error("--tls and --nixl-python are for --transport nixl only; leave them out")]
+    NoNixl,
+    /// NIXL's protocol fails.
+    #[error(transparent)]
+    Nixl(#[from] AgentError),
+    /// No thread or timer for futures.
+    #[error("no runtime for futures: {0}")]
+    Runtime(#[source] std::io::Error),
     /// There is no memory for a pool.
     #[error(transparent)]
     Allocate(#[from] AllocateError),
@@ -87,9 +103,12 @@ impl BenchError {
         matches!(
             self,
             BenchError::NoStreams
+                | BenchError::NoLaunches
                 | BenchError::NoGpus
+                | BenchError::NoStages
                 | BenchError::NoTwoSides
                 | BenchError::NoChoice
+                | BenchError::NoNixl
                 | BenchError::Select(SelectError::UnknownDevice { .. })
                 | BenchError::Geometry(_)
                 | BenchError::Plan(_)
@@ -105,6 +124,7 @@ impl BenchError {
                 | BenchError::Connect(_)
                 | BenchError::Import(_)
                 | BenchError::Post(_)
+                | BenchError::Nixl(_)
                 | BenchError::Words(_)
         )
     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvferry::{BlockTable, PoolId, Tables};
+use kvferry::{BlockTable, PoolId, Tables, TransportKind};
 use kvferry_core::Evidence;
 use kvferry_transport::{Event, PeerId, PoolKeys, RemotePool, Transfer};
 
@@ -15,15 +15,15 @@ use super::report::Report;
 use super::words::{FromPeer, Spent, ToPeer, Words};
 use super::{Deadline, Op, Options};
 
-const SEED: u64 = 1;
+pub(crate) const SEED: u64 = 1;
 
 /// Runs everything.
-pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
+pub(crate) fn measure(options: &Options, kind: TransportKind) -> Result<Report, BenchError> {
     let deadline = Deadline::of(options);
     let shape = Shape::of(options)?;
-    let nic = Nic::open(options, options.op.here())?;
+    let nic = Nic::open(options, kind, options.op.here())?;
     let (device, library) = (nic.transport.info().device.clone(), nic.transport.info().library.clone());
-    let mut peer = PeerProcess::start(options, &device)?;
+    let mut peer = PeerProcess::start(options, Some(&device))?;
     let there = options.device_of(options.op.there()).unwrap_or_else(|| device.clone());
     let device = if there == device {
         device
@@ -31,7 +31,9 @@ pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
         let (from, to) = if options.op.here() == Holds::Source { (device, there) } else { (there, device) };
         format!("{from} to {to}")
     };
-    match compare(options, &shape, nic, &mut peer.words, deadline) {
+    let device = options.staged().map_or(device.clone(), |way| format!("{device}, {way}"));
+    let session = Session::open(options, &shape, nic, &mut peer.words, deadline);
+    match session.and_then(|session| compare(options, session)) {
         Ok(measured) => {
             peer.finish(deadline)?;
             Ok(Report::new(options, (device, library), &shape, measured))
@@ -65,14 +67,20 @@ pub(crate) struct Measured {
     pub(crate) mismatch: Option<String>,
 }
 
-fn compare(
-    options: &Options,
-    shape: &Shape,
-    nic: Nic,
-    words: &mut Words,
-    deadline: Deadline,
-) -> Result<Measured, BenchError> {
-    let mut session = Session::open(options, shape, nic, words, deadline)?;
+/// Two sides that hold a request and can move it.
+pub(crate) trait Sides {
+    /// Plans the request and moves it once.
+    fn iterate(&mut self, handover: u64) -> Result<Sample, BenchError>;
+    /// What is known of the path, by whoever knows most.
+    fn evidence(&mut self) -> Result<Option<Evidence>, BenchError>;
+    /// Compares the destination, wherever it is: the first difference, if any.
+    fn verify(&mut self) -> Result<Option<String>, BenchError>;
+    /// Overwrites the destination.
+    fn write(&mut self) -> Result<(), BenchError>;
+}
+
+/// Moves the request as often as it is wanted, then compares.
+pub(crate) fn compare(options: &Options, mut session: impl Sides) -> Result<Measured, BenchError> {
     let first = session.iterate(0)?;
     let mut samples = Vec::with_capacity(options.iters as usize);
     for handover in 1..=u64::from(options.iters) {
@@ -130,8 +138,9 @@ impl<'a> Session<'a> {
         while !session.turn(during)?.any(|event| matches!(event, Event::Connected { .. })) {}
         Ok(session)
     }
+}
 
-    /// Plans the request and moves it once.
+impl Sides for Session<'_> {
     fn iterate(&mut self, handover: u64) -> Result<Sample, BenchError> {
         let during = "a transfer";
         let there_before = self.spent_there(&ToPeer::Begin { handover }, "the start of a transfer")?;
@@ -189,7 +198,6 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Compares the destination, wherever it is.
     fn verify(&mut self) -> Result<Option<String>, BenchError> {
         if self.op == Op::Pull {
             return Ok(self.cache.verify()?.map(|mismatch| mismatch.to_string()));
@@ -200,7 +208,6 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Overwrites the destination.
     fn write(&mut self) -> Result<(), BenchError> {
         match self.op {
             Op::Pull => self.cache.write()?,
@@ -208,7 +215,9 @@ impl<'a> Session<'a> {
         }
         Ok(())
     }
+}
 
+impl Session<'_> {
     fn spent_there(&mut self, word: &ToPeer, during: &'static str) -> Result<Spent, BenchError> {
         match self.ask(word, during)? {
             FromPeer::Spent(spent) => Ok(spent),
@@ -264,7 +273,7 @@ fn check(events: &[Event]) -> Result<(), BenchError> {
     Ok(())
 }
 
-fn unexpected(word: &FromPeer, during: &'static str) -> BenchError {
+pub(crate) fn unexpected(word: &FromPeer, during: &'static str) -> BenchError {
     match word {
         FromPeer::Failed { reason } => BenchError::PeerFailed(reason.clone()),
         other => BenchError::Unexpected { said: format!("{other:?}"), during },

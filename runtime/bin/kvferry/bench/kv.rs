@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use kvferry::{
     BlockTable, Dtype, Extent, Format, GroupGeometry, KvPlacement, LayerGroup, Model, Order, PairPlan, Parallel,
-    PlanRequest, PlanePlacement, Pool, PoolId, Program, Rank, Sharding, Tables, Tensor, transport,
+    PlanRequest, PlanePlacement, Pool, PoolId, PoolOptions, Program, Rank, Sharding, Tables, Tensor, transport,
 };
 use kvferry_core::PlanError;
 
 use super::Options;
 use super::error::BenchError;
+use super::way::Way;
 
 /// Tokens of a block whose bytes can be divided by that, as most serving systems have it.
 const BLOCK_TOKENS: u32 = 16;
@@ -96,8 +97,13 @@ impl Cache {
     pub(crate) fn allocate(options: &Options, shape: &Shape, holds: Holds, seed: u64) -> Result<Cache, BenchError> {
         let count = shape.blocks.saturating_mul(2);
         let layout = shape.geometry.shard(Rank(0))?.layout(&[count]);
-        let device = options.device_of(holds);
-        let pool = transport::allocate(options.transport, device.as_deref(), PoolId(0), layout, "kvferry-bench")?;
+        let pool = match options.transport {
+            Way::Transport(kind) => {
+                let (kind, device) = options.memory_of(kind, holds);
+                transport::allocate(kind, device.as_deref(), PoolId(0), layout, "kvferry-bench")?
+            }
+            Way::Nixl => Pool::allocate_private(PoolId(0), layout, &PoolOptions::default())?,
+        };
         let mut table = shuffled(count, seed);
         table.truncate(shape.blocks as usize);
         let stray = match holds {

@@ -48,30 +48,19 @@ pub(crate) struct Nic {
 }
 
 impl Nic {
-    pub(crate) fn open(options: &Options, holds: Holds) -> Result<Nic, BenchError> {
-        let mut how = transport::Options::default();
-        if let Some(streams) = options.streams {
-            if options.transport != TransportKind::Tcp {
-                return Err(BenchError::NoStreams);
-            }
-            how.streams_per_peer = streams;
-        }
-        let is_cuda = options.transport == TransportKind::Cuda;
-        let of_gpus = [options.from_gpu, options.to_gpu, options.thread_blocks];
-        if !is_cuda && (options.gpu_times || of_gpus.iter().any(Option::is_some)) {
-            return Err(BenchError::NoGpus);
-        }
-        how.thread_blocks = options.thread_blocks.unwrap_or(how.thread_blocks);
-        if options.two_sided && options.transport != TransportKind::Ucx {
-            return Err(BenchError::NoTwoSides);
-        }
-        how.two_sided = options.two_sided;
-        if options.packed_below.is_some() && options.transport != TransportKind::Ucx {
-            return Err(BenchError::NoChoice);
-        }
-        how.packed_below_bytes = options.packed_below;
+    pub(crate) fn open(options: &Options, kind: TransportKind, holds: Holds) -> Result<Nic, BenchError> {
+        let defaults = transport::Options::default();
+        let how = transport::Options {
+            streams_per_peer: options.streams.unwrap_or(defaults.streams_per_peer),
+            thread_blocks: options.thread_blocks.unwrap_or(defaults.thread_blocks),
+            two_sided: options.two_sided,
+            packed_below_bytes: options.packed_below,
+            staged_chunk_bytes: options.staged_chunk.map_or(defaults.staged_chunk_bytes, |bytes| bytes as usize),
+            staged_chunks: options.staged_chunks.unwrap_or(defaults.staged_chunks),
+            ..defaults
+        };
         let device = options.device_of(holds);
-        let open = transport::select(options.transport, device.as_deref(), &how)?;
+        let open = transport::select(kind, device.as_deref(), &how)?;
         let transport = if options.gpu_times { open_timed(device.as_deref(), &how)? } else { open()? };
         let spin = ThreadOptions::for_nic_threads(NIC_THREADS).spin;
         Ok(Nic { transport, spin, worked: Instant::now(), evidence: None })
@@ -119,7 +108,7 @@ impl Nic {
 }
 
 /// Waits for any of them; says whether it was the first. A closed pipe counts: reading it says so.
-fn wait_for(fds: &mut [PollFd<'_>], at_most: Duration) -> Result<bool, BenchError> {
+pub(crate) fn wait_for(fds: &mut [PollFd<'_>], at_most: Duration) -> Result<bool, BenchError> {
     let timeout = Timespec { tv_sec: at_most.as_secs().cast_signed(), tv_nsec: at_most.subsec_nanos().into() };
     match poll(fds, Some(&timeout)) {
         Ok(_) | Err(Errno::INTR) => Ok(fds.first().is_some_and(|fd| !fd.revents().is_empty())),

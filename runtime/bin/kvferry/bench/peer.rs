@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
-use kvferry::{HandoverId, PoolId, Rank, Tables};
+use kvferry::{HandoverId, PoolId, Rank, Tables, TransportKind};
 use kvferry_core::TransferId;
 use kvferry_transport::{Event, Expected};
 use rustix::time::{ClockId, clock_gettime};
@@ -12,10 +12,12 @@ use rustix::time::{ClockId, clock_gettime};
 use super::error::{BenchError, explain};
 use super::kv::{Cache, Shape};
 use super::nic::{Nic, gpu_nanoseconds};
+use super::nixl;
+use super::way::Way;
 use super::words::{FromPeer, Spent, ToPeer, Words, WordsError};
 use super::{Deadline, Op, Options};
 
-const SEED: u64 = 2;
+pub(crate) const SEED: u64 = 2;
 
 /// Runs until it is told to leave, or until stdin closes.
 pub(crate) fn run(options: &Options) -> ExitCode {
@@ -32,7 +34,11 @@ pub(crate) fn run(options: &Options) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match serve(options, deadline, &mut words) {
+    let served = options.check().and_then(|()| match options.transport {
+        Way::Transport(kind) => serve(options, kind, deadline, &mut words),
+        Way::Nixl => nixl::serve(options, deadline, &mut words),
+    });
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Without the initiator there is nobody to tell.
@@ -54,11 +60,11 @@ pub(crate) fn spent() -> Spent {
     Spent { processor: seconds.saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0)), gpu: gpu_nanoseconds() }
 }
 
-fn serve(options: &Options, deadline: Deadline, words: &mut Words) -> Result<(), BenchError> {
+fn serve(options: &Options, kind: TransportKind, deadline: Deadline, words: &mut Words) -> Result<(), BenchError> {
     let shape = Shape::of(options)?;
     let holds = options.op.there();
     let cache = Cache::allocate(options, &shape, holds, SEED)?;
-    let mut nic = Nic::open(options, holds)?;
+    let mut nic = Nic::open(options, kind, holds)?;
     let keys = nic.transport.bind(cache.pool())?;
     let hello = FromPeer::Hello {
         address: nic.transport.address().to_vec(),
@@ -88,6 +94,11 @@ fn serve(options: &Options, deadline: Deadline, words: &mut Words) -> Result<(),
             words.say(&answer, deadline)?;
         }
     }
+}
+
+/// The answer to [`ToPeer::Verify`].
+pub(crate) fn compared(cache: &Cache) -> Result<FromPeer, BenchError> {
+    Ok(FromPeer::Compared { mismatch: cache.verify()?.map(|mismatch| mismatch.to_string()) })
 }
 
 struct Peer {
@@ -123,10 +134,7 @@ impl Peer {
                 self.ending = Some(transfer_id(handover));
                 None
             }
-            ToPeer::Verify => {
-                let mismatch = self.cache.verify()?.map(|mismatch| mismatch.to_string());
-                Some(FromPeer::Compared { mismatch })
-            }
+            ToPeer::Verify => Some(compared(&self.cache)?),
             ToPeer::Tell => Some(FromPeer::Knows(self.nic.evidence.clone())),
             ToPeer::Write => {
                 self.cache.write()?;

@@ -1,6 +1,7 @@
 //! The second process, as the first one sees it.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -23,11 +24,34 @@ pub(crate) struct PeerProcess {
 
 impl PeerProcess {
     /// Starts this program again, on the device that was opened here.
-    pub(crate) fn start(options: &Options, device: &str) -> Result<PeerProcess, BenchError> {
+    pub(crate) fn start(options: &Options, device: Option<&str>) -> Result<PeerProcess, BenchError> {
         let program = std::env::current_exe().map_err(BenchError::Spawn)?;
-        let mut command = Command::new(program);
+        PeerProcess::run(PeerProcess::again(Command::new(program), options, device))
+    }
+
+    /// Starts NIXL's agent.
+    pub(crate) fn nixl(options: &Options, python: &Path) -> Result<PeerProcess, BenchError> {
+        let mut command = Command::new(python);
+        let sizes = [options.layers, options.blocks, options.block_bytes].map(|size| size.to_string());
+        command.args(["-c", include_str!("nixl_peer.py"), options.op.name()]).args(sizes);
+        let default = |name: &str, value: &str| (std::env::var_os(name).is_none(), name.to_owned(), value.to_owned());
+        let tls = options.tls.iter().map(|tls| default("UCX_TLS", tls));
+        let devices = options.device.iter().map(|devices| default("UCX_NET_DEVICES", devices));
+        for (unset, name, value) in tls.chain(devices).chain([default("NIXL_LOG_LEVEL", "ERROR")]) {
+            if unset {
+                command.env(name, value);
+            }
+        }
+        PeerProcess::run(command)
+    }
+
+    fn again(mut command: Command, options: &Options, device: Option<&str>) -> Command {
         command.args(["bench", "--peer", "--transport", options.transport.name(), "--op", options.op.name()]);
-        command.args(["--device", device]);
+        for (name, text) in [("--device", device), ("--tls", options.tls.as_deref())] {
+            if let Some(text) = text {
+                command.args([name, text]);
+            }
+        }
         let numbers = [
             ("--layers", u64::from(options.layers)),
             ("--blocks", u64::from(options.blocks)),
@@ -37,9 +61,13 @@ impl PeerProcess {
         for (name, number) in numbers {
             command.arg(name).arg(number.to_string());
         }
-        for (name, number) in
-            [("--from-gpu", options.from_gpu), ("--to-gpu", options.to_gpu), ("--thread-blocks", options.thread_blocks)]
-        {
+        for (name, number) in [
+            ("--from-gpu", options.from_gpu),
+            ("--to-gpu", options.to_gpu),
+            ("--thread-blocks", options.thread_blocks),
+            ("--staged-chunk", options.staged_chunk),
+            ("--staged-chunks", options.staged_chunks),
+        ] {
             if let Some(number) = number {
                 command.arg(name).arg(number.to_string());
             }
@@ -56,6 +84,10 @@ impl PeerProcess {
         if options.two_sided {
             command.arg("--two-sided");
         }
+        command
+    }
+
+    fn run(mut command: Command) -> Result<PeerProcess, BenchError> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().map_err(BenchError::Spawn)?;
         let pipes = child.stdout.take().zip(child.stdin.take());

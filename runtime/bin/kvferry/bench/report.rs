@@ -37,6 +37,12 @@ pub(crate) struct Report {
     /// What is known of the path, if anything.
     #[serde(skip_serializing_if = "Option::is_none")]
     evidence: Option<Evidence>,
+    /// What the other process is, where it may be somebody else's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<String>,
+    /// What its protocol lacks beside kvferry's own.
+    #[serde(skip_serializing_if = "<[&str]>::is_empty")]
+    lacks: &'static [&'static str],
     /// Whether every byte was right.
     verified: bool,
     #[serde(skip)]
@@ -78,10 +84,17 @@ impl Report {
             cpu_seconds: spread(|sample| sample.processor).p50,
             gpu_seconds: options.gpu_times.then(|| spread(|sample| sample.gpu)),
             evidence,
+            peer: None,
+            lacks: &[],
             verified: mismatch.is_none(),
             shape: (2 * options.layers, options.blocks, options.block_bytes, options.iters),
             mismatch,
         }
+    }
+
+    /// Says what the other process is, and what its protocol lacks.
+    pub(crate) fn beside(self, peer: String, lacks: &'static [&'static str]) -> Report {
+        Report { peer: Some(peer), lacks, ..self }
     }
 
     /// One object, on one line.
@@ -111,6 +124,8 @@ impl Report {
             ("CPU ms", format!("{} in both processes", milliseconds(self.cpu_seconds))),
             ("verified", if self.verified { "every byte".to_owned() } else { "NO".to_owned() }),
         ];
+        let peer = self.peer.clone().map(|peer| ("peer", peer));
+        let lacks = self.lacks.iter().map(|lack| ("lacks", (*lack).to_owned()));
         let library = self.library.clone().map(|library| ("library", library));
         let evidence = self.evidence.as_ref().map(|evidence| ("evidence", evidence.to_string()));
         let lines: Vec<String> = rows
@@ -118,6 +133,8 @@ impl Report {
             .chain(gpu)
             .chain(library)
             .chain(evidence)
+            .chain(peer)
+            .chain(lacks)
             .map(|(name, value)| format!("{name:<9} {value}"))
             .collect();
         lines.join("\n")

@@ -39,19 +39,28 @@ impl Program {
     /// `parts` (at least one) contiguous ranges of nearly the same number of bytes that together are [`Program::whole`]. A
     /// pure function of the segments: both ends cut alike. A range is empty when there are fewer units than parts.
     pub fn split(&self, parts: u32) -> Vec<UnitRange> {
-        let parts = parts.max(1);
+        self.split_by(&vec![1; parts.max(1) as usize])
+    }
+
+    /// One contiguous range for every weight, with about that share of the bytes; together they are [`Program::whole`], in order. Where no
+    /// weight is above 0, the last range has everything. A pure function of the segments and the weights.
+    pub fn split_by(&self, weights: &[u32]) -> Vec<UnitRange> {
         let sizes: Vec<u128> = self.segments.iter().map(Segment::bytes).collect();
         let total = sizes.iter().copied().fold(0, u128::saturating_add);
-        let share = total / u128::from(parts);
-        let mut ranges = Vec::with_capacity(parts as usize);
-        let (mut index, mut base, mut before, mut start) = (0, 0u64, 0u128, 0);
-        for part in 1..parts {
-            let target = total / u128::from(parts) * u128::from(part)
-                + total % u128::from(parts) * u128::from(part) / u128::from(parts);
+        let sum = weights.iter().copied().map(u128::from).sum::<u128>().max(1);
+        let least = weights.iter().copied().filter(|weight| *weight > 0).min().map_or(1, u128::from);
+        // In two parts: the product of all bytes and a weight may be larger than any number here.
+        let share_of = |weight: u128| total / sum * weight + total % sum * weight / sum;
+        let smallest = total / sum * least;
+        let mut ranges = Vec::with_capacity(weights.len());
+        let (mut index, mut base, mut before, mut start, mut weighed) = (0, 0u64, 0u128, 0, 0u128);
+        for weight in weights.iter().take(weights.len().saturating_sub(1)) {
+            weighed += u128::from(*weight);
+            let target = share_of(weighed);
             let mut end = start;
             while let (Some(segment), Some(size)) = (self.segments.get(index), sizes.get(index)) {
                 if target < before.saturating_add(*size) {
-                    end = base.saturating_add(segment.unit_at(target - before, share));
+                    end = base.saturating_add(segment.unit_at(target - before, smallest));
                     break;
                 }
                 before = before.saturating_add(*size);
@@ -63,7 +72,9 @@ impl Program {
             ranges.push(UnitRange { start, end });
             start = end;
         }
-        ranges.push(UnitRange { start, end: self.units() });
+        if !weights.is_empty() {
+            ranges.push(UnitRange { start, end: self.units() });
+        }
         ranges
     }
 
@@ -103,7 +114,7 @@ impl Program {
 }
 
 impl Segment {
-    fn units(&self) -> u64 {
+    pub(super) fn units(&self) -> u64 {
         self.tokens().saturating_mul(u64::from(self.planes))
     }
 

@@ -9,6 +9,8 @@ pub(super) struct Interval {
     pub(super) segment: usize,
     /// Which of the segment's planes, from 0.
     pub(super) plane: u32,
+    /// Its first token, counted from the request's start.
+    pub(super) token: u64,
     /// How many tokens.
     pub(super) tokens: u32,
     pub(super) source: Place,
@@ -149,6 +151,7 @@ impl Iterator for Intervals<'_> {
             let interval = Interval {
                 segment: self.index,
                 plane: self.plane,
+                token: self.token,
                 tokens,
                 source: self.source,
                 destination: self.destination,

@@ -8,12 +8,12 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Away, ChosenPath, FailReason, FetchCourse, Message, OfferCourse, Outcome, OutcomeReport, PathReport, PrefillJob,
-    PrefillView, Refusal, RequestCourse, RequestSpec, ShownPath,
+    Away, Begun, ChosenPath, FailReason, FetchCourse, Message, OfferCourse, Outcome, OutcomeReport, PathReport,
+    PrefillJob, PrefillView, RailTurn, Refusal, RequestCourse, RequestSpec, ShownPath,
 };
 use crate::{
     Direction, Epoch, Evidence, FenceProof, GroupId, HandoverId, Moment, NodeId, PoolLayout, Program, RequestId,
-    Tables, TransferId,
+    Tables, TransferId, UnitRange,
 };
 
 /// Something that the shell must do, in the order given.
@@ -207,6 +207,8 @@ pub enum NicCommand {
         direction: Direction,
         /// What moves.
         program: Arc<Program>,
+        /// Which part of it: rails share programs.
+        range: UnitRange,
     },
     /// Expect a peer's push.
     Expect {
@@ -293,10 +295,12 @@ pub enum Event {
         /// In which incarnation.
         epoch: Epoch,
     },
-    /// The path to a worker of the other side was chosen: once per conversation with it.
+    /// The path to a worker of the other side was chosen: once per conversation with it, for each of its rails.
     PathChosen(Box<ChosenPath>),
     /// More is known of a path that this side initiates transfers on.
     PathShown(Box<ShownPath>),
+    /// One of several rails to a peer failed, became slow, or is back.
+    RailTurned(Box<RailTurn>),
     /// It no longer does; what was said last may not have been heard.
     Parted {
         /// Who.
@@ -363,6 +367,8 @@ pub enum Event {
         /// Offers that are still not over.
         left: u64,
     },
+    /// Something is taken in hand; one of the three records that follow is its end.
+    Began(Box<Begun>),
     /// A decode rank's part of a handover is decided.
     FetchEnded(Box<FetchCourse>),
     /// A prefill rank's offer is over.

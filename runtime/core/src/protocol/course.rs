@@ -7,7 +7,51 @@ use core::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{Outcome, PathReport, PrefillView};
-use crate::{HandoverId, Moment, RequestId};
+use crate::{HandoverId, Moment, RequestId, TraceContext};
+
+/// Which part of a request a record is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// All of it, at the scheduler: [`RequestCourse`].
+    Request,
+    /// A prefill rank's offer: [`OfferCourse`].
+    Offer,
+    /// A decode rank's part of a handover: [`FetchCourse`].
+    Fetch,
+}
+
+/// Something begins whose end will be told in a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Begun {
+    /// What.
+    pub part: Part,
+    /// Of which request.
+    pub request: RequestId,
+    /// Which handover; of a fetch only.
+    pub handover: Option<HandoverId>,
+    /// Its own span and the one that it belongs to, if whoever submitted the request said one.
+    pub trace: Option<(TraceContext, TraceContext)>,
+}
+
+impl Begun {
+    /// With a span of its own below `parent`, that tells it apart from others `of` the kind.
+    pub(super) fn new(
+        part: Part,
+        request: RequestId,
+        handover: Option<HandoverId>,
+        parent: Option<TraceContext>,
+        of: &[u64],
+    ) -> Self {
+        let words = [part as u64, request.0, handover.map_or(0, |handover| handover.0)];
+        let words: Vec<u64> = words.iter().chain(of).copied().collect();
+        Begun { part, request, handover, trace: parent.map(|parent| (parent.child(&words), parent)) }
+    }
+
+    /// Its own span.
+    pub(super) fn span(&self) -> Option<TraceContext> {
+        self.trace.map(|(own, _)| own)
+    }
+}
 
 /// One decode rank's part of one handover.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

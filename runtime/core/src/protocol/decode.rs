@@ -2,20 +2,20 @@
 
 mod ends;
 mod legs;
+mod rails;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use super::fetch::{Fetch, Leg, LegState, Path, Placed};
 use super::peer::Peer;
 use super::prefill::check_steps;
 use super::sources::Sources;
 use super::{
-    Awaited, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms, Lost,
-    MemberList, Message, NicCommand, NicEvent, Outbox, Outcome, Pace, PathReport, QuarantineTerms, Role, Vitals,
-    WorkerProfile,
+    Awaited, Begun, Deadline, DeadlineTerms, EngineCall, EngineEvent, Event, FailReason, FetchJob, Lease, LeaseTerms,
+    Lost, MemberList, Message, NicEvent, Outbox, Outcome, Pace, Part, PathReport, QuarantineTerms, RailTerms, Role,
+    Vitals, WorkerProfile,
 };
-use crate::{FenceProof, HandoverId, Moment, NodeId, Plane, Rank, RequestId, Tables, TransferId};
+use crate::{HandoverId, Moment, NodeId, Plane, Rank, RequestId, Tables, TransferId};
 
 /// The state machine of a decode rank.
 ///
@@ -31,6 +31,7 @@ pub struct DecodeRank {
     fetches: BTreeMap<HandoverId, Fetch>,
     peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
     require_rdma: bool,
+    rails: RailTerms,
     sources: Sources,
     renew_at: Option<Moment>,
     quarantine: QuarantineTerms,
@@ -65,6 +66,7 @@ impl DecodeRank {
             fetches: BTreeMap::new(),
             peers: BTreeMap::new(),
             require_rdma: false,
+            rails: RailTerms::default(),
             sources: Sources::default(),
             renew_at: None,
             outbox: Outbox::default(),
@@ -91,7 +93,7 @@ impl DecodeRank {
     pub fn poll_timeout(&self) -> Option<Moment> {
         let deadlines = self.fetches.values().filter(|fetch| fetch.settled.is_none()).map(|fetch| fetch.deadline.at);
         let fences = self.fetches.values().filter_map(|fetch| fetch.fence_at);
-        deadlines.chain(fences).chain(self.renew_at.filter(|_| !self.fetches.is_empty())).min()
+        deadlines.chain(fences).chain(self.rails_due()).chain(self.renew_at.filter(|_| !self.fetches.is_empty())).min()
     }
 
     /// What is in hand.
@@ -154,21 +156,11 @@ impl DecodeRank {
         if profile.role != Role::Prefill {
             return;
         }
-        let peer = Peer::meet(&self.local, profile, self.require_rdma);
+        let peer = Peer::meet(&self.local, profile, self.require_rdma)
+            .map(|peer| peer.over_rails(&self.local, self.rails, self.require_rdma));
         if let Ok(peer) = &peer {
-            peer.tell_path(node, &self.local, &mut self.outbox);
-        }
-        if let Ok(peer) = &peer
-            && peer.initiates(Role::Decode)
-            && let Some(remote) = peer.remote()
-        {
-            let command = NicCommand::Connect {
-                node,
-                address: remote.address.clone(),
-                keys: remote.keys.clone(),
-                layout: Arc::clone(&peer.profile.layout),
-            };
-            self.outbox.nic(peer.nic, command);
+            peer.tell_path(node, &self.local, self.require_rdma, &mut self.outbox);
+            peer.connect(node, Role::Decode, &mut self.outbox);
         }
         self.peers.insert(node, peer);
         for handover in self.handovers() {
@@ -178,10 +170,8 @@ impl DecodeRank {
 
     /// A session ended: what still depended on that peer fails.
     pub fn handle_peer_down(&mut self, now: Moment, node: NodeId, cause: &str) {
-        if let Some(Ok(peer)) = self.peers.remove(&node)
-            && peer.initiates(Role::Decode)
-        {
-            self.outbox.nic(peer.nic, NicCommand::Disconnect { node });
+        if let Some(Ok(peer)) = self.peers.remove(&node) {
+            peer.disconnect(node, Role::Decode, &mut self.outbox);
         }
         for handover in self.handovers() {
             if let Some(reason) = self.owed_by(handover, node, cause) {
@@ -282,56 +272,26 @@ impl DecodeRank {
     /// Something happened at a NIC of this node.
     pub fn handle_nic(&mut self, now: Moment, nic: usize, event: NicEvent) {
         match event {
-            NicEvent::Done { id, bytes, pieces } => {
-                if let Some((handover, node)) = self.owner_of(id) {
-                    if let Some(leg) = self.leg(handover, node) {
-                        leg.in_flight.remove(&id);
-                        leg.bytes += bytes;
-                        leg.pieces += pieces;
-                    }
-                    self.advance(now, handover, node);
-                    self.anchor(now, handover);
-                    self.drain(handover, FenceProof::OwnerCopies);
-                }
-            }
-            NicEvent::Failed { id, reason } => {
-                if let Some((handover, node)) = self.owner_of(id) {
-                    if let Some(leg) = self.leg(handover, node) {
-                        leg.in_flight.remove(&id);
-                    }
-                    let reason = self.transport_failure(node, reason);
-                    self.fail(now, handover, reason);
-                    self.drain(handover, FenceProof::OwnerCopies);
-                }
-            }
+            NicEvent::Done { id, bytes, pieces } => self.transfer_done(now, id, bytes, pieces),
+            NicEvent::Failed { id, reason } => self.transfer_failed(now, id, reason),
             NicEvent::PeerLost { node, reason } => {
-                if self
-                    .peers
-                    .get(&node)
-                    .is_some_and(|peer| peer.as_ref().is_ok_and(|peer| peer.initiates(Role::Decode)))
-                {
+                let initiates = matches!(self.peers.get(&node), Some(Ok(peer)) if peer.initiates(Role::Decode));
+                if initiates && !self.rail_lost(now, nic, node, &reason) {
                     for handover in self.handovers() {
                         if self.owed_by(handover, node, &reason).is_some() {
-                            let reason = self.transport_failure(node, reason.clone());
+                            let reason = self.transport_failure(nic, node, reason.clone());
                             self.fail(now, handover, reason);
                         }
                     }
                 }
             }
-            NicEvent::Fenced { node, proof } => {
-                // The proof is about what was there when it was asked for. Whatever else it ended fails by itself.
-                for handover in self.handovers() {
-                    if let Some(leg) = self.leg(handover, node).filter(|leg| leg.fencing) {
-                        leg.fencing = false;
-                        leg.in_flight.clear();
-                        self.drain(handover, proof);
-                    }
-                }
-            }
+            NicEvent::Fenced { node, proof } => self.fenced(now, nic, node, proof),
             NicEvent::Shown { node, evidence } => {
-                if let Some(Ok(peer)) = self.peers.get(&node) {
+                if let Some(Ok(peer)) = self.peers.get_mut(&node) {
                     let shown = (nic, *evidence);
-                    peer.show_path(node, &self.local, shown, self.require_rdma, &mut self.outbox);
+                    if peer.show_path(node, &self.local, shown, self.require_rdma, &mut self.outbox) {
+                        peer.rails.remove(nic);
+                    }
                 }
             }
             NicEvent::Posted { id, took } => {
@@ -357,6 +317,7 @@ impl DecodeRank {
             })
             .collect();
         self.fence(now);
+        self.watch_rails(now);
         for (handover, reason) in late {
             if self.fetches.get(&handover).is_some_and(|fetch| fetch.reported) {
                 // The leader has fallen silent and nobody has said that it is lost: what this rank holds is not going to be used.
@@ -378,6 +339,9 @@ impl DecodeRank {
         let spec = job.pairing.spec.clone();
         let malformed = check_steps(&job.pairing.steps, self.local.geometry.model.layers).err();
         let deadline = Deadline::after(now, self.pace.allowance(0, 0));
+        let of = [self.local.group.0.into(), self.local.rank.0.into(), now.0];
+        let begun = Begun::new(Part::Fetch, spec.request, Some(handover), job.pairing.trace, &of);
+        self.outbox.event(Event::Began(Box::new(begun)));
         let fetch = Fetch::new(job.pairing, deadline, now);
         self.fetches.insert(handover, fetch);
         self.renew_at.get_or_insert(now + self.leases.renewal());
@@ -411,9 +375,10 @@ impl DecodeRank {
         fetch.report(now, self.deadlines.backstop());
         let mut paths = Vec::with_capacity(fetch.legs.len());
         for leg in fetch.legs.values() {
-            if let Some(Path { nic, direction, .. }) = leg.path
-                && let Some(nic) = self.local.nics.get(nic)
-            {
+            let Some(Path { nic, direction, .. }) = leg.path else { continue };
+            let nothing = leg.flight.bytes() == 0;
+            for (nic, (bytes, pieces)) in leg.flight.carried().chain(nothing.then_some((nic, (0, 0)))) {
+                let Some(nic) = self.local.nics.get(nic) else { continue };
                 paths.push(PathReport {
                     source_group: fetch.pairing.source,
                     source: leg.source,
@@ -422,8 +387,8 @@ impl DecodeRank {
                     kind: nic.kind,
                     device: nic.device.clone(),
                     direction,
-                    bytes: leg.bytes,
-                    pieces: leg.pieces,
+                    bytes,
+                    pieces,
                 });
             }
         }
@@ -478,7 +443,7 @@ impl DecodeRank {
     fn owner_of(&self, id: TransferId) -> Option<(HandoverId, NodeId)> {
         let handover = id.handover();
         let fetch = self.fetches.get(&handover)?;
-        let (node, _) = fetch.legs.iter().find(|(_, leg)| leg.in_flight.contains(&id))?;
+        let (node, _) = fetch.legs.iter().find(|(_, leg)| leg.flight.contains(id))?;
         Some((handover, *node))
     }
 
@@ -490,12 +455,8 @@ impl DecodeRank {
         Some(FailReason::RankLost { role, group, rank, node, cause: cause.to_owned() })
     }
 
-    fn transport_failure(&self, node: NodeId, message: String) -> FailReason {
-        let kind = match self.peers.get(&node) {
-            Some(Ok(peer)) => self.local.nics.get(peer.nic).map(|nic| nic.kind),
-            _ => None,
-        };
-        match kind.or_else(|| self.local.nics.first().map(|nic| nic.kind)) {
+    fn transport_failure(&self, nic: usize, node: NodeId, message: String) -> FailReason {
+        match self.local.nics.get(nic).or_else(|| self.local.nics.first()).map(|nic| nic.kind) {
             Some(kind) => FailReason::Transport { kind, peer: node, message },
             None => FailReason::Mismatch(message),
         }

@@ -1,12 +1,13 @@
 //! One decode rank's part of one handover, as a record; [`DecodeRank`](super::DecodeRank) acts on it.
 
 use core::time::Duration;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
+use super::flight::Flight;
 use super::{Awaited, Deadline, FetchCourse, Outcome, Pairing, PathReport};
-use crate::{Direction, Moment, NodeId, Rank, Tables, TransferId};
+use crate::{Direction, Moment, NodeId, Rank, Tables};
 
 /// This rank's part of one handover. It ends with the leader's word *and* with nothing in flight.
 #[derive(Debug)]
@@ -46,27 +47,24 @@ pub(super) struct Leg {
     pub(super) source: Rank,
     pub(super) state: LegState,
     pub(super) opened_at: Option<Moment>,
-    /// Our NIC, the direction and the peer's NIC, for the report and the fence: the peer may be gone by then.
+    /// Our NICs, the direction and the peer's NICs, for the report and the fence: the peer may be gone by then.
     pub(super) path: Option<Path>,
     pub(super) source_tables: Option<Tables>,
     /// Steps that the source called ready.
     pub(super) ready: u32,
     /// Steps posted (pull) or expected (push).
     pub(super) posted: u32,
-    pub(super) in_flight: BTreeSet<TransferId>,
-    /// A fence was asked for that covers all of `in_flight`; nothing was posted since.
-    pub(super) fencing: bool,
-    pub(super) bytes: u64,
-    pub(super) pieces: u64,
+    pub(super) flight: Flight,
 }
 
 /// How a leg's bytes travel.
 #[derive(Clone, Debug)]
 pub(super) struct Path {
+    /// The NIC that it has where nothing has moved.
     pub(super) nic: usize,
     pub(super) direction: Direction,
-    /// Of the peer's NIC.
-    pub(super) address: Bytes,
+    /// Of the peer's NIC that each of ours is joined to.
+    pub(super) addresses: BTreeMap<usize, Bytes>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,10 +97,10 @@ impl Fetch {
         if all(|leg, _| leg.source_tables.is_some()) {
             self.times.planned.get_or_insert(now);
         }
-        if legs.values().any(|leg| !leg.in_flight.is_empty() || leg.bytes > 0) {
+        if legs.values().any(|leg| !leg.flight.is_empty() || leg.flight.bytes() > 0) {
             self.times.posted.get_or_insert(now);
         }
-        if all(|leg, steps| leg.source_tables.is_some() && leg.posted == steps && leg.in_flight.is_empty()) {
+        if all(|leg, steps| leg.source_tables.is_some() && leg.posted == steps && leg.flight.is_over()) {
             self.times.moved.get_or_insert(now);
         }
     }
@@ -145,7 +143,7 @@ impl Fetch {
     }
 
     pub(super) fn in_flight(&self) -> bool {
-        self.legs.values().any(|leg| !leg.in_flight.is_empty())
+        self.legs.values().any(|leg| !leg.flight.is_empty())
     }
 
     /// Whether every leg is done and said so.
@@ -187,16 +185,13 @@ impl Leg {
             source_tables: None,
             ready: 0,
             posted: 0,
-            in_flight: BTreeSet::new(),
-            fencing: false,
-            bytes: 0,
-            pieces: 0,
+            flight: Flight::default(),
         }
     }
 
     fn waits_for_layers(&self, steps: u32) -> bool {
         // A step of a push is expected from the beginning; it moves once it is ready.
-        let still = self.in_flight.iter().all(|id| id.step() >= self.ready);
+        let still = self.flight.ids().all(|id| id.step() >= self.ready);
         self.state == LegState::Moving && self.source_tables.is_some() && self.ready < steps && still
     }
 }
@@ -213,7 +208,7 @@ mod tests {
         let within = Duration::from_secs(1);
         let spec = RequestSpec { request: RequestId(1), tokens: 16, prefix: Default::default(), prefix_tokens: 0 };
         let (handover, source) = (HandoverId(1), GroupId(0));
-        let pairing = Pairing { handover, spec, source, source_dp: 0, steps: vec![1, 2] };
+        let pairing = Pairing { handover, spec, source, source_dp: 0, steps: vec![1, 2], trace: None };
         let mut fetch = Fetch::new(pairing, Deadline::after(at(0), within), at(0));
         fetch.turn_to(at(5), Awaited::Transfer, within);
         fetch.turn_to(at(7), Awaited::Layers, within);

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{FailReason, MemberList, Outcome, PrefillView, Refusal, Role, bounds};
 use crate::{
     Direction, Epoch, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PoolLayout, Rank, RequestId, Tables,
-    TransportKind,
+    TraceContext, TransportKind,
 };
 
 /// One control message. The sender is the session's peer; nothing in a message claims who sent it.
@@ -310,6 +310,9 @@ pub struct PrefillJob {
     pub spec: RequestSpec,
     /// Which attention-dp group owns it; chosen by the leader.
     pub dp: u32,
+    /// The span that it belongs to. It travels behind the message (`wire.rs`).
+    #[serde(skip)]
+    pub trace: Option<TraceContext>,
 }
 
 /// A prefill group's offer.
@@ -336,6 +339,9 @@ pub struct Pairing {
     pub source_dp: u32,
     /// In which steps.
     pub steps: Vec<u32>,
+    /// The span that it belongs to. It travels behind the message (`wire.rs`); in a list of pairings it does not.
+    #[serde(skip)]
+    pub trace: Option<TraceContext>,
 }
 
 /// One decode rank's part of a pairing.

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use super::{NicAdvert, RdmaShortfall, Role, WorkerProfile};
+use super::{NicAdvert, RailHealth, RdmaShortfall, Role, WorkerProfile};
 use crate::{Direction, Evidence, GroupId, NodeId, Rank, TransportKind};
 
 /// The best first: GPU and shared memory of one host before anything that crosses a network.
@@ -74,6 +74,23 @@ pub struct ShownPath {
     pub shortfall: Option<RdmaShortfall>,
 }
 
+/// What became of one of several rails to a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RailTurn {
+    /// To whom.
+    pub peer: PeerName,
+    /// By which transport.
+    pub kind: TransportKind,
+    /// Its device here.
+    pub device: String,
+    /// Its device at the peer.
+    pub remote_device: String,
+    /// What it is from now on.
+    pub health: RailHealth,
+    /// Why.
+    pub reason: String,
+}
+
 /// A transport that would have been preferred.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PassedOver {
@@ -107,23 +124,40 @@ impl fmt::Display for Obstacle {
     }
 }
 
-/// A pair of NICs of the best kind that both sides have. Among several of that kind the lane decides, and NICs of one index meet each other, as
-/// rails are wired; where one side has fewer, its NICs serve in turn.
+/// A pair of NICs of the best kind that both sides have.
 pub(super) fn path(source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -> Option<(usize, usize)> {
+    PREFERENCE.into_iter().find_map(|kind| pair(kind, source, destination, lane))
+}
+
+/// Up to `most` pairs that join two ranks at once, no two of them at one NIC of the destination: the one that [`path`] chooses, its neighbours,
+/// and then those of the next kinds that both sides have.
+pub(super) fn rails(source: &[NicAdvert], destination: &[NicAdvert], lane: u64, most: usize) -> Vec<(usize, usize)> {
+    let mut found: Vec<(usize, usize)> = Vec::new();
+    for kind in PREFERENCE {
+        for step in 0..source.len().max(destination.len()) as u64 {
+            let next = pair(kind, source, destination, lane.saturating_add(step));
+            let is_new = |(_, to): &(usize, usize)| found.iter().all(|(_, taken)| taken != to);
+            found.extend(next.filter(is_new).filter(|_| found.len() < most));
+        }
+    }
+    found
+}
+
+/// Among several pairs of a kind the lane decides, and NICs of one index meet each other, as rails are wired; where one side has fewer, its NICs
+/// serve in turn.
+fn pair(kind: TransportKind, source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -> Option<(usize, usize)> {
     let of_kind = |nics: &[NicAdvert], meets: &dyn Fn(&NicAdvert) -> bool| -> Vec<usize> {
         nics.iter().enumerate().filter(|(_, nic)| meets(nic)).map(|(index, _)| index).collect()
     };
     let pick = |nics: &[usize], rail: u64| nics.get((rail % (nics.len() as u64).max(1)) as usize).copied();
-    PREFERENCE.into_iter().find_map(|kind| {
-        let joins = |one: &NicAdvert, other: &NicAdvert| one.kind == kind && other.kind == kind && reaches(one, other);
-        let sources = of_kind(source, &|nic| destination.iter().any(|other| joins(nic, other)));
-        let reachable = of_kind(destination, &|nic| source.iter().any(|other| joins(other, nic)));
-        let rail = lane % (sources.len().max(reachable.len()) as u64).max(1);
-        let from = pick(&sources, rail)?;
-        let partner = source.get(from)?;
-        let to = pick(&of_kind(destination, &|nic| joins(partner, nic)), rail)?;
-        Some((from, to))
-    })
+    let joins = |one: &NicAdvert, other: &NicAdvert| one.kind == kind && other.kind == kind && reaches(one, other);
+    let sources = of_kind(source, &|nic| destination.iter().any(|other| joins(nic, other)));
+    let reachable = of_kind(destination, &|nic| source.iter().any(|other| joins(other, nic)));
+    let rail = lane % (sources.len().max(reachable.len()) as u64).max(1);
+    let from = pick(&sources, rail)?;
+    let partner = source.get(from)?;
+    let to = pick(&of_kind(destination, &|nic| joins(partner, nic)), rail)?;
+    Some((from, to))
 }
 
 /// What would have been preferred to `chosen`.
@@ -183,14 +217,36 @@ mod tests {
         }
     }
 
-    fn rails(count: usize) -> Vec<NicAdvert> {
+    fn tcp(count: usize) -> Vec<NicAdvert> {
         vec![nic(TransportKind::Tcp, ""); count]
+    }
+
+    #[test]
+    fn rails_begin_with_the_path_and_never_meet_at_the_destination() {
+        for (from, to) in [(1, 1), (4, 4), (4, 2), (2, 4), (1, 3), (3, 5)] {
+            for lane in 0..8 {
+                for most in 1..6 {
+                    let all = rails(&tcp(from), &tcp(to), lane, most);
+                    assert_eq!(all.first().copied(), path(&tcp(from), &tcp(to), lane));
+                    assert_eq!(all.len(), most.min(to), "{from} to {to}, lane {lane}: {all:?}");
+                    let ends: std::collections::BTreeSet<usize> = all.iter().map(|(_, to)| *to).collect();
+                    assert_eq!(ends.len(), all.len());
+                    assert!(all.iter().all(|(a, b)| *a < from && *b < to));
+                }
+            }
+        }
+        // The best kind first, then whatever else joins the two; nothing of one side only.
+        let here = [nic(TransportKind::Tcp, ""), nic(TransportKind::Shm, "a"), nic(TransportKind::Ucx, "")];
+        let there = [nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")];
+        assert_eq!(rails(&here, &there, 0, 4), [(1, 0), (0, 1)]);
+        assert_eq!(rails(&here, &there, 3, 1), [(1, 0)]);
+        assert_eq!(rails(&[nic(TransportKind::Shm, "a")], &[nic(TransportKind::Shm, "b")], 0, 4), []);
     }
 
     #[test]
     fn pairs_are_spread_over_rails() {
         let lanes = |from: usize, to: usize| {
-            let all = (0..8).map(|lane| path(&rails(from), &rails(to), lane).expect("a path"));
+            let all = (0..8).map(|lane| path(&tcp(from), &tcp(to), lane).expect("a path"));
             all.collect::<Vec<_>>()
         };
         assert_eq!(lanes(1, 1), [(0, 0); 8]);

@@ -1,9 +1,14 @@
 //! What two workers make of each other's profiles: both sides compute the same answer.
 
-use super::path::{is_local, passed_over, path};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::path::{is_local, passed_over, path, rails};
 use super::{
-    ChosenPath, Event, FailReason, NicAdvert, NicCommand, Outbox, PassedOver, PeerName, RdmaShortfall, Role, ShownPath,
-    WorkerProfile, rdma,
+    ChosenPath, Event, FailReason, NicAdvert, NicCommand, Outbox, PassedOver, PeerName, RailHealth, RailTerms,
+    RailTurn, Rails, RdmaShortfall, Role, ShownPath, WorkerProfile, rdma,
 };
 use crate::{Direction, Evidence, NodeId, PairPlan, TransportKind};
 
@@ -16,8 +21,11 @@ pub(crate) struct Peer {
     /// Index of the local NIC.
     pub(crate) nic: usize,
     pub(crate) remote_nic: usize,
+    /// All pairs of NICs, the local one first, that move what this side initiates; the first is the one above.
+    pub(crate) pairs: Vec<(usize, usize)>,
+    /// Who of them carries how much.
+    pub(crate) rails: Rails,
     passed_over: Vec<PassedOver>,
-    shortfall: Option<RdmaShortfall>,
 }
 
 impl Peer {
@@ -46,16 +54,82 @@ impl Peer {
             ))
         })?;
         let (nic, remote_nic) = if local.role == Role::Prefill { (from, to) } else { (to, from) };
-        let shortfall = match (local.nics.get(nic), remote.nics.get(remote_nic)) {
-            (Some(here), Some(there)) => rdma::of_path(require_rdma, (&local.nics, here), (&remote.nics, there)),
-            _ => None,
-        };
-        if let Some(short) = shortfall.as_ref().filter(|_| require_rdma) {
+        if let Some(short) = shortfall(require_rdma, local, &remote, (nic, remote_nic)).filter(|_| require_rdma) {
             return Err(FailReason::Mismatch(short.to_string()));
         }
         let chosen = local.nics.get(nic).map(|nic| nic.kind);
         let passed_over = chosen.map(|kind| passed_over(&source.nics, &destination.nics, kind)).unwrap_or_default();
-        Ok(Peer { profile: remote, plan, direction, nic, remote_nic, passed_over, shortfall })
+        let (pairs, rails) = (vec![(nic, remote_nic)], Rails::new([nic], RailTerms::default()));
+        Ok(Peer { profile: remote, plan, direction, nic, remote_nic, pairs, rails, passed_over })
+    }
+
+    /// With as many rails as these terms allow, where this side reads: then nobody else has to know how it shares its work out.
+    pub(crate) fn over_rails(mut self, local: &WorkerProfile, terms: RailTerms, require_rdma: bool) -> Peer {
+        if local.role == Role::Decode && self.direction == Direction::Pull {
+            let lane = lane(&self.profile, local);
+            let pairs = rails(&self.profile.nics, &local.nics, lane, terms.rails_max.max(1) as usize);
+            let fits =
+                |pair: &(usize, usize)| !require_rdma || shortfall(require_rdma, local, &self.profile, *pair).is_none();
+            self.pairs = pairs.into_iter().map(|(from, to)| (to, from)).filter(fits).collect();
+            self.rails = Rails::new(self.pairs.iter().map(|(nic, _)| *nic), terms);
+        }
+        self
+    }
+
+    /// Connects every NIC that moves what this side initiates.
+    pub(crate) fn connect(&self, node: NodeId, local: Role, outbox: &mut Outbox) {
+        for (nic, _) in self.pairs.iter().filter(|_| self.initiates(local)) {
+            self.connect_at(node, *nic, outbox);
+        }
+    }
+
+    /// Connects one of them, anew if it was.
+    pub(crate) fn connect_at(&self, node: NodeId, nic: usize, outbox: &mut Outbox) {
+        let Some(remote) = self.remote_of(nic) else { return };
+        let (address, keys) = (remote.address.clone(), remote.keys.clone());
+        let layout = Arc::clone(&self.profile.layout);
+        outbox.nic(nic, NicCommand::Connect { node, address, keys, layout });
+    }
+
+    /// Lets it go at every NIC that was connected.
+    pub(crate) fn disconnect(&self, node: NodeId, local: Role, outbox: &mut Outbox) {
+        for (nic, _) in self.pairs.iter().filter(|_| self.initiates(local)) {
+            outbox.nic(*nic, NicCommand::Disconnect { node });
+        }
+    }
+
+    /// Of the peer's NIC that each NIC of this side is joined to.
+    pub(crate) fn addresses(&self) -> BTreeMap<usize, Bytes> {
+        let address = |(nic, _): &(usize, usize)| Some((*nic, self.remote_of(*nic)?.address.clone()));
+        self.pairs.iter().filter_map(address).collect()
+    }
+
+    /// The peer's NIC that a NIC of this side is joined to.
+    pub(crate) fn remote_of(&self, nic: usize) -> Option<&NicAdvert> {
+        let (_, remote) = self.pairs.iter().find(|(local, _)| *local == nic)?;
+        self.profile.nics.get(*remote)
+    }
+
+    /// One of several rails is something else than before, for whoever watches.
+    pub(crate) fn tell_turn(
+        &self,
+        node: NodeId,
+        local: &WorkerProfile,
+        (nic, health): (usize, RailHealth),
+        reason: &str,
+        outbox: &mut Outbox,
+    ) {
+        let (Some(here), Some(there)) = (local.nics.get(nic), self.remote_of(nic)) else { return };
+        if self.rails.are_several() {
+            outbox.event(Event::RailTurned(Box::new(RailTurn {
+                peer: PeerName::of(&self.profile, node),
+                kind: here.kind,
+                device: here.device.clone(),
+                remote_device: there.device.clone(),
+                health,
+                reason: reason.to_owned(),
+            })));
+        }
     }
 
     /// Whether the local side initiates transfers.
@@ -73,13 +147,15 @@ impl Peer {
     }
 
     /// The path, and what was better, for whoever watches.
-    pub(crate) fn tell_path(&self, node: NodeId, local: &WorkerProfile, outbox: &mut Outbox) {
-        if let Some(chosen) = self.chosen(node, local) {
-            outbox.event(Event::PathChosen(Box::new(chosen)));
+    pub(crate) fn tell_path(&self, node: NodeId, local: &WorkerProfile, require_rdma: bool, outbox: &mut Outbox) {
+        for pair in &self.pairs {
+            if let Some(chosen) = self.chosen(node, local, *pair, require_rdma) {
+                outbox.event(Event::PathChosen(Box::new(chosen)));
+            }
         }
     }
 
-    /// A NIC shows more of the path. What falls short of RDMA is told, and refused where that is required.
+    /// A NIC shows more of the path. What falls short of RDMA is told, and refused where that is required: says whether it was.
     pub(crate) fn show_path(
         &self,
         node: NodeId,
@@ -87,18 +163,27 @@ impl Peer {
         (nic, evidence): (usize, Evidence),
         require_rdma: bool,
         outbox: &mut Outbox,
-    ) {
-        let Some(advert) = local.nics.get(nic) else { return };
+    ) -> bool {
+        let Some(advert) = local.nics.get(nic) else { return false };
         let shortfall = rdma::of_lanes(advert, &evidence);
-        if let Some(short) = shortfall.as_ref().filter(|_| require_rdma) {
+        let refused = shortfall.as_ref().filter(|_| require_rdma);
+        if let Some(short) = refused {
             outbox.nic(nic, NicCommand::Refuse { node, reason: short.to_string() });
         }
+        let is_refused = refused.is_some();
         let (peer, kind, device) = (PeerName::of(&self.profile, node), advert.kind, advert.device.clone());
         outbox.event(Event::PathShown(Box::new(ShownPath { peer, kind, device, evidence, shortfall })));
+        is_refused
     }
 
-    fn chosen(&self, node: NodeId, local: &WorkerProfile) -> Option<ChosenPath> {
-        let (here, there) = (local.nics.get(self.nic)?, self.remote()?);
+    fn chosen(
+        &self,
+        node: NodeId,
+        local: &WorkerProfile,
+        pair: (usize, usize),
+        require_rdma: bool,
+    ) -> Option<ChosenPath> {
+        let (here, there) = (local.nics.get(pair.0)?, self.profile.nics.get(pair.1)?);
         Some(ChosenPath {
             peer: PeerName::of(&self.profile, node),
             kind: here.kind,
@@ -106,7 +191,7 @@ impl Peer {
             remote_device: there.device.clone(),
             direction: self.direction,
             passed_over: self.passed_over.clone(),
-            shortfall: self.shortfall.clone(),
+            shortfall: shortfall(require_rdma, local, &self.profile, pair),
         })
     }
 
@@ -114,6 +199,17 @@ impl Peer {
     pub(crate) fn remote(&self) -> Option<&NicAdvert> {
         self.profile.nics.get(self.remote_nic)
     }
+}
+
+/// What a pair of NICs, the local one first, falls short of.
+fn shortfall(
+    required: bool,
+    local: &WorkerProfile,
+    remote: &WorkerProfile,
+    (nic, remote_nic): (usize, usize),
+) -> Option<RdmaShortfall> {
+    let (here, there) = (local.nics.get(nic)?, remote.nics.get(remote_nic)?);
+    rdma::of_path(required, (&local.nics, here), (&remote.nics, there))
 }
 
 /// Pull, unless a side asks otherwise; a contradiction is an error.
@@ -140,7 +236,6 @@ fn kinds(nics: &[NicAdvert]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
 
     use super::*;
 
@@ -148,7 +243,7 @@ mod tests {
         NicAdvert { kind, device: "d".into(), host: host.into(), address: Bytes::new(), keys: Bytes::new() }
     }
 
-    fn rails(count: usize) -> Vec<NicAdvert> {
+    fn tcp(count: usize) -> Vec<NicAdvert> {
         vec![nic(TransportKind::Tcp, ""); count]
     }
 
@@ -158,7 +253,7 @@ mod tests {
         let geometry = std::sync::Arc::new(crate::GroupGeometry { model, format: Default::default(), parallel });
         let rank = crate::Rank(rank);
         let layout = std::sync::Arc::new(geometry.shard(rank).expect("a rank").layout(&[4]));
-        WorkerProfile { role, group: crate::GroupId(group), rank, geometry, layout, nics: rails(nics), direction: None }
+        WorkerProfile { role, group: crate::GroupId(group), rank, geometry, layout, nics: tcp(nics), direction: None }
     }
 
     #[test]
@@ -180,6 +275,27 @@ mod tests {
     }
 
     #[test]
+    fn who_reads_has_as_many_rails_as_it_may() {
+        let terms = RailTerms { rails_max: 3, ..RailTerms::default() };
+        let meet = |local: &WorkerProfile, remote: &WorkerProfile, required| {
+            let met = Peer::meet(local, remote.clone(), required);
+            met.map(|peer| peer.over_rails(local, terms, required).pairs)
+        };
+        let (source, destination) = (profile(Role::Prefill, 0, 1, 4), profile(Role::Decode, 7, 0, 4));
+        assert_eq!(meet(&destination, &source, false), Ok(vec![(0, 0), (1, 1), (2, 2)]));
+        assert_eq!(meet(&source, &destination, false).map(|pairs| pairs.len()), Ok(1), "it is read");
+        let pushed = WorkerProfile { direction: Some(Direction::Push), ..destination.clone() };
+        assert_eq!(meet(&pushed, &source, false).map(|pairs| pairs.len()), Ok(1), "both ends would have to know");
+        // Where RDMA is required no rail goes without.
+        let mixed = |role| {
+            let nics = vec![nic(TransportKind::Tcp, ""), nic(TransportKind::Shm, "a")];
+            WorkerProfile { nics, ..profile(role, 0, 0, 0) }
+        };
+        assert_eq!(meet(&mixed(Role::Decode), &mixed(Role::Prefill), false), Ok(vec![(1, 1), (0, 0)]));
+        assert_eq!(meet(&mixed(Role::Decode), &mixed(Role::Prefill), true), Ok(vec![(1, 1)]));
+    }
+
+    #[test]
     fn direction_is_symmetric() {
         assert_eq!(direction(None, None), Ok(Direction::Pull));
         assert_eq!(direction(Some(Direction::Push), None), Ok(Direction::Push));
@@ -191,7 +307,8 @@ mod tests {
     fn required_rdma_refuses_a_network_and_names_it() {
         let (source, destination) = (profile(Role::Prefill, 0, 0, 1), profile(Role::Decode, 7, 0, 1));
         let met = Peer::meet(&source, destination.clone(), false).expect("a path");
-        assert_eq!(met.shortfall, None, "nobody expects RDMA");
+        let pair = (met.nic, met.remote_nic);
+        assert_eq!(shortfall(false, &source, &met.profile, pair), None, "nobody expects RDMA");
         let refused = Peer::meet(&source, destination, true).expect_err("no RDMA").to_string();
         assert!(refused.contains("through tcp on d") && refused.contains("require_rdma"), "{refused}");
         // On one host nothing crosses a network.

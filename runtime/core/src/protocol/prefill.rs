@@ -3,18 +3,17 @@
 mod drain;
 mod readers;
 
+use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
-
-use bytes::Bytes;
 
 use drain::Drain;
 
 use super::peer::Peer;
 use super::{
-    EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent, OfferCourse,
-    OpenFetch, Outbox, PrefillJob, PrefillView, QuarantineTerms, Refusal, Role, Vitals, WorkerProfile,
+    Begun, EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent,
+    OfferCourse, OpenFetch, Outbox, Part, PrefillJob, PrefillView, QuarantineTerms, Refusal, Role, Vitals,
+    WorkerProfile,
 };
 use crate::{Direction, HandoverId, Moment, NodeId, RequestId, Tables, TransferId, limits};
 
@@ -180,6 +179,7 @@ impl PrefillRank {
     /// The leader cannot be reached any more, while both live: it has given up every offer of this group, and nobody else can release them.
     pub fn handle_leader_down(&mut self, now: Moment) {
         self.close_all(now);
+        self.group_offers_nothing(now);
     }
 
     fn close_all(&mut self, now: Moment) {
@@ -205,21 +205,8 @@ impl PrefillRank {
         }
         let peer = Peer::meet(&self.local, profile, self.require_rdma);
         if let Ok(peer) = &peer {
-            peer.tell_path(node, &self.local, &mut self.outbox);
-        }
-        if let Ok(peer) = &peer
-            && peer.initiates(Role::Prefill)
-            && let Some(remote) = peer.remote()
-        {
-            self.outbox.nic(
-                peer.nic,
-                NicCommand::Connect {
-                    node,
-                    address: remote.address.clone(),
-                    keys: remote.keys.clone(),
-                    layout: Arc::clone(&peer.profile.layout),
-                },
-            );
+            peer.tell_path(node, &self.local, self.require_rdma, &mut self.outbox);
+            peer.connect(node, Role::Prefill, &mut self.outbox);
         }
         self.peers.insert(node, peer);
     }
@@ -231,10 +218,8 @@ impl PrefillRank {
             self.stop_reader(request, node);
             self.finish_closing(now, request);
         }
-        if let Some(Ok(peer)) = self.peers.remove(&node)
-            && peer.initiates(Role::Prefill)
-        {
-            self.outbox.nic(peer.nic, NicCommand::Disconnect { node });
+        if let Some(Ok(peer)) = self.peers.remove(&node) {
+            peer.disconnect(node, Role::Prefill, &mut self.outbox);
         }
     }
 
@@ -252,6 +237,9 @@ impl PrefillRank {
             Message::Prefill(job) => {
                 self.leader = Some(from);
                 self.prefill(now, job);
+            }
+            Message::Renew { requests } if requests.is_empty() && Some(from) == self.leader => {
+                self.group_offers_nothing(now)
             }
             Message::Renew { requests } => {
                 for request in requests {
@@ -407,7 +395,7 @@ impl PrefillRank {
         }
     }
 
-    fn prefill(&mut self, now: Moment, job: PrefillJob) {
+    fn prefill(&mut self, now: Moment, mut job: PrefillJob) {
         let request = job.spec.request;
         if self.drain.is_some() {
             self.refuse_to_begin(request);
@@ -421,8 +409,12 @@ impl PrefillRank {
             Some(offer) if offer.closing.is_some() && offer.next.is_none() => offer.next = Some(job),
             Some(_) => self.fail_to_leader(request, FailReason::Refused(Refusal::Duplicate(request))),
             None => {
+                let of = [self.local.group.0.into(), self.local.rank.0.into(), now.0];
+                let begun = Begun::new(Part::Offer, request, None, job.trace, &of);
+                job.trace = begun.span();
                 self.offers.insert(request, Offer::new(now, job.clone()));
                 self.outbox.engine(EngineCall::Prefill(job));
+                self.outbox.event(Event::Began(Box::new(begun)));
             }
         }
     }
@@ -435,7 +427,9 @@ impl PrefillRank {
         if opened {
             self.close(now, request, PrefillView::Ended);
         } else {
-            self.offers.remove(&request);
+            if let Some(offer) = self.offers.remove(&request) {
+                self.outbox.event(Event::OfferEnded(Box::new(offer.course(now, PrefillView::Ended))));
+            }
             self.go_on_draining(now);
         }
     }

@@ -131,6 +131,7 @@ impl PrefillLeader {
             Message::Health { trouble } => {
                 if self.ranks.hear(from, trouble) {
                     self.ranks.report(self.scheduler, &mut self.outbox);
+                    self.let_leave();
                 }
             }
             Message::Renew { requests } => {
@@ -171,6 +172,15 @@ impl PrefillLeader {
         }
         if self.offers.contains_key(&request) {
             let reason = FailReason::Refused(Refusal::Duplicate(request));
+            self.outbox.send(self.scheduler, Message::OfferFailed { request, reason });
+            return;
+        }
+        if self.is_divided()
+            && !self.ranks.troubled().is_empty()
+            && let Some(trouble) = self.ranks.trouble()
+        {
+            // A rank that leaves was told, or is about to be, that it may go: an offer of another part would be lost with it.
+            let reason = FailReason::Unhealthy(trouble);
             self.outbox.send(self.scheduler, Message::OfferFailed { request, reason });
             return;
         }
@@ -265,6 +275,21 @@ impl PrefillLeader {
             && let Some(load) = self.load.get_mut(offer.dp as usize)
         {
             *load = load.saturating_sub(offer.spec.tokens);
+        }
+        self.let_leave();
+    }
+
+    /// Whether ranks have offers of their own, which no other rank has a part in.
+    fn is_divided(&self) -> bool {
+        self.geometry.parallel.adp > 1
+    }
+
+    /// Tells ranks that take no work once the group holds nothing that would be lost with them: of its offers, none is to be renewed.
+    fn let_leave(&mut self) {
+        if self.is_divided() && self.offers.is_empty() {
+            for node in self.ranks.troubled() {
+                self.outbox.send(node, Message::Renew { requests: Vec::new() });
+            }
         }
     }
 

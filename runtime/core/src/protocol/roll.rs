@@ -87,11 +87,22 @@ impl Roll {
 
     /// The same to a scheduler that was told nothing.
     pub(super) fn report_anew(&mut self, scheduler: NodeId, outbox: &mut Outbox) {
-        self.told = self.trouble();
-        outbox.send(scheduler, Message::Health { trouble: self.told.clone() });
+        let trouble = self.trouble();
+        // Of a group that has never been whole nothing was told so far.
+        if trouble != self.told {
+            outbox.event(Event::Health { trouble: trouble.clone() });
+        }
+        self.told.clone_from(&trouble);
+        outbox.send(scheduler, Message::Health { trouble });
     }
 
-    fn trouble(&self) -> Option<String> {
+    /// The nodes of ranks that take no work: they may be leaving.
+    pub(super) fn troubled(&self) -> Vec<NodeId> {
+        self.ranks.values().filter(|entry| entry.trouble.is_some()).map(|entry| entry.node).collect()
+    }
+
+    /// Why the group takes no work.
+    pub(super) fn trouble(&self) -> Option<String> {
         let troubles = self.ranks.iter().find_map(|(rank, entry)| {
             let parted =
                 entry.parted.as_ref().map(|cause| format!("{rank} ({}) cannot be reached: {cause}", entry.node));

@@ -10,10 +10,10 @@ use ends::Ended;
 
 use super::scheduler_group::{DecodeGroup, PrefillGroup};
 use super::{
-    Awaited, Deadline, Event, FailReason, Finished, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox, Outcome,
-    OutcomeReport, Policy, RequestSpec, Role, Vitals,
+    Awaited, Begun, Deadline, Event, FailReason, Finished, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox,
+    Outcome, OutcomeReport, Part, Policy, RequestSpec, Role, Vitals,
 };
-use crate::{GroupId, HandoverId, Moment, NodeId, RequestId, limits};
+use crate::{GroupId, HandoverId, Moment, NodeId, RequestId, TraceContext, limits};
 
 /// What a scheduler may wait for, and how often it tries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,8 +115,12 @@ struct Request {
     stage: Stage,
     deadline: Deadline,
     attempts: u32,
+    /// Times that a group gave it back because it leaves, which cost no attempt.
+    given_back: u32,
     ready_at: Option<Moment>,
     submitted: Moment,
+    /// The span of it, if whoever submitted it said to which it belongs.
+    trace: Option<TraceContext>,
     /// When it was paired the last time, as which handover.
     paired: Option<(Moment, HandoverId)>,
     cancelled: bool,
@@ -219,6 +223,16 @@ impl Scheduler {
     /// A new request. One that is known already is refused with [`Outcome::Failed`] for the newcomer only, unless it was adopted from a
     /// leader's announcement after a restart: then this is whoever asked for it in the first place.
     pub fn handle_submit(&mut self, now: Moment, spec: RequestSpec) -> Result<Submitted, super::Refusal> {
+        self.handle_submit_traced(now, spec, None)
+    }
+
+    /// The same for a request that belongs to a span: what is done for it has spans below that one.
+    pub fn handle_submit_traced(
+        &mut self,
+        now: Moment,
+        spec: RequestSpec,
+        trace: Option<TraceContext>,
+    ) -> Result<Submitted, super::Refusal> {
         let request = spec.request;
         if spec.tokens > limits::TOKENS_MAX || spec.prefix.len() > limits::PREFIX_HASHES_MAX {
             let (tokens, hashes) = (spec.tokens, spec.prefix.len());
@@ -227,6 +241,7 @@ impl Scheduler {
         if let Some(known) = self.requests.get_mut(&request) {
             if known.adopted && known.spec == spec {
                 known.adopted = false;
+                self.begin(now, request, trace);
                 self.claim(now, request);
                 return Ok(Submitted::Taken);
             }
@@ -244,8 +259,10 @@ impl Scheduler {
                 stage: Stage::Queued,
                 deadline,
                 attempts: 0,
+                given_back: 0,
                 ready_at: None,
                 submitted: now,
+                trace: None,
                 paired: None,
                 cancelled: false,
                 withdrawn: false,
@@ -254,8 +271,17 @@ impl Scheduler {
             },
         );
         self.arrivals.push_back(request);
+        self.begin(now, request, trace);
         self.pump(now);
         Ok(Submitted::Taken)
+    }
+
+    fn begin(&mut self, now: Moment, request: RequestId, trace: Option<TraceContext>) {
+        let begun = Begun::new(Part::Request, request, None, trace, &[now.0]);
+        if let Some(known) = self.requests.get_mut(&request) {
+            known.trace = begun.span();
+        }
+        self.outbox.event(Event::Began(Box::new(begun)));
     }
 
     /// Nobody wants the request any more. It still ends in one [`Event::Finished`].

@@ -154,7 +154,7 @@ enum State {
     AwaitHello,
     AwaitWelcome { expects: NodeId, hello: Hello },
     AwaitProof { hello: Hello, welcome: Welcome },
-    Established { node: NodeId, epoch: Epoch },
+    Established { node: NodeId, epoch: Epoch, protocol: u16 },
     Closed,
 }
 
@@ -276,7 +276,7 @@ impl Session {
     pub fn send(&mut self, now: Moment, message: &Message) {
         match self.state {
             State::Closed => {}
-            State::Established { .. } => self.encode(now, message),
+            State::Established { protocol, .. } => self.encode(now, message, protocol),
             _ if self.waiting.len() >= WAITING_MAX => self.close(SessionError::Backlog),
             _ => self.waiting.push_back(message.clone()),
         }
@@ -307,7 +307,9 @@ impl Session {
                 self.establish(now, hello.node, hello.epoch, &hello, &welcome);
                 Ok(())
             }
-            (State::Established { .. }, Frame::Sealed { sequence, mac, body }) => self.open(sequence, &mac, &body),
+            (State::Established { protocol, .. }, Frame::Sealed { sequence, mac, body }) => {
+                self.open(sequence, &mac, &body, protocol)
+            }
             (state, frame) => Err(SessionError::OutOfPlace { got: name_of(&frame), due: due_in(&state) }),
         }
     }
@@ -376,14 +378,15 @@ impl Session {
 
     fn establish(&mut self, now: Moment, node: NodeId, epoch: Epoch, hello: &Hello, welcome: &Welcome) {
         self.key = self.identity.secret.as_ref().map(|secret| hmac(secret, &proof_text("session", hello, welcome)));
-        self.state = State::Established { node, epoch };
-        self.events.push_back(SessionEvent::Established { node, epoch, protocol: welcome.protocol });
+        let protocol = welcome.protocol;
+        self.state = State::Established { node, epoch, protocol };
+        self.events.push_back(SessionEvent::Established { node, epoch, protocol });
         while let Some(message) = self.waiting.pop_front() {
-            self.encode(now, &message);
+            self.encode(now, &message, protocol);
         }
     }
 
-    fn open(&mut self, sequence: u64, mac: &[u8; MAC_BYTES], body: &Bytes) -> Result<(), SessionError> {
+    fn open(&mut self, sequence: u64, mac: &[u8; MAC_BYTES], body: &Bytes, protocol: u16) -> Result<(), SessionError> {
         if let Some(key) = &self.key
             && !equal(&short(&hmac(key, &seal_text(!self.dialer, sequence, body))), mac)
         {
@@ -394,14 +397,14 @@ impl Session {
         }
         self.received += 1;
         if !body.is_empty() {
-            self.events
-                .push_back(SessionEvent::Message(wire::decode_message(body).map_err(SessionError::CannotCross)?));
+            let message = wire::decode_from(body, protocol).map_err(SessionError::CannotCross)?;
+            self.events.push_back(SessionEvent::Message(message));
         }
         Ok(())
     }
 
-    fn encode(&mut self, now: Moment, message: &Message) {
-        match wire::encode_message(message) {
+    fn encode(&mut self, now: Moment, message: &Message, protocol: u16) {
+        match wire::encode_for(message, protocol) {
             Ok(body) => self.seal(now, body),
             Err(error) => self.reject(now, SessionError::CannotCross(error)),
         }

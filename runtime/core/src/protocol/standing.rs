@@ -103,6 +103,7 @@ mod tests {
             source: GroupId(0),
             source_dp: 0,
             steps: vec![1],
+            trace: None,
         };
         let report = |handover| OutcomeReport {
             handover: HandoverId(handover),

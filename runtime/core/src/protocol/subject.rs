@@ -1,7 +1,7 @@
-//! What a message is called and what it is about, for whoever records messages.
+//! What messages and events are called and what they are about, for whoever records them.
 
-use super::Message;
-use crate::{HandoverId, RequestId};
+use super::{Event, Message};
+use crate::{HandoverId, RequestId, TraceContext};
 
 /// What one message is about. Of a message about several, the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,6 +72,26 @@ impl Message {
         }
     }
 
+    /// The span that it belongs to, if it is one that says so.
+    pub fn trace(&self) -> Option<TraceContext> {
+        match self {
+            Message::Prefill(job) => job.trace,
+            Message::Pair(pairing) => pairing.trace,
+            Message::Fetch(job) => job.pairing.trace,
+            _ => None,
+        }
+    }
+
+    /// Where that stands, in a message that may say so.
+    pub(crate) fn trace_mut(&mut self) -> Option<&mut Option<TraceContext>> {
+        match self {
+            Message::Prefill(job) => Some(&mut job.trace),
+            Message::Pair(pairing) => Some(&mut pairing.trace),
+            Message::Fetch(job) => Some(&mut job.pairing.trace),
+            _ => None,
+        }
+    }
+
     /// What it is about.
     pub fn subject(&self) -> Subject {
         match self {
@@ -111,9 +131,50 @@ impl Message {
     }
 }
 
+impl Event {
+    /// The name of its kind.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Event::Began(_) => "Began",
+            Event::GroupReady { .. } => "GroupReady",
+            Event::Met { .. } => "Met",
+            Event::PathChosen(_) => "PathChosen",
+            Event::PathShown(_) => "PathShown",
+            Event::RailTurned(_) => "RailTurned",
+            Event::Parted { .. } => "Parted",
+            Event::NodeLost { .. } => "NodeLost",
+            Event::WasAway(_) => "WasAway",
+            Event::OfferOpened { .. } => "OfferOpened",
+            Event::OfferClosed { .. } => "OfferClosed",
+            Event::LeaseHeld { .. } => "LeaseHeld",
+            Event::Quarantined { .. } => "Quarantined",
+            Event::Drained { .. } => "Drained",
+            Event::Health { .. } => "Health",
+            Event::Draining { .. } => "Draining",
+            Event::DrainEnded { .. } => "DrainEnded",
+            Event::FetchEnded(_) => "FetchEnded",
+            Event::OfferEnded(_) => "OfferEnded",
+            Event::RequestEnded(_) => "RequestEnded",
+            Event::LeaseExpired { .. } => "LeaseExpired",
+            Event::Paired { .. } => "Paired",
+            Event::Started { .. } => "Started",
+            Event::Settled { .. } => "Settled",
+            Event::Finished(_) => "Finished",
+            Event::Freed { .. } => "Freed",
+            Event::Ignored { .. } => "Ignored",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_event_is_called_as_it_is_written() {
+        let event = Event::DrainEnded { left: 3 };
+        assert!(format!("{event:?}").starts_with(event.name()));
+    }
 
     #[test]
     fn a_message_is_called_as_it_is_written() {

@@ -74,7 +74,7 @@ fn build(parts: &Parts) -> Message {
             members: (0..parts.small[0] % 3).map(|_| Arc::new(parts.member())).collect(),
         }),
         4 => Message::Lost(Lost { node: NodeId(one), epoch: Epoch(two), cause: parts.text.clone() }),
-        5 => Message::Prefill(PrefillJob { spec: parts.spec(), dp: parts.small[0] }),
+        5 => Message::Prefill(PrefillJob { spec: parts.spec(), dp: parts.small[0], trace: None }),
         6 => Message::RankOpened { request, steps: blocks },
         7 => Message::RankReady { request, at: Moment(three) },
         8 => Message::RankFailed { request, reason: parts.reason() },
@@ -221,6 +221,7 @@ impl Parts {
             source: GroupId(self.small[1]),
             source_dp: self.small[2],
             steps: self.blocks.clone(),
+            trace: None,
         }
     }
 

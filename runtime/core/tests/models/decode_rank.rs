@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvferry_core::protocol::{
     Command, DeadlineTerms, DecodeRank, EngineCall, EngineEvent, FailReason, FetchJob, MemberList, Message, NicCommand,
-    NicEvent, OpenedFetch, Outcome, QuarantineTerms, Refusal, Role,
+    NicEvent, OpenedFetch, Outcome, QuarantineTerms, RailTerms, Refusal, Role,
 };
 use kvferry_core::{Direction, FenceProof, HandoverId, NodeId, RequestId, TransferId};
 use proptest::prelude::*;
@@ -26,8 +26,8 @@ enum Operation {
     Refused(usize, u64),
     /// One of the transfers that run ends, well or badly.
     Ends(usize, bool),
-    Fenced(usize),
-    NicLoses(usize),
+    Fenced(usize, usize),
+    NicLoses(usize, usize),
     Settle(u64, u8),
     Freed(u64),
     LeaderDown,
@@ -49,8 +49,8 @@ fn operation() -> impl Strategy<Value = Operation> {
         10 => leg.clone().prop_map(|(s, h)| Operation::Confirmed(s, h)),
         1 => leg.prop_map(|(s, h)| Operation::Refused(s, h)),
         20 => (0..8_usize, prop::bool::weighted(0.9)).prop_map(|(which, well)| Operation::Ends(which, well)),
-        1 => source.clone().prop_map(Operation::Fenced),
-        1 => source.clone().prop_map(Operation::NicLoses),
+        2 => (source.clone(), 0..2_usize).prop_map(|(source, nic)| Operation::Fenced(source, nic)),
+        1 => (source.clone(), 0..2_usize).prop_map(|(source, nic)| Operation::NicLoses(source, nic)),
         4 => (handover.clone(), 0..4_u8).prop_map(|(h, outcome)| Operation::Settle(h, outcome)),
         4 => handover.prop_map(Operation::Freed),
         1 => Just(Operation::LeaderDown),
@@ -84,7 +84,10 @@ struct Entry {
 #[derive(Default)]
 struct Books {
     entries: BTreeMap<u64, Entry>,
-    flights: BTreeMap<TransferId, usize>,
+    /// From which source, through which NIC.
+    flights: BTreeMap<TransferId, (usize, usize)>,
+    /// Those that were told to stop.
+    cancelled: BTreeSet<TransferId>,
     /// Transfers that a fence was asked for.
     fencing: BTreeSet<TransferId>,
     /// Every transfer that was ever started.
@@ -133,23 +136,31 @@ impl Books {
                 );
             }
             Command::Engine(other) => panic!("{other:?}"),
-            Command::Nic { command: NicCommand::Post { id, node, .. }, .. } => {
+            Command::Nic { nic, command: NicCommand::Post { id, node, range, .. } } => {
                 let source = SOURCES.iter().position(|known| NodeId(*known) == node).expect("a source");
-                self.starts(id, source);
+                assert!(!range.is_empty(), "{id} moves nothing");
+                self.starts(id, (source, nic));
             }
-            Command::Nic { command: NicCommand::Expect { id, .. }, .. } => self.starts(id, id.source().0 as usize),
-            Command::Nic { command: NicCommand::Fence { node, .. }, .. } => {
+            Command::Nic { nic, command: NicCommand::Expect { id, .. } } => {
+                self.starts(id, (id.source().0 as usize, nic));
+            }
+            Command::Nic { nic, command: NicCommand::Cancel { id } } => {
+                assert_eq!(self.flights.get(&id).map(|(_, at)| *at), Some(nic), "{id} is not there");
+                self.cancelled.insert(id);
+            }
+            Command::Nic { nic, command: NicCommand::Fence { node, .. } } => {
                 let source = SOURCES.iter().position(|known| NodeId(*known) == node).expect("a source");
                 let quarantined = |id: &TransferId| {
                     self.entries.get(&id.handover().0).is_some_and(|entry| entry.state == State::Quarantined)
                 };
-                let asked = self.flights.iter().filter(|(id, with)| **with == source && quarantined(id));
+                let stopped = |id: &TransferId| self.cancelled.contains(id) || quarantined(id);
+                let asked = self.flights.iter().filter(|(id, with)| **with == (source, nic) && stopped(id));
                 self.fencing.extend(asked.map(|(id, _)| *id));
             }
             Command::Send { to: NodeId(LEADER), message } => self.report(message),
             Command::Send { to, message: Message::Fetched { handover } } => {
                 let source = SOURCES.iter().position(|known| NodeId(*known) == to).expect("a source");
-                let running = self.flights.iter().any(|(id, with)| id.handover() == handover && *with == source);
+                let running = self.flights.iter().any(|(id, (with, _))| id.handover() == handover && *with == source);
                 assert!(!running && !self.push, "{handover}: not every byte is here");
                 let entry = self.entries.get_mut(&handover.0).expect("fetched, but not placed");
                 assert!(entry.fetched.insert(source), "once");
@@ -158,7 +169,7 @@ impl Books {
         }
     }
 
-    fn starts(&mut self, id: TransferId, source: usize) {
+    fn starts(&mut self, id: TransferId, source: (usize, usize)) {
         let entry = self.entries.get(&id.handover().0).expect("no blocks to write");
         assert!(entry.state == State::Open && entry.placed && entry.reported.is_none(), "{id} comes too late");
         // A handover that was given up may be fetched under the same number only in nonsense.
@@ -207,11 +218,13 @@ struct Subject {
 }
 
 impl Subject {
-    fn new(push: bool) -> Self {
+    fn new(push: bool, rails: u32) -> Self {
         let direction = if push { Direction::Push } else { Direction::Pull };
-        let local = worker(Role::Decode, 1, 0, &geometry(1), direction);
+        let mut local = worker(Role::Decode, 1, 0, &geometry(1), direction);
+        local.nics = vec![local.nics[0].clone(); 2];
         let terms = QuarantineTerms { share_max: 100, ..QuarantineTerms::default() };
-        let mut rank = DecodeRank::new(local, leases(), DeadlineTerms::default(), terms);
+        let rails = RailTerms { rails_max: rails, share_bytes_min: 64, ..RailTerms::default() };
+        let mut rank = DecodeRank::new(local, leases(), DeadlineTerms::default(), terms).with_rails(rails);
         let place = |rank: u32| Some(place(Role::Prefill, 0, rank, &geometry(2)));
         let members = [0, 1].map(|rank| Arc::new(member(SOURCES[rank as usize], 1, place(rank)))).to_vec();
         rank.handle_members(millis(0), &MemberList { whole: true, members });
@@ -267,17 +280,17 @@ impl Subject {
                 self.message(SOURCES[source], Message::Refused { handover: HandoverId(handover), refusal });
             }
             Operation::Ends(which, well) => self.ends(which, well),
-            Operation::Fenced(source) => {
+            Operation::Fenced(source, nic) => {
                 let fenced = std::mem::take(&mut self.books.fencing);
                 let (ended, others): (BTreeSet<TransferId>, BTreeSet<TransferId>) =
-                    fenced.into_iter().partition(|id| self.books.flights.get(id) == Some(&source));
+                    fenced.into_iter().partition(|id| self.books.flights.get(id) == Some(&(source, nic)));
                 self.books.fencing = others;
                 self.books.flights.retain(|id, _| !ended.contains(id));
                 let proof = FenceProof::EndpointDestroyed;
-                self.nic(NicEvent::Fenced { node: NodeId(SOURCES[source]), proof });
+                self.nic(nic, NicEvent::Fenced { node: NodeId(SOURCES[source]), proof });
             }
-            Operation::NicLoses(source) => {
-                self.nic(NicEvent::PeerLost { node: NodeId(SOURCES[source]), reason: "reset".into() });
+            Operation::NicLoses(source, nic) => {
+                self.nic(nic, NicEvent::PeerLost { node: NodeId(SOURCES[source]), reason: "reset".into() });
             }
             Operation::Settle(handover, outcome) => {
                 let outcome = match outcome {
@@ -304,7 +317,8 @@ impl Subject {
             }
             Operation::Up(source) if !self.met[source] => {
                 self.met[source] = true;
-                let profile = worker(Role::Prefill, 0, source as u32, &geometry(2), self.direction);
+                let mut profile = worker(Role::Prefill, 0, source as u32, &geometry(2), self.direction);
+                profile.nics = vec![profile.nics[0].clone(); 2];
                 self.rank.handle_peer(millis(self.now), NodeId(SOURCES[source]), profile);
             }
             Operation::Up(_) => {}
@@ -319,7 +333,7 @@ impl Subject {
     }
 
     fn ends(&mut self, which: usize, well: bool) {
-        let Some((id, source)) = self.books.flights.iter().nth(which).map(|(id, source)| (*id, *source)) else {
+        let Some((id, (source, nic))) = self.books.flights.iter().nth(which).map(|(id, with)| (*id, *with)) else {
             return;
         };
         self.books.flights.remove(&id);
@@ -327,10 +341,11 @@ impl Subject {
         if let Some(entry) = self.books.entries.get_mut(&id.handover().0).filter(|_| well) {
             *entry.arrived.entry(source).or_default() += 1;
         }
-        self.nic(match well {
+        let event = match well {
             true => NicEvent::Done { id, bytes: 10, pieces: 1 },
             false => NicEvent::Failed { id, reason: "reset".into() },
-        });
+        };
+        self.nic(nic, event);
     }
 
     fn message(&mut self, from: u64, message: Message) {
@@ -341,8 +356,8 @@ impl Subject {
         self.rank.handle_engine(millis(self.now), event);
     }
 
-    fn nic(&mut self, event: NicEvent) {
-        self.rank.handle_nic(millis(self.now), 0, event);
+    fn nic(&mut self, nic: usize, event: NicEvent) {
+        self.rank.handle_nic(millis(self.now), nic, event);
     }
 
     fn check(&self) {
@@ -364,8 +379,12 @@ impl Subject {
 
 proptest! {
     #[test]
-    fn the_books_balance(push in any::<bool>(), operations in prop::collection::vec(operation(), 1..250)) {
-        let mut subject = Subject::new(push);
+    fn the_books_balance(
+        push in any::<bool>(),
+        rails in 1..3_u32,
+        operations in prop::collection::vec(operation(), 1..250),
+    ) {
+        let mut subject = Subject::new(push, rails);
         for operation in operations {
             subject.apply(operation);
             subject.check();

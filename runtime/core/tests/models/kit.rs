@@ -74,7 +74,7 @@ pub(crate) fn spec(request: u64) -> RequestSpec {
 
 pub(crate) fn pairing(handover: u64, request: u64) -> Pairing {
     let (handover, spec) = (HandoverId(handover), spec(request));
-    Pairing { handover, spec, source: GroupId(0), source_dp: 0, steps: vec![2, 4] }
+    Pairing { handover, spec, source: GroupId(0), source_dp: 0, steps: vec![2, 4], trace: None }
 }
 
 /// A rank's blocks for [`TOKENS`] tokens.

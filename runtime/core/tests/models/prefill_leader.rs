@@ -169,7 +169,9 @@ fn said(command: Command) -> Option<(u64, Said)> {
 
 fn apply(leader: &mut PrefillLeader, operation: &Operation) {
     let (from, message) = match operation.clone() {
-        Operation::Prefill(request) => (SCHEDULER, Message::Prefill(PrefillJob { spec: spec(request), dp: 0 })),
+        Operation::Prefill(request) => {
+            (SCHEDULER, Message::Prefill(PrefillJob { spec: spec(request), dp: 0, trace: None }))
+        }
         Operation::Opened(rank, request, usual) => {
             let steps = if usual { vec![2, 4] } else { vec![4] };
             (RANKS[rank], Message::RankOpened { request: RequestId(request), steps })

@@ -314,7 +314,9 @@ fn said(command: Command) -> Said {
 fn apply(rank: &mut PrefillRank, now: u64, operation: &Operation) {
     let at = millis(now);
     let (from, message) = match *operation {
-        Operation::Prefill(request) => (LEADER, Message::Prefill(PrefillJob { spec: spec(request), dp: 0 })),
+        Operation::Prefill(request) => {
+            (LEADER, Message::Prefill(PrefillJob { spec: spec(request), dp: 0, trace: None }))
+        }
         Operation::Release(request) => {
             (LEADER, Message::Release { request: RequestId(request), view: PrefillView::Ended })
         }

@@ -49,8 +49,8 @@ impl Nic {
                 self.fences.insert(node);
                 return Ok(());
             }
-            NicCommand::Post { id, node, direction, program } => {
-                (id, Flight::new(Some((node, direction)), program.bytes()))
+            NicCommand::Post { id, node, direction, program, range } => {
+                (id, Flight::new(Some((node, direction)), program.bytes_in(range)))
             }
             NicCommand::Expect { id, program } => (id, Flight::new(None, program.bytes())),
             other => return Err(format!("a command that this NIC does not know: {other:?}")),

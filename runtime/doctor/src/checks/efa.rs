@@ -7,7 +7,7 @@ use crate::root::DeviceNode;
 pub(super) fn checks(subject: &Subject<'_>) -> Vec<Check> {
     let mut checks = vec![devices(subject)];
     if subject.efa_matters() {
-        checks.extend([driver(subject), ports(subject), nodes(subject), counters(subject)]);
+        checks.extend([driver(subject), ports(subject), rate(subject), nodes(subject), counters(subject)]);
     }
     checks
 }
@@ -15,7 +15,9 @@ pub(super) fn checks(subject: &Subject<'_>) -> Vec<Check> {
 fn devices(subject: &Subject<'_>) -> Check {
     const ID: &str = "efa.devices";
     let found = subject.host.efa_on_pci().count() as u32;
-    let list = subject.host.efa.iter().map(|efa| format!("{} at {}, {}", efa.name, efa.pci.address, efa.rate));
+    let list = subject.host.efa.iter();
+    let list =
+        list.map(|efa| format!("{} at {}, device {:#06x}, {}", efa.name, efa.pci.address, efa.pci.device, efa.rate));
     match subject.question.expect.efa {
         Some(expected) if expected != found => {
             let fix = format!(
@@ -63,6 +65,23 @@ fn ports(subject: &Subject<'_>) -> Check {
         "attach the EFA to its network interface again, then reboot the node",
     )
     .and(down)
+}
+
+/// What all ports carry together, as the driver says.
+fn rate(subject: &Subject<'_>) -> Check {
+    const ID: &str = "efa.rate";
+    let active = subject.host.efa.iter().filter(|efa| efa.state == "4: ACTIVE");
+    let gigabits = |rate: &str| rate.split_whitespace().next().and_then(|number| number.parse::<f64>().ok());
+    let together: f64 = active.filter_map(|efa| gigabits(&efa.rate)).sum();
+    let evidence = format!("{together} Gb/s over all active ports");
+    match subject.question.expect.gbps {
+        Some(expected) if (together - f64::from(expected)).abs() >= 1.0 => Check::fail(
+            ID,
+            format!("{evidence}, {expected} expected"),
+            "compare with the instance's type: a port that is down, a device that was not attached or an older generation carries less",
+        ),
+        _ => Check::ok(ID, evidence),
+    }
 }
 
 /// What a process opens to use a device; without it UCX skips the device silently.

@@ -44,7 +44,8 @@ fn direct(subject: &Subject<'_>) -> Check {
     Check::fail(ID, format!("{evidence}: GPU memory would be copied through the host"), fix)
 }
 
-fn kernel(release: &str) -> (u32, u32) {
+/// Major and minor.
+pub(super) fn kernel(release: &str) -> (u32, u32) {
     let mut numbers = release.split(['.', '-']).map(|part| part.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
@@ -86,6 +87,15 @@ fn imex(subject: &Subject<'_>) -> Check {
         DeviceNode::Usable => format!("/dev/nvidia-caps-imex-channels/{name} opens"),
         other => format!("/dev/nvidia-caps-imex-channels/{name}: {other:?}"),
     });
+    let driver = match subject.host.imex_driver {
+        _ if !channels.is_empty() => None,
+        Some(true) => Some(
+            "/proc/devices has nvidia-caps-imex-channels: the driver could, no channel was given to this container",
+        ),
+        Some(false) => Some("/proc/devices has no nvidia-caps-imex-channels: the driver does not know them"),
+        None => None,
+    };
+    let list = list.chain(driver.map(str::to_owned));
     let fix = "create a ComputeDomain and claim its channel: resources.claims: [{name: compute-domain-channel}] and resourceClaims: [{name: \
                compute-domain-channel, resourceClaimTemplateName: <channel.resourceClaimTemplate.name of the ComputeDomain>}] on prefill and decode";
     match expected {

@@ -8,6 +8,8 @@ use crate::question::{Backend, Role};
 use crate::report::Check;
 use crate::root::names;
 
+/// PCI devices of GB200 and GB300.
+const GB200: [u32; 2] = [0x2941, 0x31c2];
 const AMAZON_FOLDER: &str = "/opt/amazon/efa/lib";
 
 pub(super) fn checks(subject: &Subject<'_>) -> Vec<Check> {
@@ -59,6 +61,16 @@ fn libfabric(subject: &Subject<'_>) -> Check {
             ID,
             format!("too old, at least 1.21 is needed: {evidence}"),
             "install a current EFA installer's libfabric",
+        )
+        .and(list);
+    }
+    if library.abi < 9 && subject.host.gpus().any(|gpu| GB200.contains(&gpu.device)) {
+        return Check::fail(
+            ID,
+            format!(
+                "GB200 needs at least 2.5 (its pages of 64 KiB: earlier ones refuse GPU memory with EFAULT): {evidence}"
+            ),
+            "install an EFA installer newer than 1.48, whose libfabric is 2.4, and put its /opt/amazon/efa/lib first",
         )
         .and(list);
     }
@@ -190,7 +202,10 @@ fn plugins_in(subject: &Subject<'_>, folder: &str) -> Check {
     let path = subject.root.file(folder);
     let wanted = format!("libplugin_{}.so", subject.question.backend.name());
     if Path::new(&path).join(&wanted).exists() {
-        return Check::ok(ID, format!("{folder}/{wanted} is there; whether its ABI fits, only loading it shows"));
+        return Check::ok(
+            ID,
+            format!("{folder}/{wanted} is there; whether it fits the NIXL that loads it, `kvferry plugins` tells"),
+        );
     }
     Check::fail(
         ID,

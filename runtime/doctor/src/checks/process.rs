@@ -61,7 +61,12 @@ fn privileges(subject: &Subject<'_>) -> Check {
     let Some(bits) = subject.host.capabilities else {
         return Check::ok(ID, "/proc/self/status does not say");
     };
-    let evidence = format!("CapEff {bits:016x}");
+    let seccomp = match subject.host.seccomp {
+        None => String::new(),
+        Some(0) => ", no seccomp filter".to_owned(),
+        Some(mode) => format!(", seccomp mode {mode}"),
+    };
+    let evidence = format!("CapEff {bits:016x}{seccomp}");
     if !subject.efa_matters() || subject.host.can(CAP_SYS_ADMIN) {
         return Check::ok(ID, evidence);
     }

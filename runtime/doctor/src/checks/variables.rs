@@ -1,6 +1,7 @@
 //! Variables: those that must be set, those that end the process, those that nobody reads.
 
 use super::Subject;
+use super::gpu::kernel;
 use crate::question::Backend;
 use crate::report::Check;
 
@@ -124,6 +125,7 @@ fn unread(subject: &Subject<'_>) -> Check {
             "" => format!("{name} is read by no current libfabric"),
             meant => format!("{name} is no parameter; {meant} is"),
         })
+        .chain(fork_safe(subject))
         .collect();
     if !found.is_empty() {
         return Check::warn(ID, "variables that nobody reads", "unset them, or use the name that is read").and(found);
@@ -139,6 +141,13 @@ fn unread(subject: &Subject<'_>) -> Check {
     }
     let carrier = question.backend.name();
     Check::ok(ID, format!("without effect on the KV cache, which {carrier} carries: {}", idle.join(", ")))
+}
+
+/// Newer kernels copy what was registered for a child by themselves; on older ones it turns huge pages off.
+fn fork_safe(subject: &Subject<'_>) -> Option<String> {
+    subject.question.variable("FI_EFA_FORK_SAFE")?;
+    let newer = kernel(&subject.host.kernel) >= (5, 13);
+    newer.then(|| format!("FI_EFA_FORK_SAFE has no effect on Linux {}", subject.host.kernel))
 }
 
 fn ucx(subject: &Subject<'_>) -> Check {

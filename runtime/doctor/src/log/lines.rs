@@ -36,7 +36,7 @@ pub(super) struct Lines {
 }
 
 /// What lines of failures contain, and what to do.
-const FAILURES: [(&str, &str); 9] = [
+const FAILURES: [(&str, &str); 10] = [
     ("No zero-copy protocol found", "set UCX_RNDV_THRESH=inf, and see gpu.direct of kvferry doctor on the host"),
     (
         "no usable transports/devices",
@@ -48,6 +48,7 @@ const FAILURES: [(&str, &str); 9] = [
     ),
     ("transport 'efa' is not available", "EFA's transport is called srd: UCX_TLS=srd,…"),
     ("Please set max locked memory", "see process.memlock of kvferry doctor on the host"),
+    ("(4112)", "libfabric could not register its own buffers: see process.memlock of kvferry doctor on the host"),
     (
         "Libfabric EFA provider has encountered an internal error",
         "bind an event queue to endpoints, and see efa.peers of kvferry doctor on the host",

@@ -27,6 +27,11 @@ impl Tree {
         Tree::worker(Host::p4d(name).unwrap())
     }
 
+    /// A compute tray of GB200, see [`Host::gb200`].
+    pub(crate) fn gb200(name: &str) -> Tree {
+        Tree::worker(Host::gb200(name).unwrap())
+    }
+
     /// A privileged container of the EFA image, on a host that is set up well.
     fn worker(host: Host) -> Tree {
         let tree = Tree(host);

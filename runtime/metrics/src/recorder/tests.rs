@@ -61,6 +61,22 @@ fn the_last_of_every_peer_is_written_in_order() {
     assert!(event["detail"].as_str().unwrap().contains('9'), "{event}");
 }
 
+/// Thousands of peers must not make a dump of hundreds of megabytes, which would hold the node up meanwhile.
+#[test]
+fn a_dump_has_the_latest_of_more_than_it_may_hold() {
+    let bed = Bed::new("large", 8);
+    let peers = DUMP_ENTRIES_MAX as u64 / 8 + 100;
+    for handover in 0..8 {
+        (0..peers).for_each(|peer| bed.recorder.said(NodeId(peer), true, &fetched(handover)));
+    }
+    bed.recorder.happened(&Event::DrainEnded { left: 3 });
+    assert!(bed.recorder.dump("asked"));
+    let lines = bed.lines();
+    assert_eq!((&lines[0]["entries"], &lines[0]["left_out"]), (&DUMP_ENTRIES_MAX.into(), &801.into()));
+    assert_eq!(lines.len(), DUMP_ENTRIES_MAX + 1);
+    assert_eq!((&lines[1]["entry"], &lines.last().unwrap()["name"]), (&802.into(), &"DrainEnded".into()));
+}
+
 #[test]
 fn quarantine_and_deadlines_are_written_by_themselves() {
     let deadline = FailReason::Deadline { awaited: Awaited::Transfer, waited_ms: 7 };

@@ -23,6 +23,8 @@ pub(super) struct Dump {
     /// Number and epoch.
     pub(super) node: Option<(u64, u64)>,
     pub(super) entries: Vec<Entry>,
+    /// Older ones that are kept and not in it.
+    pub(super) left_out: usize,
 }
 
 enum Job {
@@ -97,6 +99,7 @@ fn write(file: &mut File, dump: &Dump) -> std::io::Result<()> {
         "node": dump.node.map(|(node, _)| node),
         "epoch": dump.node.map(|(_, epoch)| epoch),
         "entries": dump.entries.len(),
+        "left_out": dump.left_out,
         // One instant on both clocks.
         "monotonic_ns": MonotonicClock::moment().0,
         "unix_ns": u64::try_from(unix.as_nanos()).unwrap_or(u64::MAX),

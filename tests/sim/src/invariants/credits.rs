@@ -2,8 +2,9 @@
 //!
 //! From the desks, which know what each decode engine is asked for and when it has really let it go: what is out of the credits of a rank at any
 //! time is never more than the handovers that its group takes at once, nor more blocks than its pool has. Only a handover that is out of them
-//! pulls or expects anything, and the bytes of all that a rank pulls and expects at once fit into the blocks that are out. The queue's depth is the transport's to keep: what
-//! is checked of it is the simulated fabric.
+//! pulls or expects anything, and the bytes of all that a rank pulls and expects at once fit into the blocks that are out; what a second rail moves
+//! because the first was silent goes to the same place, and counts once. The queue's depth is the transport's to keep: what is checked of it is the
+//! simulated fabric.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,13 +33,31 @@ struct DecodeRank {
     block_bytes: Vec<u64>,
     /// What each handover takes of them.
     out: BTreeMap<HandoverId, Vec<u64>>,
-    /// Bytes of the transfers that it has posted or expects and that have not ended.
-    coming: BTreeMap<TransferId, u64>,
+    /// Of the transfers that it has posted or expects and that have not ended: bytes, and where in their step they begin.
+    coming: BTreeMap<TransferId, (u64, u64)>,
 }
 
 impl DecodeRank {
     fn blocks_out(&self) -> Vec<u64> {
         (0..self.blocks.len()).map(|group| self.out.values().filter_map(|costs| costs.get(group)).sum()).collect()
+    }
+
+    fn bytes_coming(&self) -> u64 {
+        let places = self.coming.iter().map(|(id, (bytes, first))| ((id.with_chunk(0), *first), *bytes));
+        places.collect::<BTreeMap<_, _>>().values().sum()
+    }
+
+    /// Says what is wrong with what comes now.
+    fn comes(&mut self, node: usize, id: TransferId, bytes: u64, first: u64, broken: &mut Vec<String>) {
+        if !self.out.contains_key(&id.handover()) {
+            broken.push(format!("n{node} pulls or expects {id}, for which it has no credit"));
+        }
+        self.coming.insert(id, (bytes, first));
+        let coming = self.bytes_coming();
+        let room: u64 = self.blocks_out().iter().zip(&self.block_bytes).map(|(blocks, bytes)| blocks * bytes).sum();
+        if coming > room {
+            broken.push(format!("n{node} has {coming} bytes in flight, and its credits cover {room}"));
+        }
     }
 }
 
@@ -96,18 +115,10 @@ impl Invariant for Credits {
             What::Called(EngineCall::Returned { handover, .. }) | What::LetGo(handover) => {
                 rank.out.remove(handover);
             }
-            What::Posted { id, direction: Direction::Pull, bytes } | What::Expected { id, bytes } => {
-                if !rank.out.contains_key(&id.handover()) {
-                    broken.push(format!("n{node} pulls or expects {id}, for which it has no credit"));
-                }
-                rank.coming.insert(*id, *bytes);
-                let coming: u64 = rank.coming.values().sum();
-                let room: u64 =
-                    rank.blocks_out().iter().zip(&rank.block_bytes).map(|(blocks, bytes)| blocks * bytes).sum();
-                if coming > room {
-                    broken.push(format!("n{node} has {coming} bytes in flight, and its credits cover {room}"));
-                }
+            What::Posted { id, direction: Direction::Pull, bytes, first } => {
+                rank.comes(node, *id, *bytes, *first, broken);
             }
+            What::Expected { id, bytes } => rank.comes(node, *id, *bytes, 0, broken),
             What::Landed { id, .. } => {
                 rank.coming.remove(id);
             }

@@ -2,6 +2,7 @@
 
 mod broken;
 mod hostile;
+mod staged;
 mod wire;
 
 use std::sync::Arc;
@@ -13,8 +14,6 @@ use kvferry_transport::{
     Device, Direction, Event, Expected, Options, PeerId, Pool, PoolKeys, Provider, RemotePool, Transfer, Transport,
     TransportKind,
 };
-
-use crate::TcpProvider;
 
 /// No step takes longer on any machine that works.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -30,10 +29,10 @@ struct Party {
 }
 
 impl Party {
-    fn new(provider: &TcpProvider, pool: u32, planes: u32, options: &Options) -> Party {
+    fn new(provider: &dyn Provider, pool: u32, planes: u32, options: &Options) -> Party {
         let device = Device { kind: TransportKind::Tcp, name: "lo".to_owned(), unavailable: None };
         let mut transport = provider.open(&device, options).unwrap();
-        let pool = Pool::allocate(PoolId(pool), layout(planes), "test").unwrap();
+        let pool = provider.allocate(&device, PoolId(pool), layout(planes), "test").unwrap();
         let keys = transport.bind(&pool).unwrap();
         Party { transport, events: Vec::new(), pool, keys }
     }

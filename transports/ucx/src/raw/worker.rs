@@ -219,7 +219,7 @@ impl Inner {
         let mut buffer = vec![0; bytes];
         let at = buffer.as_mut_ptr();
         // SAFETY: UCX's description of an announced message, used once; the operation owns the buffer, whose `bytes` bytes do not move.
-        self.operations.start_receiving(Operation::Received { buffer }, |params| unsafe {
+        self.operations.start_receiving(Operation::Received { buffer }, None, |params| unsafe {
             self.library().api.ucp_am_recv_data_nbx(self.raw(), description, at.cast(), bytes, params)
         })
     }

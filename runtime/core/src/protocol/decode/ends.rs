@@ -11,16 +11,15 @@ use crate::{FenceProof, HandoverId, Moment, NodeId};
 
 impl DecodeRank {
     pub(super) fn stop(&mut self, handover: HandoverId) {
-        let Some(fetch) = self.fetches.get(&handover) else { return };
-        for (node, leg) in &fetch.legs {
+        let Some(fetch) = self.fetches.get_mut(&handover) else { return };
+        for (node, leg) in &mut fetch.legs {
             let met = matches!(self.peers.get(node), Some(Ok(_)));
             if met && leg.state != LegState::Unopened && leg.state != LegState::Done {
                 self.outbox.send(*node, Message::Abandon { handover });
             }
             // Every transfer still ends in an event of its own, or is fenced, whether the peer is there or not.
-            let Some(path) = &leg.path else { continue };
-            for id in &leg.in_flight {
-                self.outbox.nic(path.nic, NicCommand::Cancel { id: *id });
+            for (id, nic) in leg.flight.stop() {
+                self.outbox.nic(nic, NicCommand::Cancel { id });
             }
         }
     }
@@ -87,23 +86,29 @@ impl DecodeRank {
 
     /// Fences whoever did not stop writing when it was told to; again and again, for a fence may be lost with its NIC.
     pub(super) fn fence(&mut self, now: Moment) {
-        let mut due: BTreeMap<NodeId, (usize, Bytes)> = BTreeMap::new();
+        let mut due: BTreeMap<(NodeId, usize), Bytes> = BTreeMap::new();
         for fetch in self.fetches.values_mut().filter(|fetch| fetch.fence_at.is_some_and(|at| now >= at)) {
             fetch.fence_at = Some(now + self.quarantine.fence_after);
-            for (node, leg) in fetch.legs.iter().filter(|(_, leg)| !leg.in_flight.is_empty()) {
-                if let Some(path) = &leg.path {
-                    due.insert(*node, (path.nic, path.address.clone()));
+            for (node, leg) in &fetch.legs {
+                let Some(path) = &leg.path else { continue };
+                for (_, attempt) in leg.flight.attempts() {
+                    let address = path.addresses.get(&attempt.nic).cloned().unwrap_or_default();
+                    due.insert((*node, attempt.nic), address);
                 }
             }
         }
-        for (node, (nic, address)) in due {
-            for fetch in self.fetches.values_mut().filter(|fetch| fetch.settled.is_some()) {
-                if let Some(leg) = fetch.legs.get_mut(&node) {
-                    leg.fencing = true;
-                }
-            }
-            self.outbox.nic(nic, NicCommand::Fence { node, address });
+        for ((node, nic), address) in due {
+            self.ask_for_fence(now, node, nic, address);
         }
+    }
+
+    /// Has a NIC prove that a peer writes nothing any more. What still runs ends by itself, and is moved by another rail.
+    pub(super) fn ask_for_fence(&mut self, now: Moment, node: NodeId, nic: usize, address: Bytes) {
+        let again_at = now + self.quarantine.fence_after;
+        for leg in self.fetches.values_mut().filter_map(|fetch| fetch.legs.get_mut(&node)) {
+            leg.flight.fence(nic, again_at);
+        }
+        self.outbox.nic(nic, NicCommand::Fence { node, address });
     }
 
     /// Tells the leader when the quarantine leaves too little of the pool, and when it no longer does.

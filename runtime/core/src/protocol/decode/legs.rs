@@ -9,6 +9,7 @@ use crate::protocol::{Awaited, FailReason, Lease, Message, NicCommand, OpenFetch
 use crate::{Direction, HandoverId, Moment, NodeId, PlanRequest, TransferId};
 
 use super::DecodeRank;
+use super::rails::post;
 
 impl DecodeRank {
     /// Finds out which nodes owe what. The directory may still be on its way: then [`DecodeRank::handle_members`] tries again.
@@ -62,8 +63,7 @@ impl DecodeRank {
         let shapes = placed.tables.shapes();
         leg.state = LegState::Moving;
         leg.opened_at = Some(now);
-        let address = peer.remote().map(|remote| remote.address.clone()).unwrap_or_default();
-        leg.path = Some(Path { nic: peer.nic, direction: peer.direction, address });
+        leg.path = Some(Path { nic: peer.nic, direction: peer.direction, addresses: peer.addresses() });
         let open = OpenFetch {
             handover,
             request: fetch.pairing.spec.request,
@@ -89,7 +89,7 @@ impl DecodeRank {
                 Ok(program) if program.units() == 0 => {}
                 Ok(program) => {
                     let id = TransferId::of(handover, leg.source, self.local.rank, step);
-                    leg.in_flight.insert(id);
+                    leg.flight.expect(id, peer.nic, program.bytes());
                     self.outbox.nic(peer.nic, NicCommand::Expect { id, program: Arc::new(program) });
                 }
                 Err(error) => mismatch = Some(error.to_string()),
@@ -105,7 +105,7 @@ impl DecodeRank {
     /// Posts what became ready (pull) and notices what is complete.
     pub(super) fn advance(&mut self, now: Moment, handover: HandoverId, node: NodeId) {
         let Some(fetch) = self.fetches.get_mut(&handover).filter(|fetch| !fetch.reported) else { return };
-        let (Some(placed), Some(Ok(peer))) = (&fetch.placed, self.peers.get(&node)) else { return };
+        let (Some(placed), Some(Ok(peer))) = (&fetch.placed, self.peers.get_mut(&node)) else { return };
         let Some(leg) = fetch.legs.get_mut(&node).filter(|leg| leg.state == LegState::Moving) else { return };
         let steps = fetch.pairing.steps.len() as u32;
         let mut failure = None;
@@ -129,11 +129,13 @@ impl DecodeRank {
                 match peer.plan.program(&request) {
                     Ok(program) => {
                         if program.units() > 0 {
-                            let id = TransferId::of(handover, leg.source, self.local.rank, leg.posted);
-                            leg.in_flight.insert(id);
-                            let command =
-                                NicCommand::Post { id, node, direction: Direction::Pull, program: Arc::new(program) };
-                            self.outbox.nic(peer.nic, command);
+                            let (program, shares) = peer.rails.share_out(now, program);
+                            let program = Arc::new(program);
+                            for (nic, range) in shares {
+                                let share = leg.flight.add(leg.posted, Arc::clone(&program), range);
+                                let of = (handover, node, self.local.rank);
+                                post(now, of, leg, peer, (share, nic), &mut self.outbox);
+                            }
                         }
                         leg.posted = leg.ready.min(steps);
                     }
@@ -147,13 +149,13 @@ impl DecodeRank {
         }
         fetch.look(now);
         let Some(leg) = fetch.legs.get_mut(&node) else { return };
-        if !fetch.started && (!leg.in_flight.is_empty() || leg.bytes > 0) {
+        if !fetch.started && (!leg.flight.is_empty() || leg.flight.bytes() > 0) {
             fetch.started = true;
             if let Some(leader) = self.leader {
                 self.outbox.send(leader, Message::Started { handover });
             }
         }
-        if leg.posted == steps && leg.in_flight.is_empty() {
+        if leg.posted == steps && leg.flight.is_over() {
             if peer.destination_reads() {
                 leg.state = LegState::Confirming;
                 self.outbox.send(node, Message::Fetched { handover });

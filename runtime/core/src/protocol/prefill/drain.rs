@@ -1,4 +1,5 @@
-//! A rank that leaves: nothing new is offered, what is offered is waited for.
+//! A rank that leaves: nothing new is offered, what is offered is waited for. With attention-data parallelism other ranks of the group may hold offers that
+//! would be lost with this one: then the leader's word that the group holds nothing, an empty `Renew`, is waited for, too.
 
 use core::time::Duration;
 
@@ -14,6 +15,8 @@ const TROUBLE: &str = "it leaves and offers nothing new";
 pub(super) struct Drain {
     until: Moment,
     ended: bool,
+    /// Other ranks of the group may offer something, as far as is known.
+    others_offer: bool,
 }
 
 impl Drain {
@@ -51,7 +54,8 @@ impl PrefillRank {
         for job in next {
             self.fail_to_leader(job.spec.request, FailReason::Unhealthy(TROUBLE.to_owned()));
         }
-        self.drain = Some(Drain { until, ended: false });
+        let others_offer = self.local.geometry.parallel.adp > 1 && self.leader.is_some();
+        self.drain = Some(Drain { until, ended: false, others_offer });
         self.outbox.event(Event::Draining { offers: self.offers.len() as u64, until });
         self.go_on_draining(now);
     }
@@ -62,16 +66,25 @@ impl PrefillRank {
         self.fail_to_leader(request, FailReason::Unhealthy(TROUBLE.to_owned()));
     }
 
+    /// No rank of the group offers anything: its leader says so, or is gone, and every offer with it.
+    pub(super) fn group_offers_nothing(&mut self, now: Moment) {
+        if let Some(drain) = &mut self.drain {
+            drain.others_offer = false;
+            self.go_on_draining(now);
+        }
+    }
+
     pub(super) fn tell_of_drain(&mut self) {
         if self.drain.is_some() {
             self.tell_leader(Message::Health { trouble: Some(TROUBLE.to_owned()) });
         }
     }
 
-    /// Says so once nothing is offered any more, or the time is up.
+    /// Says so once nothing is offered any more that would be lost with this rank, or the time is up.
     pub(super) fn go_on_draining(&mut self, now: Moment) {
         let left = self.offers.len() as u64;
-        if let Some(drain) = self.drain.as_mut().filter(|drain| !drain.ended && (left == 0 || now >= drain.until)) {
+        let over = |drain: &Drain| (left == 0 && !drain.others_offer) || now >= drain.until;
+        if let Some(drain) = self.drain.as_mut().filter(|drain| !drain.ended && over(drain)) {
             drain.ended = true;
             self.outbox.event(Event::DrainEnded { left });
             self.outbox.engine(EngineCall::Drained { left });

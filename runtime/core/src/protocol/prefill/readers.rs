@@ -109,8 +109,9 @@ impl PrefillRank {
                 Ok(program) => {
                     let id = TransferId::of(reader.open.handover, self.local.rank, peer.profile.rank, step);
                     reader.in_flight.insert(id);
-                    let program = Arc::new(program);
-                    self.outbox.nic(peer.nic, NicCommand::Post { id, node: to, direction: Direction::Push, program });
+                    let (range, program) = (program.whole(), Arc::new(program));
+                    let post = NicCommand::Post { id, node: to, direction: Direction::Push, program, range };
+                    self.outbox.nic(peer.nic, post);
                 }
                 Err(error) => {
                     reader.stopped = true;

@@ -11,6 +11,9 @@ use crate::{GroupId, HandoverId, Moment, NodeId, Rank, RequestId};
 /// Ended requests that are remembered.
 const ENDED_MAX: usize = 65_536;
 
+/// Times that a group may give a request back before that counts as attempts.
+const GIVEN_BACK_MAX: u32 = 4;
+
 /// A request that ended.
 #[derive(Debug)]
 pub(super) struct Ended {
@@ -35,7 +38,12 @@ impl Scheduler {
         let (may_prefill, may_decode) = (self.may_have(Role::Prefill), self.may_have(Role::Decode));
         let listens = self.listens(now);
         let Some(known) = self.requests.get_mut(&request) else { return };
-        known.attempts += 1;
+        // Whoever leaves in order has cost nothing but time, and is asked for nothing more: its leader has said that it takes no work.
+        if offer.is_none() && matches!(reason, FailReason::Unhealthy(_)) && known.given_back < GIVEN_BACK_MAX {
+            known.given_back += 1;
+        } else {
+            known.attempts += 1;
+        }
         // A decode leader may be about to announce that it is delivered.
         if known.cancelled && !listens {
             self.finish(now, request, Outcome::Cancelled, None, Vec::new());

@@ -67,7 +67,7 @@ impl Scheduler {
         // Ranks open at different times; the first lease must last until the last rank has opened.
         self.renew_at.get_or_insert(now + self.terms.leases.renewal());
         known.wait(&mut self.deadlines, Deadline::after(now, self.terms.prefill_within));
-        self.outbox.send(leader, Message::Prefill(PrefillJob { spec: known.spec.clone(), dp: 0 }));
+        self.outbox.send(leader, Message::Prefill(PrefillJob { spec: known.spec.clone(), dp: 0, trace: known.trace }));
         true
     }
 
@@ -103,6 +103,7 @@ impl Scheduler {
             source: group,
             source_dp: offer.dp,
             steps: offer.steps.clone(),
+            trace: known.trace,
         };
         known.stage = Stage::Paired { group, offer, decode: choice, handover };
         known.paired = Some((now, handover));

@@ -4,8 +4,13 @@ use core::time::Duration;
 
 use super::kit::*;
 use super::prefill::*;
-use crate::protocol::{Command, EngineCall, EngineEvent, Event, FailReason, Message, PrefillJob, PrefillView};
-use crate::{Direction, NodeId, RequestId};
+use std::sync::Arc;
+
+use crate::protocol::{
+    Command, EngineCall, EngineEvent, Event, FailReason, Message, PrefillJob, PrefillRank, PrefillView,
+    QuarantineTerms, Role,
+};
+use crate::{Direction, GroupGeometry, NodeId, Parallel, RequestId};
 
 fn leave(within: u64) -> EngineEvent {
     EngineEvent::Drain { within: Duration::from_secs(within) }
@@ -101,9 +106,40 @@ fn nothing_new_is_offered() {
     assert_eq!(fixture.engine(3, EngineEvent::Released { request: R1 }), [], "it does not begin anew");
 }
 
+/// A rank that left took the live offers of its group's other parts with it: a group is only as alive as all its ranks.
+#[test]
+fn with_attention_dp_the_whole_group_is_waited_for() {
+    let parallel = Parallel { tp: 2, adp: 2, ..Parallel::default() };
+    let divided = Arc::new(GroupGeometry { parallel, ..(*geometry(2)).clone() });
+    let terms = QuarantineTerms::default();
+    let start = || {
+        let mut rank = PrefillRank::new(worker(Role::Prefill, 1, &divided, None), leases(), terms);
+        rank.handle_leader_up(at(0), NodeId(LEADER));
+        rank.handle_engine(at(1), leave(60));
+        assert_eq!(commands(rank.outbox()), [trouble()], "it holds nothing itself");
+        rank
+    };
+    let nothing = Message::Renew { requests: Vec::new() };
+    let mut rank = start();
+    rank.handle_message(at(2), NodeId(READERS[0]), nothing.clone());
+    assert_eq!(commands(rank.outbox()), [], "a stranger says that");
+    rank.handle_message(at(3), NodeId(LEADER), nothing.clone());
+    assert_eq!(commands(rank.outbox()), [drained(0)]);
+    rank.handle_message(at(4), NodeId(LEADER), nothing);
+    assert_eq!(commands(rank.outbox()), [], "once");
+    // Whoever leads is gone, and with it every offer; or nobody ever says so.
+    let mut rank = start();
+    rank.handle_leader_down(at(5));
+    assert_eq!(commands(rank.outbox()), [drained(0)]);
+    let mut rank = start();
+    assert_eq!(rank.poll_timeout(), Some(at(61)));
+    rank.handle_timeout(at(61));
+    assert_eq!(commands(rank.outbox()), [drained(0)]);
+}
+
 #[test]
 fn without_a_drain_jobs_begin() {
     let mut fixture = Fixture::new();
     let begun = fixture.message(2, LEADER, job(3));
-    assert_eq!(begun, [engine(EngineCall::Prefill(PrefillJob { spec: spec(3), dp: 0 }))]);
+    assert_eq!(begun, [engine(EngineCall::Prefill(PrefillJob { spec: spec(3), dp: 0, trace: None }))]);
 }

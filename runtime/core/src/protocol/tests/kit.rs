@@ -74,7 +74,7 @@ pub(super) fn spec(request: u64) -> RequestSpec {
 }
 
 pub(super) fn pairing(handover: HandoverId, steps: &[u32]) -> Pairing {
-    Pairing { handover, spec: spec(1), source: PREFILL, source_dp: 0, steps: steps.to_vec() }
+    Pairing { handover, spec: spec(1), source: PREFILL, source_dp: 0, steps: steps.to_vec(), trace: None }
 }
 
 /// A rank's blocks for [`TOKENS`] tokens, numbered from `first` on.
@@ -90,10 +90,10 @@ pub(super) fn commands(outbox: &mut Outbox) -> Vec<Command> {
     std::iter::from_fn(|| outbox.poll_command()).collect()
 }
 
-/// What happened, without the records of what is over: those have tests of their own.
+/// What happened, without the records of what begins and is over: those have tests of their own.
 pub(super) fn events(outbox: &mut Outbox) -> Vec<Event> {
     let all = std::iter::from_fn(|| outbox.poll_event());
-    all.filter(|event| !is_course(event)).collect()
+    all.filter(|event| !is_course(event) && !matches!(event, Event::Began(_))).collect()
 }
 
 /// The records of what is over.

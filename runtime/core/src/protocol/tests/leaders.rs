@@ -35,6 +35,21 @@ fn decode_leader(geometry: Arc<GroupGeometry>) -> DecodeLeader {
     leader
 }
 
+/// Probes ask a leader that has just met the scheduler; it had told nobody that its group was never whole.
+#[test]
+fn a_group_that_was_never_whole_says_so_to_whoever_watches() {
+    let health = |trouble: Option<&str>| Event::Health { trouble: trouble.map(str::to_owned) };
+    let mut leader = PrefillLeader::new(PREFILL, geometry(2), NodeId(SCHEDULER), Duration::from_secs(60));
+    leader.handle_rank(Rank(0), NodeId(RANKS[0]));
+    leader.handle_scheduler();
+    assert_eq!(events(leader.outbox()), [health(Some("1 of 2 ranks are met"))]);
+    leader.handle_scheduler();
+    assert_eq!(events(leader.outbox()), [], "once");
+    leader.handle_rank(Rank(1), NodeId(RANKS[1]));
+    leader.handle_peer_up(NodeId(RANKS[1]));
+    assert_eq!(events(leader.outbox()), [health(None)]);
+}
+
 /// Two attention-data-parallel parts of one rank each.
 fn divided() -> Arc<GroupGeometry> {
     let parallel = Parallel { tp: 2, adp: 2, ..Parallel::default() };
@@ -42,7 +57,7 @@ fn divided() -> Arc<GroupGeometry> {
 }
 
 fn job(request: u64) -> Message {
-    Message::Prefill(PrefillJob { spec: spec(request), dp: 0 })
+    Message::Prefill(PrefillJob { spec: spec(request), dp: 0, trace: None })
 }
 
 fn opened() -> Message {
@@ -114,6 +129,40 @@ fn a_group_offers_when_every_rank_does() {
     let release = Message::Release { request: R1, view: PrefillView::Confirmed };
     assert_eq!(say(&mut leader, SCHEDULER, release.clone()), [send(20, release.clone()), send(21, release.clone())]);
     assert_eq!(say(&mut leader, SCHEDULER, release), [], "once");
+}
+
+/// Offers of one part would be lost with a rank of another part that leaves.
+#[test]
+fn a_rank_may_leave_once_its_group_offers_nothing() {
+    let mut leader = prefill_leader(divided());
+    let say = |leader: &mut PrefillLeader, from, message| {
+        leader.handle_message(at(1), NodeId(from), message);
+        commands(leader.outbox())
+    };
+    let trouble = Message::Health { trouble: Some("it leaves".into()) };
+    let may_leave = || send(21, Message::Renew { requests: Vec::new() });
+    say(&mut leader, SCHEDULER, job(1));
+    let said = say(&mut leader, 21, trouble.clone());
+    assert!(
+        matches!(said.as_slice(), [Command::Send { message: Message::Health { trouble: Some(_) }, .. }]),
+        "{said:?}"
+    );
+    // The scheduler may not have heard of it.
+    let refused = say(&mut leader, SCHEDULER, job(2));
+    assert!(
+        matches!(
+            refused.as_slice(),
+            [Command::Send { message: Message::OfferFailed { reason: FailReason::Unhealthy(_), .. }, .. }]
+        ),
+        "{refused:?}"
+    );
+    let release = Message::Release { request: R1, view: PrefillView::Confirmed };
+    assert_eq!(say(&mut leader, SCHEDULER, release.clone()), [send(20, release), may_leave()]);
+    // The scheduler has been told already; who asks again is answered.
+    assert_eq!(say(&mut leader, 21, trouble.clone()), [may_leave()]);
+    // Where no rank has a part of its own, nothing is to be said: every offer is one of the leaving rank's, too.
+    let mut leader = prefill_leader(geometry(2));
+    assert_eq!(say(&mut leader, 21, trouble).len(), 1);
 }
 
 #[test]
@@ -192,7 +241,7 @@ fn requests_go_to_the_least_loaded_part() {
     leader.handle_message(at(0), NodeId(SCHEDULER), job(1));
     assert_eq!(commands(leader.outbox()), [offered], "and is told what that was");
     let other = RequestSpec { tokens: TOKENS + 1, ..spec(1) };
-    leader.handle_message(at(0), NodeId(SCHEDULER), Message::Prefill(PrefillJob { spec: other, dp: 0 }));
+    leader.handle_message(at(0), NodeId(SCHEDULER), Message::Prefill(PrefillJob { spec: other, dp: 0, trace: None }));
     let reason = FailReason::Refused(Refusal::Duplicate(R1));
     assert_eq!(commands(leader.outbox()), [send(SCHEDULER, Message::OfferFailed { request: R1, reason })]);
 }

@@ -37,7 +37,7 @@ fn decode_leader() -> DecodeLeader {
 }
 
 fn job(request: u64) -> Message {
-    Message::Prefill(PrefillJob { spec: spec(request), dp: 0 })
+    Message::Prefill(PrefillJob { spec: spec(request), dp: 0, trace: None })
 }
 
 fn parted(role: Role) -> FailReason {

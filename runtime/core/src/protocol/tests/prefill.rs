@@ -91,7 +91,7 @@ impl Fixture {
 }
 
 pub(super) fn job(request: u64) -> Message {
-    Message::Prefill(PrefillJob { spec: spec(request), dp: 0 })
+    Message::Prefill(PrefillJob { spec: spec(request), dp: 0, trace: None })
 }
 
 pub(super) fn done(id: TransferId) -> NicEvent {
@@ -117,7 +117,10 @@ pub(super) fn release(view: PrefillView) -> Command {
 #[test]
 fn an_offer_opens_and_becomes_ready_in_steps() {
     let mut fixture = Fixture::new();
-    assert_eq!(fixture.message(0, LEADER, job(1)), [engine(EngineCall::Prefill(PrefillJob { spec: spec(1), dp: 0 }))]);
+    assert_eq!(
+        fixture.message(0, LEADER, job(1)),
+        [engine(EngineCall::Prefill(PrefillJob { spec: spec(1), dp: 0, trace: None }))]
+    );
     assert_eq!(fixture.rank.poll_timeout(), None, "no lease before the engine holds blocks");
     let opened = fixture.opened();
     assert_eq!(fixture.engine(1, opened), [send(LEADER, Message::RankOpened { request: R1, steps: STEPS.to_vec() })]);

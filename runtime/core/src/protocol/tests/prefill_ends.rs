@@ -132,7 +132,7 @@ fn a_request_prefilled_anew_waits_until_its_old_offer_has_closed() {
     let opened = fixture.opened();
     assert_eq!(fixture.engine(1, opened), []);
     assert_eq!(fixture.engine(1, EngineEvent::Unable { request: R1, reason: "full".into() }), []);
-    let again = engine(EngineCall::Prefill(PrefillJob { spec: spec(1), dp: 0 }));
+    let again = engine(EngineCall::Prefill(PrefillJob { spec: spec(1), dp: 0, trace: None }));
     assert_eq!(fixture.engine(1, EngineEvent::Released { request: R1 }), [again]);
     let opened = fixture.opened();
     assert!(matches!(fixture.engine(1, opened).as_slice(), [Command::Send { .. }]), "the new offer opens");

@@ -32,7 +32,7 @@ fn offers(request: u64, steps: Option<Vec<u32>>) -> Message {
 
 fn pairing_of(handover: u64, request: u64, source: u32) -> Pairing {
     let (handover, source) = (HandoverId(handover), GroupId(source));
-    Pairing { handover, spec: spec(request), source, source_dp: 0, steps: vec![4] }
+    Pairing { handover, spec: spec(request), source, source_dp: 0, steps: vec![4], trace: None }
 }
 
 fn under_way(handover: u64, request: u64, source: u32) -> Message {

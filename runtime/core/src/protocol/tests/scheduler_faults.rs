@@ -95,6 +95,28 @@ fn a_refused_handover_is_prefilled_again() {
     assert_eq!(fixture.finished(), [(1, failed(mismatch))], "what does not fit will not fit next time");
 }
 
+/// Three groups that were rolled one after another made a request fail that nothing was wrong with.
+#[test]
+fn who_leaves_in_order_costs_no_attempt() {
+    let leaves = FailReason::Unhealthy("it leaves and offers nothing new".into());
+    let gives_back = |fixture: &mut Fixture, node| {
+        let (request, reason) = (R1, leaves.clone());
+        fixture.say(node, Message::Health { trouble: Some("it leaves".into()) });
+        let said = fixture.say(node, Message::OfferFailed { request, reason });
+        fixture.say(node, Message::Health { trouble: None });
+        jobs(&said)
+    };
+    let mut fixture = Fixture::new(2, 1);
+    assert_eq!(jobs(&fixture.submit(1)), [(0, 1)]);
+    let turns: Vec<u64> = (0..4).map(|turn| gives_back(&mut fixture, turn % 2)[0].0).collect();
+    assert_eq!(turns, [1, 0, 1, 0], "each time the other takes it");
+    // From then on it does count: a group that gives everything back does not go on for ever.
+    assert_eq!(gives_back(&mut fixture, 0), [(1, 1)]);
+    assert_eq!(gives_back(&mut fixture, 1), [(0, 1)]);
+    assert_eq!(gives_back(&mut fixture, 0), []);
+    assert_eq!(fixture.finished(), [(1, failed(leaves))]);
+}
+
 #[test]
 fn a_lost_prefill_group_is_replaced_or_named() {
     // Prefilling, and offered but not paired.

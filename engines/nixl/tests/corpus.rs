@@ -1,0 +1,24 @@
+//! What peers send, cut and damaged everywhere: refused, or read as what it then says.
+#![allow(clippy::expect_used, clippy::indexing_slicing, reason = "this is test code")]
+
+include!("../../../fuzz/checks/corpus.rs");
+include!("../../../fuzz/checks/nixl.rs");
+
+#[test]
+fn the_corpus_is_survived() {
+    survive("nixl", nixl);
+}
+
+#[test]
+fn the_corpus_is_what_its_names_say() {
+    let read = |name: &str| {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/nixl");
+        Bytes::from(std::fs::read(folder.join(name)).expect("the corpus is checked in"))
+    };
+    for name in ["agent", "part", "extended", "others", "bare", "edge", "overlapping"] {
+        assert!(AgentMetadata::decode(read(name)).is_ok(), "{name}");
+    }
+    assert!(Notification::decode(read("notification")).is_ok() && Notification::decode(read("silence")).is_ok());
+    let frames = ["send", "load", "leave"].map(|name| Frame::decode(read(name)).is_ok());
+    assert_eq!(frames, [true; 3]);
+}

@@ -1,0 +1,264 @@
+//! What of one leg is under way: shares of programs, and the transfers that move them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::{Moment, Program, TransferId, UnitRange};
+
+/// The transfers of one leg that have not ended, and the shares that are not here yet.
+///
+/// A share may be moved by several transfers: one whose rail fell silent goes on until it is stopped or fenced, while another one moves the
+/// same bytes to the same place. What counts is that a share is here, not how often; nothing is over before every transfer has ended.
+#[derive(Debug, Default)]
+pub(super) struct Flight {
+    transfers: BTreeMap<TransferId, Attempt>,
+    shares: BTreeMap<u32, Share>,
+    next_share: u32,
+    next_chunk: u16,
+    /// Bytes and pieces that have come, by local NIC.
+    carried: BTreeMap<usize, (u64, u64)>,
+}
+
+/// A part of a program that is to be moved, by whichever rail.
+#[derive(Clone, Debug)]
+pub(super) struct Share {
+    pub(super) step: u32,
+    pub(super) program: Arc<Program>,
+    pub(super) range: UnitRange,
+    /// Transfers that were posted for it so far.
+    pub(super) tries: u32,
+}
+
+/// One transfer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Attempt {
+    /// Which NIC here.
+    pub(super) nic: usize,
+    /// What it is to move; `None` for a push, which the peer posts.
+    pub(super) share: Option<u32>,
+    pub(super) bytes: u64,
+    pub(super) course: Course,
+    /// When something is to be done about it, where another rail could take over.
+    pub(super) due: Option<Moment>,
+}
+
+/// How far one transfer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Course {
+    Running,
+    /// It was told to stop: somebody else moves its share, or has moved it.
+    GivenUp,
+    /// A fence was asked for that covers it.
+    Fencing,
+}
+
+impl Flight {
+    pub(super) fn is_empty(&self) -> bool {
+        self.transfers.is_empty()
+    }
+
+    /// Whether all that was to be moved is here, and nothing else is under way.
+    pub(super) fn is_over(&self) -> bool {
+        self.transfers.is_empty() && self.shares.is_empty()
+    }
+
+    /// Bytes that have come.
+    pub(super) fn bytes(&self) -> u64 {
+        self.carried.values().map(|(bytes, _)| bytes).sum()
+    }
+
+    /// Bytes and pieces that have come, by local NIC.
+    pub(super) fn carried(&self) -> impl Iterator<Item = (usize, (u64, u64))> + '_ {
+        self.carried.iter().map(|(nic, carried)| (*nic, *carried))
+    }
+
+    pub(super) fn ids(&self) -> impl Iterator<Item = TransferId> + '_ {
+        self.transfers.keys().copied()
+    }
+
+    pub(super) fn attempts(&self) -> impl Iterator<Item = (TransferId, &Attempt)> {
+        self.transfers.iter().map(|(id, attempt)| (*id, attempt))
+    }
+
+    pub(super) fn contains(&self, id: TransferId) -> bool {
+        self.transfers.contains_key(&id)
+    }
+
+    /// When something is to be done about a transfer.
+    pub(super) fn due(&self) -> Option<Moment> {
+        self.transfers.values().filter_map(|attempt| attempt.due).min()
+    }
+
+    /// A push is expected.
+    pub(super) fn expect(&mut self, id: TransferId, nic: usize, bytes: u64) {
+        self.transfers.insert(id, Attempt { nic, share: None, bytes, course: Course::Running, due: None });
+    }
+
+    /// Something is to be moved. Returns its number.
+    pub(super) fn add(&mut self, step: u32, program: Arc<Program>, range: UnitRange) -> u32 {
+        let number = self.next_share;
+        self.next_share = number.wrapping_add(1);
+        self.shares.insert(number, Share { step, program, range, tries: 0 });
+        number
+    }
+
+    pub(super) fn share(&self, number: u32) -> Option<&Share> {
+        self.shares.get(&number)
+    }
+
+    /// A share is posted at that NIC, as the transfer that `first` is chunk 0 of; as that itself where it is `alone`. Returns its name, its
+    /// bytes and what it moves.
+    pub(super) fn post(
+        &mut self,
+        number: u32,
+        nic: usize,
+        first: TransferId,
+        alone: bool,
+    ) -> Option<(TransferId, u64, Share)> {
+        let mut id = first;
+        if !alone {
+            // Numbers come again after 65,536 transfers of one leg.
+            while self.transfers.contains_key(&id) || id == first {
+                self.next_chunk = self.next_chunk.wrapping_add(1);
+                id = first.with_chunk(self.next_chunk);
+            }
+        }
+        let share = self.shares.get_mut(&number)?;
+        share.tries += 1;
+        let bytes = share.program.bytes_in(share.range);
+        let attempt = Attempt { nic, share: Some(number), bytes, course: Course::Running, due: None };
+        self.transfers.insert(id, attempt);
+        Some((id, bytes, share.clone()))
+    }
+
+    /// Something is to be done about a transfer that has not ended by then.
+    pub(super) fn wait_until(&mut self, id: TransferId, due: Moment) {
+        if let Some(attempt) = self.transfers.get_mut(&id) {
+            attempt.due = Some(due);
+        }
+    }
+
+    /// A transfer was told to stop; it is to be fenced when it has not ended by then.
+    pub(super) fn give_up(&mut self, id: TransferId, due: Moment) {
+        if let Some(attempt) = self.transfers.get_mut(&id) {
+            (attempt.course, attempt.due) = (Course::GivenUp, Some(due));
+        }
+    }
+
+    /// All of them are to stop. Returns which they are, each with its NIC; when they are fenced somebody else says.
+    pub(super) fn stop(&mut self) -> Vec<(TransferId, usize)> {
+        for attempt in self.transfers.values_mut().filter(|attempt| attempt.course == Course::Running) {
+            (attempt.course, attempt.due) = (Course::GivenUp, None);
+        }
+        self.attempts().map(|(id, attempt)| (id, attempt.nic)).collect()
+    }
+
+    /// A transfer is done. Returns what it was, and the others that move the same share and need not any more.
+    pub(super) fn done(
+        &mut self,
+        id: TransferId,
+        bytes: u64,
+        pieces: u64,
+    ) -> Option<(Attempt, Vec<(TransferId, usize)>)> {
+        let attempt = self.transfers.remove(&id)?;
+        let is_new = attempt.share.is_none_or(|share| self.shares.remove(&share).is_some());
+        if is_new {
+            let carried = self.carried.entry(attempt.nic).or_default();
+            *carried = (carried.0.saturating_add(bytes), carried.1.saturating_add(pieces));
+        }
+        Some((attempt, self.running(attempt.share)))
+    }
+
+    /// A transfer ended without success. Returns what it was, and the share that nobody moves now, if there is one.
+    pub(super) fn failed(&mut self, id: TransferId) -> Option<(Attempt, Option<u32>)> {
+        let attempt = self.transfers.remove(&id)?;
+        let open = attempt.share.filter(|share| self.shares.contains_key(share));
+        Some((attempt, open.filter(|share| self.running(Some(*share)).is_empty())))
+    }
+
+    /// A fence is asked for that covers what was told to stop at that NIC. It is to be asked for again when there is no proof by then.
+    pub(super) fn fence(&mut self, nic: usize, due: Moment) {
+        let given_up = |attempt: &&mut Attempt| attempt.nic == nic && attempt.course != Course::Running;
+        for attempt in self.transfers.values_mut().filter(given_up) {
+            (attempt.course, attempt.due) = (Course::Fencing, Some(due));
+        }
+    }
+
+    /// A fence was proved: what it was asked for can write nothing any more.
+    pub(super) fn fenced(&mut self, nic: usize) -> Vec<Attempt> {
+        let fenced = |attempt: &Attempt| attempt.nic == nic && attempt.course == Course::Fencing;
+        let ended: Vec<TransferId> = self.attempts().filter(|(_, one)| fenced(one)).map(|(id, _)| id).collect();
+        ended.into_iter().filter_map(|id| self.transfers.remove(&id)).collect()
+    }
+
+    fn running(&self, share: Option<u32>) -> Vec<(TransferId, usize)> {
+        let same = |attempt: &Attempt| share.is_some() && attempt.share == share && attempt.course == Course::Running;
+        self.attempts().filter(|(_, attempt)| same(attempt)).map(|(id, attempt)| (id, attempt.nic)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{HandoverId, Rank};
+
+    fn flight() -> (Flight, TransferId, u32) {
+        let mut flight = Flight::default();
+        let share = flight.add(2, Arc::default(), UnitRange { start: 0, end: 4 });
+        (flight, TransferId::of(HandoverId(1), Rank(0), Rank(0), 2), share)
+    }
+
+    #[test]
+    fn a_share_counts_once_and_nothing_is_over_before_every_transfer_has_ended() {
+        let (mut flight, first, share) = flight();
+        let (silent, ..) = flight.post(share, 0, first, false).expect("posted");
+        flight.give_up(silent, Moment(5));
+        let (again, _, moved) = flight.post(share, 1, first, false).expect("posted again");
+        assert_ne!(silent, again);
+        assert_eq!((again.step(), moved.tries), (2, 2));
+        let (_, others) = flight.done(again, 40, 4).expect("under way");
+        assert!(others.is_empty() && !flight.is_over(), "the silent one may still write");
+        let (late, _) = flight.done(silent, 40, 4).expect("under way");
+        assert_eq!((late.nic, flight.bytes(), flight.is_over()), (0, 40, true));
+        assert_eq!(flight.carried().collect::<Vec<_>>(), [(1, (40, 4))]);
+    }
+
+    #[test]
+    fn who_comes_first_spares_the_others() {
+        let (mut flight, first, share) = flight();
+        let (silent, ..) = flight.post(share, 0, first, false).expect("posted");
+        flight.give_up(silent, Moment(5));
+        let (again, ..) = flight.post(share, 1, first, false).expect("posted again");
+        let (_, others) = flight.done(silent, 40, 4).expect("under way");
+        assert_eq!(others, [(again, 1)]);
+        assert_eq!(flight.failed(again).map(|(_, open)| open), Some(None), "it is here already");
+        assert!(flight.is_over());
+    }
+
+    #[test]
+    fn only_the_last_failure_leaves_a_share_open() {
+        let (mut flight, first, share) = flight();
+        let (one, ..) = flight.post(share, 0, first, false).expect("posted");
+        let (other, ..) = flight.post(share, 1, first, false).expect("posted");
+        assert_eq!(flight.failed(one).map(|(_, open)| open), Some(None));
+        assert_eq!(flight.failed(other).map(|(_, open)| open), Some(Some(share)));
+        assert!(flight.is_empty() && !flight.is_over());
+    }
+
+    #[test]
+    fn a_fence_ends_what_it_was_asked_for_at_its_nic() {
+        let (mut flight, first, share) = flight();
+        let ids: Vec<TransferId> =
+            [0, 0, 1].into_iter().filter_map(|nic| Some(flight.post(share, nic, first, false)?.0)).collect();
+        for id in [ids[0], ids[2]] {
+            flight.give_up(id, Moment(5));
+        }
+        assert!(flight.fenced(0).is_empty(), "nobody has asked for one");
+        flight.fence(0, Moment(9));
+        assert_eq!(flight.fenced(1).len() + flight.fenced(0).len(), 1, "the other NIC was not asked");
+        assert_eq!((flight.ids().collect::<Vec<_>>(), flight.due()), (vec![ids[1], ids[2]], Some(Moment(5))));
+        assert_eq!(flight.stop(), [(ids[1], 0), (ids[2], 1)]);
+        flight.fence(0, Moment(9));
+        assert_eq!(flight.fenced(0).len(), 1);
+    }
+}

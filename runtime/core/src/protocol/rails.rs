@@ -1,0 +1,375 @@
+//! Several pairs of NICs that join two ranks: who carries how much, who is left alone, and who may try again.
+
+use core::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Moment, Program, UnitRange};
+
+/// A rail that is so many times slower than the best one is left alone, but for a trial now and then.
+const SLOW: u64 = 4;
+/// What differs less from the best is noise: such rails share evenly.
+const ALIKE: u64 = 2;
+/// A rail on trial gets this part of what the others get together.
+const TRIAL_PART: u64 = 16;
+/// A unit larger than this part of a share is cut, or shares would differ by more.
+const UNITS_PER_SHARE: u64 = 16;
+/// Observations without which nothing is called slow: the first have connections and registrations in them.
+const SEEN_MIN: u32 = 3;
+/// Weights are parts of this many.
+const WHOLE: u128 = 1 << 16;
+
+/// How the NICs that join two ranks share work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RailTerms {
+    /// Pairs of NICs that serve one pair of ranks at once, at most; 1 leaves one NIC to every pair of ranks.
+    pub rails_max: u32,
+    /// Bytes below which there is no share of its own: programs of less than two of these stay on one rail, in turn.
+    pub share_bytes_min: u64,
+    /// How long a share may take longer than expected before its rail counts as silent and another one moves the same bytes.
+    pub silent_after: Duration,
+    /// How many times the expected time a share is given besides.
+    pub slack: u32,
+    /// Rate assumed before any was observed, in bytes per second.
+    pub initial_bytes_per_second: u64,
+    /// How long a rail rests that failed or is slow, before it may try again; doubled with every trial that fails.
+    pub rest: Duration,
+    /// The longest rest.
+    pub rest_max: Duration,
+}
+
+impl Default for RailTerms {
+    fn default() -> Self {
+        RailTerms {
+            rails_max: 1,
+            share_bytes_min: 256 << 10,
+            silent_after: Duration::from_millis(250),
+            slack: 8,
+            initial_bytes_per_second: 100_000_000,
+            rest: Duration::from_millis(500),
+            rest_max: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What is known of a rail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum RailHealth {
+    /// It carries its share.
+    Up,
+    /// It is much slower than the best: it carries nothing but trials.
+    Slow,
+    /// It failed, or fell silent: it carries nothing but trials.
+    Down,
+}
+
+impl RailHealth {
+    /// The word used in logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            RailHealth::Up => "up",
+            RailHealth::Slow => "slow",
+            RailHealth::Down => "down",
+        }
+    }
+}
+
+/// The rails to one peer, each known by the NIC of this side that it ends at.
+///
+/// Time is an argument; nothing here waits: a rail that rests is found fit for a trial when work is shared out after its rest.
+#[derive(Clone, Debug)]
+pub struct Rails {
+    terms: RailTerms,
+    rails: Vec<Rail>,
+    /// Whose turn it is among those that are alike.
+    turn: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Rail {
+    nic: usize,
+    health: RailHealth,
+    /// When it may try again; only of one that is not up.
+    rests_until: Moment,
+    on_trial: bool,
+    /// Rests without a good trial between them.
+    rests: u32,
+    /// Bytes per second, as observed.
+    rate: Option<u64>,
+    /// How often.
+    seen: u32,
+    /// Bytes that were posted and have not ended.
+    outstanding: u64,
+    posted: u32,
+    /// Since when `busy` counts on.
+    since: Moment,
+    /// For how long bytes were under way since the rate was observed last, and how many have come.
+    busy: Duration,
+    moved: u64,
+}
+
+impl Rails {
+    /// Rails that end at these NICs of this side, all of them up.
+    pub fn new(nics: impl IntoIterator<Item = usize>, terms: RailTerms) -> Self {
+        let rail = |nic| Rail {
+            nic,
+            health: RailHealth::Up,
+            rests_until: Moment::default(),
+            on_trial: false,
+            rests: 0,
+            rate: None,
+            seen: 0,
+            outstanding: 0,
+            posted: 0,
+            since: Moment::default(),
+            busy: Duration::ZERO,
+            moved: 0,
+        };
+        Rails { terms, rails: nics.into_iter().map(rail).collect(), turn: 0 }
+    }
+
+    /// Whether there is more than one.
+    pub fn are_several(&self) -> bool {
+        self.rails.len() > 1
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.rails.len()
+    }
+
+    /// What is known of the rail that ends at that NIC.
+    pub fn health(&self, nic: usize) -> Option<RailHealth> {
+        self.rails.iter().find(|rail| rail.nic == nic).map(|rail| rail.health)
+    }
+
+    /// Takes a rail out for good, unless it is the last.
+    pub fn remove(&mut self, nic: usize) {
+        if self.are_several() {
+            self.rails.retain(|rail| rail.nic != nic);
+        }
+    }
+
+    /// Whether the next post at that NIC tries what failed, with nothing else under way there: then its connection may as well be made anew.
+    pub fn begins_anew(&self, nic: usize) -> bool {
+        let is_idle = |rail: &Rail| rail.nic == nic && rail.health == RailHealth::Down && rail.posted == 0;
+        self.are_several() && self.rails.iter().any(is_idle)
+    }
+
+    /// Shares a program out: a range of it for each NIC that is to carry one. Together they are the whole program, in order, and none overlaps
+    /// another. The program comes back with smaller units where its own were too large to be shared.
+    pub fn share_out(&mut self, now: Moment, program: Program) -> (Program, Vec<(usize, UnitRange)>) {
+        let bearers = self.bearers(now, program.bytes());
+        let (nics, weights): (Vec<usize>, Vec<u32>) = bearers.into_iter().unzip();
+        if nics.len() < 2 {
+            let whole = program.whole();
+            return (program, nics.into_iter().map(|nic| (nic, whole)).collect());
+        }
+        let unit_bytes_max = program.bytes() / nics.len() as u64 / UNITS_PER_SHARE;
+        let program = match program.unit_bytes_max() > unit_bytes_max.max(self.terms.share_bytes_min / UNITS_PER_SHARE)
+        {
+            true => program.with_units_up_to(unit_bytes_max),
+            false => program,
+        };
+        let ranges = program.split_by(&weights);
+        (program, nics.into_iter().zip(ranges).filter(|(_, range)| !range.is_empty()).collect())
+    }
+
+    /// Another NIC than `nic` that is fit to carry what that one does not: one that is up, with the least under way; or else, where `at_last`, one
+    /// that has rested.
+    pub fn another(&self, now: Moment, nic: usize, at_last: bool) -> Option<usize> {
+        let others = || self.rails.iter().filter(|rail| rail.nic != nic);
+        let up = others().filter(|rail| rail.health == RailHealth::Up).min_by_key(|rail| rail.outstanding);
+        let rested = || others().filter(|rail| !rail.on_trial).min_by_key(|rail| rail.rests_until);
+        up.or_else(|| rested().filter(|rail| at_last && now >= rail.rests_until)).map(|rail| rail.nic)
+    }
+
+    /// Bytes were posted to that NIC. Returns how long they may take before the rail counts as silent.
+    pub fn posted(&mut self, now: Moment, nic: usize, bytes: u64) -> Duration {
+        let terms = self.terms;
+        let Some(rail) = self.rail(nic) else { return terms.silent_after };
+        if rail.posted == 0 {
+            rail.since = now;
+        }
+        rail.posted = rail.posted.saturating_add(1);
+        rail.outstanding = rail.outstanding.saturating_add(bytes);
+        rail.on_trial |= rail.health != RailHealth::Up;
+        rail.patience(&terms)
+    }
+
+    /// How long what is under way at that NIC may take from now on.
+    pub fn patience(&self, nic: usize) -> Duration {
+        let rail = self.rails.iter().find(|rail| rail.nic == nic);
+        rail.map_or(self.terms.silent_after, |rail| rail.patience(&self.terms))
+    }
+
+    /// Bytes that were posted to that NIC have moved. Returns what the rail is from now on, where that is something else than before.
+    pub fn moved(&mut self, now: Moment, nic: usize, bytes: u64) -> Option<RailHealth> {
+        let telling = self.terms.share_bytes_min;
+        let rail = self.rail(nic)?;
+        rail.ended(now, bytes);
+        rail.moved = rail.moved.saturating_add(bytes);
+        let was_on_trial = core::mem::take(&mut rail.on_trial);
+        if rail.moved >= telling || was_on_trial {
+            rail.observe(was_on_trial);
+        }
+        if was_on_trial && rail.health == RailHealth::Down {
+            // It is back; how fast it is shows from now on.
+            (rail.health, rail.rests) = (RailHealth::Up, 0);
+            return Some(self.judge(now, nic).unwrap_or(RailHealth::Up));
+        }
+        self.judge(now, nic)
+    }
+
+    /// What was posted to that NIC ended otherwise, and nobody can say that the rail is to blame for it.
+    pub fn ended(&mut self, now: Moment, nic: usize, bytes: u64) {
+        if let Some(rail) = self.rail(nic) {
+            rail.ended(now, bytes);
+        }
+    }
+
+    /// The rail at that NIC failed, or was silent for too long: it rests. Returns what it is from now on, where that is something else than
+    /// before. What ends with it does not count again.
+    pub fn failed(&mut self, now: Moment, nic: usize) -> Option<RailHealth> {
+        let terms = self.terms;
+        let rail = self.rail(nic)?;
+        if rail.health == RailHealth::Down && !rail.on_trial {
+            return None;
+        }
+        let was = rail.health;
+        rail.rest(now, &terms, RailHealth::Down);
+        // What it did before says nothing of what it will do.
+        (rail.rate, rail.seen, rail.busy, rail.moved) = (None, 0, Duration::ZERO, 0);
+        (was != RailHealth::Down).then_some(RailHealth::Down)
+    }
+
+    /// Which NICs carry something of a program of so many bytes, each with its weight, in the order of the rails.
+    fn bearers(&mut self, now: Moment, bytes: u64) -> Vec<(usize, u32)> {
+        let up: Vec<usize> = self.indices(|rail| rail.health == RailHealth::Up);
+        let fit = |rail: &Rail| rail.health != RailHealth::Up && !rail.on_trial && now >= rail.rests_until;
+        let trial = self.indices(fit).first().copied();
+        let least = self.terms.share_bytes_min.max(1);
+        let shares = usize::try_from(bytes / least).unwrap_or(usize::MAX);
+        if up.is_empty() {
+            // Whoever rests is better than nobody.
+            let first = self.rails.iter().min_by_key(|rail| (rail.on_trial, rail.rests_until));
+            return first.map(|rail| (rail.nic, 1)).into_iter().collect();
+        }
+        if shares < 2 {
+            // A trial of a slow rail has to be worth its while, and would hold a small program up.
+            let trial = trial.filter(|index| self.at(*index).is_some_and(|rail| rail.health == RailHealth::Down));
+            let turn = self.take_turns(&up, 1);
+            return trial
+                .or_else(|| turn.first().copied())
+                .and_then(|index| Some((self.at(index)?.nic, 1)))
+                .into_iter()
+                .collect();
+        }
+        let chosen = self.take_turns(&up, shares);
+        let best = chosen.iter().filter_map(|index| self.at(*index)?.rate).max();
+        let weight = |index: usize| match (self.at(index).and_then(|rail| rail.rate), best) {
+            (Some(rate), Some(best)) if rate.saturating_mul(ALIKE) < best => {
+                u32::try_from(u128::from(rate) * WHOLE / u128::from(best)).unwrap_or(1).max(1)
+            }
+            _ => WHOLE as u32,
+        };
+        let mut weights: Vec<(usize, u32)> = chosen.iter().map(|index| (*index, weight(*index))).collect();
+        if let Some(trial) = trial {
+            let together: u64 = weights.iter().map(|(_, weight)| u64::from(*weight)).sum();
+            weights.push((trial, u32::try_from(together / TRIAL_PART).unwrap_or(u32::MAX).max(1)));
+        }
+        weights.sort_unstable();
+        weights.into_iter().filter_map(|(index, weight)| Some((self.at(index)?.nic, weight))).collect()
+    }
+
+    /// The next of `among` whose turn it is, at most `most`.
+    fn take_turns(&mut self, among: &[usize], most: usize) -> Vec<usize> {
+        let count = among.len().min(most);
+        let first = among.iter().position(|index| *index >= self.turn).unwrap_or(0);
+        let chosen: Vec<usize> = among.iter().cycle().skip(first).take(count).copied().collect();
+        if let Some(last) = chosen.last().filter(|_| count < among.len()) {
+            self.turn = last + 1;
+        }
+        chosen
+    }
+
+    /// Compares a rail with the others, now that something of its rate is known.
+    fn judge(&mut self, now: Moment, nic: usize) -> Option<RailHealth> {
+        let terms = self.terms;
+        let others = self.rails.iter().filter(|rail| rail.nic != nic && rail.health == RailHealth::Up);
+        let best = others.filter_map(|rail| rail.rate).max();
+        let rail = self.rail(nic)?;
+        let is_slow = rail
+            .rate
+            .filter(|_| rail.seen >= SEEN_MIN)
+            .zip(best)
+            .is_some_and(|(rate, best)| rate.saturating_mul(SLOW) < best);
+        match (rail.health, is_slow) {
+            (RailHealth::Up, true) => {
+                rail.rest(now, &terms, RailHealth::Slow);
+                Some(RailHealth::Slow)
+            }
+            // A trial that went badly; what was still under way when it was found slow is none.
+            (RailHealth::Slow, true) if now >= rail.rests_until => {
+                rail.rest(now, &terms, RailHealth::Slow);
+                None
+            }
+            (RailHealth::Slow, false) => {
+                (rail.health, rail.rests) = (RailHealth::Up, 0);
+                Some(RailHealth::Up)
+            }
+            _ => None,
+        }
+    }
+
+    fn indices(&self, which: impl Fn(&Rail) -> bool) -> Vec<usize> {
+        self.rails.iter().enumerate().filter(|(_, rail)| which(rail)).map(|(index, _)| index).collect()
+    }
+
+    fn at(&self, index: usize) -> Option<&Rail> {
+        self.rails.get(index)
+    }
+
+    fn rail(&mut self, nic: usize) -> Option<&mut Rail> {
+        self.rails.iter_mut().find(|rail| rail.nic == nic)
+    }
+}
+
+impl Rail {
+    fn rest(&mut self, now: Moment, terms: &RailTerms, health: RailHealth) {
+        let longer = terms.rest.saturating_mul(1 << self.rests.min(16)).min(terms.rest_max);
+        self.rests = self.rests.saturating_add(1);
+        self.rests_until = now + longer;
+        (self.health, self.on_trial) = (health, false);
+    }
+
+    fn ended(&mut self, now: Moment, bytes: u64) {
+        if self.posted > 0 {
+            self.busy = self.busy.saturating_add(now.since(self.since));
+            self.since = now;
+        }
+        self.posted = self.posted.saturating_sub(1);
+        self.outstanding = self.outstanding.saturating_sub(bytes);
+    }
+
+    /// Takes in the rate since it was observed last. A trial says what is so now, whatever was before.
+    fn observe(&mut self, afresh: bool) {
+        let nanos = self.busy.as_nanos().max(1);
+        let rate = u64::try_from(u128::from(self.moved) * 1_000_000_000 / nanos).unwrap_or(u64::MAX).max(1);
+        (self.rate, self.seen) = match self.rate.filter(|_| !afresh) {
+            Some(before) => (Some((before / 2).saturating_add(rate / 2).max(1)), self.seen.saturating_add(1)),
+            None => (Some(rate), if afresh { SEEN_MIN } else { 1 }),
+        };
+        (self.busy, self.moved) = (Duration::ZERO, 0);
+    }
+
+    fn patience(&self, terms: &RailTerms) -> Duration {
+        let rate = self.rate.unwrap_or(terms.initial_bytes_per_second).max(1);
+        let nanos = u128::from(self.outstanding) * 1_000_000_000 / u128::from(rate) * u128::from(terms.slack);
+        terms.silent_after.saturating_add(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+    }
+}
+
+#[cfg(test)]
+mod tests;
