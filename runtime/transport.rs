@@ -10,6 +10,46 @@ use thiserror::Error;
 /// What only GPUs have: pools over memory that a serving stack owns, and events of its streams.
 pub mod cuda {
     pub use kvferry_cuda::{Allocate, GpuEvent, from_raw};
+
+    /// How KV gets between these GPUs (`gpu0`, `gpu1` and so on, as this process sees them) without a NIC, in words; else why not: no driver, no such
+    /// GPU, a MIG instance, no peer access.
+    pub fn joined(gpus: &[&str]) -> Result<String, String> {
+        let cuda = kvferry_cuda::CudaProvider::default();
+        let found = super::Provider::discover(&cuda);
+        let ordinal = |name: &str| {
+            let device = found.iter().find(|device| device.name == name);
+            match device.or(found.iter().find(|device| device.unavailable.is_some())) {
+                Some(super::Device { name, unavailable: Some(reason), .. }) => Err(format!("{name}: {reason}")),
+                Some(device) => {
+                    let number = device.name.strip_prefix("gpu").and_then(|number| number.parse::<u32>().ok());
+                    number.ok_or_else(|| format!("{name} is no GPU's name"))
+                }
+                None => {
+                    let known: Vec<&str> = found.iter().map(|device| device.name.as_str()).collect();
+                    Err(format!("there is no {name} here; there are {}", known.join(", ")))
+                }
+            }
+        };
+        super::joined(gpus, |from, to| kvferry_cuda::reaches(ordinal(from)?, ordinal(to)?))
+    }
+}
+
+/// Every one has to reach every other.
+fn joined(gpus: &[&str], reaches: impl Fn(&str, &str) -> Result<&'static str, String>) -> Result<String, String> {
+    let mut ways: Vec<&str> = Vec::new();
+    for from in gpus {
+        for to in gpus {
+            let way = reaches(from, to)?;
+            if from != to && !ways.contains(&way) {
+                ways.push(way);
+            }
+        }
+    }
+    match (gpus, ways.as_slice()) {
+        ([], _) => Err("no GPU is named".to_owned()),
+        (_, []) => Ok(format!("all of it stays on {}", gpus.first().copied().unwrap_or_default())),
+        (_, ways) => Ok(format!("{} are joined by {}", gpus.join(", "), ways.join(" and "))),
+    }
 }
 
 /// Every provider of this build, in order of preference.
@@ -102,4 +142,37 @@ fn find(kind: TransportKind, device: Option<&str>) -> Result<(Box<dyn Provider>,
         return Err(no_device(format!("{}: {reason}", device.name)));
     }
     Ok((provider, device))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two islands of NVLink joined by PCIe, and a GPU that nobody reaches.
+    fn reaches(from: &str, to: &str) -> Result<&'static str, String> {
+        let island = |gpu: &str| match gpu {
+            "gpu0" | "gpu1" => Some(0),
+            "gpu2" | "gpu3" => Some(1),
+            _ => None,
+        };
+        match (island(from), island(to)) {
+            _ if from == to => Ok("itself"),
+            (Some(one), Some(other)) if one == other => Ok("NVLink"),
+            (Some(_), Some(_)) => Ok("PCIe"),
+            _ => Err(format!("{from} has no peer access to {to}")),
+        }
+    }
+
+    #[test]
+    fn gpus_are_joined_if_every_pair_of_them_is() {
+        assert_eq!(joined(&["gpu0", "gpu1"], reaches).unwrap(), "gpu0, gpu1 are joined by NVLink");
+        assert_eq!(
+            joined(&["gpu0", "gpu1", "gpu2"], reaches).unwrap(),
+            "gpu0, gpu1, gpu2 are joined by NVLink and PCIe"
+        );
+        assert_eq!(joined(&["gpu3", "gpu3"], reaches).unwrap(), "all of it stays on gpu3");
+        assert_eq!(joined(&["gpu0", "gpu9"], reaches).unwrap_err(), "gpu0 has no peer access to gpu9");
+        assert_eq!(joined(&["gpu9", "gpu0"], reaches).unwrap_err(), "gpu9 has no peer access to gpu0");
+        assert!(joined(&[], reaches).is_err());
+    }
 }

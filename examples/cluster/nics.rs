@@ -32,19 +32,46 @@ impl NicChoice {
     }
 }
 
-/// What `--devices` names, or `--gpus` in its place.
-pub(crate) fn devices(options: &crate::options::Options) -> Result<Option<String>, UsageError> {
-    let Some(gpus) = &options.gpus else { return Ok(options.devices.clone()) };
-    match options.transport.as_str() {
-        "cuda" => Ok(Some(gpu_names(gpus).collect::<Vec<_>>().join(","))),
-        "tcp" => Ok(options.devices.clone()),
-        _ => Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: options.transport.clone() }),
+/// The transport, and the devices that are named for it: `--transport` and `--devices`, or `--gpus` in their place. With tcp, GPUs only say
+/// where pools are ([`memories`]).
+///
+/// `auto` takes named GPUs where they reach each other and all ranks are on one host; else pools are in host memory, and it is said why.
+pub(crate) fn wanted<'a>(
+    options: &'a crate::options::Options,
+    transport: &'a str,
+    hosts: u32,
+) -> Result<(&'a str, Option<String>), UsageError> {
+    let Some(gpus) = &options.gpus else { return Ok((transport, options.devices.clone())) };
+    let names: Vec<String> = gpu_names(gpus).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    match transport {
+        "cuda" => Ok(("cuda", Some(names.join(",")))),
+        "auto" => match auto(hosts, || transport::cuda::joined(&names)) {
+            Ok(way) => {
+                eprintln!("note: pools are on GPUs; {way}");
+                Ok(("cuda", Some(names.join(","))))
+            }
+            Err(reason) => {
+                eprintln!("note: pools are in host memory, not on --gpus {gpus}: {reason}");
+                Ok(("auto", options.devices.clone()))
+            }
+        },
+        "tcp" => Ok(("tcp", options.devices.clone())),
+        _ => Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: transport.to_owned() }),
     }
 }
 
+/// Whether `auto` takes the GPUs that are named; else why not.
+fn auto(hosts: u32, joined: impl FnOnce() -> Result<String, String>) -> Result<String, String> {
+    if hosts > 1 {
+        return Err(format!("ranks are on {hosts} hosts, and only GPUs of one host read each other's memory"));
+    }
+    joined()
+}
+
 /// The GPUs in whose memory pools are to be though another transport carries them, dealt to the ranks in turn.
-pub(crate) fn memories(options: &crate::options::Options) -> Result<Vec<String>, UsageError> {
-    let gpus = options.gpus.as_deref().filter(|_| options.transport == TransportKind::Tcp.name());
+pub(crate) fn memories(options: &crate::options::Options, transport: &str) -> Result<Vec<String>, UsageError> {
+    let gpus = options.gpus.as_deref().filter(|_| transport == TransportKind::Tcp.name());
     let names: Vec<String> = gpus.into_iter().flat_map(gpu_names).collect();
     if !names.is_empty() {
         // Names are checked here, not in every rank.
@@ -168,4 +195,17 @@ fn list(known: &[NicChoice]) -> String {
     };
     let names: Vec<String> = known.iter().map(describe).collect();
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_takes_gpus_that_reach_each_other_on_one_host() {
+        let nvlink = || Ok("gpu0, gpu1 are joined by NVLink".to_owned());
+        assert!(auto(1, nvlink).is_ok());
+        assert!(auto(2, nvlink).unwrap_err().contains("2 hosts"));
+        assert_eq!(auto(1, || Err("no driver".to_owned())), Err("no driver".to_owned()));
+    }
 }

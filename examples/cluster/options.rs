@@ -57,7 +57,7 @@ pub(crate) struct Options {
     /// Requests in flight at once [default: 4 per decode group]
     #[arg(long, value_name = "N")]
     pub(crate) concurrency: Option<u64>,
-    /// auto (shared memory where ranks share a host, otherwise TCP), shm, tcp, ucx, libfabric, or cuda (pools in GPU memory)
+    /// auto (with --gpus: cuda where these GPUs reach each other; shared memory where ranks share a host; otherwise TCP), shm, tcp, ucx, libfabric, or cuda (pools in GPU memory)
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) transport: String,
     /// Devices by name, best first within each transport: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]
@@ -70,7 +70,7 @@ pub(crate) struct Options {
     /// method of --config says]
     #[arg(long)]
     pub(crate) two_sided: bool,
-    /// With --transport cuda: the GPUs, in place of --devices, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one].
+    /// With --transport cuda or auto: the GPUs, in place of --devices, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one].
     /// With --transport tcp: the same, for pools in GPU memory that is staged through host memory [default: host memory]
     #[arg(long, value_name = "LIST")]
     pub(crate) gpus: Option<String>,

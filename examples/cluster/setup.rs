@@ -88,14 +88,14 @@ impl Setup {
             .layers_per_step
             .map(|step| number("layers-per-step", Some(u64::from(step)), layers, 1, layers))
             .transpose()?;
-        let devices = nics::devices(options)?;
         let transport = match &plan {
             Some(plan) if options.transport == "auto" => plan.transport.value.name(),
             _ => &options.transport,
         };
+        let is_planned = transport != options.transport;
+        let (transport, devices) = nics::wanted(options, transport, prefill.nodes.max(decode.nodes))?;
         let planned: String = plan.as_ref().map(|plan| plan.devices.value.join(",")).unwrap_or_default();
         // Devices and method of the plan belong to its transport.
-        let is_planned = transport != options.transport;
         let of_plan = (is_planned && !planned.is_empty()).then_some(planned.as_str());
         let mut nics = nics::choose(transport, devices.as_deref().or(of_plan)).map_err(|error| {
             match (error, options.config.as_deref().filter(|_| is_planned)) {
@@ -110,7 +110,7 @@ impl Setup {
             nics::two_sided(&mut nics)?;
         }
         let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);
-        let memories = nics::memories(options)?;
+        let memories = nics::memories(options, transport)?;
         let counts = (prefill.ranks(), decode.ranks());
         let faults = [
             (Action::Kill, &options.kill),

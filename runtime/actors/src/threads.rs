@@ -305,3 +305,47 @@ fn is_readable(fd: &AsyncFd<Arc<OwnedFd>>) -> bool {
     let mut fds = [PollFd::new(fd.get_ref(), PollFlags::IN)];
     rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Wake, Waker};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_thread_polls_on_after_an_input_and_not_before() {
+        let clock = NodeClock::new(Duration::from_secs(3600));
+        let woken = Arc::new(Woken::default());
+        let (waker, count) = (Waker::from(Arc::clone(&woken)), || woken.0.load(Ordering::Relaxed));
+        let mut context = Context::from_waker(&waker);
+        let mut linger = pin!(clock.clone().linger());
+        assert!(linger.as_mut().poll(&mut context).is_pending());
+        assert_eq!(count(), 0, "nothing has come yet");
+        clock.stir();
+        assert_eq!(count(), 1);
+        for turn in 2..5 {
+            assert!(linger.as_mut().poll(&mut context).is_pending());
+            assert_eq!(count(), turn, "it wants another turn at once");
+        }
+    }
+
+    #[test]
+    fn without_time_to_linger_nothing_is_polled() {
+        let clock = NodeClock::new(Duration::ZERO);
+        clock.stir();
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(pin!(clock.linger()).poll(&mut context).is_ready());
+    }
+}

@@ -305,7 +305,9 @@ proptest! {
         changed in any::<prop::sample::Index>(),
     ) {
         let Some(kernel) = kernel() else { return Ok(()) };
-        let emulate = kernel.lock().unwrap_or_else(std::sync::PoisonError::into_inner).1;
+        // What the source calls threadIdx and so on is one for all: nobody else runs a kernel meanwhile.
+        let kernel = kernel.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let emulate = kernel.1;
         let length = case.last().map_or(0, |(at, bytes, _)| at + *bytes as usize) + 8;
         let mut due = vec![0x55; length];
         let mut runs = Vec::new();
