@@ -4,7 +4,7 @@
 
 mod cluster;
 
-use cluster::{Case, HEADS_4, run, run_bare, run_now};
+use cluster::{Case, HEADS_4, run, run_bare};
 
 fn usable() -> bool {
     let Some(reason) = kvferry_ucx::UcxProvider::unavailable() else { return true };
@@ -54,25 +54,17 @@ fn ranks_die_and_stop_in_the_middle() {
         return;
     }
     let sides = ["--model", "tiny", "--prefill", "tp=2,groups=2", "--decode", "tp=2,groups=2", "--requests", "12"];
-    let harms = [["--kill", "decode:1@2"], ["--kill", "prefill:1@2"], ["--stop", "prefill:0@2"]];
-    let die = |method: &[&str]| {
-        for device in ["memory", "lo"] {
-            for (direction, harm) in
-                ["pull", "push"].into_iter().flat_map(|direction| harms.map(|harm| (direction, harm)))
-            {
-                let how = ["--json", "--deadline", "120", "--transport", "ucx", "--direction", direction];
+    for (device, method) in [("memory", &[][..]), ("lo", &[]), ("memory", &["--two-sided"]), ("lo", &["--two-sided"])] {
+        for direction in ["pull", "push"] {
+            let case = Case { transport: "ucx", direction, in_process: false };
+            for harm in [["--kill", "decode:1@2"], ["--kill", "prefill:1@2"], ["--stop", "prefill:0@2"]] {
                 let devices = ["--devices", device, "--silence", "1200"];
-                let ran = run_now(&[&how[..], &sides, &devices, method, &harm].concat());
+                let ran = run(&case, &[&sides[..], &devices, method, &harm].concat());
                 ran.check_sound();
                 assert_eq!(ran.number("delivered"), 12, "{harm:?} {device} {method:?} {direction}: {}", ran.stdout);
             }
         }
-    };
-    // Two at a time: they wait for silence most of it.
-    std::thread::scope(|scope| {
-        scope.spawn(|| die(&[]));
-        die(&["--two-sided"]);
-    });
+    }
 }
 
 /// TensorRT-LLM's `backend: UCX`: no remote keys.

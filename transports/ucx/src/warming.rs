@@ -1,5 +1,5 @@
 //! What peers do when they join, so that their first transfer finds everything there: a chunk of no transfer goes each way, and each end reads
-//! a page of the other's where its lanes can. UCX chooses its protocols, and both have their buffers and keys, before `Connected` is told.
+//! some of the other's memory where its lanes can. UCX chooses its protocols, and both have their buffers and keys, before `Connected` is told.
 
 use std::rc::Rc;
 
@@ -16,8 +16,8 @@ use crate::staging::Buffer;
 use crate::transport::UcxTransport;
 use crate::wire::{HEADER_BYTES, Header, Kind, RegionKey, WARMING_TAG, Warmed};
 
-/// Bytes that peers read to try it.
-const SAMPLE_BYTES: usize = 4 << 10;
+/// Bytes that peers read to try it: so many that no copy through UCX is worth it.
+const SAMPLE_BYTES: usize = 64 << 10;
 
 /// Memory that holds nothing, for peers to read when they join.
 pub(crate) struct Sample {
@@ -48,7 +48,7 @@ pub(crate) struct Warmth {
     pub(crate) taken: bool,
     /// The peer's has come, and all that it said of itself.
     heard: bool,
-    /// Reads of the peer's page that are under way.
+    /// Reads of the peer's sample that are under way.
     trying: u32,
 }
 
@@ -112,7 +112,7 @@ impl UcxTransport {
         Ok(())
     }
 
-    /// Reads a page of the peer's into a buffer that is not looked at.
+    /// Reads the peer's sample into a buffer that is not looked at.
     fn try_read(&mut self, id: u64, sample: &RegionKey) {
         let mut buffer = self.staging.buffer();
         let bytes = SAMPLE_BYTES.min(usize::try_from(sample.bytes).unwrap_or(SAMPLE_BYTES));
@@ -164,5 +164,67 @@ impl UcxTransport {
         for id in queued {
             self.start(id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use kvferry_transport::Transport;
+    use kvferry_transport::conformance::block_planes;
+
+    use super::*;
+    use crate::proof::tests::open;
+
+    fn is_connected(event: &Event) -> bool {
+        matches!(event, Event::Connected { .. })
+    }
+
+    #[test]
+    fn connected_is_told_when_nothing_is_left_to_wait_for() {
+        let (Some(mut here), Some(mut there)) = (open(), open()) else { return };
+        let layout = block_planes(1, 4, 64 << 10);
+        let keys = there.bind(&Pool::allocate(PoolId(1), layout.clone(), "warm").unwrap()).unwrap();
+        let peer = here.connect(&there.address()).unwrap();
+        let remote = here.import(peer, &keys, &layout).unwrap();
+        let (mut events, until) = (Vec::new(), Instant::now() + Duration::from_secs(20));
+        while !events.iter().any(is_connected) && Instant::now() < until {
+            assert!(!here.sessions.get(&peer).unwrap().is_up());
+            here.poll(&mut events);
+            there.poll(&mut Vec::new());
+        }
+        assert!(events.iter().any(is_connected), "{events:?}");
+        let link = here.sessions.get(&peer).unwrap().link;
+        assert!(here.links.get(&link).unwrap().warmth.is_whole() && here.sessions.get(&peer).unwrap().is_up());
+        let reads = here.reads_memory(link);
+        assert_eq!(
+            here.remotes.get(&remote).unwrap().unpacked.is_some(),
+            reads,
+            "keys are unpacked where memory is read"
+        );
+    }
+
+    /// It answered, and stands still with what was sent to it.
+    #[test]
+    fn a_peer_that_is_slow_to_warm_up_is_connected_all_the_same() {
+        let (Some(mut here), Some(mut there)) = (open(), open()) else { return };
+        let peer = here.connect(&there.address()).unwrap();
+        let (mut events, until) = (Vec::new(), Instant::now() + Duration::from_secs(20));
+        while !events.iter().any(is_connected) && Instant::now() < until {
+            here.poll(&mut Vec::new());
+            there.poll(&mut events);
+        }
+        let mut events = Vec::new();
+        while here.sessions.get(&peer).unwrap().there.is_none() && Instant::now() < until {
+            here.poll(&mut events);
+        }
+        (0..100).for_each(|_| here.poll(&mut events));
+        assert!(!events.iter().any(is_connected), "its chunk was not taken: {events:?}");
+        let now = Instant::now();
+        here.sessions.get_mut(&peer).unwrap().deadline = Some(now);
+        here.note_deadline(now);
+        here.poll(&mut events);
+        assert!(events.iter().any(is_connected), "{events:?}");
     }
 }
