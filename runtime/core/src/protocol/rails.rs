@@ -44,6 +44,7 @@ impl Default for RailTerms {
             rails_max: 1,
             share_bytes_min: 256 << 10,
             silent_after: Duration::from_millis(250),
+            // Other peers share the NICs, and come in bursts: what only has to wait for them is not silent.
             slack: 8,
             initial_bytes_per_second: 100_000_000,
             rest: Duration::from_millis(500),
