@@ -35,6 +35,8 @@ pub struct Options {
     /// Bytes of memory that are registered with the device for packed chunks, at most (ucx); what goes beyond is registered as it comes.
     pub staging_bytes_max: u64,
     /// Bytes of one chunk of a device's memory that is staged through page-locked host memory (tcp), rounded to whole pages.
+    /// Between two H200, pulls of 10,240 × 16 KiB went at 4.4 GB/s by 16 chunks of 512 KiB and at 4.8 GB/s by 16 of 1 MiB, which is also the most
+    /// that one data frame carries.
     pub staged_chunk_bytes: usize,
     /// Such chunks of one pool at once, half of them on their way out and half on their way in. Their memory is page-locked when the pool is bound.
     pub staged_chunks: u32,
@@ -54,7 +56,7 @@ impl Default for Options {
             thread_blocks: 16,
             packed_below_bytes: None,
             staging_bytes_max: 64 << 20,
-            staged_chunk_bytes: 512 << 10,
+            staged_chunk_bytes: 1 << 20,
             staged_chunks: 16,
             unexpected_wait_ms: 5_000,
             two_sided: false,

@@ -12,7 +12,7 @@ use crate::launch::{Launch, Launcher};
 use crate::planes::Planes;
 use crate::staged::lower_strips;
 
-/// Thread blocks of one copy at most. PCIe is slower than they are, and a chunk of half a mebibyte keeps only four of them busy.
+/// Thread blocks of one copy at most. PCIe is slower than they are, and a chunk of a mebibyte keeps no more of them busy.
 const BLOCKS: u32 = 8;
 
 /// One pool's launches, and the arena that they fill and empty.
@@ -75,7 +75,11 @@ unsafe impl Copier for StagedCopies {
         if done != Ok(false)
             && let Some(launch) = self.launches.remove(&copy)
         {
-            self.launcher.recycle(launch);
+            match done {
+                Ok(_) => self.launcher.recycle(launch),
+                // Another launch must not find its slot in use: waits for its end, if it has none yet.
+                Err(_) => drop(launch),
+            }
         }
         done
     }

@@ -21,6 +21,8 @@ const WARPS: u32 = THREADS / 32;
 const STREAMS: usize = 4;
 /// Payload buffers grow in steps of this.
 const PAYLOAD_STEP_BYTES: usize = 64 << 10;
+/// Larger payload buffers are not kept for later: what one launch needed, even a peer's, is not held for ever.
+const PAYLOAD_KEPT_BYTES: usize = 1 << 20;
 /// Looks at a launch's flag between two questions to the driver, which alone knows of failures.
 const LOOKS: u32 = 128;
 /// Slots that are kept for later.
@@ -214,13 +216,16 @@ impl Launcher {
 
     /// Takes back what a launch that is done had.
     pub(crate) fn recycle(&mut self, mut launch: Launch) {
-        let Some(slot) = launch.slot.take() else { return };
+        let Some(mut slot) = launch.slot.take() else { return };
         if let (Some(total), Some(start)) = (self.timed, slot.start) {
             // SAFETY: both exist, and the end was seen.
             match unsafe { driver::elapsed(start, slot.event) } {
                 Ok(milliseconds) => drop(total.fetch_add((f64::from(milliseconds) * 1e6) as u64, Ordering::Relaxed)),
                 Err(error) => tracing::warn!(%error, "a launch's time is not known"),
             }
+        }
+        if slot.payload.as_ref().is_some_and(|(host, _)| host.bytes() > PAYLOAD_KEPT_BYTES) {
+            slot.payload = None;
         }
         if self.spare.len() < SPARE_MAX {
             self.spare.push(slot);

@@ -60,6 +60,8 @@ struct Part {
 struct Slice {
     end: End,
     table: u32,
+    /// Own block number of the table's first entry.
+    first_block: u64,
     /// Own block numbers, both included.
     first: u64,
     last: u64,
@@ -69,24 +71,51 @@ struct Slice {
     word: u32,
 }
 
+/// Whether parts have slices of the tables in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sharing {
+    /// One slice of each table, from the first to the last block that any part needs: short where parts need nearly the same blocks.
+    All,
+    /// No slice has a block that none of its parts needs, whatever the program is: at most a word for each token that is moved.
+    Adjacent,
+}
+
 /// Lowers a range of a program that was validated at both ends. `planes` are the addresses of the plane tables, source first.
 pub(crate) fn lower(program: &Program, range: UnitRange, planes: [u64; 2]) -> Result<Payload, LowerError> {
+    lower_sharing(Sharing::All, program, range, planes)
+}
+
+/// The same where segments may need few blocks each of tables that are long, and a peer says which.
+pub(crate) fn lower_apart(program: &Program, range: UnitRange, planes: [u64; 2]) -> Result<Payload, LowerError> {
+    lower_sharing(Sharing::Adjacent, program, range, planes)
+}
+
+fn lower_sharing(
+    sharing: Sharing,
+    program: &Program,
+    range: UnitRange,
+    planes: [u64; 2],
+) -> Result<Payload, LowerError> {
     let parts = parts(program, range);
-    let slices = slices(program, &parts)?;
+    let [sources, destinations] = [End::Source, End::Destination].map(|end| slices_of(sharing, program, &parts, end));
+    let ((mut slices, of_source), (more, of_destination)) = (sources?, destinations?);
+    let sources = slices.len();
+    slices.extend(more);
+    number(&mut slices)?;
     let blocks: u64 = slices.iter().map(|slice| slice.last - slice.first + 1).sum();
     let room = (parts.len() * RECTANGLE_BYTES).saturating_add(4 * blocks as usize);
     let mut payload = Payload { bytes: Vec::with_capacity(room), ..Payload::default() };
     let mut items = 0u64;
-    for part in &parts {
+    for (index, part) in parts.iter().enumerate() {
         let Some(segment) = program.segments.get(part.segment) else { continue };
         let Some(cells) = Cells::of(segment, part)? else { continue };
         let more = cells.items(part).ok_or(LowerError::TooMany)?;
         items = items.checked_add(more).filter(|items| *items <= ITEMS_MAX).ok_or(LowerError::TooMany)?;
         payload.pieces = payload.pieces.saturating_add(cells.pieces(part));
-        for (end, table) in [(End::Source, planes[0]), (End::Destination, planes[1])] {
-            let side = segment.side(end);
-            let slice = slices.iter().find(|slice| slice.end == end && slice.table == side.table);
-            let slice = slice.ok_or(LowerError::Table)?;
+        let ends =
+            [(&segment.source, planes[0], 0, &of_source), (&segment.destination, planes[1], sources, &of_destination)];
+        for (side, table, start, of) in ends {
+            let slice = of.get(index).and_then(|slice| slices.get(start + (*slice)?)).ok_or(LowerError::Table)?;
             // Own block `b` is word `base + b`, modulo 2^32.
             encode_side(&mut payload.bytes, side, table, slice.word.wrapping_sub(slice.first as u32));
         }
@@ -134,33 +163,61 @@ fn parts(program: &Program, range: UnitRange) -> Vec<Part> {
     parts
 }
 
-/// For every table that the parts need, the blocks of it that they need.
-fn slices(program: &Program, parts: &[Part]) -> Result<Vec<Slice>, LowerError> {
+/// The blocks that the parts need of the tables of one end, and for each part which of these slices has its own; none where it needs none.
+fn slices_of(
+    sharing: Sharing,
+    program: &Program,
+    parts: &[Part],
+    end: End,
+) -> Result<(Vec<Slice>, Vec<Option<usize>>), LowerError> {
     let mut slices: Vec<Slice> = Vec::new();
+    let mut of = Vec::with_capacity(parts.len());
     for part in parts {
-        let Some(segment) = program.segments.get(part.segment) else { continue };
-        for end in [End::Source, End::Destination] {
-            let side = segment.side(end);
-            let Some((first, last)) = side.blocks(part.start, part.end) else { continue };
-            let from = first.checked_sub(side.first_block).ok_or(LowerError::Table)? as usize;
-            match slices.iter_mut().find(|slice| slice.end == end && slice.table == side.table) {
-                Some(slice) => {
-                    if first < slice.first {
-                        (slice.first, slice.from) = (first, from);
-                    }
-                    slice.last = slice.last.max(last);
+        let side = program.segments.get(part.segment).map(|segment| segment.side(end));
+        let blocks = side.and_then(|side| Some((side, side.blocks(part.start, part.end)?)));
+        let Some((side, (first, last))) = blocks else {
+            of.push(None);
+            continue;
+        };
+        let from = first.checked_sub(side.first_block).ok_or(LowerError::Table)? as usize;
+        let is_of = |slice: &Slice| (slice.table, slice.first_block) == (side.table, side.first_block);
+        let found = match sharing {
+            Sharing::All => slices.iter().position(is_of),
+            Sharing::Adjacent => slices.len().checked_sub(1),
+        };
+        let joins = |slice: &Slice| {
+            let touches = first <= slice.last.saturating_add(1) && slice.first <= last.saturating_add(1);
+            is_of(slice) && (sharing == Sharing::All || touches)
+        };
+        let found = found.and_then(|index| Some((index, slices.get_mut(index).filter(|slice| joins(slice))?)));
+        let index = match found {
+            Some((index, slice)) => {
+                if first < slice.first {
+                    (slice.first, slice.from) = (first, from);
                 }
-                None => slices.push(Slice { end, table: side.table, first, last, from, word: 0 }),
+                slice.last = slice.last.max(last);
+                index
             }
-        }
+            None => {
+                let (table, first_block) = (side.table, side.first_block);
+                slices.push(Slice { end, table, first_block, first, last, from, word: 0 });
+                slices.len() - 1
+            }
+        };
+        of.push(Some(index));
     }
+    Ok((slices, of))
+}
+
+/// Says where in the payload's tables each slice begins.
+fn number(slices: &mut [Slice]) -> Result<(), LowerError> {
     let mut word = 0u32;
-    for slice in &mut slices {
+    for slice in slices {
         slice.word = word;
         let count = u32::try_from(slice.last - slice.first + 1).map_err(|_| LowerError::Table)?;
         word = word.checked_add(count).ok_or(LowerError::Table)?;
     }
-    Ok(slices)
+    Ok(())
 }
 
 /// How the tokens of a part are dealt out: cells that lie in one block on either side, as many tokens each as both block sizes have in common.

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use kvferry_core::{End, Program, Segment, Side, Strip};
 
-use crate::rectangle::{LowerError, Payload, lower};
+use crate::rectangle::{LowerError, Payload, lower_apart};
 
 /// Lowers strips that lie one behind the other in a buffer, from byte `at` on, to a copy between it and the pool at `end`, against whose layout
 /// the program was validated. `pool` is the address of the pool's plane table, `buffer` that of a table with one plane: the buffer, and no
-/// bytes from block to block.
+/// bytes from block to block. What the payload takes is bounded by the strips, not by how long the program's tables are: a peer may have made it.
 pub(crate) fn lower_strips(
     program: &Program,
     end: End,
@@ -30,7 +30,7 @@ pub(crate) fn lower_strips(
         End::Source => [pool, buffer],
         End::Destination => [buffer, pool],
     };
-    lower(&program, program.whole(), planes)
+    lower_apart(&program, program.whole(), planes)
 }
 
 /// A strip as a segment of one plane, between the pool and the buffer's byte `place`.

@@ -1,9 +1,12 @@
 //! The kernel's source, run by the processor, between a pool and a contiguous buffer: against the stream that a program defines.
 
-use kvferry_core::{End, PoolLayout, Program, UnitRange};
+use std::sync::Arc;
+
+use kvferry_core::{End, Plane, PoolLayout, Program, Segment, Side, UnitRange};
 use proptest::prelude::*;
 
 use crate::emulated::{Case, Memory, case, kernel, run};
+use crate::rectangle::RECTANGLE_BYTES;
 use crate::staged::lower_strips;
 
 /// Bytes on either side of the buffer's content that nothing may touch.
@@ -67,4 +70,52 @@ proptest! {
         }
         prop_assert!(destination.region(to) == wanted.as_slice());
     }
+}
+
+/// Byte after byte from alternating ends of tables that are all one long one.
+#[test]
+fn long_tables_do_not_make_long_payloads() {
+    const BLOCKS: u32 = 1 << 16;
+    const TABLES: u32 = 64;
+    let ids: Arc<[u32]> = (0..BLOCKS).rev().collect();
+    let side = |table| Side {
+        plane: 0,
+        plane_step: 1,
+        table,
+        first_block: 0,
+        block_tokens: 1,
+        cp: 1,
+        cp_rank: 0,
+        token_pitch: 1,
+        head_pitch: 1,
+        offset: 0,
+    };
+    let segment = |index: u32| {
+        let table = index / 2 % TABLES;
+        // Near the ends, no token twice of one table.
+        let step = u64::from(index / 2 / TABLES);
+        let start = if index.is_multiple_of(2) { step } else { u64::from(BLOCKS) - 1 - step };
+        let (source, destination) = (side(table), side(table));
+        Segment { source, destination, planes: 1, start, end: start + 1, heads: 1, run_bytes: 1 }
+    };
+    let tables = vec![Some(ids); TABLES as usize];
+    let segments: Vec<_> = (0..2048).map(segment).collect();
+    let program = Program { segments, sources: tables.clone(), destinations: tables };
+    let bytes = u64::from(BLOCKS);
+    let plane = Plane { region: 0, offset: 0, blocks: BLOCKS, block_stride: 1, block_bytes: 1 };
+    let layout = PoolLayout { regions: vec![bytes], planes: vec![plane] };
+    program.validate(End::Source, &layout).unwrap();
+
+    let source = Memory::new(&layout, 0, |at| (at as u32).wrapping_mul(2_654_435_761) as u8 ^ (at >> 9) as u8);
+    let due = stream(&program, End::Source, program.whole(), &layout, source.region(&layout));
+    let mut buffer = vec![0x77u8; due.len()];
+    let plane = [buffer.as_mut_ptr() as u64, 0];
+    let tables = (source.planes.as_ptr() as u64, plane.as_ptr() as u64);
+    let mut taken = Vec::new();
+    assert_eq!(program.strips(program.whole()).take(&program, 512 << 10, 2048, &mut taken), 2048);
+    let payload = lower_strips(&program, End::Source, &taken, 0, tables).unwrap();
+    let most = 2048 * (RECTANGLE_BYTES + size_of::<u32>()) + size_of::<u32>();
+    assert!(payload.bytes.len() <= most, "{} bytes", payload.bytes.len());
+    assert_eq!(run(&payload, 2, 3), 0, "accesses that a GPU refuses");
+    assert!(kernel().is_none() || buffer == due);
 }

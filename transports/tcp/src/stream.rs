@@ -68,6 +68,8 @@ pub(crate) struct Stream {
     receiver: Receiver,
     control: VecDeque<Vec<u8>>,
     reply_bytes: usize,
+    /// Whether it has stopped listening for the replies that wait, and not yet given back what it needs for nothing else.
+    is_deaf: bool,
     sources: VecDeque<Direct>,
     outgoing: Outgoing,
     /// Whether the last data frame was a staged one: the two kinds take turns.
@@ -88,6 +90,7 @@ impl Stream {
             receiver: Receiver::default(),
             control: VecDeque::new(),
             reply_bytes: 0,
+            is_deaf: false,
             sources: VecDeque::new(),
             outgoing: Outgoing::default(),
             was_staged: false,
@@ -118,7 +121,7 @@ impl Stream {
 
     /// Whether a call to [`Stream::receive`] or [`Stream::send`] may get anywhere.
     pub(crate) fn has_work(&self) -> bool {
-        self.listens() || self.receiver.has_settled() || (self.writable && self.wants_to_send())
+        self.listens() || self.is_deaf || self.receiver.has_settled() || (self.writable && self.wants_to_send())
     }
 
     /// Whether anything of it waits for a device, so that it may have work without a word of the kernel's.
@@ -156,7 +159,9 @@ impl Stream {
         let bytes = frame(kind, tag, payload);
         // Requests are bounded by the poster; only what answers a peer counts against it.
         if matches!(kind, Kind::Go | Kind::Ack | Kind::Refuse) {
+            let listened = self.reply_bytes <= REPLY_BYTES_MAX;
             self.reply_bytes += bytes.len();
+            self.is_deaf |= listened && self.reply_bytes > REPLY_BYTES_MAX;
         }
         self.control.push_back(bytes);
     }
@@ -193,9 +198,10 @@ impl Stream {
         self.gather.detach();
     }
 
-    /// Touches no pool for what was queued already.
+    /// Touches no pool for what was queued already, and holds no slot for it: the peer may never read it, and a slot keeps its pool's memory.
     pub(crate) fn release(&mut self) {
         self.gather.detach();
+        self.gather.shed();
     }
 
     /// Receives up to about `budget` bytes. An error ends the connection.
@@ -216,7 +222,9 @@ impl Stream {
                 (Moved::Closed, _) => return Err("it closed the connection".to_owned()),
             }
         }
-        if !self.readable {
+        self.is_deaf = false;
+        // Whatever the reason: nothing more comes for a while, and others may need its slot.
+        if !self.listens() {
             self.receiver.rest(signals);
         }
         Ok(total)

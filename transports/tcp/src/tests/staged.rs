@@ -1,13 +1,20 @@
 //! Pools that only a device touches: copies that fail, peers that do not read, ends that wait for what is under way.
 
+use std::io::Write;
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvferry_core::{End, PoolId};
 use kvferry_transport::conformance::OnDevice;
 use kvferry_transport::{Device, Direction, Event, Options, Provider, Stage, TransferError, TransportKind};
 
-use super::{Party, id, layout, program, until};
+use super::{DEADLINE, Party, id, layout, program, until};
 use crate::TcpProvider;
+use crate::frame::{Kind, frame};
+use crate::receiver::Sink;
+use crate::share::{Share, Staged};
+use crate::stream::{Flow, Stream};
 
 fn on_device(chunks: u32) -> OnDevice<TcpProvider> {
     fn all(_: PoolId) -> bool {
@@ -111,37 +118,166 @@ fn peers_that_do_not_read_keep_no_slot_that_another_needs() {
 }
 
 #[test]
+fn a_stream_that_stops_listening_keeps_no_slot() {
+    let device = Device { kind: TransportKind::Tcp, name: "lo".to_owned(), unavailable: None };
+    let pool = on_device(2).allocate(&device, PoolId(1), layout(1), "test").unwrap();
+    let options = Options { staged_chunk_bytes: 8 << 10, staged_chunks: 2, ..Options::default() };
+    let (stage, program) = (Stage::open(&pool, &options).unwrap(), Arc::new(program(&pool)));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (socket, _) = listener.accept().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let mut stream = Stream::new(socket);
+    let (strips, left) = (program.strips(program.whole()), program.bytes_in(program.whole()));
+    let staged = Staged { stage: stage.clone(), program, strips, chunks: 0 };
+    stream.add_sink((Flow::Push, 1), Sink::new(Share::Staged(staged), left));
+
+    let bytes = frame(Kind::PushData, 1, &[7; 8000]);
+    peer.write_all(&bytes[..5000]).unwrap();
+    peer.shutdown(Shutdown::Write).unwrap();
+    // The end of the stream is behind what is read now, so a short read does not say that nothing more is to be read.
+    stream.ready(true, false, true);
+    let mut signals = Vec::new();
+    let start = Instant::now();
+    while stage.left(End::Destination) > 0 {
+        assert!(start.elapsed() < DEADLINE, "nothing came");
+        stream.receive(1, &mut signals).unwrap();
+    }
+    // Nobody reads these, more than any socket takes.
+    for _ in 0..8192 {
+        stream.control(Kind::Refuse, 2, &[0; 4096]);
+    }
+    while stream.send(u64::MAX, &mut signals).unwrap() > 0 {}
+    while stage.left(End::Destination) == 0 {
+        assert!(start.elapsed() < DEADLINE, "the slot is kept");
+        stage.poll();
+        if stream.has_work() {
+            stream.receive(1, &mut signals).unwrap();
+        }
+    }
+    assert!(signals.is_empty() && !stream.has_work());
+}
+
+#[test]
+fn what_an_unbound_pool_still_owes_keeps_nothing_of_it() {
+    let provider = on_device(4);
+    let small = TcpProvider::new().with_socket_buffers(1);
+    let mut source = Party::new(&provider, 1, 64, &Options::default());
+    source.fill();
+    let one = Options { streams_per_peer: 1, ..Options::default() };
+    let mut silent = Party::new(&small, 2, 64, &one);
+    let to = silent.reach(&source);
+    let pulled = silent.pull(1, to);
+    until(&mut [&mut source, &mut silent], "it is connected", |parties| {
+        parties[1].events.iter().any(|event| matches!(event, Event::Connected { .. }))
+    });
+    silent.poll();
+    // Its request is served until nothing more goes.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(50) {
+        source.poll();
+    }
+    let pool = source.pool.id();
+    source.transport.unbind(pool);
+    until(&mut [&mut source], "it is unbound", |parties| parties[0].events.contains(&Event::Unbound { pool }));
+    let memory = Arc::downgrade(source.pool.device().unwrap());
+    let device = Device { kind: TransportKind::Tcp, name: "lo".to_owned(), unavailable: None };
+    source.pool = provider.allocate(&device, PoolId(3), layout(1), "another").unwrap();
+    assert!(memory.upgrade().is_none(), "something holds the device's memory");
+    until(&mut [&mut source, &mut silent], "the pull is refused", |parties| parties[1].failed(pulled));
+    assert!(silent.lost().is_empty());
+}
+
+/// How a transfer into a device's memory is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    Cancel,
+    Fence,
+    Disconnect,
+    Unbind,
+    /// By the sender of a push.
+    SenderCancel,
+}
+
+#[test]
 fn no_end_is_told_while_a_copy_touches_the_pool() {
+    let endings = [Ending::Cancel, Ending::Fence, Ending::Disconnect, Ending::Unbind];
+    for round in 0..80 {
+        ends_untouched(Direction::Pull, endings[round % 4], round);
+    }
+}
+
+#[test]
+fn no_end_of_a_push_is_told_while_a_copy_touches_the_pool() {
+    let endings = [Ending::Cancel, Ending::Fence, Ending::Disconnect, Ending::Unbind, Ending::SenderCancel];
+    for round in 0..100 {
+        ends_untouched(Direction::Push, endings[round % 5], round);
+    }
+}
+
+/// Ends a transfer after some polls; nothing may be written once that was told.
+fn ends_untouched(direction: Direction, ending: Ending, round: usize) {
     let provider = on_device(8);
     let mut source = Party::new(&provider, 1, 16, &Options::default());
     let mut destination = Party::new(&provider, 2, 16, &Options::default());
     source.fill();
-    for round in 0..60 {
-        let to = destination.reach(&source);
-        destination.events.clear();
-        let pulled = destination.pull(round, to);
-        for _ in 0..round * 2 {
-            source.poll();
-            destination.poll();
+    let (transfer, pulls_from) = match direction {
+        Direction::Pull => {
+            let to = destination.reach(&source);
+            (destination.pull(1, to), Some(to.0))
         }
-        match round % 3 {
-            0 => destination.transport.cancel(pulled),
-            1 => destination.transport.fence(to.0),
-            _ => destination.transport.disconnect(to.0),
+        Direction::Push => {
+            let to = source.reach(&destination);
+            destination.expect(1);
+            (source.post(1, Direction::Push, to), None)
         }
-        let fenced = |party: &Party| party.events.iter().any(|event| matches!(event, Event::Fenced { .. }));
-        until(&mut [&mut destination], "it ends", |parties| {
-            (parties[0].failed(pulled) || parties[0].completed(pulled)) && (round % 3 != 1 || fenced(parties[0]))
-        });
-        // Nothing is written any more: a copy of this device writes at its very end.
-        for (plane, block) in super::places(&destination.pool) {
-            destination.pool.fill(plane, block, 0xee).unwrap();
-        }
-        let still = destination.snapshot();
-        for _ in 0..50 {
-            destination.poll();
-            source.poll();
-        }
-        assert!(destination.snapshot() == still, "round {round}");
+    };
+    for _ in 0..round * 2 {
+        source.poll();
+        destination.poll();
     }
+    let accepted = destination.events.iter().find_map(|event| match event {
+        Event::Connected { peer } => Some(*peer),
+        _ => None,
+    });
+    let (peer, pool) = (pulls_from.or(accepted), destination.pool.id());
+    match (ending, peer) {
+        (Ending::Fence, Some(peer)) => destination.transport.fence(peer),
+        (Ending::Disconnect, Some(peer)) => destination.transport.disconnect(peer),
+        (Ending::Unbind, _) => destination.transport.unbind(pool),
+        (Ending::SenderCancel, _) => {
+            source.transport.cancel(transfer);
+            until(&mut [&mut source], "the sender gives up", |parties| {
+                parties[0].failed(transfer) || parties[0].completed(transfer)
+            });
+            // Unless it was never heard of, it ends by itself.
+            for _ in 0..500 {
+                source.poll();
+                destination.poll();
+            }
+        }
+        _ => {}
+    }
+    // Also what was expected from nobody in particular.
+    destination.transport.cancel(transfer);
+    let said = |party: &Party| {
+        let of = |event: &Event| match ending {
+            Ending::Fence => matches!(event, Event::Fenced { .. }),
+            Ending::Unbind => matches!(event, Event::Unbound { .. }),
+            _ => true,
+        };
+        (peer.is_none() && ending == Ending::Fence) || party.events.iter().any(of)
+    };
+    let ended = |party: &Party| party.failed(transfer) || party.completed(transfer) || party.arrived(transfer);
+    until(&mut [&mut destination], "it ends", |parties| ended(parties[0]) && said(parties[0]));
+    // Nothing is written any more: a copy of this device writes at its very end.
+    for (plane, block) in super::places(&destination.pool) {
+        destination.pool.fill(plane, block, 0xee).unwrap();
+    }
+    let still = destination.snapshot();
+    for _ in 0..50 {
+        destination.poll();
+        source.poll();
+    }
+    assert!(destination.snapshot() == still, "{direction:?}, {ending:?}, round {round}");
 }
