@@ -56,6 +56,7 @@ fn every_transport_and_direction_is_measured_and_verified() {
                 assert!(report["cpu_seconds"].as_f64().unwrap() > 0.0);
                 let fields: Vec<&String> = report.as_object().unwrap().keys().collect();
                 assert!(report["first_seconds"].as_f64().unwrap() > 0.0);
+                assert!(report["rested_seconds"].as_f64().unwrap() > 0.0);
                 // A native library is named.
                 let expected = if transport == "libfabric" { 13 } else { 12 };
                 assert_eq!(fields.len(), expected, "{fields:?}");

@@ -61,6 +61,9 @@ pub(crate) struct Measured {
     pub(crate) first: Sample,
     /// The timed ones.
     pub(crate) samples: Vec<Sample>,
+    /// One more, after everything was compared and the destination overwritten: a connection in use, and memory that is not in caches because of
+    /// the transfer before. `None` where the comparison found a difference.
+    pub(crate) rested: Option<Sample>,
     /// What is known of the path after them.
     pub(crate) evidence: Option<Evidence>,
     /// The first wrong byte.
@@ -88,12 +91,13 @@ pub(crate) fn compare(options: &Options, mut session: impl Sides) -> Result<Meas
     }
     let evidence = session.evidence()?;
     let mut mismatch = session.verify()?;
+    let mut rested = None;
     if mismatch.is_none() {
         session.write()?;
-        session.iterate(u64::from(options.iters) + 1)?;
+        rested = Some(session.iterate(u64::from(options.iters) + 1)?);
         mismatch = session.verify()?;
     }
-    Ok(Measured { first, samples, evidence, mismatch })
+    Ok(Measured { first, samples, rested, evidence, mismatch })
 }
 
 /// Both sides connected, with their pools filled.

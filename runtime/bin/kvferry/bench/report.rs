@@ -25,6 +25,10 @@ pub(crate) struct Report {
     seconds: Spread,
     /// Of the first one after the connection stood, which `seconds` leaves out.
     first_seconds: f64,
+    /// Of the last one, which `seconds` leaves out, too: after everything was compared and overwritten, so that nothing is in caches because of the
+    /// transfer before it. What the first one is to be compared with. Absent where the comparison found a difference.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rested_seconds: Option<f64>,
     /// `bytes` in the median of `seconds`, in 10⁹ bytes a second.
     gigabytes_per_second: f64,
     /// Median.
@@ -66,7 +70,7 @@ impl Report {
         shape: &Shape,
         measured: Measured,
     ) -> Report {
-        let Measured { first, samples, evidence, mismatch } = measured;
+        let Measured { first, samples, rested, evidence, mismatch } = measured;
         let spread =
             |part: fn(&Sample) -> Duration| Spread::of(samples.iter().map(|sample| part(sample).as_secs_f64()));
         let seconds = spread(|sample| sample.moved);
@@ -79,6 +83,7 @@ impl Report {
             bytes: shape.bytes(),
             seconds,
             first_seconds: first.moved.as_secs_f64(),
+            rested_seconds: rested.map(|rested| rested.moved.as_secs_f64()),
             gigabytes_per_second: shape.bytes() as f64 / seconds.p50 / 1e9,
             plan_microseconds: spread(|sample| sample.plan).p50 * 1e6,
             cpu_seconds: spread(|sample| sample.processor).p50,
@@ -119,6 +124,7 @@ impl Report {
             ("bytes", self.bytes.to_string()),
             ("ms", format!("{} median, {} to {} in {iters}", milliseconds(p50), milliseconds(min), milliseconds(max))),
             ("first ms", format!("{} after the connection stood", milliseconds(self.first_seconds))),
+            ("rested ms", format!("{} after a pause", self.rested_seconds.map_or("not".to_owned(), milliseconds))),
             ("GB/s", format!("{:.2}", self.gigabytes_per_second)),
             ("plan µs", format!("{:.1}", self.plan_microseconds)),
             ("CPU ms", format!("{} in both processes", milliseconds(self.cpu_seconds))),
