@@ -134,6 +134,13 @@ struct Lease {
     keeping: JoinHandle<()>,
 }
 
+impl Lease {
+    /// It has ended in etcd, or could not be renewed for as long as it lives.
+    fn is_over(&self) -> bool {
+        self.keeping.is_finished()
+    }
+}
+
 impl Drop for Lease {
     fn drop(&mut self) {
         self.keeping.abort();
@@ -144,7 +151,9 @@ impl EtcdExchange {
     /// For the agent of this name. Nothing is written yet.
     pub async fn connect(agent: &str, config: EtcdConfig) -> Result<EtcdExchange, EtcdError> {
         part(agent)?;
-        let options = ConnectOptions::new().with_connect_timeout(config.within);
+        // A watch waits for days: only probes tell it that etcd's host is gone without a word.
+        let options =
+            ConnectOptions::new().with_connect_timeout(config.within).with_keep_alive(config.within, config.within);
         let connecting = Client::connect(&config.endpoints, Some(options));
         let client = answered(&config, "connect", connecting).await?;
         Ok(EtcdExchange { client, agent: agent.to_owned(), config, lease: None, present: false })
@@ -153,6 +162,10 @@ impl EtcdExchange {
     /// Publishes metadata: whole under [`ETCD_LABEL`], parts under other labels.
     pub async fn publish(&mut self, label: &str, metadata: Bytes) -> Result<(), EtcdError> {
         part(label)?;
+        if self.lease.as_ref().is_some_and(Lease::is_over) {
+            // Its keys went with it.
+            (self.lease, self.present) = (None, false);
+        }
         if let (Some(ttl), None) = (self.config.lease, &self.lease) {
             self.lease = Some(self.grant(ttl).await?);
         }
@@ -197,7 +210,7 @@ impl EtcdExchange {
         let mut client = self.client.clone();
         let deleting = client.delete(self.key(&self.agent, ""), Some(options));
         answered(&self.config, "delete keys", deleting).await?;
-        if let Some(lease) = self.lease.take() {
+        if let Some(lease) = self.lease.take().filter(|lease| !lease.is_over()) {
             let mut client = self.client.clone();
             answered(&self.config, "end a lease", client.lease_revoke(lease.id)).await?;
         }
@@ -268,7 +281,7 @@ impl EtcdExchange {
         let id = granted.id();
         let keeping = answered(&self.config, "keep a lease", client.lease_keep_alive(id)).await?;
         let agent = self.agent.clone();
-        let keeping = tokio::spawn(keep(client, id, ttl / 3, keeping, agent));
+        let keeping = tokio::spawn(keep(client, id, ttl, keeping, agent));
         Ok(Lease { id, keeping })
     }
 
@@ -277,14 +290,16 @@ impl EtcdExchange {
     }
 }
 
-/// Renews a lease until it is gone.
+/// Renews a lease until it is gone, or could not be renewed for its whole time to live.
 async fn keep(
     mut client: Client,
     id: i64,
-    every: Duration,
+    ttl: Duration,
     mut keeping: (LeaseKeeper, LeaseKeepAliveStream),
     agent: String,
 ) {
+    let every = ttl / 3;
+    let mut renewed_at = Instant::now();
     loop {
         let (keeper, answers) = &mut keeping;
         let renewed = tokio::time::timeout(every, async {
@@ -292,7 +307,7 @@ async fn keep(
             answers.message().await
         });
         match renewed.await {
-            Ok(Ok(Some(answer))) if answer.ttl() > 0 => {}
+            Ok(Ok(Some(answer))) if answer.ttl() > 0 => renewed_at = Instant::now(),
             Ok(Ok(Some(_))) => {
                 return tracing::warn!(%agent, "its lease in etcd has ended, and its keys with it; publish them again");
             }
@@ -300,7 +315,11 @@ async fn keep(
             Ok(Ok(None) | Err(_)) | Err(_) => {
                 let again = tokio::time::timeout(every, client.lease_keep_alive(id)).await;
                 match again {
-                    Ok(Ok(again)) => keeping = again,
+                    // Only a lease that there is has a new stream.
+                    Ok(Ok(again)) => (keeping, renewed_at) = (again, Instant::now()),
+                    _ if renewed_at.elapsed() > ttl => {
+                        return tracing::warn!(%agent, "its lease in etcd has ended, and its keys with it; publish them again");
+                    }
                     _ => tracing::debug!(%agent, "its lease in etcd was not renewed"),
                 }
             }

@@ -190,21 +190,22 @@ impl Server {
         let frame = timely(from, self.within, async {
             let Some(length) = read_length(stream, from).await? else { return Ok(None) };
             // Lengths that do not fit were refused. It is never closed.
-            let _room = self.reading.acquire_many(u32::try_from(length).unwrap_or(u32::MAX)).await;
-            read_body(stream, from, length).await.map(Some)
+            let room = self.reading.acquire_many(u32::try_from(length).unwrap_or(u32::MAX)).await;
+            read_body(stream, from, length).await.map(|frame| Some((frame, room)))
         });
-        match frame.await?? {
-            None => return Ok(false),
-            Some(Frame::Send) => {
+        let Some((frame, _room)) = frame.await?? else { return Ok(false) };
+        // What came has its room until it is loaded.
+        match frame {
+            Frame::Send => {
                 let answer = Frame::Load(self.agent.metadata().await?).encode()?;
                 timely(from, self.within, write(stream, from, &answer)).await??;
             }
             // The connection goes on, as NIXL's does: what was wrong is this metadata.
-            Some(Frame::Load(metadata)) => match self.agent.add_peer(metadata).await {
+            Frame::Load(metadata) => match self.agent.add_peer(metadata).await {
                 Ok(peer) => self.tell(Met::Added(peer)),
                 Err(error) => tracing::warn!(%from, %error, "metadata that came is not loaded"),
             },
-            Some(Frame::Invalidate(name)) => match self.agent.remove_peer(&name).await {
+            Frame::Invalidate(name) => match self.agent.remove_peer(&name).await {
                 Ok(()) => self.tell(Met::Removed(name)),
                 Err(error) => tracing::debug!(%from, %error, "an agent that leaves was not known"),
             },

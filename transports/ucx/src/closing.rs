@@ -52,7 +52,12 @@ impl UcxTransport {
             link.warmth.is_trying() || self.fetches.values().any(|fetch| fetch.link == id && fetch.holds_endpoint());
         // The kernel's copies are made by this thread, inside UCX's progress, and are over when that returns.
         let is_device = self.method.is_rdma();
-        let closing = Closing { instance: link.instance, by_device: is_device && reads, draining: None, over: false };
+        let closing = Closing {
+            instance: link.instance,
+            by_device: is_device && (reads || link.receiving > 0),
+            draining: None,
+            over: false,
+        };
         self.closing.insert(id, closing);
         // A peer that never answered was sent nothing that could fill a socket.
         if is_device || reads || link.theirs.is_none() {

@@ -248,6 +248,10 @@ impl UcxTransport {
         let silent: Vec<PeerId> =
             self.sessions.iter().filter(|(_, session)| late(session.deadline)).map(|(peer, _)| *peer).collect();
         for peer in silent {
+            if !self.sessions.contains_key(&peer) {
+                // Lost with another's link meanwhile, and told of.
+                continue;
+            }
             // It has answered: what warms the link is late, which is no reason to part.
             if self.sessions.get(&peer).is_some_and(|session| session.there.is_some()) {
                 self.connected(peer);

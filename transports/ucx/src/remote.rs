@@ -19,6 +19,10 @@ use crate::wire::{Keys, Kind, Lend, Named, Refusal};
 /// The tag of keys that come before they are asked for: no record of a pool has this number.
 const LENT_AHEAD: u64 = 0;
 
+/// Pools of a peer, and bytes of one's keys, that are kept unasked; others are asked for when they are pushed from.
+const AHEAD_MAX: usize = 256;
+const AHEAD_BYTES_MAX: usize = 1 << 20;
+
 /// How long readers of a pool that is withdrawn may take to say that they have stopped.
 const WITHDRAW_WAIT: Duration = Duration::from_secs(5);
 
@@ -157,8 +161,8 @@ impl UcxTransport {
         let lend: Lend = decode(body).map_err(|error| format!("keys: {error}"))?;
         let Ok(number) = u32::try_from(tag) else { return Err("keys that nobody asked for".to_owned()) };
         let id = if tag == LENT_AHEAD && lend.pool.is_some() {
-            if self.remotes.values().filter(|remote| remote.peer == peer).count() >= NAMED_MAX {
-                // Asked for when it is pushed from.
+            let kept = self.remotes.values().filter(|remote| remote.peer == peer).count();
+            if body.len() > AHEAD_BYTES_MAX || kept >= AHEAD_MAX {
                 return Ok(());
             }
             self.remote(peer, lend.named)

@@ -243,8 +243,12 @@ pub(crate) fn serve(options: &Options, deadline: Deadline, words: &mut Words) ->
                 let left = deadline.left(during)?;
                 let heard =
                     side.runtime.block_on(async { tokio::time::timeout(left, side.notifications.next()).await });
-                heard.map_err(|_| deadline.late(during))?;
-                FromPeer::Spent(spent())
+                match heard.map_err(|_| deadline.late(during))? {
+                    Some(heard) if heard.message[..] == *DONE => FromPeer::Spent(spent()),
+                    _ => FromPeer::Failed {
+                        reason: "another notification than the transfer's came, or none ever will".to_owned(),
+                    },
+                }
             }
         };
         words.say(&answer, deadline)?;
