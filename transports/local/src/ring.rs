@@ -20,7 +20,8 @@ const TAKEN: usize = 8;
 /// Where it tells whether it looks into the other's ring though nobody wakes it.
 const AWAKE: usize = 16;
 const DATA: usize = 64;
-const RING_WORDS: u64 = 8192;
+/// Words of frames that may wait to be taken.
+pub(crate) const RING_WORDS: u64 = 8192;
 /// What comes before a frame: the socket's frames before it, and its bytes.
 const HEADER_WORDS: u64 = 2;
 /// Bytes of a frame that goes this way.
@@ -124,6 +125,11 @@ impl Ring {
 
     fn word(&self, index: u64) -> u64 {
         self.theirs.get(DATA + (self.taken.wrapping_add(index) % RING_WORDS) as usize)
+    }
+
+    /// Words that were taken, ever.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken
     }
 
     /// Whether a whole ring was taken since the last look: a peer that never stops has to let others have a turn.
