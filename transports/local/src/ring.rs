@@ -158,12 +158,14 @@ impl Ring {
 mod tests {
     use super::*;
     use kvferry_core::PoolId;
+    use rustix::fs::SealFlags;
 
     /// Both ends, in one process.
     fn pair() -> (Ring, Ring) {
         let board = || Board::new(BOARD_WORDS).unwrap();
-        let map =
-            |board: &Board| Foreign::map(&board.fd().unwrap().try_clone_to_owned().unwrap(), BOARD_WORDS).unwrap();
+        let map = |board: &Board| {
+            Foreign::map(&board.fd().unwrap().try_clone_to_owned().unwrap(), BOARD_WORDS).unwrap().unwrap()
+        };
         let (one, two) = (board(), board());
         let (of_one, of_two) = (map(&one), map(&two));
         (Ring::new(one, of_two), Ring::new(two, of_one))
@@ -257,5 +259,12 @@ mod tests {
         let short = Board::new(BOARD_WORDS - 1).unwrap();
         let short = short.fd().unwrap().try_clone_to_owned().unwrap();
         assert!(Foreign::map(&short, BOARD_WORDS).err().unwrap().contains("are due"));
+        // More than this process has addresses for is no fault of the peer's.
+        let words = 1 << 57;
+        let huge = rustix::fs::memfd_create("huge", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&huge, words * 8).unwrap();
+        let seals = SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW;
+        rustix::fs::fcntl_add_seals(&huge, seals).unwrap();
+        assert!(matches!(Foreign::map(&huge, words), Ok(None)));
     }
 }

@@ -30,6 +30,8 @@ pub(super) struct Socket {
     pub(super) board: Option<Board>,
     /// The way through memory.
     pub(super) ring: Option<Ring>,
+    /// Whether the peer has sent its part of it.
+    has_theirs: bool,
     /// Whether nothing more is due through the socket: it broke or ended.
     is_over: bool,
     /// How many words were taken from memory when what is there became bounded: a frame of the socket waits behind it, or all is over.
@@ -54,6 +56,7 @@ impl Socket {
             came: 0,
             board: None,
             ring: None,
+            has_theirs: false,
             is_over: false,
             bounded_since: None,
         }
@@ -84,7 +87,7 @@ impl Socket {
     /// The peer's part of the way through memory has come.
     fn take_ring(&mut self) -> Result<(), String> {
         let descriptors = self.connection.take_fds(1)?;
-        if self.ring.is_some() {
+        if std::mem::replace(&mut self.has_theirs, true) {
             return Err("it sent a second ring".into());
         }
         // Who called answers.
@@ -93,7 +96,8 @@ impl Socket {
         }
         if let (Some(board), Some(fd)) = (self.board.take(), descriptors.first()) {
             let theirs = Foreign::map(fd, BOARD_WORDS).map_err(|reason| format!("its ring is of no use: {reason}"))?;
-            self.ring = Some(Ring::new(board, theirs));
+            // Without it this side never says that it looks there, so that the peer writes nothing there.
+            self.ring = theirs.map(|theirs| Ring::new(board, theirs));
         }
         Ok(())
     }
