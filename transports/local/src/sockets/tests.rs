@@ -1,5 +1,8 @@
 //! Two ends, and the ways between them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+
 use super::*;
 use crate::ring::RING_WORDS;
 
@@ -253,4 +256,73 @@ fn who_has_gone_is_lost_however_full_its_memory_is() {
     });
     assert!(reason.contains("writing to its socket failed"), "{reason}");
     assert!(taken <= 2 * RING_WORDS, "{taken} words");
+}
+
+/// A random number below a bound.
+fn below(state: &mut u64, bound: u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state % bound
+}
+
+#[test]
+fn whoever_falls_asleep_misses_nothing() {
+    const FRAMES: u64 = 20_000;
+    const LONG: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+    let came = AtomicU64::new(0);
+    let (tell, told) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let sleeper = scope.spawn(|| {
+            let mut at = Sockets::open(TransportKind::Shm, "memory", true).unwrap();
+            tell.send(at.place()).unwrap();
+            let (mut state, mut due) = (7, 0);
+            while due < FRAMES {
+                for _ in 0..=below(&mut state, 8) {
+                    at.look(Instant::now());
+                    while let Some(carried) = at.next() {
+                        match carried {
+                            Carried::Frame(peer, Frame::Welcome { .. }) => at.trust(peer),
+                            Carried::Frame(_, got) => {
+                                assert_eq!(got, frame(due, false));
+                                due += 1;
+                                came.store(due, Ordering::Release);
+                            }
+                            Carried::Called(_) => {}
+                            Carried::Lost(_, reason) => panic!("{reason}"),
+                        }
+                    }
+                    at.flush();
+                }
+                if due == FRAMES {
+                    break;
+                }
+                if let Wait::Ready(fd) = at.wait(None, Instant::now()) {
+                    let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+                    let woken = rustix::event::poll(&mut fds, Some(&LONG));
+                    assert_eq!(woken, Ok(1), "frame {due} woke nobody");
+                }
+            }
+        });
+        let mut from = Sockets::open(TransportKind::Shm, "memory", true).unwrap();
+        let to = from.dial(&told.recv().unwrap()).unwrap();
+        from.send(to, &Frame::Welcome { instance: [1; 16] }, Vec::new());
+        from.flush();
+        while from.connections[&to].ring.is_none() && !sleeper.is_finished() {
+            assert!(frames(&mut from).is_empty());
+        }
+        let mut state = 11;
+        for sent in 0..FRAMES {
+            for _ in 0..below(&mut state, 4096) {
+                std::hint::spin_loop();
+            }
+            from.send(to, &frame(sent, false), Vec::new());
+            from.flush();
+            // The next one would wake it, too.
+            while came.load(Ordering::Acquire) <= sent && !sleeper.is_finished() {
+                std::thread::yield_now();
+            }
+        }
+    });
+    assert_eq!(came.into_inner(), FRAMES);
 }
