@@ -258,6 +258,26 @@ fn who_has_gone_is_lost_however_full_its_memory_is() {
     assert!(taken <= 2 * RING_WORDS, "{taken} words");
 }
 
+#[test]
+fn who_reads_nothing_is_lost_though_it_never_stops_talking() {
+    let (mut from, to, mut at, here) = pair();
+    assert!(frames(&mut at).is_empty());
+    rustix::net::shutdown(from.connections[&to].connection.fd(), rustix::net::Shutdown::Read).unwrap();
+    at.send(here, &frame(1, true), Vec::new());
+    at.flush();
+    let reason = until_lost(&mut at, |at| {
+        // One frame of the socket for each ring.
+        let came = at.connections[&here].came;
+        let socket = from.connections.get_mut(&to).unwrap();
+        fill_ring(socket.ring.as_mut().unwrap(), came + 1);
+        if !socket.connection.is_backed_up() {
+            socket.queue(frame(1, true).encode(), Vec::new());
+        }
+        let _gone = socket.connection.flush();
+    });
+    assert!(reason.contains("writing to its socket failed"), "{reason}");
+}
+
 /// A random number below a bound.
 fn below(state: &mut u64, bound: u64) -> u64 {
     *state ^= *state << 13;
