@@ -159,6 +159,7 @@ mod tests {
     use super::*;
     use kvferry_core::PoolId;
     use rustix::fs::SealFlags;
+    use std::sync::atomic::AtomicU64;
 
     /// Both ends, in one process.
     fn pair() -> (Ring, Ring) {
@@ -207,6 +208,63 @@ mod tests {
         assert!(to.has_next(0), "it came before");
         assert_eq!(from.write(0, &body(&frame(2))), Written::No);
         assert_eq!((to.next(0), to.next(0)), (Ok(Some(frame(1))), Ok(None)));
+    }
+
+    /// Waits for the other thread. Nobody panics in between, which would let it wait for ever.
+    fn meet(mine: &AtomicU64, other: &AtomicU64, at: u64) {
+        mine.store(at, Ordering::Release);
+        let mut turns = 0;
+        while other.load(Ordering::Acquire) < at {
+            turns += 1;
+            if turns % 128 == 0 {
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    #[test]
+    fn a_frame_is_seen_by_who_falls_asleep_or_its_sleep_by_who_writes() {
+        const ROUNDS: u64 = 100_000;
+        let board = || Board::new(BOARD_WORDS).unwrap();
+        let fd = |board: &Board| board.fd().unwrap().try_clone_to_owned().unwrap();
+        let (one, two) = (board(), board());
+        let (of_one, of_two) = (fd(&one), fd(&two));
+        let (writer, sleeper, seen) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        let pause = |turns: u64| {
+            (0..turns).for_each(|turn| {
+                std::hint::black_box(turn);
+            })
+        };
+        let (missed, met) = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut from = Ring::new(one, Foreign::map(&of_two, BOARD_WORDS).unwrap().unwrap());
+                let body = body(&frame(1));
+                for round in 1..=ROUNDS {
+                    meet(&writer, &sleeper, 2 * round - 1);
+                    pause(round * 7 % 1021);
+                    let written = from.write(0, &body);
+                    seen.store(u64::from(written == Written::Seen), Ordering::Relaxed);
+                    meet(&writer, &sleeper, 2 * round);
+                }
+            });
+            let mut to = Ring::new(two, Foreign::map(&of_one, BOARD_WORDS).unwrap().unwrap());
+            let (mut missed, mut met) = (0, 0);
+            for round in 1..=ROUNDS {
+                to.look();
+                while let Ok(Some(_)) = to.next(0) {}
+                meet(&sleeper, &writer, 2 * round - 1);
+                pause(round % 1031);
+                to.sleep();
+                let has_next = to.has_next(0);
+                meet(&sleeper, &writer, 2 * round);
+                let is_seen = seen.load(Ordering::Relaxed) == 1;
+                missed += u64::from(is_seen && !has_next);
+                met += u64::from(is_seen);
+            }
+            (missed, met)
+        });
+        assert_eq!(missed, 0, "of {met}");
     }
 
     #[test]

@@ -333,7 +333,8 @@ fn whoever_falls_asleep_misses_nothing() {
         }
         let mut state = 11;
         for sent in 0..FRAMES {
-            for _ in 0..below(&mut state, 4096) {
+            let most = 1 << below(&mut state, 10);
+            for _ in 0..below(&mut state, most) {
                 std::hint::spin_loop();
             }
             from.send(to, &frame(sent, false), Vec::new());
