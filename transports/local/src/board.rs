@@ -49,14 +49,19 @@ pub(crate) struct Foreign {
 }
 
 impl Foreign {
-    /// Maps a peer's descriptor. An error says what is wrong with it.
-    pub(crate) fn map(fd: &OwnedFd, words: u64) -> Result<Foreign, String> {
+    /// Maps a peer's descriptor. An error says what is wrong with it; `None` is this process's own want of address space.
+    pub(crate) fn map(fd: &OwnedFd, words: u64) -> Result<Option<Foreign>, String> {
         let bytes = words * WORD_BYTES;
         check_sealed(fd, bytes)?;
         // SAFETY: a fresh mapping at an address of the kernel's choice; the seals keep its size.
         let base = unsafe { mmap(std::ptr::null_mut(), bytes as usize, ProtFlags::READ, MapFlags::SHARED, fd, 0) };
-        let base = base.map_err(|error| format!("{bytes} bytes of it cannot be mapped: {error}"))?;
-        Ok(Foreign { base: base.cast_const().cast(), words: words as usize })
+        match base {
+            Ok(base) => Ok(Some(Foreign { base: base.cast_const().cast(), words: words as usize })),
+            Err(error) => {
+                tracing::warn!(%error, bytes, "a peer's memory cannot be mapped; frames do not go through it");
+                Ok(None)
+            }
+        }
     }
 
     /// A word; zero beyond the end. Relaxed, as all loads from memory that cannot be written have to be: fences order it.

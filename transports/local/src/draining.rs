@@ -13,6 +13,8 @@ use crate::wire::Frame;
 pub(crate) struct Draining<C> {
     job: Job<C>,
     peer: PeerId,
+    /// Whose connection that is, or was: it may be gone.
+    instance: Option<[u8; 16]>,
     pool: PoolId,
     error: TransferError,
     tell: Option<Frame>,
@@ -21,9 +23,22 @@ pub(crate) struct Draining<C> {
 /// A fence that waits for copies from its peer.
 pub(crate) struct Fencing {
     peer: PeerId,
-    /// All connections to the same transport.
-    same: BTreeSet<PeerId>,
+    whom: Whose,
     proof: FenceProof,
+}
+
+/// Whose copies a fence is about.
+pub(crate) struct Whose {
+    /// All connections to the same transport that are there.
+    pub(crate) same: BTreeSet<PeerId>,
+    /// That transport: copies of its earlier connections may run on.
+    pub(crate) instance: Option<[u8; 16]>,
+}
+
+impl Whose {
+    fn is_of<C>(&self, draining: &Draining<C>) -> bool {
+        self.same.contains(&draining.peer) || (self.instance.is_some() && self.instance == draining.instance)
+    }
 }
 
 impl<B: Backend> LocalTransport<B> {
@@ -40,7 +55,8 @@ impl<B: Backend> LocalTransport<B> {
         if let Some(mut job) = at.and_then(|at| self.jobs.remove(at))
             && job.copy.is_running()
         {
-            self.draining.push(Draining { job, peer, pool, error, tell });
+            let instance = self.peers.get(&peer).map(|peer| peer.instance);
+            self.draining.push(Draining { job, peer, instance, pool, error, tell });
             return;
         }
         if let Some(frame) = tell {
@@ -59,16 +75,18 @@ impl<B: Backend> LocalTransport<B> {
         self.draining.iter().any(|draining| draining.pool == pool)
     }
 
-    /// Proves a fence once nothing that reads from these connections writes here any more. What could wait for the peer is cut off, and with
-    /// it the connections.
-    pub(crate) fn fence_when_drained(&mut self, peer: PeerId, same: BTreeSet<PeerId>) {
-        let cuts =
-            B::SEVERED != FenceProof::OwnerCopies && self.draining.iter().any(|draining| same.contains(&draining.peer));
-        let proof = if cuts { B::SEVERED } else { FenceProof::OwnerCopies };
-        if cuts {
-            same.iter().for_each(|&peer| self.lose(peer, "it was fenced here"));
+    /// Proves a fence once nothing that reads from that transport writes here any more. What could wait for the peer is cut off, and with it the
+    /// connections; those that are gone were cut off when they went.
+    pub(crate) fn fence_when_drained(&mut self, peer: PeerId, whom: Whose) {
+        let is_severed = B::SEVERED != FenceProof::OwnerCopies;
+        let proof = match is_severed && self.draining.iter().any(|draining| whom.is_of(draining)) {
+            true => B::SEVERED,
+            false => FenceProof::OwnerCopies,
+        };
+        if is_severed && self.draining.iter().any(|draining| whom.same.contains(&draining.peer)) {
+            whom.same.iter().for_each(|&peer| self.lose(peer, "it was fenced here"));
         }
-        self.fencing.push(Fencing { peer, same, proof });
+        self.fencing.push(Fencing { peer, whom, proof });
         self.settle_draining();
         self.settle_fences();
     }
@@ -93,7 +111,7 @@ impl<B: Backend> LocalTransport<B> {
 
     fn settle_fences(&mut self) {
         for fencing in std::mem::take(&mut self.fencing) {
-            if self.draining.iter().any(|draining| fencing.same.contains(&draining.peer)) {
+            if self.draining.iter().any(|draining| fencing.whom.is_of(draining)) {
                 self.fencing.push(fencing);
             } else {
                 self.events.push(Event::Fenced { peer: fencing.peer, proof: fencing.proof });
@@ -101,3 +119,6 @@ impl<B: Backend> LocalTransport<B> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

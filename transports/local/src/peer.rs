@@ -147,8 +147,7 @@ impl<B: Backend> LocalTransport<B> {
 
     /// Ends everything with a connection that is of no further use.
     pub(crate) fn lose(&mut self, id: PeerId, reason: &str) {
-        let Some(peer) = self.peers.remove(&id) else { return };
-        self.forget(id, &TransferError::PeerLost(reason.into()));
+        let Some(peer) = self.forget(id, &TransferError::PeerLost(reason.into())) else { return };
         if peer.is_stranger() {
             tracing::debug!(reason, "a connection ended before it was greeted");
         } else {
@@ -157,11 +156,16 @@ impl<B: Backend> LocalTransport<B> {
     }
 
     /// Fails the transfers of a connection that is gone, and lets its memory go.
-    pub(crate) fn forget(&mut self, id: PeerId, error: &TransferError) {
+    pub(crate) fn forget(&mut self, id: PeerId, error: &TransferError) -> Option<Peer> {
+        if !self.peers.contains_key(&id) {
+            return None;
+        }
+        // Copies that run on are told by whose they are.
         self.fail_posted(|posted| posted.transfer.peer == id, error);
         self.fail_arriving(|peer| peer == id, error, None);
         self.carrier.close(id);
         self.backend.sever(id);
         self.remotes.retain(|_, remote| remote.peer != id);
+        self.peers.remove(&id)
     }
 }

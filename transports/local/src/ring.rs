@@ -20,7 +20,8 @@ const TAKEN: usize = 8;
 /// Where it tells whether it looks into the other's ring though nobody wakes it.
 const AWAKE: usize = 16;
 const DATA: usize = 64;
-const RING_WORDS: u64 = 8192;
+/// Words of frames that may wait to be taken.
+pub(crate) const RING_WORDS: u64 = 8192;
 /// What comes before a frame: the socket's frames before it, and its bytes.
 const HEADER_WORDS: u64 = 2;
 /// Bytes of a frame that goes this way.
@@ -126,6 +127,11 @@ impl Ring {
         self.theirs.get(DATA + (self.taken.wrapping_add(index) % RING_WORDS) as usize)
     }
 
+    /// Words that were taken, ever.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken
+    }
+
     /// Whether a whole ring was taken since the last look: a peer that never stops has to let others have a turn.
     pub(crate) fn is_spent(&self) -> bool {
         self.at_once >= RING_WORDS
@@ -152,12 +158,15 @@ impl Ring {
 mod tests {
     use super::*;
     use kvferry_core::PoolId;
+    use rustix::fs::SealFlags;
+    use std::sync::atomic::AtomicU64;
 
     /// Both ends, in one process.
     fn pair() -> (Ring, Ring) {
         let board = || Board::new(BOARD_WORDS).unwrap();
-        let map =
-            |board: &Board| Foreign::map(&board.fd().unwrap().try_clone_to_owned().unwrap(), BOARD_WORDS).unwrap();
+        let map = |board: &Board| {
+            Foreign::map(&board.fd().unwrap().try_clone_to_owned().unwrap(), BOARD_WORDS).unwrap().unwrap()
+        };
         let (one, two) = (board(), board());
         let (of_one, of_two) = (map(&one), map(&two));
         (Ring::new(one, of_two), Ring::new(two, of_one))
@@ -199,6 +208,63 @@ mod tests {
         assert!(to.has_next(0), "it came before");
         assert_eq!(from.write(0, &body(&frame(2))), Written::No);
         assert_eq!((to.next(0), to.next(0)), (Ok(Some(frame(1))), Ok(None)));
+    }
+
+    /// Waits for the other thread. Nobody panics in between, which would let it wait for ever.
+    fn meet(mine: &AtomicU64, other: &AtomicU64, at: u64) {
+        mine.store(at, Ordering::Release);
+        let mut turns = 0;
+        while other.load(Ordering::Acquire) < at {
+            turns += 1;
+            if turns % 128 == 0 {
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    #[test]
+    fn a_frame_is_seen_by_who_falls_asleep_or_its_sleep_by_who_writes() {
+        const ROUNDS: u64 = 100_000;
+        let board = || Board::new(BOARD_WORDS).unwrap();
+        let fd = |board: &Board| board.fd().unwrap().try_clone_to_owned().unwrap();
+        let (one, two) = (board(), board());
+        let (of_one, of_two) = (fd(&one), fd(&two));
+        let (writer, sleeper, seen) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        let pause = |turns: u64| {
+            (0..turns).for_each(|turn| {
+                std::hint::black_box(turn);
+            })
+        };
+        let (missed, met) = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut from = Ring::new(one, Foreign::map(&of_two, BOARD_WORDS).unwrap().unwrap());
+                let body = body(&frame(1));
+                for round in 1..=ROUNDS {
+                    meet(&writer, &sleeper, 2 * round - 1);
+                    pause(round * 7 % 1021);
+                    let written = from.write(0, &body);
+                    seen.store(u64::from(written == Written::Seen), Ordering::Relaxed);
+                    meet(&writer, &sleeper, 2 * round);
+                }
+            });
+            let mut to = Ring::new(two, Foreign::map(&of_one, BOARD_WORDS).unwrap().unwrap());
+            let (mut missed, mut met) = (0, 0);
+            for round in 1..=ROUNDS {
+                to.look();
+                while let Ok(Some(_)) = to.next(0) {}
+                meet(&sleeper, &writer, 2 * round - 1);
+                pause(round % 1031);
+                to.sleep();
+                let has_next = to.has_next(0);
+                meet(&sleeper, &writer, 2 * round);
+                let is_seen = seen.load(Ordering::Relaxed) == 1;
+                missed += u64::from(is_seen && !has_next);
+                met += u64::from(is_seen);
+            }
+            (missed, met)
+        });
+        assert_eq!(missed, 0, "of {met}");
     }
 
     #[test]
@@ -251,5 +317,12 @@ mod tests {
         let short = Board::new(BOARD_WORDS - 1).unwrap();
         let short = short.fd().unwrap().try_clone_to_owned().unwrap();
         assert!(Foreign::map(&short, BOARD_WORDS).err().unwrap().contains("are due"));
+        // More than this process has addresses for is no fault of the peer's.
+        let words = 1 << 57;
+        let huge = rustix::fs::memfd_create("huge", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&huge, words * 8).unwrap();
+        let seals = SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW;
+        rustix::fs::fcntl_add_seals(&huge, seals).unwrap();
+        assert!(matches!(Foreign::map(&huge, words), Ok(None)));
     }
 }

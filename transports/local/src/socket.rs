@@ -109,8 +109,13 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads what there is, up to a bound. The end of the stream is an error only once every whole frame before it was taken.
+    /// Reads what there is, up to a bound; nothing while a whole frame waits, which may have to for long. The end of the stream is an error only
+    /// once every whole frame before it was taken.
     pub(crate) fn fill(&mut self) -> Result<(), String> {
+        if self.has_next() {
+            return Ok(());
+        }
+        self.forget_taken();
         let mut left = READ_BYTES_MAX;
         while left > 0 && !self.ended {
             self.chunk.resize(64 << 10, 0);
@@ -146,18 +151,40 @@ impl Connection {
 
     /// The next whole frame, if it is here.
     pub(crate) fn next(&mut self) -> Result<Option<Frame>, String> {
+        let Some(body) = self.body()? else { return self.wait_for_more() };
+        let length = body.len();
+        let frame = Frame::decode(body).map_err(|e| format!("it sent a malformed frame: {e}"))?;
+        self.taken += 4 + length;
+        Ok(Some(frame))
+    }
+
+    /// Whether a frame is here that [`Connection::next`] gives or refuses.
+    pub(crate) fn has_next(&self) -> bool {
+        !matches!(self.body(), Ok(None))
+    }
+
+    /// Whether the peer has closed it; frames may still be here.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Bytes that are kept of what was read.
+    #[cfg(test)]
+    pub(crate) fn unread(&self) -> usize {
+        self.incoming.len()
+    }
+
+    /// The bytes of the next frame, if all are here.
+    fn body(&self) -> Result<Option<&[u8]>, String> {
         let rest = self.incoming.get(self.taken..).unwrap_or_default();
-        let Some((header, rest)) = rest.split_first_chunk::<4>() else { return self.wait_for_more() };
+        let Some((header, rest)) = rest.split_first_chunk::<4>() else { return Ok(None) };
         let length = u32::from_le_bytes(*header) as usize;
-        let Some(&first) = rest.first() else { return self.wait_for_more() };
+        let Some(&first) = rest.first() else { return Ok(None) };
         let most = if self.trusted { Frame::bytes_max(first) } else { GREETING_BYTES_MAX };
         if length == 0 || length > most {
             return Err(format!("it announced a frame of {length} bytes where at most {most} are allowed"));
         }
-        let Some(body) = rest.get(..length) else { return self.wait_for_more() };
-        let frame = Frame::decode(body).map_err(|e| format!("it sent a malformed frame: {e}"))?;
-        self.taken += 4 + length;
-        Ok(Some(frame))
+        Ok(rest.get(..length))
     }
 
     /// Takes descriptors that came with the current frame.
@@ -169,11 +196,15 @@ impl Connection {
     }
 
     fn wait_for_more(&mut self) -> Result<Option<Frame>, String> {
+        self.forget_taken();
+        if self.ended { Err("it closed the connection".into()) } else { Ok(None) }
+    }
+
+    fn forget_taken(&mut self) {
         self.incoming.drain(..self.taken);
         self.taken = 0;
         if self.incoming.is_empty() {
             self.incoming.shrink_to(64 << 10);
         }
-        if self.ended { Err("it closed the connection".into()) } else { Ok(None) }
     }
 }

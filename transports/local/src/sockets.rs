@@ -1,7 +1,7 @@
 //! Frames over abstract Unix sockets, which can carry descriptors.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,15 +14,17 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
 };
-use rustix::process::Pid;
 use rustix::time::Timespec;
 
 use crate::alarm::Alarm;
-use crate::board::{Board, Foreign};
 use crate::carrier::{Carried, Carrier, Descriptor, Owner};
-use crate::ring::{BOARD_WORDS, Ring, Written};
+use crate::ring::{Ring, Written};
 use crate::socket::Connection;
 use crate::wire::Frame;
+
+mod end;
+
+use end::Socket;
 
 /// What epoll calls the listener and the timer; peers have their numbers.
 const LISTENER: u64 = u64::MAX;
@@ -64,94 +66,6 @@ pub struct Sockets {
     quiet_since: Option<Instant>,
     /// Who has said so much through memory that it has to wait for the next look.
     later: Vec<PeerId>,
-}
-
-struct Socket {
-    connection: Connection,
-    /// Its process, as the kernel told.
-    pid: Option<Pid>,
-    /// Its backlog was full: to be tried again.
-    dialing: Option<SocketAddrUnix>,
-    is_stranger: bool,
-    /// Whether epoll tells when it takes more.
-    watched_for_room: bool,
-    /// Why it is of no further use, once what it has said is taken.
-    broken: Option<String>,
-    /// Frames that were given to the socket, and that came through it.
-    queued: u64,
-    came: u64,
-    /// What the peer reads, until its own is here.
-    board: Option<Board>,
-    /// The way through memory.
-    ring: Option<Ring>,
-}
-
-impl Socket {
-    /// Queues a frame for the socket.
-    fn queue(&mut self, bytes: Vec<u8>, descriptors: Vec<Box<dyn Descriptor>>) {
-        self.connection.send_with(bytes, descriptors);
-        self.queued += 1;
-    }
-
-    /// Makes our part of the way through memory, and tells the peer of it. Without memory for it, all goes through the socket.
-    fn offer_ring(&mut self) {
-        let made = Board::new(BOARD_WORDS).and_then(|board| {
-            let fd =
-                board.fd().ok_or("it has no descriptor")?.try_clone_to_owned().map_err(|error| error.to_string())?;
-            Ok((board, fd))
-        });
-        match made {
-            Ok((board, fd)) => {
-                self.board = Some(board);
-                self.queue(Frame::Ring.encode(), vec![Box::new(Whole(fd))]);
-            }
-            Err(error) => tracing::debug!(error, "frames do not go through memory"),
-        }
-    }
-
-    /// The peer's part of the way through memory has come.
-    fn take_ring(&mut self) -> Result<(), String> {
-        let descriptors = self.connection.take_fds(1)?;
-        if self.ring.is_some() {
-            return Err("it sent a second ring".into());
-        }
-        // Who called answers.
-        if self.board.is_none() {
-            self.offer_ring();
-        }
-        if let (Some(board), Some(fd)) = (self.board.take(), descriptors.first()) {
-            let theirs = Foreign::map(fd, BOARD_WORDS).map_err(|reason| format!("its ring is of no use: {reason}"))?;
-            self.ring = Some(Ring::new(board, theirs));
-        }
-        Ok(())
-    }
-
-    /// The next frame. What is in memory was sent before whatever the socket has further.
-    fn next(&mut self, has_rings: bool) -> Result<Option<Frame>, String> {
-        loop {
-            if let Some(ring) = &mut self.ring
-                && let Some(frame) = ring.next(self.came)?
-            {
-                return Ok(Some(frame));
-            }
-            let Some(frame) = self.connection.next()? else { return Ok(None) };
-            self.came += 1;
-            match frame {
-                Frame::Ring if has_rings => self.take_ring()?,
-                Frame::Wake if self.ring.is_some() => {}
-                frame => return Ok(Some(frame)),
-            }
-        }
-    }
-}
-
-/// A descriptor that is kept until it is sent.
-struct Whole(OwnedFd);
-
-impl Descriptor for Whole {
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.0.as_fd())
-    }
 }
 
 impl Sockets {
@@ -207,18 +121,7 @@ impl Sockets {
         if !is_stranger {
             connection.trust();
         }
-        let socket = Socket {
-            connection,
-            pid,
-            dialing,
-            is_stranger,
-            watched_for_room: false,
-            broken: None,
-            queued: 0,
-            came: 0,
-            board: None,
-            ring: None,
-        };
+        let socket = Socket::new(connection, pid, dialing, is_stranger);
         self.connections.insert(peer, socket);
         Ok(peer)
     }
@@ -326,6 +229,10 @@ impl Carrier for Sockets {
 
     fn send(&mut self, peer: PeerId, frame: &Frame, descriptors: Vec<Box<dyn Descriptor>>) {
         let Some(socket) = self.connections.get_mut(&peer) else { return };
+        // Nothing takes it any more, and nothing would bound it.
+        if socket.broken.is_some() {
+            return;
+        }
         let bytes = frame.encode();
         let body = bytes.get(4..).unwrap_or_default();
         let written = match &mut socket.ring {
@@ -437,7 +344,7 @@ impl Carrier for Sockets {
             let reason = match next {
                 Ok(Some(frame)) => return Some(Carried::Frame(peer, frame)),
                 Ok(None) => socket.broken.take(),
-                Err(reason) => Some(reason),
+                Err(reason) => Some(socket.broken.take().unwrap_or(reason)),
             };
             self.speaking.pop_front();
             if let Some(reason) = reason {

@@ -15,7 +15,7 @@ use kvferry_transport::{
 use crate::arriving::{Expecting, Held};
 use crate::backend::{Backend, Copying, Step};
 use crate::carrier::Carrier;
-use crate::draining::{Draining, Fencing};
+use crate::draining::{Draining, Fencing, Whose};
 use crate::peer::{Peer, Stage};
 use crate::posted::Posted;
 use crate::remote::Remote;
@@ -262,29 +262,23 @@ impl<B: Backend> Transport for LocalTransport<B> {
 
     fn fence(&mut self, peer: PeerId) {
         // Only this side writes our pools: once its copies have stopped, nothing of that peer reaches them.
-        let mut ended = BTreeSet::from([peer]);
-        if let Some(instance) = self.peers.get(&peer).map(|peer| peer.instance) {
-            let same: BTreeSet<PeerId> = self
-                .peers
-                .iter()
-                .filter(|(_, p)| p.instance == instance && !p.is_stranger())
-                .map(|(&id, _)| id)
-                .collect();
+        let mut same = BTreeSet::from([peer]);
+        let instance = self.peers.get(&peer).map(|peer| peer.instance);
+        if let Some(instance) = instance {
+            let is_same = |peer: &Peer| peer.instance == instance && !peer.is_stranger();
+            same.extend(self.peers.iter().filter(|(_, peer)| is_same(peer)).map(|(&id, _)| id));
             self.fail_posted(|posted| same.contains(&posted.transfer.peer), &TransferError::Cancelled);
             self.fail_arriving(
                 |peer| same.contains(&peer),
                 &TransferError::Cancelled,
                 Some("its receiver fenced the source"),
             );
-            ended.extend(same);
         }
-        self.fence_when_drained(peer, ended);
+        self.fence_when_drained(peer, Whose { same, instance });
     }
 
     fn disconnect(&mut self, peer: PeerId) {
-        if self.peers.remove(&peer).is_some() {
-            self.forget(peer, &TransferError::PeerLost("it was disconnected here".into()));
-        }
+        self.forget(peer, &TransferError::PeerLost("it was disconnected here".into()));
     }
 
     fn poll(&mut self, events: &mut Vec<Event>) {

@@ -1,6 +1,10 @@
 //! Two ends, and the ways between them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+
 use super::*;
+use crate::ring::RING_WORDS;
 
 fn frame(serial: u64, is_large: bool) -> Frame {
     let reason = "-".repeat(if is_large { 100_000 } else { 10 });
@@ -151,4 +155,195 @@ fn a_peer_that_never_stops_lets_others_have_a_turn() {
 
 fn frames_of(sockets: &Sockets) -> PeerId {
     *sockets.connections.keys().next().unwrap()
+}
+
+/// Writes frames to memory until it is full, all of them due after `before` frames of the socket.
+fn fill_ring(ring: &mut Ring, before: u64) {
+    let body = frame(0, false).encode().split_off(4);
+    while ring.write(before, &body) == Written::Seen {}
+}
+
+/// Looks until the connection is lost, while `meanwhile` does its worst before every frame that is taken. Why it was lost.
+fn until_lost(at: &mut Sockets, mut meanwhile: impl FnMut(&mut Sockets)) -> String {
+    for _ in 0..8 {
+        at.look(Instant::now());
+        loop {
+            meanwhile(at);
+            match at.next() {
+                Some(Carried::Lost(_, reason)) => return reason,
+                Some(_) => {}
+                None => break,
+            }
+        }
+        at.flush();
+    }
+    panic!("it is still connected")
+}
+
+#[test]
+fn memory_that_is_always_full_does_not_hide_what_the_socket_brings() {
+    let (mut from, to, mut at, here) = pair();
+    assert!(frames(&mut at).is_empty());
+    let mut most = 0;
+    let reason = until_lost(&mut at, |at| {
+        let socket = from.connections.get_mut(&to).unwrap();
+        fill_ring(socket.ring.as_mut().unwrap(), 0);
+        if !socket.connection.is_backed_up() {
+            socket.queue(frame(1, true).encode(), Vec::new());
+        }
+        // It may find that it was closed.
+        let _gone = socket.connection.flush();
+        most = most.max(at.connections.get(&here).map_or(0, |socket| socket.connection.unread()));
+    });
+    assert!(reason.contains("ahead of a frame"), "{reason}");
+    assert!(most > 0 && most <= 2 << 20, "{most} bytes");
+}
+
+#[test]
+fn what_waits_behind_memory_stays_with_the_kernel() {
+    let (mut from, to, mut at, here) = pair();
+    assert!(frames(&mut at).is_empty());
+    let mut most = 0;
+    for _ in 0..100 {
+        at.look(Instant::now());
+        loop {
+            // Memory is never empty, and waits for one frame of the socket at a time: no rule is broken.
+            let came = at.connections[&here].came;
+            let socket = from.connections.get_mut(&to).unwrap();
+            fill_ring(socket.ring.as_mut().unwrap(), came + 1);
+            while !socket.connection.is_backed_up() {
+                socket.queue(frame(1, true).encode(), Vec::new());
+                socket.connection.flush().unwrap();
+            }
+            socket.connection.flush().unwrap();
+            most = most.max(at.connections[&here].connection.unread());
+            match at.next() {
+                Some(Carried::Frame(..)) => {}
+                Some(other) => panic!("{other:?}"),
+                None => break,
+            }
+        }
+    }
+    assert!(most > 0 && most <= 1 << 20, "{most} bytes");
+}
+
+#[test]
+fn who_has_gone_is_lost_however_full_its_memory_is() {
+    // It closes its socket, and keeps what it maps.
+    let (mut from, to, mut at, _) = pair();
+    assert!(frames(&mut at).is_empty());
+    let mut ring = from.connections.remove(&to).unwrap().ring.unwrap();
+    let reason = until_lost(&mut at, |_| fill_ring(&mut ring, 0));
+    assert!(reason.contains("closed"), "{reason}");
+
+    // Writing to it fails first.
+    let (mut from, to, mut at, here) = pair();
+    assert!(frames(&mut at).is_empty());
+    let mut ring = from.connections.remove(&to).unwrap().ring.unwrap();
+    at.send(here, &frame(1, true), Vec::new());
+    at.flush();
+    let socket = &at.connections[&here];
+    let (queued, waiting) = (socket.queued, socket.connection.is_backed_up());
+    assert!(socket.broken.is_some() && waiting);
+    let mut taken = 0;
+    let reason = until_lost(&mut at, |at| {
+        fill_ring(&mut ring, 0);
+        at.send(here, &frame(1, true), Vec::new());
+        if let Some(socket) = at.connections.get(&here) {
+            assert_eq!(socket.queued, queued, "nothing is kept for it");
+            taken = socket.ring.as_ref().unwrap().taken();
+        }
+    });
+    assert!(reason.contains("writing to its socket failed"), "{reason}");
+    assert!(taken <= 2 * RING_WORDS, "{taken} words");
+}
+
+#[test]
+fn who_reads_nothing_is_lost_though_it_never_stops_talking() {
+    let (mut from, to, mut at, here) = pair();
+    assert!(frames(&mut at).is_empty());
+    rustix::net::shutdown(from.connections[&to].connection.fd(), rustix::net::Shutdown::Read).unwrap();
+    at.send(here, &frame(1, true), Vec::new());
+    at.flush();
+    let reason = until_lost(&mut at, |at| {
+        // One frame of the socket for each ring.
+        let came = at.connections[&here].came;
+        let socket = from.connections.get_mut(&to).unwrap();
+        fill_ring(socket.ring.as_mut().unwrap(), came + 1);
+        if !socket.connection.is_backed_up() {
+            socket.queue(frame(1, true).encode(), Vec::new());
+        }
+        let _gone = socket.connection.flush();
+    });
+    assert!(reason.contains("writing to its socket failed"), "{reason}");
+}
+
+/// A random number below a bound.
+fn below(state: &mut u64, bound: u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state % bound
+}
+
+#[test]
+fn whoever_falls_asleep_misses_nothing() {
+    const FRAMES: u64 = 20_000;
+    const LONG: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+    let came = AtomicU64::new(0);
+    let (tell, told) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let sleeper = scope.spawn(|| {
+            let mut at = Sockets::open(TransportKind::Shm, "memory", true).unwrap();
+            tell.send(at.place()).unwrap();
+            let (mut state, mut due) = (7, 0);
+            while due < FRAMES {
+                for _ in 0..=below(&mut state, 8) {
+                    at.look(Instant::now());
+                    while let Some(carried) = at.next() {
+                        match carried {
+                            Carried::Frame(peer, Frame::Welcome { .. }) => at.trust(peer),
+                            Carried::Frame(_, got) => {
+                                assert_eq!(got, frame(due, false));
+                                due += 1;
+                                came.store(due, Ordering::Release);
+                            }
+                            Carried::Called(_) => {}
+                            Carried::Lost(_, reason) => panic!("{reason}"),
+                        }
+                    }
+                    at.flush();
+                }
+                if due == FRAMES {
+                    break;
+                }
+                if let Wait::Ready(fd) = at.wait(None, Instant::now()) {
+                    let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+                    let woken = rustix::event::poll(&mut fds, Some(&LONG));
+                    assert_eq!(woken, Ok(1), "frame {due} woke nobody");
+                }
+            }
+        });
+        let mut from = Sockets::open(TransportKind::Shm, "memory", true).unwrap();
+        let to = from.dial(&told.recv().unwrap()).unwrap();
+        from.send(to, &Frame::Welcome { instance: [1; 16] }, Vec::new());
+        from.flush();
+        while from.connections[&to].ring.is_none() && !sleeper.is_finished() {
+            assert!(frames(&mut from).is_empty());
+        }
+        let mut state = 11;
+        for sent in 0..FRAMES {
+            let most = 1 << below(&mut state, 10);
+            for _ in 0..below(&mut state, most) {
+                std::hint::spin_loop();
+            }
+            from.send(to, &frame(sent, false), Vec::new());
+            from.flush();
+            // The next one would wake it, too.
+            while came.load(Ordering::Acquire) <= sent && !sleeper.is_finished() {
+                std::thread::yield_now();
+            }
+        }
+    });
+    assert_eq!(came.into_inner(), FRAMES);
 }

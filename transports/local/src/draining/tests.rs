@@ -1,0 +1,149 @@
+//! A backend whose copies run on after they were stopped.
+
+use std::cell::Cell;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use kvferry_core::{PoolLayout, Program, TransportKind, UnitRange};
+use kvferry_transport::conformance::{block_planes, whole_blocks};
+use kvferry_transport::{Direction, Evidence, NicInfo, Options, Pool, PoolKeys, Transfer, Transport, Wait};
+
+use super::*;
+use crate::backend::{Shared, Step};
+use crate::carrier::Owner;
+use crate::sockets::Sockets;
+use crate::wire::MemoryKind;
+
+/// Whether its copies run.
+struct Stubborn(Rc<Cell<bool>>);
+
+struct Launched(Rc<Cell<bool>>);
+
+impl Backend for Stubborn {
+    const KIND: TransportKind = TransportKind::Shm;
+    type Carrier = Sockets;
+    type Memory = ();
+    type Copy = Launched;
+
+    fn bind(&mut self, _: &Pool) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn unbind(&mut self, _: PoolId) {}
+
+    fn share(&mut self, _: &Pool) -> Result<Shared, String> {
+        Ok(Shared { memory: MemoryKind::Opaque(Bytes::new()), descriptors: Vec::new() })
+    }
+
+    fn open(&mut self, _: Owner<'_>, _: &PoolLayout, _: MemoryKind, _: Vec<OwnedFd>) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn reached(&self, (): &()) -> Evidence {
+        Evidence::connected(Vec::new())
+    }
+
+    fn lent(&self, _: &MemoryKind) -> Evidence {
+        Evidence::connected(Vec::new())
+    }
+
+    fn copy(
+        &mut self,
+        _: Arc<Program>,
+        _: UnitRange,
+        _: Arc<PoolLayout>,
+        _: Rc<()>,
+        _: Pool,
+    ) -> Result<Launched, TransferError> {
+        self.0.set(true);
+        Ok(Launched(Rc::clone(&self.0)))
+    }
+
+    fn wait(&self) -> Option<Wait> {
+        None
+    }
+}
+
+impl Copying for Launched {
+    fn step(&mut self, _: u64) -> Result<Step, TransferError> {
+        Ok(Step::Waiting)
+    }
+
+    fn bytes(&self) -> u64 {
+        0
+    }
+
+    fn pieces(&self) -> u64 {
+        0
+    }
+
+    fn is_running(&mut self) -> bool {
+        self.0.get()
+    }
+}
+
+fn open(runs: &Rc<Cell<bool>>) -> LocalTransport<Stubborn> {
+    let info = NicInfo {
+        kind: TransportKind::Shm,
+        device: "memory".into(),
+        host: "here".into(),
+        library: None,
+        bits_per_second: None,
+    };
+    crate::open(Stubborn(Rc::clone(runs)), info, &Options::default()).unwrap()
+}
+
+fn layout() -> PoolLayout {
+    block_planes(1, 16, 4096)
+}
+
+/// A connection, and a pull over it that runs.
+fn start(at: &mut LocalTransport<Stubborn>, owner: &mut LocalTransport<Stubborn>, keys: &PoolKeys) -> PeerId {
+    let peer = at.connect(&owner.address()).unwrap();
+    let remote = at.import(peer, keys, &layout()).unwrap();
+    let program = Arc::new(whole_blocks(1, 16, 4096, 0..16, 0..16));
+    let (id, range) = (TransferId(1), program.whole());
+    let pull =
+        Transfer { id, peer, direction: Direction::Pull, local: PoolId(1), remote, program, range, notice: None };
+    at.post(pull).unwrap();
+    while at.jobs.is_empty() {
+        at.poll(&mut Vec::new());
+        owner.poll(&mut Vec::new());
+    }
+    peer
+}
+
+#[test]
+fn a_new_connection_is_fenced_when_copies_of_the_old_one_have_stopped() {
+    for is_lost in [false, true] {
+        let (runs, never) = (Rc::new(Cell::new(false)), Rc::new(Cell::new(false)));
+        let (mut at, mut owner) = (open(&runs), open(&never));
+        at.bind(&Pool::allocate(PoolId(1), layout(), "at").unwrap()).unwrap();
+        let keys = owner.bind(&Pool::allocate(PoolId(9), layout(), "owner").unwrap()).unwrap();
+        let old = start(&mut at, &mut owner, &keys);
+        if is_lost {
+            at.lose(old, "it broke");
+        } else {
+            at.disconnect(old);
+        }
+        let other = at.connect(&open(&never).address()).unwrap();
+        let new = at.connect(&owner.address()).unwrap();
+        at.fence(other);
+        at.fence(new);
+        let mut events = Vec::new();
+        for _ in 0..3 {
+            at.poll(&mut events);
+            owner.poll(&mut Vec::new());
+        }
+        let fenced = |peer| Event::Fenced { peer, proof: FenceProof::OwnerCopies };
+        assert!(events.contains(&fenced(other)), "that is another transport: {events:?}");
+        assert!(!events.contains(&fenced(new)), "the copy still writes: {events:?}");
+        runs.set(false);
+        events.clear();
+        at.poll(&mut events);
+        let failed = |event: &Event| matches!(event, Event::Failed { id: TransferId(1), .. });
+        assert!(events.iter().any(failed) && events.contains(&fenced(new)), "{events:?}");
+    }
+}
