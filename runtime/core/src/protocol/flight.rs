@@ -106,8 +106,8 @@ impl Flight {
         self.shares.get(&number)
     }
 
-    /// A share is posted at that NIC, as the transfer that `first` is chunk 0 of; as that itself where it is `alone`. Returns its name, its
-    /// bytes and what it moves.
+    /// A share is posted at that NIC, as the transfer that `first` is chunk 0 of; as that itself where it is `alone`, and has been. Returns its
+    /// name, its bytes and what it moves.
     pub(super) fn post(
         &mut self,
         number: u32,
@@ -116,7 +116,9 @@ impl Flight {
         alone: bool,
     ) -> Option<(TransferId, u64, Share)> {
         let mut id = first;
-        if !alone {
+        // Whoever is alone now may not have been so before: a share that comes again, or beside another one of its step, takes a number, too.
+        let tried = self.shares.get(&number)?.tries > 0;
+        if !alone || tried || self.transfers.contains_key(&first) {
             // Numbers come again after 65,536 transfers of one leg.
             while self.transfers.contains_key(&id) || id == first {
                 self.next_chunk = self.next_chunk.wrapping_add(1);
@@ -233,6 +235,27 @@ mod tests {
         assert_eq!(others, [(again, 1)]);
         assert_eq!(flight.failed(again).map(|(_, open)| open), Some(None), "it is here already");
         assert!(flight.is_over());
+    }
+
+    #[test]
+    fn no_two_transfers_have_one_name_when_one_rail_is_left() {
+        let (mut flight, first, share) = flight();
+        let other = flight.add(2, Arc::default(), UnitRange { start: 4, end: 8 });
+        let (one, ..) = flight.post(share, 0, first, false).expect("posted");
+        let (two, ..) = flight.post(other, 1, first, false).expect("posted");
+        flight.failed(one);
+        flight.failed(two);
+        let (one_again, ..) = flight.post(share, 2, first, true).expect("posted again");
+        let (two_again, ..) = flight.post(other, 2, first, true).expect("posted again");
+        let names = std::collections::BTreeSet::from([first, one, two, one_again, two_again]);
+        assert_eq!((names.len(), flight.ids().count()), (5, 2));
+        flight.failed(two_again);
+        assert!(!flight.is_empty(), "the other one is still under way");
+        // Whoever comes first takes chunk 0, once.
+        let next = [0, 4].map(|start| flight.add(3, Arc::default(), UnitRange { start, end: start + 4 }));
+        let third = TransferId::of(HandoverId(1), Rank(0), Rank(0), 3);
+        let posted = next.map(|share| flight.post(share, 2, third, true).expect("posted").0);
+        assert!(posted[0] == third && posted[1] != third);
     }
 
     #[test]
