@@ -55,11 +55,11 @@ impl DecodeRank {
         let Some((attempt, open)) = self.leg(handover, node).and_then(|leg| leg.flight.failed(id)) else { return };
         let stopped = attempt.course != Course::Running;
         if let (Some(_), Some(Ok(peer))) = (attempt.share, self.peers.get_mut(&node)) {
-            peer.rails.ended(now, attempt.nic, attempt.bytes);
             // What was stopped says nothing of its rail.
             if !over && !stopped {
                 blame(now, (node, attempt.nic), peer, &self.local, &reason, &mut self.outbox);
             }
+            peer.rails.ended(now, attempt.nic, attempt.bytes);
         }
         let goes_on = match open {
             Some(share) => self.post_again(now, (handover, node), share, attempt.nic, true),
@@ -135,11 +135,17 @@ impl DecodeRank {
                 if let Some(leg) = self.leg(handover, node) {
                     leg.flight.give_up(id, again_at);
                 }
-                if let Some(Ok(peer)) = self.peers.get_mut(&node).filter(|_| blamed.insert((node, attempt.nic))) {
-                    let reason = "it has been silent for too long";
-                    blame(now, (node, attempt.nic), peer, &self.local, reason, &mut self.outbox);
-                }
-            } else {
+            }
+            // It is silent whether or not somebody may move this share; but the last one that moves bytes is not given up.
+            if let Some(Ok(peer)) = self.peers.get_mut(&node)
+                && attempt.share.is_some()
+                && (moves || peer.rails.has_another(attempt.nic))
+                && blamed.insert((node, attempt.nic))
+            {
+                let reason = "it has been silent for too long";
+                blame(now, (node, attempt.nic), peer, &self.local, reason, &mut self.outbox);
+            }
+            if !moves {
                 let patience = match self.peers.get(&node) {
                     Some(Ok(peer)) => peer.rails.patience(attempt.nic),
                     _ => self.quarantine.fence_after,

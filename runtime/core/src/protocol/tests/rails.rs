@@ -1,15 +1,16 @@
 //! The decode rank with several NICs: shares, rails that fail or fall silent, and what is waited for before anything is over.
 
 use core::time::Duration;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::decode::{LEADER, SOURCES, id};
 use super::kit::*;
 use crate::protocol::{
-    Command, DeadlineTerms, DecodeRank, EngineEvent, Event, FetchJob, MemberList, Message, NicCommand, NicEvent,
-    OpenedFetch, QuarantineTerms, RailHealth, RailTerms, Role,
+    Command, DeadlineTerms, DecodeRank, EngineEvent, Event, FetchJob, MemberList, Message, NicAdvert, NicCommand,
+    NicEvent, OpenedFetch, QuarantineTerms, RailHealth, RailTerms, Role,
 };
-use crate::{Direction, FenceProof, Moment, NodeId, Rank, TransferId, TransportKind, UnitRange};
+use crate::{Direction, Evidence, FenceProof, HandoverId, Moment, NodeId, Rank, TransferId, TransportKind, UnitRange};
 
 const SOURCE: NodeId = NodeId(SOURCES[0]);
 
@@ -28,19 +29,27 @@ struct Post {
 impl Railed {
     /// With everything that is ready posted.
     fn moving() -> (Railed, Vec<Post>) {
+        Railed::moving_over(2)
+    }
+
+    /// Over so many rails, whose lanes have to be RDMA's.
+    fn moving_over(count: u32) -> (Railed, Vec<Post>) {
         let geometry = geometry(1);
-        let two = || vec![nic(TransportKind::Sim), nic(TransportKind::Sim)];
+        let device = || NicAdvert { device: "mlx5_0:1".into(), ..nic(TransportKind::Ucx) };
+        let nics = || (0..count).map(|_| device()).collect();
         let mut local = worker(Role::Decode, 0, &geometry, Some(Direction::Pull));
         let mut remote = worker(Role::Prefill, 0, &geometry, None);
-        (local.nics, remote.nics) = (two(), two());
+        (local.nics, remote.nics) = (nics(), nics());
         let quarantine = QuarantineTerms { fence_after: Duration::from_millis(100), ..QuarantineTerms::default() };
         let rails = RailTerms {
-            rails_max: 2,
+            rails_max: count,
             share_bytes_min: 1,
             silent_after: Duration::from_secs(3),
             ..RailTerms::default()
         };
-        let rank = DecodeRank::new(local, leases(), DeadlineTerms::default(), quarantine).with_rails(rails);
+        let rank = DecodeRank::new(local, leases(), DeadlineTerms::default(), quarantine)
+            .with_rails(rails)
+            .with_rdma_required(true);
         let mut railed = Railed { rank };
         let members = vec![Arc::new(member(SOURCES[0], Role::Prefill, PREFILL, 0, &geometry))];
         railed.rank.handle_members(at(0), &MemberList { whole: true, members });
@@ -49,7 +58,8 @@ impl Railed {
             Command::Nic { nic, command: NicCommand::Connect { .. } } => Some(*nic),
             _ => None,
         };
-        assert_eq!(railed.commands().iter().filter_map(connects).collect::<Vec<_>>(), [0, 1], "both are warm");
+        let connected: BTreeSet<usize> = railed.commands().iter().filter_map(connects).collect();
+        assert_eq!(connected, (0..count as usize).collect(), "all are warm");
         railed.message(LEADER, Message::Fetch(FetchJob { pairing: pairing(H1, &[4]), dp: 0 }));
         railed
             .rank
@@ -82,6 +92,36 @@ impl Railed {
     fn timeout(&mut self, now: Moment) -> Vec<Command> {
         self.rank.handle_timeout(now);
         self.commands()
+    }
+
+    /// Another handover begins. Returns what is posted for it.
+    fn fetch(&mut self, now: Moment, handover: HandoverId) -> Vec<Post> {
+        let geometry = geometry(1);
+        let job = FetchJob { pairing: pairing(handover, &[4]), dp: 0 };
+        self.rank.handle_message(now, NodeId(LEADER), Message::Fetch(job));
+        self.rank.handle_engine(now, EngineEvent::Placed { handover, tables: tables(&geometry, 0, 7), have: 0 });
+        let opened = OpenedFetch { handover, source: tables(&geometry, 0, 5), ready: 1 };
+        self.rank.handle_message(now, SOURCE, Message::Opened(opened));
+        posted(&self.commands())
+    }
+
+    /// With the second rail found slow. Returns the time.
+    fn with_a_slow_rail() -> (Railed, Moment) {
+        let (mut railed, mut posts) = Railed::moving();
+        let mut now = at(1);
+        for handover in 100..116 {
+            for post in posts {
+                let units = post.range.end - post.range.start;
+                let took = Duration::from_micros(units * if post.nic == 1 { 10_000 } else { 100 });
+                railed.nic(now + took, post.nic, NicEvent::Done { id: post.id, bytes: 100, pieces: 3 });
+            }
+            now = now + Duration::from_millis(50);
+            if railed.turns().contains(&RailHealth::Slow) {
+                return (railed, now);
+            }
+            posts = railed.fetch(now, HandoverId(handover));
+        }
+        panic!("the second rail is not found slow")
     }
 
     /// What is said of rails.
@@ -242,6 +282,49 @@ fn a_trial_begins_with_a_new_connection() {
     railed.done(trial);
     assert_eq!(railed.turns(), [RailHealth::Up]);
     assert_eq!(railed.done(again), [fetched()]);
+}
+
+#[test]
+fn a_slow_rail_moves_what_a_dead_one_does_not() {
+    let (mut railed, now) = Railed::with_a_slow_rail();
+    let [one] = railed.fetch(now, H2)[..] else { panic!("the slow one rests") };
+    assert_eq!(one.nic, 0);
+    let again = posted(&railed.nic(now, 0, NicEvent::Failed { id: one.id, reason: "reset".into() }));
+    assert!(matches!(again[..], [again] if (again.nic, again.range) == (1, one.range)), "{again:?}");
+    assert_eq!(railed.turns(), [RailHealth::Down]);
+    assert_eq!(railed.nic(now, 0, NicEvent::PeerLost { node: SOURCE, reason: "reset".into() }), [], "nothing fails");
+}
+
+#[test]
+fn a_slow_rail_moves_what_a_silent_one_does_not() {
+    let (mut railed, now) = Railed::with_a_slow_rail();
+    let [one] = railed.fetch(now, H2)[..] else { panic!("the slow one rests") };
+    let commands = railed.timeout(now + Duration::from_secs(4));
+    assert!(matches!(posted(&commands)[..], [again] if (again.nic, again.range) == (1, one.range)), "{commands:?}");
+    assert!(commands.contains(&cancel(0, one.id)));
+    assert_eq!(railed.turns(), [RailHealth::Down], "it is known of it from now on");
+}
+
+#[test]
+fn what_was_refused_on_two_rails_has_names_of_its_own_on_the_last() {
+    let (mut railed, posts) = Railed::moving_over(3);
+    let [one, two, three] = posts[..] else { panic!("{posts:?}") };
+    for refused in [one, two] {
+        let evidence = Box::new(Evidence::connected(vec!["tcp/eth0".into()]));
+        railed.nic(at(1), refused.nic, NicEvent::Shown { node: SOURCE, evidence });
+    }
+    let lost = |post: Post| NicEvent::Failed { id: post.id, reason: "no RDMA".into() };
+    let again: Vec<Post> =
+        [one, two].into_iter().flat_map(|post| posted(&railed.nic(at(1), post.nic, lost(post)))).collect();
+    assert_eq!(
+        again.iter().map(|post| (post.nic, post.range)).collect::<Vec<_>>(),
+        [(three.nic, one.range), (three.nic, two.range)]
+    );
+    let names: BTreeSet<TransferId> = posts.iter().chain(&again).map(|post| post.id).collect();
+    assert_eq!(names.len(), 5, "{again:?}");
+    assert_eq!(railed.done(three), []);
+    assert_eq!(railed.done(again[1]), [], "the other one may still write");
+    assert_eq!(railed.done(again[0]), [fetched()]);
 }
 
 #[test]
