@@ -8,7 +8,7 @@ use super::decode::{LEADER, SOURCES, id};
 use super::kit::*;
 use crate::protocol::{
     Command, DeadlineTerms, DecodeRank, EngineEvent, Event, FetchJob, MemberList, Message, NicAdvert, NicCommand,
-    NicEvent, OpenedFetch, QuarantineTerms, RailHealth, RailTerms, Role,
+    NicEvent, OpenedFetch, QuarantineTerms, RailHealth, RailTerms, Role, WorkerProfile,
 };
 use crate::{Direction, Evidence, FenceProof, HandoverId, Moment, NodeId, Rank, TransferId, TransportKind, UnitRange};
 
@@ -17,6 +17,7 @@ const SOURCE: NodeId = NodeId(SOURCES[0]);
 /// A decode rank of one, which reads from a prefill rank of one over two rails.
 struct Railed {
     rank: DecodeRank,
+    source: WorkerProfile,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,7 +36,7 @@ impl Railed {
     /// Over so many rails, whose lanes have to be RDMA's.
     fn moving_over(count: u32) -> (Railed, Vec<Post>) {
         let geometry = geometry(1);
-        let device = || NicAdvert { device: "mlx5_0:1".into(), ..nic(TransportKind::Ucx) };
+        let device = || NicAdvert { device: "mlx5_0:1".into(), host: String::new(), ..nic(TransportKind::Ucx) };
         let nics = || (0..count).map(|_| device()).collect();
         let mut local = worker(Role::Decode, 0, &geometry, Some(Direction::Pull));
         let mut remote = worker(Role::Prefill, 0, &geometry, None);
@@ -50,7 +51,7 @@ impl Railed {
         let rank = DecodeRank::new(local, leases(), DeadlineTerms::default(), quarantine)
             .with_rails(rails)
             .with_rdma_required(true);
-        let mut railed = Railed { rank };
+        let mut railed = Railed { rank, source: remote.clone() };
         let members = vec![Arc::new(member(SOURCES[0], Role::Prefill, PREFILL, 0, &geometry))];
         railed.rank.handle_members(at(0), &MemberList { whole: true, members });
         railed.rank.handle_peer(at(0), SOURCE, remote);
@@ -148,6 +149,10 @@ fn cancelled(post: Post) -> NicEvent {
     NicEvent::Failed { id: post.id, reason: "cancelled".into() }
 }
 
+fn fenced(proof: FenceProof) -> NicEvent {
+    NicEvent::Fenced { node: SOURCE, address: "a".into(), ticket: u64::MAX, proof }
+}
+
 fn fetched() -> Command {
     send(SOURCES[0], Message::Fetched { handover: H1 })
 }
@@ -204,10 +209,10 @@ fn nothing_is_over_before_a_silent_rail_has_stopped() {
         "{commands:?}"
     );
     let proof = FenceProof::EndpointDestroyed;
-    assert_eq!(railed.nic(due, 0, NicEvent::Fenced { node: SOURCE, proof }), [], "another NIC's fence says nothing");
+    assert_eq!(railed.nic(due, 0, fenced(proof)), [], "another NIC's fence says nothing");
     let commands = railed.timeout(due + Duration::from_millis(200));
     assert!(matches!(&commands[..], [Command::Nic { nic: 1, command: NicCommand::Fence { .. } }]), "again and again");
-    assert_eq!(railed.nic(due, 1, NicEvent::Fenced { node: SOURCE, proof }), [fetched()]);
+    assert_eq!(railed.nic(due, 1, fenced(proof)), [fetched()]);
 }
 
 #[test]
@@ -247,7 +252,7 @@ fn a_handover_fails_when_no_rail_is_left_and_waits_for_all_of_them() {
     assert_eq!(word, [settled(H1, outcome, true)], "the first rail still moves");
     let commands = railed.timeout(at(3));
     assert!(matches!(&commands[..], [Command::Nic { nic: 0, command: NicCommand::Fence { .. } }]), "{commands:?}");
-    railed.nic(at(3), 0, NicEvent::Fenced { node: SOURCE, proof: FenceProof::EndpointDestroyed });
+    railed.nic(at(3), 0, fenced(FenceProof::EndpointDestroyed));
     assert_eq!((railed.rank.fetches(), railed.rank.poll_timeout()), (0, None));
 }
 
@@ -325,6 +330,25 @@ fn what_was_refused_on_two_rails_has_names_of_its_own_on_the_last() {
     assert_eq!(railed.done(three), []);
     assert_eq!(railed.done(again[1]), [], "the other one may still write");
     assert_eq!(railed.done(again[0]), [fetched()]);
+}
+
+#[test]
+fn what_an_earlier_conversation_posted_says_nothing_of_the_rails_of_this_one() {
+    let (mut railed, posts) = Railed::moving();
+    let earlier = posts[1];
+    railed.rank.handle_peer_down(at(1), SOURCE, "the cable");
+    railed.message(LEADER, Message::Settled { handover: H1, outcome: crate::protocol::Outcome::Cancelled });
+    railed.rank.handle_peer(at(1), SOURCE, railed.source.clone());
+    railed.commands();
+    let failed = railed.fetch(at(1), H2)[1];
+    railed.nic(at(1), 1, NicEvent::Failed { id: failed.id, reason: "reset".into() });
+    assert_eq!(railed.turns(), [RailHealth::Down]);
+    let trial = railed.fetch(at(3), HandoverId(3));
+    assert_eq!(trial.iter().map(|post| post.nic).collect::<Vec<_>>(), [0, 1], "it has rested");
+    railed.nic(at(3), 1, NicEvent::Done { id: earlier.id, bytes: 100, pieces: 3 });
+    assert_eq!(railed.turns(), [], "that was not the trial");
+    railed.nic(at(3), 1, NicEvent::Done { id: trial[1].id, bytes: 100, pieces: 3 });
+    assert_eq!(railed.turns(), [RailHealth::Up]);
 }
 
 #[test]
