@@ -352,6 +352,17 @@ fn what_an_earlier_conversation_posted_says_nothing_of_the_rails_of_this_one() {
 }
 
 #[test]
+fn a_trial_that_fails_is_followed_by_a_longer_rest() {
+    let (mut railed, posts) = Railed::moving();
+    railed.nic(at(2), 1, NicEvent::Failed { id: posts[1].id, reason: "reset".into() });
+    let trial = railed.fetch(at(3), H2);
+    assert_eq!(trial.iter().map(|post| post.nic).collect::<Vec<_>>(), [0, 1]);
+    railed.nic(at(3), 1, NicEvent::Failed { id: trial[1].id, reason: "reset".into() });
+    let next = railed.fetch(at(3) + Duration::from_millis(600), HandoverId(3));
+    assert_eq!(next.iter().map(|post| post.nic).collect::<Vec<_>>(), [0]);
+}
+
+#[test]
 fn one_rail_is_as_it_was() {
     let mut fixture = super::decode::Fixture::moving(Direction::Pull, 2);
     let commands = fixture.nic(super::decode::failed(id(0, 0)));
