@@ -78,8 +78,8 @@ pub struct Nic {
     known: BTreeMap<NodeId, Reach>,
     /// Peers that the worker does not want to be reached this way, and why.
     refused: BTreeMap<NodeId, String>,
-    /// Peers whose fence is not proved yet; nothing is posted to them any more.
-    fencing: BTreeMap<PeerId, NodeId>,
+    /// Peers whose fence is not proved yet; nothing is posted to their nodes until it is.
+    fencing: BTreeMap<PeerId, Fencing>,
     backlog: VecDeque<NicCommand>,
     events: Vec<Event>,
     reports: Recipient<NicReport>,
@@ -174,13 +174,11 @@ impl Nic {
             }
             Event::Failed { id, error } => Some(NicEvent::Failed { id, reason: error.to_string() }),
             Event::Fenced { peer, proof } => {
-                let fenced = self.fencing.remove(&peer);
-                let node = fenced.or_else(|| node_of(peer));
-                if fenced.is_some() {
+                self.fencing.remove(&peer).map(|Fencing { node, address, ticket }| {
                     // Whatever is posted to that node next connects anew.
                     self.transport.disconnect(peer);
-                }
-                node.map(|node| NicEvent::Fenced { node, proof })
+                    NicEvent::Fenced { node, address, ticket, proof }
+                })
             }
             Event::PeerLost { peer, reason } => {
                 let node = node_of(peer);
@@ -218,9 +216,11 @@ impl Nic {
                 self.refused.insert(node, reason.clone());
                 self.outgoing.push(NicEvent::PeerLost { node, reason });
             }
-            NicCommand::Fence { node, address } => {
-                if let Some((peer, _)) = self.fencing.iter().find(|(_, fenced)| **fenced == node) {
-                    // Its proof is still to come, unless it was lost with the device.
+            NicCommand::Fence { node, address, ticket } => {
+                let is_same = |fencing: &Fencing| fencing.node == node && fencing.address == address;
+                if let Some((peer, _)) = self.fencing.iter().find(|(_, fencing)| is_same(fencing)) {
+                    // Its proof is still to come, unless it was lost with the device. It goes by the first ticket: what has come about since
+                    // is asked for again.
                     self.transport.fence(*peer);
                     return;
                 }
@@ -233,7 +233,7 @@ impl Nic {
                 };
                 match peer {
                     Ok(peer) => {
-                        self.fencing.insert(peer, node);
+                        self.fencing.insert(peer, Fencing { node, address, ticket });
                         self.transport.fence(peer);
                     }
                     // It is asked for again.
@@ -299,7 +299,7 @@ impl Nic {
     }
 
     fn is_fencing(&self, node: NodeId) -> bool {
-        self.fencing.values().any(|fenced| *fenced == node)
+        self.fencing.values().any(|fencing| fencing.node == node)
     }
 
     /// Connects to a known peer, anew if it was connected; posts queue until the connection is up.
@@ -346,6 +346,14 @@ impl Nic {
         }
         self.untaken.remove(&id);
     }
+}
+
+/// A fence whose proof is awaited.
+struct Fencing {
+    node: NodeId,
+    /// Where the node was: elsewhere, before or since, the proof says nothing.
+    address: Bytes,
+    ticket: u64,
 }
 
 /// What a connection to a peer takes.

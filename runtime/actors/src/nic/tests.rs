@@ -134,7 +134,11 @@ impl Fixture {
     }
 
     fn fence(&mut self, node: u64) -> Vec<String> {
-        self.command(NicCommand::Fence { node: NodeId(node), address: Bytes::from_static(b"there") })
+        self.fence_at(node, "there", 1)
+    }
+
+    fn fence_at(&mut self, node: u64, address: &'static str, ticket: u64) -> Vec<String> {
+        self.command(NicCommand::Fence { node: NodeId(node), address: address.into(), ticket })
     }
 
     fn post(&mut self, node: u64) -> Vec<String> {
@@ -155,7 +159,11 @@ fn fenced(peer: u32) -> Event {
 }
 
 fn proved(node: u64) -> Vec<NicEvent> {
-    vec![NicEvent::Fenced { node: NodeId(node), proof: FenceProof::OwnerCopies }]
+    proved_at(node, "there", 1)
+}
+
+fn proved_at(node: u64, address: &'static str, ticket: u64) -> Vec<NicEvent> {
+    vec![NicEvent::Fenced { node: NodeId(node), address: address.into(), ticket, proof: FenceProof::OwnerCopies }]
 }
 
 #[test]
@@ -214,11 +222,25 @@ fn what_is_posted_while_a_fence_is_awaited_waits_for_it() {
 #[test]
 fn a_node_that_started_over_keeps_its_new_connection() {
     let mut fixture = Fixture::new();
-    let (node, earlier) = (NodeId(5), Bytes::from_static(b"earlier"));
     fixture.connect(5);
-    assert_eq!(fixture.command(NicCommand::Fence { node, address: earlier }), ["connect earlier", "fence 2"]);
-    assert_eq!(fixture.happens(fenced(2)), (vec!["disconnect 2".to_owned()], proved(5)));
+    assert_eq!(fixture.fence_at(5, "earlier", 1), ["connect earlier", "fence 2"]);
+    assert_eq!(fixture.happens(fenced(2)), (vec!["disconnect 2".to_owned()], proved_at(5, "earlier", 1)));
     assert_eq!(fixture.post(5), ["post to 1"], "nothing was wrong with that one");
+}
+
+#[test]
+fn a_proof_is_one_of_the_address_and_the_time_that_it_was_asked_for() {
+    let mut fixture = Fixture::new();
+    fixture.connect(5);
+    assert_eq!(fixture.fence_at(5, "earlier", 1), ["connect earlier", "fence 2"]);
+    assert_eq!(fixture.fence_at(5, "there", 2), ["fence 1"], "the one that was asked for, too");
+    assert_eq!(fixture.fence_at(5, "earlier", 3), ["fence 2"]);
+    assert_eq!(fixture.post(5), Vec::<String>::new());
+    assert_eq!(fixture.happens(fenced(2)).1, proved_at(5, "earlier", 1));
+    fixture.nic.pump();
+    assert_eq!(std::mem::take(&mut fixture.script.borrow_mut().asked), Vec::<String>::new(), "the other is awaited");
+    assert_eq!(fixture.happens(fenced(1)).1, proved_at(5, "there", 2));
+    assert_eq!(fixture.happens(fenced(9)), (vec![], vec![]), "nobody has asked for that one");
 }
 
 #[test]

@@ -187,8 +187,10 @@ pub enum NicCommand {
     Fence {
         /// Which node.
         node: NodeId,
-        /// Its NIC's address: a peer that writes here need not have been connected to from here.
+        /// Its NIC's address: a peer that writes here need not have been connected to from here, and may have started over at another one.
         address: Bytes,
+        /// Comes back with the proof; whoever asks counts up.
+        ticket: u64,
     },
     /// Let a peer go, and fail with this reason whatever is posted to it, until it is connected anew: [`NicEvent::PeerLost`].
     Refuse {
@@ -270,10 +272,14 @@ pub enum NicEvent {
         /// Why.
         reason: String,
     },
-    /// Nothing of a peer can write here any more.
+    /// Nothing of what a peer was up to at that address when the fence was asked for can write here any more.
     Fenced {
         /// Which node.
         node: NodeId,
+        /// Its NIC's address.
+        address: Bytes,
+        /// Of the fence; whatever was asked for later has no proof yet.
+        ticket: u64,
         /// How that is known.
         proof: FenceProof,
     },

@@ -35,6 +35,10 @@ pub struct DecodeRank {
     sources: Sources,
     renew_at: Option<Moment>,
     quarantine: QuarantineTerms,
+    /// So many fences were asked for.
+    fences_asked: u64,
+    /// So many conversations with peers have begun.
+    conversations: u64,
     /// Bytes of the pool.
     pool_bytes: u64,
     /// Delivered handovers whose blocks the engine still uses.
@@ -56,6 +60,8 @@ impl DecodeRank {
         DecodeRank {
             pool_bytes: local.layout.planes.iter().map(plane_bytes).fold(0, u64::saturating_add),
             quarantine,
+            fences_asked: 0,
+            conversations: 0,
             held: BTreeMap::new(),
             trouble: None,
             local,
@@ -156,8 +162,11 @@ impl DecodeRank {
         if profile.role != Role::Prefill {
             return;
         }
+        self.conversations += 1;
+        let conversation = self.conversations;
         let peer = Peer::meet(&self.local, profile, self.require_rdma)
-            .map(|peer| peer.over_rails(&self.local, self.rails, self.require_rdma));
+            .map(|peer| peer.over_rails(&self.local, self.rails, self.require_rdma))
+            .map(|peer| peer.of_conversation(conversation));
         if let Ok(peer) = &peer {
             peer.tell_path(node, &self.local, self.require_rdma, &mut self.outbox);
             peer.connect(node, Role::Decode, &mut self.outbox);
@@ -285,7 +294,9 @@ impl DecodeRank {
                     }
                 }
             }
-            NicEvent::Fenced { node, proof } => self.fenced(now, nic, node, proof),
+            NicEvent::Fenced { node, address, ticket, proof } => {
+                self.fenced(now, nic, (node, address, ticket), proof);
+            }
             NicEvent::Shown { node, evidence } => {
                 if let Some(Ok(peer)) = self.peers.get_mut(&node) {
                     let shown = (nic, *evidence);

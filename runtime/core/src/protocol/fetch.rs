@@ -189,6 +189,11 @@ impl Leg {
         }
     }
 
+    /// Of the peer's NIC that one of ours is joined to.
+    pub(super) fn address(&self, nic: usize) -> Bytes {
+        self.path.as_ref().and_then(|path| path.addresses.get(&nic).cloned()).unwrap_or_default()
+    }
+
     fn waits_for_layers(&self, steps: u32) -> bool {
         // A step of a push is expected from the beginning; it moves once it is ready.
         let still = self.flight.ids().all(|id| id.step() >= self.ready);

@@ -36,6 +36,8 @@ pub(super) struct Attempt {
     pub(super) nic: usize,
     /// What it is to move; `None` for a push, which the peer posts.
     pub(super) share: Option<u32>,
+    /// In which conversation with the peer it was posted: the rails of a later one have not heard of it.
+    pub(super) conversation: Option<u64>,
     pub(super) bytes: u64,
     pub(super) course: Course,
     /// When something is to be done about it, where another rail could take over.
@@ -48,8 +50,8 @@ pub(super) enum Course {
     Running,
     /// It was told to stop: somebody else moves its share, or has moved it.
     GivenUp,
-    /// A fence was asked for that covers it.
-    Fencing,
+    /// A fence was asked for that covers it: this one, and each that is asked for later.
+    Fencing(u64),
 }
 
 impl Flight {
@@ -91,7 +93,8 @@ impl Flight {
 
     /// A push is expected.
     pub(super) fn expect(&mut self, id: TransferId, nic: usize, bytes: u64) {
-        self.transfers.insert(id, Attempt { nic, share: None, bytes, course: Course::Running, due: None });
+        self.transfers
+            .insert(id, Attempt { nic, share: None, conversation: None, bytes, course: Course::Running, due: None });
     }
 
     /// Something is to be moved. Returns its number.
@@ -106,8 +109,8 @@ impl Flight {
         self.shares.get(&number)
     }
 
-    /// A share is posted at that NIC, as the transfer that `first` is chunk 0 of; as that itself where it is `alone`. Returns its name, its
-    /// bytes and what it moves.
+    /// A share is posted at that NIC, as the transfer that `first` is chunk 0 of; as that itself where it is `alone`, and has been. Returns its
+    /// name, its bytes and what it moves.
     pub(super) fn post(
         &mut self,
         number: u32,
@@ -116,7 +119,9 @@ impl Flight {
         alone: bool,
     ) -> Option<(TransferId, u64, Share)> {
         let mut id = first;
-        if !alone {
+        // Whoever is alone now may not have been so before: a share that comes again, or beside another one of its step, takes a number, too.
+        let tried = self.shares.get(&number)?.tries > 0;
+        if !alone || tried || self.transfers.contains_key(&first) {
             // Numbers come again after 65,536 transfers of one leg.
             while self.transfers.contains_key(&id) || id == first {
                 self.next_chunk = self.next_chunk.wrapping_add(1);
@@ -126,9 +131,17 @@ impl Flight {
         let share = self.shares.get_mut(&number)?;
         share.tries += 1;
         let bytes = share.program.bytes_in(share.range);
-        let attempt = Attempt { nic, share: Some(number), bytes, course: Course::Running, due: None };
+        let attempt =
+            Attempt { nic, share: Some(number), conversation: None, bytes, course: Course::Running, due: None };
         self.transfers.insert(id, attempt);
         Some((id, bytes, share.clone()))
+    }
+
+    /// A transfer belongs to that conversation.
+    pub(super) fn book(&mut self, id: TransferId, conversation: u64) {
+        if let Some(attempt) = self.transfers.get_mut(&id) {
+            attempt.conversation = Some(conversation);
+        }
     }
 
     /// Something is to be done about a transfer that has not ended by then.
@@ -177,16 +190,18 @@ impl Flight {
     }
 
     /// A fence is asked for that covers what was told to stop at that NIC. It is to be asked for again when there is no proof by then.
-    pub(super) fn fence(&mut self, nic: usize, due: Moment) {
+    pub(super) fn fence(&mut self, nic: usize, ticket: u64, due: Moment) {
         let given_up = |attempt: &&mut Attempt| attempt.nic == nic && attempt.course != Course::Running;
         for attempt in self.transfers.values_mut().filter(given_up) {
-            (attempt.course, attempt.due) = (Course::Fencing, Some(due));
+            let first = if let Course::Fencing(first) = attempt.course { first } else { ticket };
+            (attempt.course, attempt.due) = (Course::Fencing(first), Some(due));
         }
     }
 
-    /// A fence was proved: what it was asked for can write nothing any more.
-    pub(super) fn fenced(&mut self, nic: usize) -> Vec<Attempt> {
-        let fenced = |attempt: &Attempt| attempt.nic == nic && attempt.course == Course::Fencing;
+    /// A fence was proved: what it, or an earlier one, was asked for can write nothing any more.
+    pub(super) fn fenced(&mut self, nic: usize, ticket: u64) -> Vec<Attempt> {
+        let covered = |attempt: &Attempt| matches!(attempt.course, Course::Fencing(first) if first <= ticket);
+        let fenced = |attempt: &Attempt| attempt.nic == nic && covered(attempt);
         let ended: Vec<TransferId> = self.attempts().filter(|(_, one)| fenced(one)).map(|(id, _)| id).collect();
         ended.into_iter().filter_map(|id| self.transfers.remove(&id)).collect()
     }
@@ -236,6 +251,27 @@ mod tests {
     }
 
     #[test]
+    fn no_two_transfers_have_one_name_when_one_rail_is_left() {
+        let (mut flight, first, share) = flight();
+        let other = flight.add(2, Arc::default(), UnitRange { start: 4, end: 8 });
+        let (one, ..) = flight.post(share, 0, first, false).expect("posted");
+        let (two, ..) = flight.post(other, 1, first, false).expect("posted");
+        flight.failed(one);
+        flight.failed(two);
+        let (one_again, ..) = flight.post(share, 2, first, true).expect("posted again");
+        let (two_again, ..) = flight.post(other, 2, first, true).expect("posted again");
+        let names = std::collections::BTreeSet::from([first, one, two, one_again, two_again]);
+        assert_eq!((names.len(), flight.ids().count()), (5, 2));
+        flight.failed(two_again);
+        assert!(!flight.is_empty(), "the other one is still under way");
+        // Whoever comes first takes chunk 0, once.
+        let next = [0, 4].map(|start| flight.add(3, Arc::default(), UnitRange { start, end: start + 4 }));
+        let third = TransferId::of(HandoverId(1), Rank(0), Rank(0), 3);
+        let posted = next.map(|share| flight.post(share, 2, third, true).expect("posted").0);
+        assert!(posted[0] == third && posted[1] != third);
+    }
+
+    #[test]
     fn only_the_last_failure_leaves_a_share_open() {
         let (mut flight, first, share) = flight();
         let (one, ..) = flight.post(share, 0, first, false).expect("posted");
@@ -253,12 +289,15 @@ mod tests {
         for id in [ids[0], ids[2]] {
             flight.give_up(id, Moment(5));
         }
-        assert!(flight.fenced(0).is_empty(), "nobody has asked for one");
-        flight.fence(0, Moment(9));
-        assert_eq!(flight.fenced(1).len() + flight.fenced(0).len(), 1, "the other NIC was not asked");
+        assert!(flight.fenced(0, 7).is_empty(), "nobody has asked for one");
+        flight.fence(0, 7, Moment(8));
+        flight.fence(0, 8, Moment(9));
+        assert!(flight.fenced(0, 6).is_empty(), "that one was asked for before");
+        assert_eq!(flight.fenced(1, 8).len() + flight.fenced(0, 7).len(), 1, "the other NIC was not asked");
         assert_eq!((flight.ids().collect::<Vec<_>>(), flight.due()), (vec![ids[1], ids[2]], Some(Moment(5))));
         assert_eq!(flight.stop(), [(ids[1], 0), (ids[2], 1)]);
-        flight.fence(0, Moment(9));
-        assert_eq!(flight.fenced(0).len(), 1);
+        flight.fence(0, 9, Moment(9));
+        assert!(flight.fenced(0, 8).is_empty(), "it had not been told to stop");
+        assert_eq!(flight.fenced(0, 9).len(), 1);
     }
 }

@@ -25,6 +25,8 @@ pub(crate) struct Peer {
     pub(crate) pairs: Vec<(usize, usize)>,
     /// Who of them carries how much.
     pub(crate) rails: Rails,
+    /// Which conversation it is, of those that the rank has had.
+    pub(crate) conversation: u64,
     passed_over: Vec<PassedOver>,
 }
 
@@ -60,7 +62,7 @@ impl Peer {
         let chosen = local.nics.get(nic).map(|nic| nic.kind);
         let passed_over = chosen.map(|kind| passed_over(&source.nics, &destination.nics, kind)).unwrap_or_default();
         let (pairs, rails) = (vec![(nic, remote_nic)], Rails::new([nic], RailTerms::default()));
-        Ok(Peer { profile: remote, plan, direction, nic, remote_nic, pairs, rails, passed_over })
+        Ok(Peer { profile: remote, plan, direction, nic, remote_nic, pairs, rails, conversation: 0, passed_over })
     }
 
     /// With as many rails as these terms allow, where this side reads: then nobody else has to know how it shares its work out.
@@ -73,6 +75,12 @@ impl Peer {
             self.pairs = pairs.into_iter().map(|(from, to)| (to, from)).filter(fits).collect();
             self.rails = Rails::new(self.pairs.iter().map(|(nic, _)| *nic), terms);
         }
+        self
+    }
+
+    /// As it is met in that conversation.
+    pub(crate) fn of_conversation(mut self, conversation: u64) -> Peer {
+        self.conversation = conversation;
         self
     }
 

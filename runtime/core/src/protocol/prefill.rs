@@ -31,6 +31,8 @@ pub struct PrefillRank {
     leader: Option<NodeId>,
     terms: LeaseTerms,
     quarantine: QuarantineTerms,
+    /// So many fences were asked for.
+    fences_asked: u64,
     offers: BTreeMap<RequestId, Offer>,
     peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
     require_rdma: bool,
@@ -85,8 +87,8 @@ struct Reader {
     posted: u32,
     /// Pushes that our NIC still reads blocks for.
     in_flight: BTreeSet<TransferId>,
-    /// A fence was asked for that covers all of `in_flight`; nothing was posted since.
-    fencing: bool,
+    /// The first fence that was asked for and covers all of `in_flight`; nothing was posted since.
+    fencing: Option<u64>,
     /// No new transfers: the reader gave up or was lost.
     stopped: bool,
     /// It has every byte, and was told that the lease was good: only its leader's word is missing.
@@ -123,6 +125,7 @@ impl PrefillRank {
             leader: None,
             terms,
             quarantine,
+            fences_asked: 0,
             offers: BTreeMap::new(),
             peers: BTreeMap::new(),
             require_rdma: false,
@@ -323,13 +326,15 @@ impl PrefillRank {
                     self.finish_closing(now, request);
                 }
             }
-            NicEvent::Fenced { node, .. } => {
+            NicEvent::Fenced { node, address, ticket, .. } => {
                 // The proof is about what was there when it was asked for. Whatever else it ended fails by itself.
                 for request in self.offers.keys().copied().collect::<Vec<_>>() {
                     let held = self.offers.get_mut(&request).and_then(|offer| offer.held.as_mut());
                     let reader = held.and_then(|held| held.readers.get_mut(&node));
-                    if let Some(reader) = reader.filter(|reader| reader.fencing) {
-                        reader.fencing = false;
+                    let covered = |reader: &Reader| reader.fencing.is_some_and(|first| first <= ticket);
+                    let path = (nic, &address);
+                    if let Some(reader) = reader.filter(|one| covered(one) && (one.path.0, &one.path.1) == path) {
+                        reader.fencing = None;
                         reader.in_flight.clear();
                         self.finish_closing(now, request);
                     }
@@ -378,21 +383,25 @@ impl PrefillRank {
 
     /// Fences readers for whom our own NIC did not stop reading when it was told to.
     fn fence(&mut self, now: Moment) {
-        let mut due: BTreeMap<NodeId, (usize, Bytes)> = BTreeMap::new();
+        let mut due: BTreeSet<(NodeId, (usize, Bytes))> = BTreeSet::new();
         for offer in self.offers.values_mut().filter(|offer| offer.fence_at.is_some_and(|at| now >= at)) {
             offer.fence_at = Some(now + self.quarantine.fence_after);
             let readers = offer.held.iter().flat_map(|held| &held.readers);
             for (node, reader) in readers.filter(|(_, reader)| !reader.in_flight.is_empty()) {
-                due.insert(*node, reader.path.clone());
+                due.insert((*node, reader.path.clone()));
             }
         }
-        for (node, (nic, address)) in due {
+        for (node, path) in due {
+            self.fences_asked += 1;
+            let ticket = self.fences_asked;
             for held in self.offers.values_mut().filter_map(|offer| offer.held.as_mut()) {
-                if let Some(reader) = held.readers.get_mut(&node).filter(|reader| reader.stopped) {
-                    reader.fencing = true;
+                if let Some(reader) = held.readers.get_mut(&node).filter(|reader| reader.stopped && reader.path == path)
+                {
+                    reader.fencing.get_or_insert(ticket);
                 }
             }
-            self.outbox.nic(nic, NicCommand::Fence { node, address });
+            let (nic, address) = path;
+            self.outbox.nic(nic, NicCommand::Fence { node, address, ticket });
         }
     }
 

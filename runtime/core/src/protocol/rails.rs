@@ -177,13 +177,19 @@ impl Rails {
         (program, nics.into_iter().zip(ranges).filter(|(_, range)| !range.is_empty()).collect())
     }
 
-    /// Another NIC than `nic` that is fit to carry what that one does not: one that is up, with the least under way; or else, where `at_last`, one
-    /// that has rested.
+    /// Another NIC than `nic` that is fit to carry what that one does not: one that is up, with the least under way; or else one that is slow,
+    /// for that is better than nobody; or else, where `at_last`, one that has rested.
     pub fn another(&self, now: Moment, nic: usize, at_last: bool) -> Option<usize> {
         let others = || self.rails.iter().filter(|rail| rail.nic != nic);
-        let up = others().filter(|rail| rail.health == RailHealth::Up).min_by_key(|rail| rail.outstanding);
+        let moving = others().filter(|rail| rail.health != RailHealth::Down);
+        let moving = moving.min_by_key(|rail| (rail.health, rail.outstanding));
         let rested = || others().filter(|rail| !rail.on_trial).min_by_key(|rail| rail.rests_until);
-        up.or_else(|| rested().filter(|rail| at_last && now >= rail.rests_until)).map(|rail| rail.nic)
+        moving.or_else(|| rested().filter(|rail| at_last && now >= rail.rests_until)).map(|rail| rail.nic)
+    }
+
+    /// Whether any other rail than that at `nic` moves bytes, however slowly.
+    pub fn has_another(&self, nic: usize) -> bool {
+        self.rails.iter().any(|rail| rail.nic != nic && rail.health != RailHealth::Down)
     }
 
     /// Bytes were posted to that NIC. Returns how long they may take before the rail counts as silent.
@@ -209,9 +215,9 @@ impl Rails {
     pub fn moved(&mut self, now: Moment, nic: usize, bytes: u64) -> Option<RailHealth> {
         let telling = self.terms.share_bytes_min;
         let rail = self.rail(nic)?;
+        let was_on_trial = core::mem::take(&mut rail.on_trial);
         rail.ended(now, bytes);
         rail.moved = rail.moved.saturating_add(bytes);
-        let was_on_trial = core::mem::take(&mut rail.on_trial);
         if rail.moved >= telling || was_on_trial {
             rail.observe(was_on_trial);
         }
@@ -231,7 +237,7 @@ impl Rails {
     }
 
     /// The rail at that NIC failed, or was silent for too long: it rests. Returns what it is from now on, where that is something else than
-    /// before. What ends with it does not count again.
+    /// before. What ends with it does not count again, and is to be told of afterwards: a trial that has ended is none any more.
     pub fn failed(&mut self, now: Moment, nic: usize) -> Option<RailHealth> {
         let terms = self.terms;
         let rail = self.rail(nic)?;
@@ -241,7 +247,7 @@ impl Rails {
         let was = rail.health;
         rail.rest(now, &terms, RailHealth::Down);
         // What it did before says nothing of what it will do.
-        (rail.rate, rail.seen, rail.busy, rail.moved) = (None, 0, Duration::ZERO, 0);
+        (rail.rate, rail.seen, rail.busy, rail.moved, rail.since) = (None, 0, Duration::ZERO, 0, now);
         (was != RailHealth::Down).then_some(RailHealth::Down)
     }
 
@@ -253,8 +259,8 @@ impl Rails {
         let least = self.terms.share_bytes_min.max(1);
         let shares = usize::try_from(bytes / least).unwrap_or(usize::MAX);
         if up.is_empty() {
-            // Whoever rests is better than nobody.
-            let first = self.rails.iter().min_by_key(|rail| (rail.on_trial, rail.rests_until));
+            // Whoever rests is better than nobody, and whoever moves bytes than whoever may not.
+            let first = self.rails.iter().min_by_key(|rail| (rail.health, rail.on_trial, rail.rests_until));
             return first.map(|rail| (rail.nic, 1)).into_iter().collect();
         }
         if shares < 2 {
@@ -352,6 +358,8 @@ impl Rail {
         }
         self.posted = self.posted.saturating_sub(1);
         self.outstanding = self.outstanding.saturating_sub(bytes);
+        // However the trial ended: nothing tells of it any more, and the rail may be tried again.
+        self.on_trial &= self.posted > 0;
     }
 
     /// Takes in the rate since it was observed last. A trial says what is so now, whatever was before.

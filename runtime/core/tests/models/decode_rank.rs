@@ -90,6 +90,8 @@ struct Books {
     cancelled: BTreeSet<TransferId>,
     /// Transfers that a fence was asked for.
     fencing: BTreeSet<TransferId>,
+    /// Of the latest fence with each source at each NIC.
+    tickets: BTreeMap<(usize, usize), u64>,
     /// Every transfer that was ever started.
     started: BTreeSet<TransferId>,
     /// Handovers that the leader has called delivered.
@@ -148,8 +150,10 @@ impl Books {
                 assert_eq!(self.flights.get(&id).map(|(_, at)| *at), Some(nic), "{id} is not there");
                 self.cancelled.insert(id);
             }
-            Command::Nic { nic, command: NicCommand::Fence { node, .. } } => {
+            Command::Nic { nic, command: NicCommand::Fence { node, ticket, .. } } => {
                 let source = SOURCES.iter().position(|known| NodeId(*known) == node).expect("a source");
+                assert!(self.tickets.values().all(|before| *before < ticket), "{ticket} once");
+                self.tickets.insert((source, nic), ticket);
                 let quarantined = |id: &TransferId| {
                     self.entries.get(&id.handover().0).is_some_and(|entry| entry.state == State::Quarantined)
                 };
@@ -287,7 +291,9 @@ impl Subject {
                 self.books.fencing = others;
                 self.books.flights.retain(|id, _| !ended.contains(id));
                 let proof = FenceProof::EndpointDestroyed;
-                self.nic(nic, NicEvent::Fenced { node: NodeId(SOURCES[source]), proof });
+                let ticket = self.books.tickets.get(&(source, nic)).copied().unwrap_or_default();
+                let (node, address) = (NodeId(SOURCES[source]), "a".into());
+                self.nic(nic, NicEvent::Fenced { node, address, ticket, proof });
             }
             Operation::NicLoses(source, nic) => {
                 self.nic(nic, NicEvent::PeerLost { node: NodeId(SOURCES[source]), reason: "reset".into() });

@@ -313,7 +313,7 @@ impl World {
                 actions.push(Action::Engine(*id));
             }
             actions.extend(node.nic.actionable().map(|transfer| Action::Nic(*id, transfer)));
-            actions.extend(node.nic.fences.iter().map(|peer| Action::Fence(*id, *peer)));
+            actions.extend(node.nic.fences.keys().map(|peer| Action::Fence(*id, *peer)));
         }
         let known = self.apart.iter().filter(|(_, known)| **known >= 2);
         actions.extend(known.map(|((one, other), _)| Action::Meet(*one, *other)));

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use kvferry_core::protocol::NicCommand;
 use kvferry_core::{Direction, NodeId, TransferId};
 
@@ -23,7 +24,7 @@ pub(super) struct Nic {
     pub(super) flights: BTreeMap<TransferId, Flight>,
     connected: BTreeSet<NodeId>,
     /// Fences that were asked for and have not been answered.
-    pub(super) fences: BTreeSet<NodeId>,
+    pub(super) fences: BTreeMap<NodeId, (Bytes, u64)>,
 }
 
 impl Nic {
@@ -45,8 +46,8 @@ impl Nic {
                 }
                 return Ok(());
             }
-            NicCommand::Fence { node, .. } => {
-                self.fences.insert(node);
+            NicCommand::Fence { node, address, ticket } => {
+                self.fences.insert(node, (address, ticket));
                 return Ok(());
             }
             NicCommand::Post { id, node, direction, program, range } => {

@@ -419,7 +419,7 @@ impl World {
     /// A fence that was asked for gets through, or not: then it is asked for again.
     pub(super) fn nic_fences(&mut self, id: NodeId, peer: NodeId) {
         let Some(node) = self.nodes.get_mut(&id) else { return };
-        node.nic.fences.remove(&peer);
+        let Some((address, ticket)) = node.nic.fences.remove(&peer) else { return };
         if self.faulty && self.random.one_in(3) {
             return;
         }
@@ -441,7 +441,7 @@ impl World {
                 self.nic_says(id, NicEvent::Failed { id: transfer, reason: "fenced".to_owned() });
             }
         }
-        self.nic_says(id, NicEvent::Fenced { node: peer, proof: FenceProof::OwnerCopies });
+        self.nic_says(id, NicEvent::Fenced { node: peer, address, ticket, proof: FenceProof::OwnerCopies });
     }
 
     /// A foreign read gets whatever is in those blocks now.

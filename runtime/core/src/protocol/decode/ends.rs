@@ -1,6 +1,6 @@
 //! How this rank's part of a handover ends, and how its blocks come back.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
@@ -86,29 +86,29 @@ impl DecodeRank {
 
     /// Fences whoever did not stop writing when it was told to; again and again, for a fence may be lost with its NIC.
     pub(super) fn fence(&mut self, now: Moment) {
-        let mut due: BTreeMap<(NodeId, usize), Bytes> = BTreeMap::new();
+        let mut due: BTreeSet<(NodeId, usize, Bytes)> = BTreeSet::new();
         for fetch in self.fetches.values_mut().filter(|fetch| fetch.fence_at.is_some_and(|at| now >= at)) {
             fetch.fence_at = Some(now + self.quarantine.fence_after);
             for (node, leg) in &fetch.legs {
-                let Some(path) = &leg.path else { continue };
-                for (_, attempt) in leg.flight.attempts() {
-                    let address = path.addresses.get(&attempt.nic).cloned().unwrap_or_default();
-                    due.insert((*node, attempt.nic), address);
-                }
+                due.extend(leg.flight.attempts().map(|(_, attempt)| (*node, attempt.nic, leg.address(attempt.nic))));
             }
         }
-        for ((node, nic), address) in due {
+        for (node, nic, address) in due {
             self.ask_for_fence(now, node, nic, address);
         }
     }
 
-    /// Has a NIC prove that a peer writes nothing any more. What still runs ends by itself, and is moved by another rail.
+    /// Has a NIC prove that a peer writes nothing any more. What still runs ends by itself, and is moved by another rail; what moves at another
+    /// address, where the node was before it started over or is since, takes a proof of its own.
     pub(super) fn ask_for_fence(&mut self, now: Moment, node: NodeId, nic: usize, address: Bytes) {
         let again_at = now + self.quarantine.fence_after;
-        for leg in self.fetches.values_mut().filter_map(|fetch| fetch.legs.get_mut(&node)) {
-            leg.flight.fence(nic, again_at);
+        self.fences_asked += 1;
+        let ticket = self.fences_asked;
+        let legs = self.fetches.values_mut().filter_map(|fetch| fetch.legs.get_mut(&node));
+        for leg in legs.filter(|leg| leg.address(nic) == address) {
+            leg.flight.fence(nic, ticket, again_at);
         }
-        self.outbox.nic(nic, NicCommand::Fence { node, address });
+        self.outbox.nic(nic, NicCommand::Fence { node, address, ticket });
     }
 
     /// Tells the leader when the quarantine leaves too little of the pool, and when it no longer does.

@@ -10,9 +10,9 @@ use bytes::Bytes;
 
 use super::DecodeRank;
 use crate::protocol::fetch::{Leg, LegState};
-use crate::protocol::flight::Course;
+use crate::protocol::flight::{Attempt, Course};
 use crate::protocol::peer::Peer;
-use crate::protocol::{Lease, NicCommand, Outbox, RailTerms, WorkerProfile};
+use crate::protocol::{FailReason, Lease, NicCommand, Outbox, RailTerms, WorkerProfile};
 use crate::{Direction, FenceProof, HandoverId, Moment, NodeId, Rank, TransferId};
 
 /// How often a share is posted at most, for every rail that there is.
@@ -37,7 +37,7 @@ impl DecodeRank {
         for (id, nic) in spared {
             self.outbox.nic(nic, NicCommand::Cancel { id });
         }
-        if let (Some(_), Some(Ok(peer))) = (attempt.share, self.peers.get_mut(&node))
+        if let Some(peer) = posted_by(&mut self.peers, node, &attempt)
             && let Some(health) = peer.rails.moved(now, attempt.nic, attempt.bytes)
         {
             let reason = "as its rate shows";
@@ -54,12 +54,12 @@ impl DecodeRank {
         let over = self.fetches.get(&handover).is_none_or(|fetch| fetch.reported);
         let Some((attempt, open)) = self.leg(handover, node).and_then(|leg| leg.flight.failed(id)) else { return };
         let stopped = attempt.course != Course::Running;
-        if let (Some(_), Some(Ok(peer))) = (attempt.share, self.peers.get_mut(&node)) {
-            peer.rails.ended(now, attempt.nic, attempt.bytes);
+        if let Some(peer) = posted_by(&mut self.peers, node, &attempt) {
             // What was stopped says nothing of its rail.
             if !over && !stopped {
                 blame(now, (node, attempt.nic), peer, &self.local, &reason, &mut self.outbox);
             }
+            peer.rails.ended(now, attempt.nic, attempt.bytes);
         }
         let goes_on = match open {
             Some(share) => self.post_again(now, (handover, node), share, attempt.nic, true),
@@ -83,14 +83,21 @@ impl DecodeRank {
     }
 
     /// It is proved that nothing of what a fence at that NIC was asked for can write here any more.
-    pub(super) fn fenced(&mut self, now: Moment, nic: usize, node: NodeId, proof: FenceProof) {
+    pub(super) fn fenced(
+        &mut self,
+        now: Moment,
+        nic: usize,
+        (node, address, ticket): (NodeId, Bytes, u64),
+        proof: FenceProof,
+    ) {
         for handover in self.handovers() {
-            let ended = self.leg(handover, node).map(|leg| leg.flight.fenced(nic)).unwrap_or_default();
+            let leg = self.leg(handover, node).filter(|leg| leg.address(nic) == address);
+            let ended = leg.map(|leg| leg.flight.fenced(nic, ticket)).unwrap_or_default();
             if ended.is_empty() {
                 continue;
             }
-            if let Some(Ok(peer)) = self.peers.get_mut(&node) {
-                for attempt in ended.iter().filter(|attempt| attempt.share.is_some()) {
+            for attempt in &ended {
+                if let Some(peer) = posted_by(&mut self.peers, node, attempt) {
                     peer.rails.ended(now, nic, attempt.bytes);
                 }
             }
@@ -116,14 +123,13 @@ impl DecodeRank {
                 late.extend(of_leg.map(|(id, attempt)| (*handover, *node, id, *attempt)));
             }
         }
-        let mut fences: BTreeMap<(NodeId, usize), Bytes> = BTreeMap::new();
+        let mut fences: BTreeSet<(NodeId, usize, Bytes)> = BTreeSet::new();
         let mut blamed = BTreeSet::new();
         for (handover, node, id, attempt) in late {
             let again_at = now + self.quarantine.fence_after;
             if attempt.course != Course::Running {
-                let path = self.leg(handover, node).and_then(|leg| leg.path.as_ref());
-                let address = path.and_then(|path| path.addresses.get(&attempt.nic).cloned());
-                fences.insert((node, attempt.nic), address.unwrap_or_default());
+                let address = self.leg(handover, node).map(|leg| leg.address(attempt.nic));
+                fences.insert((node, attempt.nic, address.unwrap_or_default()));
                 continue;
             }
             let moves = match attempt.share {
@@ -135,11 +141,16 @@ impl DecodeRank {
                 if let Some(leg) = self.leg(handover, node) {
                     leg.flight.give_up(id, again_at);
                 }
-                if let Some(Ok(peer)) = self.peers.get_mut(&node).filter(|_| blamed.insert((node, attempt.nic))) {
-                    let reason = "it has been silent for too long";
-                    blame(now, (node, attempt.nic), peer, &self.local, reason, &mut self.outbox);
-                }
-            } else {
+            }
+            // It is silent whether or not somebody may move this share; but the last one that moves bytes is not given up.
+            if let Some(peer) = posted_by(&mut self.peers, node, &attempt)
+                && (moves || peer.rails.has_another(attempt.nic))
+                && blamed.insert((node, attempt.nic))
+            {
+                let reason = "it has been silent for too long";
+                blame(now, (node, attempt.nic), peer, &self.local, reason, &mut self.outbox);
+            }
+            if !moves {
                 let patience = match self.peers.get(&node) {
                     Some(Ok(peer)) => peer.rails.patience(attempt.nic),
                     _ => self.quarantine.fence_after,
@@ -149,7 +160,7 @@ impl DecodeRank {
                 }
             }
         }
-        for ((node, nic), address) in fences {
+        for (node, nic, address) in fences {
             self.ask_for_fence(now, node, nic, address);
         }
     }
@@ -179,6 +190,16 @@ impl DecodeRank {
             None => false,
         }
     }
+}
+
+/// The peer, where it is still the one whose rails a transfer was posted on.
+fn posted_by<'peers>(
+    peers: &'peers mut BTreeMap<NodeId, Result<Peer, FailReason>>,
+    node: NodeId,
+    attempt: &Attempt,
+) -> Option<&'peers mut Peer> {
+    let peer = peers.get_mut(&node)?.as_mut().ok()?;
+    (attempt.conversation == Some(peer.conversation)).then_some(peer)
 }
 
 /// A rail failed, or fell silent.
@@ -211,6 +232,7 @@ pub(super) fn post(
     if peer.rails.begins_anew(nic) {
         peer.connect_at(node, nic, outbox);
     }
+    leg.flight.book(id, peer.conversation);
     let patience = peer.rails.posted(now, nic, bytes);
     if several {
         leg.flight.wait_until(id, now + patience);

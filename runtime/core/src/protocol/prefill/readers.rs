@@ -71,7 +71,7 @@ impl PrefillRank {
             expecting: false,
             posted: 0,
             in_flight: carried,
-            fencing: false,
+            fencing: None,
             stopped: false,
             confirmed: false,
             path,

@@ -164,6 +164,35 @@ fn somebody_carries_it_even_when_nobody_is_up() {
 }
 
 #[test]
+fn a_trial_that_ends_without_a_word_does_not_bar_the_next() {
+    let mut rails = Rails::new([0, 1], terms());
+    rails.failed(at(0), 0);
+    rails.posted(at(100), 0, MIB);
+    assert_eq!(rails.another(at(100), 1, true), None, "one trial at a time");
+    rails.ended(at(101), 0, MIB);
+    assert_eq!(shares(&mut rails, at(101), MIB), [(0, MIB)], "it has rested, and nothing says that it failed again");
+    rails.failed(at(101), 1);
+    assert_eq!(rails.another(at(101), 1, true), Some(0));
+}
+
+#[test]
+fn a_slow_rail_is_better_than_a_dead_one() {
+    let mut rails = Rails::new([0, 1], terms());
+    let mut now = 0;
+    while rails.health(1) != Some(RailHealth::Slow) {
+        move_all(&mut rails, &mut now, &[10_000, 1_000]);
+    }
+    assert!(rails.has_another(0) && at(now) < rails.rails[1].rests_until);
+    assert_eq!(rails.another(at(now), 0, false), Some(1), "though it rests");
+    rails.posted(at(now), 1, MIB);
+    assert_eq!(rails.another(at(now), 0, false), Some(1), "though it is on trial");
+    rails.failed(at(now), 0);
+    assert_eq!(shares(&mut rails, at(now + 5), 64 * MIB), [(1, 64 * MIB)], "and not the one that rests for less long");
+    assert!(rails.has_another(0) && !rails.has_another(1));
+    assert_eq!(rails.moved(at(now + 100), 1, MIB), Some(RailHealth::Up), "there is nothing faster");
+}
+
+#[test]
 fn patience_grows_with_what_is_under_way() {
     let mut rails = Rails::new([0, 1], terms());
     let silent_after = terms().silent_after;
@@ -256,6 +285,7 @@ proptest! {
             for (nic, rail) in rails.rails.iter().enumerate() {
                 let under_way: Vec<u64> = flying.iter().filter(|(on, _)| *on == nic).map(|(_, bytes)| *bytes).collect();
                 prop_assert_eq!(rail.posted as usize, under_way.len());
+                prop_assert!(!rail.on_trial || rail.posted > 0, "nothing is under way that could end the trial");
                 prop_assert_eq!(rail.outstanding, under_way.iter().sum::<u64>());
             }
         }

@@ -189,7 +189,8 @@ fn a_lost_rank_of_the_group_settles_everything_here() {
 #[test]
 fn a_fence_proves_nothing_of_what_it_was_not_asked_for() {
     let mut fixture = Fixture::moving(Direction::Push, 2);
-    let fenced = |node| NicEvent::Fenced { node: NodeId(node), proof: FenceProof::PeerProcessDead };
+    let (address, proof) = (bytes::Bytes::from_static(b"a"), FenceProof::PeerProcessDead);
+    let fenced = |node| NicEvent::Fenced { node: NodeId(node), address: address.clone(), ticket: u64::MAX, proof };
     assert_eq!(fixture.nic(fenced(1)), [], "whatever it ended says so itself");
     let ended = fixture.message(3, LEADER, outcome(Outcome::Cancelled));
     assert_eq!(ended.last(), Some(&settled(H1, Outcome::Cancelled, true)));

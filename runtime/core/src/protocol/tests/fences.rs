@@ -10,12 +10,21 @@ use crate::protocol::{
 };
 use crate::{Direction, FenceProof, HandoverId, NodeId, Rank};
 
-fn fence(node: u64) -> Command {
-    Command::Nic { nic: 0, command: NicCommand::Fence { node: NodeId(node), address: Bytes::from_static(b"a") } }
+fn fence(node: u64, ticket: u64) -> Command {
+    fence_at(node, "a", ticket)
+}
+
+fn fence_at(node: u64, address: &'static str, ticket: u64) -> Command {
+    let address = address.into();
+    Command::Nic { nic: 0, command: NicCommand::Fence { node: NodeId(node), address, ticket } }
 }
 
 fn fenced(node: u64) -> NicEvent {
-    NicEvent::Fenced { node: NodeId(node), proof: FenceProof::EndpointDestroyed }
+    fenced_at(node, "a", u64::MAX)
+}
+
+fn fenced_at(node: u64, address: &'static str, ticket: u64) -> NicEvent {
+    NicEvent::Fenced { node: NodeId(node), address: address.into(), ticket, proof: FenceProof::EndpointDestroyed }
 }
 
 fn settle(handover: HandoverId, outcome: Outcome) -> Message {
@@ -57,15 +66,17 @@ fn who_does_not_stop_writing_is_fenced_again_and_again() {
     fixture.rank.handle_timeout(at(3));
     assert_eq!(commands(fixture.rank.outbox()), []);
     fixture.rank.handle_timeout(at(4));
-    assert_eq!(commands(fixture.rank.outbox()), [fence(1), fence(2)]);
+    assert_eq!(commands(fixture.rank.outbox()), [fence(1, 1), fence(2, 2)]);
     // One stops by itself; the other's fence got lost with its NIC.
     assert_eq!(fixture.nic(decode::failed(decode::id(0, 0))), []);
     assert_eq!(fixture.rank.poll_timeout(), Some(at(6)));
     fixture.rank.handle_timeout(at(6));
-    assert_eq!(commands(fixture.rank.outbox()), [fence(2)]);
+    assert_eq!(commands(fixture.rank.outbox()), [fence(2, 3)]);
     assert_eq!(fixture.nic(fenced(1)), [], "it is not the one");
     assert!(!fixture.rank.vitals().is_quiet() && !fixture.rank.vitals().is_stuck());
-    assert_eq!(fixture.nic(fenced(2)), returned(H1, FenceProof::EndpointDestroyed));
+    assert_eq!(fixture.nic(fenced_at(2, "b", 3)), [], "it is where it was, or has been since");
+    assert_eq!(fixture.nic(fenced_at(2, "a", 1)), [], "it was asked for before");
+    assert_eq!(fixture.nic(fenced_at(2, "a", 2)), returned(H1, FenceProof::EndpointDestroyed));
     let drained = Event::Drained { handover: H1, proof: FenceProof::EndpointDestroyed };
     assert_eq!(events(fixture.rank.outbox()), [drained]);
     assert!(fixture.rank.vitals().is_quiet(), "{:?}", fixture.rank.vitals());
@@ -79,7 +90,28 @@ fn a_peer_that_is_gone_is_fenced_by_the_address_that_it_had() {
     fixture.message(2, decode::LEADER, settle(H1, Outcome::Cancelled));
     fixture.drain();
     fixture.rank.handle_timeout(at(4));
-    assert_eq!(commands(fixture.rank.outbox()), [fence(1), fence(2)]);
+    assert_eq!(commands(fixture.rank.outbox()), [fence(1, 1), fence(2, 2)]);
+}
+
+#[test]
+fn a_node_that_started_over_elsewhere_is_fenced_in_both_places() {
+    let mut fixture = decode::Fixture::moving(Direction::Pull, 1);
+    fixture.rank.handle_peer_down(at(2), NodeId(1), "it crashed");
+    fixture.message(2, decode::LEADER, settle(H1, Outcome::Cancelled));
+    let mut profile = worker(Role::Prefill, 0, &fixture.source, None);
+    profile.nics[0].address = Bytes::from_static(b"b");
+    fixture.rank.handle_peer(at(2), NodeId(1), profile);
+    fixture.fetch(H2, &[2, 4]);
+    fixture.place(H2);
+    assert_eq!(posts(&fixture.opened(0, H2, 1)).len(), 1);
+    fixture.message(2, decode::LEADER, settle(H2, Outcome::Cancelled));
+    fixture.drain();
+    fixture.rank.handle_timeout(at(4));
+    assert_eq!(commands(fixture.rank.outbox()), [fence(1, 1), fence_at(1, "b", 2), fence(2, 3)]);
+    let proof = FenceProof::EndpointDestroyed;
+    assert_eq!(fixture.nic(fenced_at(2, "a", 3)), []);
+    assert_eq!(fixture.nic(fenced_at(1, "b", 2)), returned(H2, proof), "and nothing of what it was up to before");
+    assert_eq!(fixture.nic(fenced_at(1, "a", 1)), returned(H1, proof));
 }
 
 #[test]
@@ -157,12 +189,14 @@ fn a_nic_that_goes_on_reading_an_offer_is_fenced() {
     fixture.rank.handle_timeout(at(2));
     assert_eq!(commands(fixture.rank.outbox()), []);
     assert_eq!(fixture.nic(prefill::failed(one)), [], "one stops when it is told to");
-    for seconds in [3, 5] {
+    for (ticket, seconds) in [(1, 3), (2, 5)] {
         assert_eq!(fixture.rank.poll_timeout(), Some(at(seconds)));
         fixture.rank.handle_timeout(at(seconds));
-        assert_eq!(commands(fixture.rank.outbox()), [fence(prefill::READERS[1])]);
+        assert_eq!(commands(fixture.rank.outbox()), [fence(prefill::READERS[1], ticket)]);
     }
     assert_eq!(fixture.nic(fenced(prefill::READERS[0])), []);
+    assert_eq!(fixture.nic(fenced_at(prefill::READERS[1], "a", 0)), [], "asked for before");
+    assert_eq!(fixture.nic(fenced_at(prefill::READERS[1], "b", 2)), [], "of where it is not");
     assert_eq!(fixture.nic(fenced(prefill::READERS[1])), [prefill::release(PrefillView::Ended)]);
     assert_eq!((fixture.rank.offers(), fixture.rank.poll_timeout()), (0, None));
 }
@@ -240,7 +274,7 @@ fn a_fence_says_nothing_of_what_was_posted_after_it() {
     let mut fixture = decode::Fixture::moving(Direction::Pull, 1);
     fixture.message(2, decode::LEADER, settle(H1, Outcome::Cancelled));
     fixture.rank.handle_timeout(at(4));
-    assert_eq!(commands(fixture.rank.outbox()), [fence(1), fence(2)]);
+    assert_eq!(commands(fixture.rank.outbox()), [fence(1, 1), fence(2, 2)]);
     // The next handover of the same pair begins while the proof is awaited.
     fixture.fetch(H2, &[2, 4]);
     fixture.place(H2);

@@ -1,21 +1,23 @@
 //! The decode rank with several NICs: shares, rails that fail or fall silent, and what is waited for before anything is over.
 
 use core::time::Duration;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::decode::{LEADER, SOURCES, id};
 use super::kit::*;
 use crate::protocol::{
-    Command, DeadlineTerms, DecodeRank, EngineEvent, Event, FetchJob, MemberList, Message, NicCommand, NicEvent,
-    OpenedFetch, QuarantineTerms, RailHealth, RailTerms, Role,
+    Command, DeadlineTerms, DecodeRank, EngineEvent, Event, FetchJob, MemberList, Message, NicAdvert, NicCommand,
+    NicEvent, OpenedFetch, QuarantineTerms, RailHealth, RailTerms, Role, WorkerProfile,
 };
-use crate::{Direction, FenceProof, Moment, NodeId, Rank, TransferId, TransportKind, UnitRange};
+use crate::{Direction, Evidence, FenceProof, HandoverId, Moment, NodeId, Rank, TransferId, TransportKind, UnitRange};
 
 const SOURCE: NodeId = NodeId(SOURCES[0]);
 
 /// A decode rank of one, which reads from a prefill rank of one over two rails.
 struct Railed {
     rank: DecodeRank,
+    source: WorkerProfile,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,20 +30,28 @@ struct Post {
 impl Railed {
     /// With everything that is ready posted.
     fn moving() -> (Railed, Vec<Post>) {
+        Railed::moving_over(2)
+    }
+
+    /// Over so many rails, whose lanes have to be RDMA's.
+    fn moving_over(count: u32) -> (Railed, Vec<Post>) {
         let geometry = geometry(1);
-        let two = || vec![nic(TransportKind::Sim), nic(TransportKind::Sim)];
+        let device = || NicAdvert { device: "mlx5_0:1".into(), host: String::new(), ..nic(TransportKind::Ucx) };
+        let nics = || (0..count).map(|_| device()).collect();
         let mut local = worker(Role::Decode, 0, &geometry, Some(Direction::Pull));
         let mut remote = worker(Role::Prefill, 0, &geometry, None);
-        (local.nics, remote.nics) = (two(), two());
+        (local.nics, remote.nics) = (nics(), nics());
         let quarantine = QuarantineTerms { fence_after: Duration::from_millis(100), ..QuarantineTerms::default() };
         let rails = RailTerms {
-            rails_max: 2,
+            rails_max: count,
             share_bytes_min: 1,
             silent_after: Duration::from_secs(3),
             ..RailTerms::default()
         };
-        let rank = DecodeRank::new(local, leases(), DeadlineTerms::default(), quarantine).with_rails(rails);
-        let mut railed = Railed { rank };
+        let rank = DecodeRank::new(local, leases(), DeadlineTerms::default(), quarantine)
+            .with_rails(rails)
+            .with_rdma_required(true);
+        let mut railed = Railed { rank, source: remote.clone() };
         let members = vec![Arc::new(member(SOURCES[0], Role::Prefill, PREFILL, 0, &geometry))];
         railed.rank.handle_members(at(0), &MemberList { whole: true, members });
         railed.rank.handle_peer(at(0), SOURCE, remote);
@@ -49,7 +59,8 @@ impl Railed {
             Command::Nic { nic, command: NicCommand::Connect { .. } } => Some(*nic),
             _ => None,
         };
-        assert_eq!(railed.commands().iter().filter_map(connects).collect::<Vec<_>>(), [0, 1], "both are warm");
+        let connected: BTreeSet<usize> = railed.commands().iter().filter_map(connects).collect();
+        assert_eq!(connected, (0..count as usize).collect(), "all are warm");
         railed.message(LEADER, Message::Fetch(FetchJob { pairing: pairing(H1, &[4]), dp: 0 }));
         railed
             .rank
@@ -84,6 +95,36 @@ impl Railed {
         self.commands()
     }
 
+    /// Another handover begins. Returns what is posted for it.
+    fn fetch(&mut self, now: Moment, handover: HandoverId) -> Vec<Post> {
+        let geometry = geometry(1);
+        let job = FetchJob { pairing: pairing(handover, &[4]), dp: 0 };
+        self.rank.handle_message(now, NodeId(LEADER), Message::Fetch(job));
+        self.rank.handle_engine(now, EngineEvent::Placed { handover, tables: tables(&geometry, 0, 7), have: 0 });
+        let opened = OpenedFetch { handover, source: tables(&geometry, 0, 5), ready: 1 };
+        self.rank.handle_message(now, SOURCE, Message::Opened(opened));
+        posted(&self.commands())
+    }
+
+    /// With the second rail found slow. Returns the time.
+    fn with_a_slow_rail() -> (Railed, Moment) {
+        let (mut railed, mut posts) = Railed::moving();
+        let mut now = at(1);
+        for handover in 100..116 {
+            for post in posts {
+                let units = post.range.end - post.range.start;
+                let took = Duration::from_micros(units * if post.nic == 1 { 10_000 } else { 100 });
+                railed.nic(now + took, post.nic, NicEvent::Done { id: post.id, bytes: 100, pieces: 3 });
+            }
+            now = now + Duration::from_millis(50);
+            if railed.turns().contains(&RailHealth::Slow) {
+                return (railed, now);
+            }
+            posts = railed.fetch(now, HandoverId(handover));
+        }
+        panic!("the second rail is not found slow")
+    }
+
     /// What is said of rails.
     fn turns(&mut self) -> Vec<RailHealth> {
         let turn = |event| match event {
@@ -106,6 +147,10 @@ fn posted(commands: &[Command]) -> Vec<Post> {
 
 fn cancelled(post: Post) -> NicEvent {
     NicEvent::Failed { id: post.id, reason: "cancelled".into() }
+}
+
+fn fenced(proof: FenceProof) -> NicEvent {
+    NicEvent::Fenced { node: SOURCE, address: "a".into(), ticket: u64::MAX, proof }
 }
 
 fn fetched() -> Command {
@@ -164,10 +209,10 @@ fn nothing_is_over_before_a_silent_rail_has_stopped() {
         "{commands:?}"
     );
     let proof = FenceProof::EndpointDestroyed;
-    assert_eq!(railed.nic(due, 0, NicEvent::Fenced { node: SOURCE, proof }), [], "another NIC's fence says nothing");
+    assert_eq!(railed.nic(due, 0, fenced(proof)), [], "another NIC's fence says nothing");
     let commands = railed.timeout(due + Duration::from_millis(200));
     assert!(matches!(&commands[..], [Command::Nic { nic: 1, command: NicCommand::Fence { .. } }]), "again and again");
-    assert_eq!(railed.nic(due, 1, NicEvent::Fenced { node: SOURCE, proof }), [fetched()]);
+    assert_eq!(railed.nic(due, 1, fenced(proof)), [fetched()]);
 }
 
 #[test]
@@ -207,7 +252,7 @@ fn a_handover_fails_when_no_rail_is_left_and_waits_for_all_of_them() {
     assert_eq!(word, [settled(H1, outcome, true)], "the first rail still moves");
     let commands = railed.timeout(at(3));
     assert!(matches!(&commands[..], [Command::Nic { nic: 0, command: NicCommand::Fence { .. } }]), "{commands:?}");
-    railed.nic(at(3), 0, NicEvent::Fenced { node: SOURCE, proof: FenceProof::EndpointDestroyed });
+    railed.nic(at(3), 0, fenced(FenceProof::EndpointDestroyed));
     assert_eq!((railed.rank.fetches(), railed.rank.poll_timeout()), (0, None));
 }
 
@@ -242,6 +287,79 @@ fn a_trial_begins_with_a_new_connection() {
     railed.done(trial);
     assert_eq!(railed.turns(), [RailHealth::Up]);
     assert_eq!(railed.done(again), [fetched()]);
+}
+
+#[test]
+fn a_slow_rail_moves_what_a_dead_one_does_not() {
+    let (mut railed, now) = Railed::with_a_slow_rail();
+    let [one] = railed.fetch(now, H2)[..] else { panic!("the slow one rests") };
+    assert_eq!(one.nic, 0);
+    let again = posted(&railed.nic(now, 0, NicEvent::Failed { id: one.id, reason: "reset".into() }));
+    assert!(matches!(again[..], [again] if (again.nic, again.range) == (1, one.range)), "{again:?}");
+    assert_eq!(railed.turns(), [RailHealth::Down]);
+    assert_eq!(railed.nic(now, 0, NicEvent::PeerLost { node: SOURCE, reason: "reset".into() }), [], "nothing fails");
+}
+
+#[test]
+fn a_slow_rail_moves_what_a_silent_one_does_not() {
+    let (mut railed, now) = Railed::with_a_slow_rail();
+    let [one] = railed.fetch(now, H2)[..] else { panic!("the slow one rests") };
+    let commands = railed.timeout(now + Duration::from_secs(4));
+    assert!(matches!(posted(&commands)[..], [again] if (again.nic, again.range) == (1, one.range)), "{commands:?}");
+    assert!(commands.contains(&cancel(0, one.id)));
+    assert_eq!(railed.turns(), [RailHealth::Down], "it is known of it from now on");
+}
+
+#[test]
+fn what_was_refused_on_two_rails_has_names_of_its_own_on_the_last() {
+    let (mut railed, posts) = Railed::moving_over(3);
+    let [one, two, three] = posts[..] else { panic!("{posts:?}") };
+    for refused in [one, two] {
+        let evidence = Box::new(Evidence::connected(vec!["tcp/eth0".into()]));
+        railed.nic(at(1), refused.nic, NicEvent::Shown { node: SOURCE, evidence });
+    }
+    let lost = |post: Post| NicEvent::Failed { id: post.id, reason: "no RDMA".into() };
+    let again: Vec<Post> =
+        [one, two].into_iter().flat_map(|post| posted(&railed.nic(at(1), post.nic, lost(post)))).collect();
+    assert_eq!(
+        again.iter().map(|post| (post.nic, post.range)).collect::<Vec<_>>(),
+        [(three.nic, one.range), (three.nic, two.range)]
+    );
+    let names: BTreeSet<TransferId> = posts.iter().chain(&again).map(|post| post.id).collect();
+    assert_eq!(names.len(), 5, "{again:?}");
+    assert_eq!(railed.done(three), []);
+    assert_eq!(railed.done(again[1]), [], "the other one may still write");
+    assert_eq!(railed.done(again[0]), [fetched()]);
+}
+
+#[test]
+fn what_an_earlier_conversation_posted_says_nothing_of_the_rails_of_this_one() {
+    let (mut railed, posts) = Railed::moving();
+    let earlier = posts[1];
+    railed.rank.handle_peer_down(at(1), SOURCE, "the cable");
+    railed.message(LEADER, Message::Settled { handover: H1, outcome: crate::protocol::Outcome::Cancelled });
+    railed.rank.handle_peer(at(1), SOURCE, railed.source.clone());
+    railed.commands();
+    let failed = railed.fetch(at(1), H2)[1];
+    railed.nic(at(1), 1, NicEvent::Failed { id: failed.id, reason: "reset".into() });
+    assert_eq!(railed.turns(), [RailHealth::Down]);
+    let trial = railed.fetch(at(3), HandoverId(3));
+    assert_eq!(trial.iter().map(|post| post.nic).collect::<Vec<_>>(), [0, 1], "it has rested");
+    railed.nic(at(3), 1, NicEvent::Done { id: earlier.id, bytes: 100, pieces: 3 });
+    assert_eq!(railed.turns(), [], "that was not the trial");
+    railed.nic(at(3), 1, NicEvent::Done { id: trial[1].id, bytes: 100, pieces: 3 });
+    assert_eq!(railed.turns(), [RailHealth::Up]);
+}
+
+#[test]
+fn a_trial_that_fails_is_followed_by_a_longer_rest() {
+    let (mut railed, posts) = Railed::moving();
+    railed.nic(at(2), 1, NicEvent::Failed { id: posts[1].id, reason: "reset".into() });
+    let trial = railed.fetch(at(3), H2);
+    assert_eq!(trial.iter().map(|post| post.nic).collect::<Vec<_>>(), [0, 1]);
+    railed.nic(at(3), 1, NicEvent::Failed { id: trial[1].id, reason: "reset".into() });
+    let next = railed.fetch(at(3) + Duration::from_millis(600), HandoverId(3));
+    assert_eq!(next.iter().map(|post| post.nic).collect::<Vec<_>>(), [0]);
 }
 
 #[test]
