@@ -58,7 +58,7 @@ fn every_transport_and_direction_is_measured_and_verified() {
                 assert!(report["first_seconds"].as_f64().unwrap() > 0.0);
                 assert!(report["rested_seconds"].as_f64().unwrap() > 0.0);
                 // A native library is named.
-                let expected = if transport == "libfabric" { 13 } else { 13 };
+                let expected = if transport == "libfabric" { 14 } else { 13 };
                 assert_eq!(fields.len(), expected, "{fields:?}");
                 let evidence = &report["evidence"];
                 let grade = if transport == "shm" { "E4" } else { "E3" };
