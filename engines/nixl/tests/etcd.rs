@@ -129,6 +129,32 @@ fn what_is_published_is_fetched_by_agent_and_label_and_goes_with_its_lease() {
 }
 
 #[test]
+fn what_went_with_a_lease_that_ended_is_published_again() {
+    let Some(etcd) = Etcd::start("lease") else { return };
+    run(async {
+        let mut exchange = EtcdExchange::connect("a", etcd.config().lease(Duration::from_secs(2))).await.unwrap();
+        exchange.publish(ETCD_LABEL, metadata("a")).await.unwrap();
+        let mut other = etcd_client::Client::connect([&etcd.endpoint], None).await.unwrap();
+        for lease in other.leases().await.unwrap().leases() {
+            other.lease_revoke(lease.id()).await.unwrap();
+        }
+        let reader = EtcdExchange::connect("b", etcd.config()).await.unwrap();
+        reader.gone("a").await.unwrap();
+
+        // Refused until the end of the lease is noticed here.
+        let again = async {
+            while exchange.publish(ETCD_LABEL, metadata("a")).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::time::timeout(SOON, again).await.unwrap();
+        assert_eq!(reader.fetch("a", ETCD_LABEL, SOON).await.unwrap(), metadata("a"));
+        exchange.withdraw().await.unwrap();
+        reader.gone("a").await.unwrap();
+    });
+}
+
+#[test]
 fn where_there_is_no_etcd_it_says_so_in_time() {
     run(async {
         let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

@@ -17,10 +17,10 @@ use crate::transport::UcxTransport;
 use crate::wire::{Keys, Kind, Lend, Named, Refusal};
 
 /// The tag of keys that come before they are asked for: no record of a pool has this number.
-const LENT_AHEAD: u64 = 0;
+pub(crate) const LENT_AHEAD: u64 = 0;
 
 /// Pools of a peer, and bytes of one's keys, that are kept unasked; others are asked for when they are pushed from.
-const AHEAD_MAX: usize = 256;
+pub(crate) const AHEAD_MAX: usize = 256;
 const AHEAD_BYTES_MAX: usize = 1 << 20;
 
 /// How long readers of a pool that is withdrawn may take to say that they have stopped.
@@ -118,7 +118,7 @@ impl UcxTransport {
     }
 
     /// The record of a peer's pool.
-    fn remote(&mut self, peer: PeerId, named: Named) -> RemotePool {
+    pub(crate) fn remote(&mut self, peer: PeerId, named: Named) -> RemotePool {
         let known = self.remotes.iter().find(|(_, remote)| remote.peer == peer && remote.named == named);
         if let Some((id, _)) = known {
             return *id;

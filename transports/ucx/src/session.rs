@@ -299,12 +299,15 @@ mod tests {
     use std::sync::Arc;
 
     use kvferry_core::{Direction, PoolId, TransferId};
+    use kvferry_transport::codec::encode;
     use kvferry_transport::conformance::{absent, block_planes, whole_blocks};
     use kvferry_transport::{Expected, Options, Pool, PoolKeys, PoolOptions, Provider, Transfer, Transport};
 
     use super::*;
     use crate::UcxProvider;
     use crate::lanes::Lanes;
+    use crate::remote::{AHEAD_MAX, LENT_AHEAD, Remote};
+    use crate::wire::{Lend, Named};
 
     const BLOCKS: u32 = 16;
     const BLOCK_BYTES: u64 = 64 << 10;
@@ -395,6 +398,46 @@ mod tests {
                 assert_eq!([Wired::of(&a), Wired::of(&b)], joined, "{device}, two-sided {two_sided}, {direction:?}");
             }
         }
+    }
+
+    #[test]
+    fn keys_come_ahead_of_a_push_that_nobody_expects_and_not_without_bound() {
+        if let Some(reason) = UcxProvider::unavailable() {
+            return absent("ucx", &reason);
+        }
+        let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
+        let pool =
+            |id| Pool::allocate_with(PoolId(id), block_planes(1, BLOCKS, BLOCK_BYTES), "ahead", &options).unwrap();
+        let open = || open("memory", &Options::default());
+        let (mut a, mut b, ours, theirs) = (open(), open(), pool(1), pool(2));
+        a.bind(&ours).unwrap();
+        let PoolKeys(keys) = b.bind(&theirs).unwrap();
+        let peer = a.connect(&b.address()).unwrap();
+        let remote = a.import(peer, &PoolKeys(keys), theirs.layout()).unwrap();
+        until([&mut a, &mut b], |events, parties| {
+            are_connected(events) && parties.iter().all(|party| Wired::of(party).warm)
+        });
+        let links: Vec<u64> = b.links.keys().copied().collect();
+        if !links.into_iter().all(|link| b.reads_memory(link)) {
+            // The source sends: there are no keys to give.
+            return;
+        }
+        let program = Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, 0..BLOCKS));
+        let (direction, range) = (Direction::Push, program.whole());
+        let id = TransferId(1);
+        a.post(Transfer { id, peer, direction, local: ours.id(), remote, program, range, notice: None }).unwrap();
+        until([&mut a, &mut b], |_, [_, b]| b.remotes.values().any(|remote| remote.unpacked.is_some()));
+
+        let Remote { peer, named, lent: pool, .. } = b.remotes.pop_first().unwrap().1;
+        let lend = encode(&Lend { named, pool });
+        for token in 0..AHEAD_MAX as u64 {
+            b.remote(peer, Named { token, ..named });
+        }
+        b.on_lend(peer, LENT_AHEAD, &lend).unwrap();
+        assert_eq!(b.remotes.len(), AHEAD_MAX);
+        b.remotes.pop_first();
+        b.on_lend(peer, LENT_AHEAD, &lend).unwrap();
+        assert!(b.remotes.values().any(|remote| remote.named == named && remote.unpacked.is_some()));
     }
 
     /// The peer was stopped, has given its end up since, and calls again: its old sessions are told of over the endpoint that its call needs.
