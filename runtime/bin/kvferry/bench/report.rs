@@ -117,6 +117,8 @@ impl Report {
             let text = format!("{} median, {} to {}", milliseconds(p50), milliseconds(min), milliseconds(max));
             ("GPU ms", text)
         });
+        let rested =
+            self.rested_seconds.map(|rested| format!("{} after everything was compared", milliseconds(rested)));
         let rows = [
             ("path", format!("{} on {}, {}, between two processes", self.transport, self.device, self.op)),
             ("request", format!("{planes} planes × {blocks} blocks × {block_bytes} bytes")),
@@ -124,7 +126,7 @@ impl Report {
             ("bytes", self.bytes.to_string()),
             ("ms", format!("{} median, {} to {} in {iters}", milliseconds(p50), milliseconds(min), milliseconds(max))),
             ("first ms", format!("{} after the connection stood", milliseconds(self.first_seconds))),
-            ("rested ms", format!("{} after a pause", self.rested_seconds.map_or("not".to_owned(), milliseconds))),
+            ("rested ms", rested.unwrap_or_else(|| "none, since bytes differ".to_owned())),
             ("GB/s", format!("{:.2}", self.gigabytes_per_second)),
             ("plan µs", format!("{:.1}", self.plan_microseconds)),
             ("CPU ms", format!("{} in both processes", milliseconds(self.cpu_seconds))),
