@@ -1,5 +1,6 @@
 //! `kvferry bench`: the KV blocks of one request, moved between two processes of this host.
 
+mod caches;
 mod error;
 mod initiator;
 mod kv;
@@ -33,9 +34,10 @@ use way::Way;
 ///
 /// Every iteration plans the request anew and then moves it. `seconds` runs from the post to the completion (for a push: every byte is
 /// visible at the peer), without the planning, which is `plan_microseconds`. `cpu_seconds` is the processor time of both processes in
-/// that while. One iteration more comes first, right after the connection stands; it counts as `first_seconds` only. Afterwards every block of the destination's pool is compared; then it
-/// is overwritten, the request is moved once more, and everything is compared again: blocks that are not the request's must be
-/// untouched.
+/// that while. One iteration more comes first, right after the connection stands; it counts as `first_seconds` only. Afterwards every
+/// block of the destination's pool is compared; then it is overwritten, both processes fill their processors' caches with other memory,
+/// the request is moved once more (`rested_seconds`: what the first one compares with, since all of its memory is in no cache either), and
+/// everything is compared again: blocks that are not the request's must be untouched.
 ///
 /// `evidence` is what the destination knows of the path, else the initiator: how far it is proven, over which lanes, and where pieces may
 /// come in two ways, from which length on they are read and why.

@@ -6,6 +6,7 @@ use kvferry::{BlockTable, PoolId, Tables, TransportKind};
 use kvferry_core::Evidence;
 use kvferry_transport::{Event, PeerId, PoolKeys, RemotePool, Transfer};
 
+use super::caches;
 use super::error::BenchError;
 use super::kv::{Cache, Holds, Shape};
 use super::nic::Nic;
@@ -61,8 +62,8 @@ pub(crate) struct Measured {
     pub(crate) first: Sample,
     /// The timed ones.
     pub(crate) samples: Vec<Sample>,
-    /// One more, after everything was compared and the destination overwritten: a connection in use, and memory that is not in caches because of
-    /// the transfer before. `None` where the comparison found a difference.
+    /// One more, after everything was compared, the destination overwritten and all caches filled with other memory: a connection in use, and memory
+    /// as cold as at the first. `None` where the comparison found a difference.
     pub(crate) rested: Option<Sample>,
     /// What is known of the path after them.
     pub(crate) evidence: Option<Evidence>,
@@ -80,6 +81,8 @@ pub(crate) trait Sides {
     fn verify(&mut self) -> Result<Option<String>, BenchError>;
     /// Overwrites the destination.
     fn write(&mut self) -> Result<(), BenchError>;
+    /// Fills the caches of the peer's processor with so many bytes of other memory.
+    fn rest_there(&mut self, bytes: usize) -> Result<(), BenchError>;
 }
 
 /// Moves the request as often as it is wanted, then compares.
@@ -94,6 +97,9 @@ pub(crate) fn compare(options: &Options, mut session: impl Sides) -> Result<Meas
     let mut rested = None;
     if mismatch.is_none() {
         session.write()?;
+        let bytes = caches::bytes_to_fill();
+        session.rest_there(bytes)?;
+        caches::fill(bytes);
         rested = Some(session.iterate(u64::from(options.iters) + 1)?);
         mismatch = session.verify()?;
     }
@@ -218,6 +224,10 @@ impl Sides for Session<'_> {
             Op::Push => drop(self.spent_there(&ToPeer::Write, "overwriting")?),
         }
         Ok(())
+    }
+
+    fn rest_there(&mut self, bytes: usize) -> Result<(), BenchError> {
+        self.spent_there(&ToPeer::Rest { bytes }, "filling caches").map(drop)
     }
 }
 

@@ -9,6 +9,7 @@ use kvferry::{BlockTable, Evidence, PoolId, PoolLayout, Tables};
 use rustix::event::{PollFd, PollFlags};
 use tokio::runtime::Runtime;
 
+use super::caches;
 use super::error::BenchError;
 use super::initiator::{self, Sample, Sides, unexpected};
 use super::kv::{Cache, Holds, Shape};
@@ -201,6 +202,10 @@ impl Sides for Session<'_> {
             Op::Push => self.spent_there(&ToPeer::Write, "overwriting").map(drop),
         }
     }
+
+    fn rest_there(&mut self, bytes: usize) -> Result<(), BenchError> {
+        self.spent_there(&ToPeer::Rest { bytes }, "filling caches").map(drop)
+    }
 }
 
 /// The peer's next word. What moves in the meantime is the agent's thread's business.
@@ -235,6 +240,10 @@ pub(crate) fn serve(options: &Options, deadline: Deadline, words: &mut Words) ->
             ToPeer::Begin { .. } => FromPeer::Spent(spent()),
             ToPeer::Write => {
                 side.cache.write()?;
+                FromPeer::Spent(spent())
+            }
+            ToPeer::Rest { bytes } => {
+                caches::fill(bytes);
                 FromPeer::Spent(spent())
             }
             // Over here, too, once the initiator's agent has said so.

@@ -9,6 +9,7 @@ use kvferry_core::TransferId;
 use kvferry_transport::{Event, Expected};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::caches;
 use super::error::{BenchError, explain};
 use super::kv::{Cache, Shape};
 use super::nic::{Nic, gpu_nanoseconds};
@@ -138,6 +139,10 @@ impl Peer {
             ToPeer::Tell => Some(FromPeer::Knows(self.nic.evidence.clone())),
             ToPeer::Write => {
                 self.cache.write()?;
+                Some(FromPeer::Spent(spent()))
+            }
+            ToPeer::Rest { bytes } => {
+                caches::fill(bytes);
                 Some(FromPeer::Spent(spent()))
             }
             ToPeer::Leave => None,

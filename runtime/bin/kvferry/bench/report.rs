@@ -25,8 +25,8 @@ pub(crate) struct Report {
     seconds: Spread,
     /// Of the first one after the connection stood, which `seconds` leaves out.
     first_seconds: f64,
-    /// Of the last one, which `seconds` leaves out, too: after everything was compared and overwritten, so that nothing is in caches because of the
-    /// transfer before it. What the first one is to be compared with. Absent where the comparison found a difference.
+    /// Of the last one, which `seconds` leaves out, too: after everything was compared and overwritten, and both processes' caches were filled with other
+    /// memory. What the first one is to be compared with. Absent where the comparison found a difference.
     #[serde(skip_serializing_if = "Option::is_none")]
     rested_seconds: Option<f64>,
     /// `bytes` in the median of `seconds`, in 10⁹ bytes a second.
@@ -117,8 +117,7 @@ impl Report {
             let text = format!("{} median, {} to {}", milliseconds(p50), milliseconds(min), milliseconds(max));
             ("GPU ms", text)
         });
-        let rested =
-            self.rested_seconds.map(|rested| format!("{} after everything was compared", milliseconds(rested)));
+        let rested = self.rested_seconds.map(|rested| format!("{} with nothing in caches", milliseconds(rested)));
         let rows = [
             ("path", format!("{} on {}, {}, between two processes", self.transport, self.device, self.op)),
             ("request", format!("{planes} planes × {blocks} blocks × {block_bytes} bytes")),

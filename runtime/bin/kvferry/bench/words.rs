@@ -32,6 +32,8 @@ pub(crate) enum ToPeer {
     Tell,
     /// Overwrite everything. Answered by [`FromPeer::Spent`].
     Write,
+    /// Fill the processor's caches with so much other memory. Answered by [`FromPeer::Spent`].
+    Rest { bytes: usize },
     /// That was all.
     Leave,
 }
