@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvferry_core::{FenceProof, PoolId, PoolLayout, Program, UnitRange};
 use kvferry_local::wire::MemoryKind;
 use kvferry_local::{Backend, Owner, Shared};
+use kvferry_topology::{Counters, Way};
 use kvferry_transport::{Evidence, Grade, LibraryName, PeerId, Pool, TransferError, TransportKind, Wait};
 use libfabric_sys::FI_READ;
 
@@ -30,13 +32,43 @@ pub(crate) struct Fabric {
     scratch: Rc<Slab>,
     /// Whether the provider emulates reads, where it tells.
     emulates_reads: Option<bool>,
+    /// The port's, where there is one.
+    counters: Counters,
+    /// Of whom they have shown that they were read from, since it was last asked.
+    proven: Vec<PeerId>,
 }
 
 impl Fabric {
-    pub(crate) fn new(domain: &Rc<Domain>, name: &[u8], emulates_reads: Option<bool>) -> Result<Fabric, String> {
+    pub(crate) fn new(
+        domain: &Rc<Domain>,
+        name: &[u8],
+        emulates_reads: Option<bool>,
+        counters: Counters,
+    ) -> Result<Fabric, String> {
         let scratch = Rc::new(Slab::new(domain, 1, 64, FI_READ)?);
-        let (domain, name) = (domain.clone(), name.to_vec());
-        Ok(Fabric { domain, name, bound: BTreeMap::new(), readers: BTreeMap::new(), scratch, emulates_reads })
+        let (bound, readers) = (BTreeMap::new(), BTreeMap::new());
+        let (domain, name, proven) = (domain.clone(), name.to_vec(), Vec::new());
+        Ok(Fabric { domain, name, bound, readers, scratch, emulates_reads, counters, proven })
+    }
+
+    /// Whether the device's counters are worth another look soon.
+    fn prove(&mut self, now: Instant) -> bool {
+        for reader in self.readers.values() {
+            let moved = reader.take_moved();
+            if moved > 0 && reader.proven().is_none() {
+                self.counters.note(Way::Read, moved, now);
+            }
+        }
+        if self.counters.look(now) && self.counters.covers(Way::Read) {
+            let words = || self.counters.words(Way::Read);
+            self.proven.extend(self.readers.iter().filter(|(_, reader)| reader.prove(words)).map(|(peer, _)| *peer));
+        }
+        self.counters.due().is_some()
+    }
+
+    fn of(&self, reader: &Reader) -> Evidence {
+        let evidence = self.evidence().seen("the receiver reads the peer's registered memory");
+        of_counters(of_reads(evidence, self.emulates_reads), reader.proven())
     }
 
     fn evidence(&self) -> Evidence {
@@ -99,9 +131,13 @@ impl Backend for Fabric {
         Ok(lent)
     }
 
-    fn reached(&self, _: &Lent) -> Evidence {
-        of_reads(self.evidence().seen("the receiver reads the peer's registered memory"), self.emulates_reads)
-            .unseen("counters of a device")
+    fn reached(&self, memory: &Lent) -> Evidence {
+        self.of(&memory.reader)
+    }
+
+    fn shown(&mut self) -> Vec<(PeerId, Evidence)> {
+        let proven = std::mem::take(&mut self.proven);
+        proven.into_iter().filter_map(|peer| Some((peer, self.of(self.readers.get(&peer)?)))).collect()
     }
 
     fn lent(&self, _: &MemoryKind) -> Evidence {
@@ -131,7 +167,8 @@ impl Backend for Fabric {
     }
 
     fn tend(&mut self) -> bool {
-        self.readers.values().filter(|reader| reader.tend()).count() > 0
+        let is_warming = self.readers.values().filter(|reader| reader.tend()).count() > 0;
+        self.prove(Instant::now()) || is_warming
     }
 
     fn broken(&mut self) -> Vec<(PeerId, String)> {
@@ -156,6 +193,15 @@ fn of_reads(evidence: Evidence, emulates_reads: Option<bool>) -> Evidence {
     }
 }
 
+/// What the device's counters add to that: the last grade where the device reads by itself.
+fn of_counters(evidence: Evidence, proven: Option<String>) -> Evidence {
+    match proven {
+        Some(counted) if evidence.grade == Grade::E4 => Evidence { grade: Grade::E5, ..evidence }.seen(counted),
+        Some(counted) => evidence.seen(counted),
+        None => evidence.unseen("counters of a device"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,5 +215,16 @@ mod tests {
         assert_eq!(of(Some(false)), (Grade::E4, false, 0));
         assert_eq!(of(Some(true)), (Grade::E3, true, 1));
         assert_eq!(of(None), (Grade::E3, false, 1));
+    }
+
+    #[test]
+    fn counters_prove_the_reads_of_a_device_only() {
+        let of = |emulates_reads, proven: Option<&str>| {
+            let evidence = of_reads(Evidence::connected(vec!["efa/rdmap40s0-rdm".to_owned()]), emulates_reads);
+            of_counters(evidence, proven.map(str::to_owned)).grade
+        };
+        assert_eq!(of(Some(false), Some("rdma_read_bytes +1 for 1 bytes moved")), Grade::E5);
+        assert_eq!(of(Some(false), None), Grade::E4);
+        assert_eq!(of(Some(true), Some("rdma_read_bytes +1 for 1 bytes moved")), Grade::E3);
     }
 }

@@ -1,11 +1,15 @@
 //! Finds the devices that libfabric can use here and opens them.
 
+use std::path::Path;
+
 use kvferry_local::{LocalTransport, host};
+use kvferry_topology::Counters;
 use kvferry_transport::{Device, NicInfo, OpenError, Options, Provider, Transport, TransportKind};
 
 use crate::backend::Fabric;
 use crate::device;
 use crate::domain::Domain;
+use crate::info::Info;
 use crate::library::Library;
 use crate::messages::Messages;
 
@@ -36,6 +40,11 @@ impl LibfabricProvider {
     pub fn version() -> Option<(u32, u32)> {
         Library::find().ok().map(|library| (library.version.0 >> 16, library.version.0 & 0xffff))
     }
+}
+
+/// The counters of an RDMA device, whose providers offer the first port only.
+fn counters(root: &Path, provider: &str, device: &str) -> Counters {
+    if provider == "efa" { Counters::open(root, &format!("{device}:1")) } else { Counters::default() }
 }
 
 fn device(name: &str, unavailable: Option<String>) -> Device {
@@ -76,20 +85,115 @@ impl Provider for LibfabricProvider {
         }
         let library = Library::find().map_err(unavailable)?;
         let found = device::find(library, &device.name).map_err(unavailable)?;
-        let provider = found.provider();
-        let info = NicInfo {
-            kind: TransportKind::Libfabric,
-            device: device.name.clone(),
-            host: if provider == "shm" { host().map_err(unavailable)? } else { String::new() },
-            library: Some(format!("{} {} {provider}", library.path, library.version)),
-            bits_per_second: found.bits_per_second(),
+        let counters = counters(Path::new("/"), &found.provider(), &device.name);
+        Ok(Box::new(open(library, found, &device.name, options, counters)?))
+    }
+}
+
+fn open(
+    library: &'static Library,
+    found: Info,
+    name: &str,
+    options: &Options,
+    counters: Counters,
+) -> Result<LocalTransport<Fabric>, OpenError> {
+    let unavailable = |reason: String| OpenError::Unavailable { device: name.to_owned(), reason };
+    let provider = found.provider();
+    let info = NicInfo {
+        kind: TransportKind::Libfabric,
+        device: name.to_owned(),
+        host: if provider == "shm" { host().map_err(unavailable)? } else { String::new() },
+        library: Some(format!("{} {} {provider}", library.path, library.version)),
+        bits_per_second: found.bits_per_second(),
+    };
+    let explain = |reason: String| {
+        unavailable(format!("{reason}; FI_LOG_LEVEL=info says more, {} is {}", library.path, library.version))
+    };
+    let domain = Domain::open(library, found).map_err(explain)?;
+    let messages = Messages::open(&domain).map_err(explain)?;
+    let fabric = Fabric::new(&domain, messages.name(), messages.emulates_reads(), counters).map_err(explain)?;
+    LocalTransport::over(fabric, messages, info, options)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use kvferry_core::{Direction, PoolId, TransferId};
+    use kvferry_transport::conformance::{absent, block_planes, whole_blocks};
+    use kvferry_transport::{Event, Evidence, Pool, Transfer};
+
+    use super::*;
+
+    const BLOCKS: u32 = 4;
+    const BLOCK_BYTES: u64 = 16 << 10;
+
+    /// Ports are where an adapter's counters are; only EFA's are looked for.
+    #[test]
+    fn only_rdma_devices_have_counters() {
+        let root: PathBuf = std::env::temp_dir().join(format!("kvferry-fabric-counters-{}", std::process::id()));
+        let folder = root.join("sys/class/infiniband/rdmap40s0/ports/1/hw_counters");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("rdma_read_bytes"), "5").unwrap();
+        let words = |provider| counters(&root, provider, "rdmap40s0").words(kvferry_topology::Way::Read);
+        assert_eq!(words("efa"), "rdma_read_bytes +0 for 0 bytes moved");
+        assert!(words("tcp").contains("no counters"), "{}", words("tcp"));
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    /// Counters of a device that is not there, beside a connection that is.
+    #[test]
+    fn what_a_device_counted_is_shown_once_it_covers_what_was_read() {
+        let library = match Library::find() {
+            Ok(library) => library,
+            Err(reason) => return absent("libfabric", &reason),
         };
-        let explain = |reason: String| {
-            unavailable(format!("{reason}; FI_LOG_LEVEL=info says more, {} is {}", library.path, library.version))
+        let root: PathBuf = std::env::temp_dir().join(format!("kvferry-fabric-proof-{}", std::process::id()));
+        let folder = root.join("sys/class/infiniband/rdmap40s0/ports/1/hw_counters");
+        std::fs::create_dir_all(&folder).unwrap();
+        let count = |bytes: &str| std::fs::write(folder.join("rdma_read_bytes"), bytes).unwrap();
+        count("7");
+        let side = |counters| {
+            open(library, device::find(library, "lo").unwrap(), "lo", &Options::default(), counters).unwrap()
         };
-        let domain = Domain::open(library, found).map_err(explain)?;
-        let messages = Messages::open(&domain).map_err(explain)?;
-        let fabric = Fabric::new(&domain, messages.name(), messages.emulates_reads()).map_err(explain)?;
-        Ok(Box::new(LocalTransport::over(fabric, messages, info, options)?))
+        let mut here = side(Counters::open(&root, "rdmap40s0:1"));
+        let mut there = side(Counters::default());
+
+        let layout = block_planes(1, BLOCKS, BLOCK_BYTES);
+        let make = |id| Pool::allocate(PoolId(id), layout.clone(), "proof").unwrap();
+        let (source, destination) = (make(1), make(2));
+        let keys = there.bind(&source).unwrap();
+        here.bind(&destination).unwrap();
+        let peer = here.connect(&there.address()).unwrap();
+        let remote = here.import(peer, &keys, &layout).unwrap();
+        let program = Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, 0..BLOCKS));
+        let (id, range, direction) = (TransferId(1), program.whole(), Direction::Pull);
+        let mut turn = |here: &mut LocalTransport<Fabric>, until: &dyn Fn(&[Event]) -> bool| {
+            let (mut events, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(20));
+            while !until(&events) && Instant::now() < deadline {
+                here.poll(&mut events);
+                there.poll(&mut Vec::new());
+            }
+            assert!(until(&events), "{events:?}");
+            events
+        };
+        let shown = |events: Vec<Event>| -> Vec<Evidence> {
+            let one = |event| if let Event::Shown { evidence, .. } = event { Some(*evidence) } else { None };
+            events.into_iter().filter_map(one).collect()
+        };
+        let is_counted = |evidence: &Evidence| evidence.seen.iter().any(|seen| seen.starts_with("rdma_read_bytes"));
+
+        turn(&mut here, &|events| events.iter().any(|event| matches!(event, Event::Connected { .. })));
+        here.post(Transfer { id, peer, direction, local: PoolId(2), remote, range, program, notice: None }).unwrap();
+        let before = turn(&mut here, &|events| events.iter().any(|event| matches!(event, Event::Completed { .. })));
+        assert!(!shown(before).iter().any(is_counted), "the device has counted nothing");
+        count("65543");
+        let proves = |event: &Event| matches!(event, Event::Shown { evidence, .. } if is_counted(evidence));
+        let after = shown(turn(&mut here, &|events| events.iter().any(proves)));
+        let proof = "rdma_read_bytes +65536 for 65536 bytes moved";
+        assert!(after.iter().any(|evidence| evidence.seen.iter().any(|seen| seen == proof)), "{after:?}");
+        std::fs::remove_dir_all(&root).unwrap();
     }
 }

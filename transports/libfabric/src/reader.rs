@@ -29,6 +29,12 @@ pub(crate) struct Reader {
     broke: RefCell<Option<String>>,
     /// The library took no more the last time that it was asked.
     is_refused: Cell<bool>,
+    /// Bytes of pools that were read and not asked for yet.
+    moved: Cell<u64>,
+    /// Whether there were any.
+    has_moved: Cell<bool>,
+    /// What the device's counters showed of that.
+    proven: RefCell<Option<String>>,
 }
 
 /// A read of one byte, so that no transfer pays for connecting.
@@ -59,6 +65,8 @@ pub(crate) struct Ticket {
 /// A read under way; it keeps the memory that is written.
 pub(crate) struct Read {
     ticket: Rc<Ticket>,
+    /// Of a transfer; none of a read that only wires the way.
+    bytes: u64,
     _into: Rc<dyn Any>,
 }
 
@@ -106,7 +114,7 @@ impl Reader {
         } else if let Some(buffer) = warming.scratch.buffer(0) {
             let keep: Rc<dyn Any> = warming.scratch.clone();
             // SAFETY: the buffer holds a byte, nobody looks at what is written there, and the operation keeps it.
-            match unsafe { self.ask(warming.source, buffer, warming.scratch.desc(), keep, &warming.ticket) } {
+            match unsafe { self.ask(warming.source, buffer, warming.scratch.desc(), keep, &warming.ticket, false) } {
                 Ok(asked) => warming.is_asked = asked,
                 Err(reason) => {
                     tracing::debug!(reason, "the way to a peer's memory is not wired yet");
@@ -132,7 +140,7 @@ impl Reader {
         ticket: &Rc<Ticket>,
     ) -> Result<bool, String> {
         // SAFETY: the memory is registered and kept by the operation; the caller answers for the range.
-        unsafe { self.ask(source, to, into.desc(), into.clone(), ticket) }
+        unsafe { self.ask(source, to, into.desc(), into.clone(), ticket, true) }
     }
 
     /// # Safety
@@ -144,12 +152,13 @@ impl Reader {
         desc: *mut c_void,
         keep: Rc<dyn Any>,
         ticket: &Rc<Ticket>,
+        counts: bool,
     ) -> Result<bool, String> {
         let mut open = self.open.borrow_mut();
         let Some(Open { endpoint, address, .. }) = open.as_mut() else { return Err(self.why_closed()) };
         ticket.under_way.set(ticket.under_way.get() + 1);
-        let read = Read { ticket: ticket.clone(), _into: keep };
         let Source { address: at, key, bytes } = source;
+        let read = Read { ticket: ticket.clone(), bytes: if counts { bytes as u64 } else { 0 }, _into: keep };
         // SAFETY: the operation keeps the memory; the caller answers for the range.
         match unsafe { endpoint.read(*address, at, key, to, bytes, desc, read) } {
             Posted::Yes => {
@@ -173,8 +182,9 @@ impl Reader {
         }
         let polled = open.endpoint.poll(&mut open.done, READS_MAX);
         for Done { operation, result } in open.done.drain(..) {
-            if let Err(reason) = result {
-                operation.ticket.failed.borrow_mut().get_or_insert(reason);
+            match result {
+                Ok(_) => self.moved.set(self.moved.get().saturating_add(operation.bytes)),
+                Err(reason) => drop(operation.ticket.failed.borrow_mut().get_or_insert(reason)),
             }
         }
         // It is of no further use, and closing it ends what is under way.
@@ -183,6 +193,27 @@ impl Reader {
             *self.broke.borrow_mut() = Some(format!("the provider reports an error: {reason}"));
             *place = None;
         }
+    }
+
+    /// Bytes that were read since it was last asked.
+    pub(crate) fn take_moved(&self) -> u64 {
+        let moved = self.moved.take();
+        self.has_moved.set(self.has_moved.get() || moved > 0);
+        moved
+    }
+
+    /// The device's counters cover what was read: whether that is new of this peer's.
+    pub(crate) fn prove(&self, words: impl FnOnce() -> String) -> bool {
+        let is_new = self.has_moved.get() && self.proven.borrow().is_none();
+        if is_new {
+            *self.proven.borrow_mut() = Some(words());
+        }
+        is_new
+    }
+
+    /// What the device's counters showed of its reads.
+    pub(crate) fn proven(&self) -> Option<String> {
+        self.proven.borrow().clone()
     }
 
     /// Ends every read: none is under way when this returns.
@@ -217,6 +248,9 @@ impl Reader {
             warming: RefCell::new(None),
             broke: RefCell::new(None),
             is_refused: Cell::new(false),
+            moved: Cell::new(0),
+            has_moved: Cell::new(false),
+            proven: RefCell::new(None),
         }
     }
 }

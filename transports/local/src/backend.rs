@@ -78,6 +78,11 @@ pub trait Backend: 'static {
         let _its_copies_wait_for_nobody = peer;
     }
 
+    /// What has come to be known of the way to a peer's memory since it was last asked; asked after [`Backend::tend`].
+    fn shown(&mut self) -> Vec<(PeerId, Evidence)> {
+        Vec::new()
+    }
+
     /// Peers whose memory cannot be reached any more since it was last asked, and why; asked after [`Backend::tend`]. They are let go.
     fn broken(&mut self) -> Vec<(PeerId, String)> {
         Vec::new()

@@ -290,6 +290,8 @@ impl<B: Backend> Transport for LocalTransport<B> {
         self.check_events();
         self.carrier.flush();
         self.tending = self.backend.tend();
+        let shown = self.backend.shown().into_iter();
+        self.events.extend(shown.map(|(peer, evidence)| Event::Shown { peer, evidence: Box::new(evidence) }));
         for (peer, reason) in self.backend.broken() {
             self.lose(peer, &reason);
         }

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod affinity;
+mod counters;
 mod overrides;
 mod pci;
 mod rdma;
@@ -23,6 +24,7 @@ pub mod simulated;
 pub mod sysfs;
 
 pub use affinity::{Affinity, GpuNics, Nearness};
+pub use counters::{Counters, Way};
 pub use overrides::{BadOverride, Overrides};
 pub use pci::Pci;
 pub use rdma::{Make, Port};

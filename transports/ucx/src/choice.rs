@@ -57,11 +57,11 @@ mod tests {
     use std::time::Duration;
 
     use kvferry_core::{Direction, Evidence, PoolId};
+    use kvferry_topology::Way;
     use kvferry_transport::conformance::{block_planes, whole_blocks};
     use kvferry_transport::{Pool, RemotePool, Transfer, Transport};
 
     use super::*;
-    use crate::counters::Way;
     use crate::proof::tests::open;
 
     const BLOCKS: u32 = 64;

@@ -4,11 +4,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use kvferry_core::{PoolLayout, Program, TransferId, UnitRange};
+use kvferry_topology::Way;
 use kvferry_transport::{PeerId, RemotePool, TransferError, first_part};
 use ucx_sys::UCS_OK;
 
 use crate::cost::Manner;
-use crate::counters::Way;
 use crate::endpoint::GetMemory;
 use crate::inbox::Flow;
 use crate::lanes::Lanes;

@@ -9,7 +9,6 @@ mod choice;
 mod closing;
 mod context;
 mod cost;
-mod counters;
 mod device;
 mod endpoint;
 mod fetch;

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
 use kvferry_core::TransferId;
+use kvferry_topology::Way;
 use kvferry_transport::{Cursor, PeerId};
 
 use crate::cost::Costs;
-use crate::counters::Way;
 use crate::endpoint::Endpoint;
 use crate::inbox::Key;
 use crate::lanes::Lanes;

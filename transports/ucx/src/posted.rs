@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use kvferry_core::{End, Program, TransferId, UnitRange};
+use kvferry_topology::Way;
 use kvferry_transport::codec::{decode, encode};
 use kvferry_transport::{Cursor, Direction, Event, Notice, PeerId, PostError, RemotePool, Transfer, TransferError};
 
-use crate::counters::Way;
 use crate::inbox::{Flow, Key};
 use crate::remote::Bound;
 use crate::transport::UcxTransport;

@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
+use kvferry_topology::Way;
 use kvferry_transport::{Event, Evidence, Grade, LibraryName, PeerId};
 
-use crate::counters::Way;
 use crate::device::Access;
 use crate::transport::UcxTransport;
 
@@ -92,12 +92,12 @@ pub(crate) mod tests {
     use std::path::PathBuf;
     use std::time::Duration;
 
+    use kvferry_topology::Counters;
     use kvferry_transport::{Options, Provider, Transport};
 
     use super::*;
     use crate::UcxProvider;
-    use crate::counters::Counters;
-    use crate::device::{MEMORY, SysRoot};
+    use crate::device::MEMORY;
 
     pub(crate) fn open() -> Option<UcxTransport> {
         if let Some(reason) = UcxProvider::unavailable() {
@@ -140,7 +140,7 @@ pub(crate) mod tests {
         std::fs::create_dir_all(&counters).unwrap();
         let count = |bytes: &str| std::fs::write(counters.join("rdma_read_bytes"), bytes).unwrap();
         count("7");
-        here.counters = Counters::open(&SysRoot(root.clone()), "rdmap40s0:1");
+        here.counters = Counters::open(&root, "rdmap40s0:1");
         here.note_moved(link, Way::Read, 4096);
         assert_eq!(shown(&mut here), [], "the device has counted nothing");
         count("4103");

@@ -1,12 +1,12 @@
 //! Finds the devices that UCX can use here and opens them.
 
 use kvferry_core::{PoolId, PoolLayout};
+use kvferry_topology::Counters;
 use kvferry_transport::{
     Device, NicInfo, OpenError, Options, Pool, PoolError, PoolOptions, Provider, Transport, TransportKind,
 };
 
 use crate::context::Context;
-use crate::counters::Counters;
 use crate::device::{self, Access, Found, Method, SysRoot};
 use crate::library::Library;
 use crate::memlock::Lockable;
@@ -132,7 +132,7 @@ impl UcxProvider {
         };
         let mut transport =
             UcxTransport::open(info, found.method, access, worker, staging, options.clone()).map_err(refused)?;
-        transport.counters = Counters::open(&self.root, &found.network);
+        transport.counters = Counters::open(&self.root.0, &found.network);
         Ok(transport)
     }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::{End, PoolId, PoolLayout, Program, ProgramError, TransferId, UnitRange};
+use kvferry_topology::Counters;
 use kvferry_transport::codec::random;
 use kvferry_transport::{
     BindError, ConnectError, Event, Expected, ImportError, NicInfo, Options, PeerId, Pool, PoolKeys, PostError,
@@ -21,7 +22,6 @@ use crate::arriving::{Expectation, Held};
 use crate::choice::Watched;
 use crate::closing::{Closing, Fence};
 use crate::context::{Context, Mapped};
-use crate::counters::Counters;
 use crate::device::{Access, Method};
 use crate::fetch::Fetch;
 use crate::handle::Armed;

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::device::SysRoot;
+use crate::sysfs;
 
 /// Between two readings, at first. On EFA a reading asks the device.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -28,7 +28,7 @@ const LENT: [(&str, &str, u64); 3] = [
 
 /// Which way bytes went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
+pub enum Way {
     /// Read from a peer's memory.
     Read,
     /// Read by a peer from memory here.
@@ -37,7 +37,7 @@ pub(crate) enum Way {
 
 /// The counters of one device, and what this transport knows to have moved over it.
 #[derive(Debug, Default)]
-pub(crate) struct Counters {
+pub struct Counters {
     read: Option<Counter>,
     lent: Option<Counter>,
     moved: [u64; 2],
@@ -56,10 +56,10 @@ struct Counter {
 }
 
 impl Counters {
-    /// The counters of `rdmap40s0:1`, read for the first time; none of a device without.
-    pub(crate) fn open(root: &SysRoot, device: &str) -> Counters {
+    /// The counters of `rdmap40s0:1`, a device and its port, below a root as of sysfs (`/`), read for the first time; none of a device without.
+    pub fn open(root: &Path, device: &str) -> Counters {
         let Some((name, port)) = device.rsplit_once(':') else { return Counters::default() };
-        let folder = root.0.join("sys/class/infiniband").join(name);
+        let folder = root.join("sys/class/infiniband").join(name);
         let find = |places: [(&'static str, &str, u64); 3]| {
             places.into_iter().find_map(|(name, place, unit)| {
                 let file = folder.join(place.replace("{}", port)).join(name);
@@ -71,7 +71,7 @@ impl Counters {
     }
 
     /// Bytes have moved that are not proven yet: the counters are worth a look.
-    pub(crate) fn note(&mut self, way: Way, bytes: u64, now: Instant) {
+    pub fn note(&mut self, way: Way, bytes: u64, now: Instant) {
         let [read, lent] = &mut self.moved;
         let (moved, counter) = match way {
             Way::Read => (read, &self.read),
@@ -85,12 +85,12 @@ impl Counters {
     }
 
     /// When the next look is due.
-    pub(crate) fn due(&self) -> Option<Instant> {
+    pub fn due(&self) -> Option<Instant> {
         self.due
     }
 
     /// Looks, if it is time to; says whether it did.
-    pub(crate) fn look(&mut self, now: Instant) -> bool {
+    pub fn look(&mut self, now: Instant) -> bool {
         if self.due.is_none_or(|due| now < due) {
             return false;
         }
@@ -106,12 +106,12 @@ impl Counters {
     }
 
     /// Whether the device has counted at least what went this way.
-    pub(crate) fn covers(&self, way: Way) -> bool {
+    pub fn covers(&self, way: Way) -> bool {
         self.counter(way).is_some_and(|counter| counter.counted >= self.moved(way)) && self.moved(way) > 0
     }
 
     /// What was counted this way, in words.
-    pub(crate) fn words(&self, way: Way) -> String {
+    pub fn words(&self, way: Way) -> String {
         match self.counter(way) {
             Some(Counter { name, counted, .. }) => format!("{name} +{counted} for {} bytes moved", self.moved(way)),
             None => "sysfs has no counters of this device's reads".to_owned(),
@@ -146,7 +146,7 @@ impl Counter {
 }
 
 fn number(file: &Path) -> Option<u64> {
-    std::fs::read_to_string(file).ok()?.trim().parse().ok()
+    sysfs::text(file)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -167,7 +167,7 @@ mod tests {
         }
 
         fn open(&self) -> Counters {
-            Counters::open(&SysRoot(self.0.clone()), "rdmap40s0:1")
+            Counters::open(&self.0, "rdmap40s0:1")
         }
     }
 
@@ -264,6 +264,6 @@ mod tests {
         counters.note(Way::Read, 100, now);
         assert!(!counters.look(now) && !counters.covers(Way::Read));
         assert!(counters.words(Way::Read).contains("no counters"));
-        assert!(Counters::open(&SysRoot("/".into()), "memory").counter(Way::Read).is_none());
+        assert!(Counters::open(Path::new("/"), "memory").counter(Way::Read).is_none());
     }
 }
