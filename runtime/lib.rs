@@ -41,9 +41,9 @@ pub mod transport;
 pub mod nixl {
     pub use kvferry_core::End;
     pub use kvferry_nixl::{
-        Agent, AgentConfig, AgentError, AgentMetadata, Connection, EXCHANGE_PORT, Exchange, ExchangeError, LACKS,
-        MemoryKind, Met, MetadataServer, Moved, Notification, Notifications, Operation, Peer, PeerKind, Piece, Range,
-        Section, ServerConfig, Transfer, WireError, pieces,
+        Agent, AgentConfig, AgentError, AgentMetadata, Connection, EXCHANGE_PORT, Exchange, ExchangeError, Expect,
+        Fetch, Kvferry, Lease, MemoryKind, Met, MetadataServer, Moved, Notification, Notifications, OpenNic, Operation,
+        Peer, PeerKind, PeerPool, Piece, Push, Range, Section, ServerConfig, Ticket, Transfer, WireError, pieces,
     };
 }
 

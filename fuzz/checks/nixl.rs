@@ -1,7 +1,7 @@
 // What is done with what comes from a NIXL agent's peer. Shared by the fuzz target and the corpus test, by `include!`.
 
 use bytes::Bytes;
-use kvferry_nixl::{AgentMetadata, Frame, Notification};
+use kvferry_nixl::{AgentMetadata, Frame, Notification, PeerKind};
 use kvferry_ucx::raw::{PackedKey, WorkerAddress};
 
 /// Reads `bytes` as metadata, as a notification and as a frame of the socket exchange: what is read is bounded by them and comes back as it was.
@@ -31,6 +31,11 @@ fn metadata(bytes: &Bytes) {
     assert!(written.as_ref().is_ok_and(|written| written.len() <= bytes.len()), "{metadata:?} became {written:?}");
     let again = written.and_then(AgentMetadata::decode);
     assert!(again.as_ref() == Ok(&metadata), "{metadata:?} became {again:?}");
+    if let Ok(PeerKind::Kvferry(told)) = PeerKind::of(&metadata) {
+        for pool in &told.pools {
+            assert!(pool.layout.validate().is_ok() && pool.bases.len() == pool.layout.regions.len(), "{pool:?}");
+        }
+    }
     for connection in &metadata.connections {
         if let Ok(address) = WorkerAddress::check(&connection.address) {
             assert!(address.bytes() == connection.address && address.interfaces() <= bytes.len());

@@ -8,13 +8,13 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvferry_core::PoolId;
+use kvferry_core::{PoolId, PoolLayout};
 use kvferry_transport::Pool;
 use tokio::sync::oneshot;
 
 use crate::driver::{self, Command};
 use crate::wake::Wake;
-use crate::{AgentConfig, AgentError, Notification, Piece, Transfer};
+use crate::{AgentConfig, AgentError, Expect, Fetch, Lease, Notification, OpenNic, Piece, Push, Ticket, Transfer};
 
 /// An agent that NIXL agents take for one of theirs. Cheap to clone; its thread ends when the last clone is dropped or at [`Agent::shutdown`].
 #[derive(Clone, Debug)]
@@ -47,23 +47,60 @@ pub struct Moved {
     pub operations: u64,
     /// From the call to the last byte's arrival; to the notification's leaving, where there was one.
     pub took: Duration,
+    /// The owner confirmed, behind the last byte, that all that was read was registered by then, and lent, if that was under a lease. Never of writes and
+    /// pushes, and never by NIXL agents.
+    pub confirmed: bool,
 }
 
-/// What transfers by NIXL's protocol lack beside those between kvferry's own nodes.
-pub const LACKS: [&str; 4] = [
-    "no program: UCX is asked for every piece, neighbours merged",
-    "no lease: nobody confirms that what was read was still the request's",
-    "no fence: whoever has a key may write until the memory is deregistered, and a write that was given up may still land",
-    "no authentication: any peer may claim any name",
-];
-
-/// What a peer is. With either, an [`Agent`] speaks NIXL's protocol, without what [`LACKS`] lists.
+/// What a peer is, and so what there is between it and an [`Agent`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PeerKind {
-    /// A NIXL agent, which has no better way.
+    /// A NIXL agent: its protocol and nothing else.
     Nixl,
-    /// One of ours: what it said in [`AgentConfig::extension`], by which its node may be found.
-    Kvferry(Bytes),
+    /// One of ours: what is read is confirmed, leases are, and programs move where both have a device for them.
+    Kvferry(Box<Kvferry>),
+}
+
+/// What a peer of ours told of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kvferry {
+    /// Its incarnation: when it was set up, in nanoseconds since 1970 by its clock.
+    pub incarnation: u64,
+    /// What it said in [`AgentConfig::extension`].
+    pub extension: Bytes,
+    /// Its pools.
+    pub pools: Vec<PeerPool>,
+    /// By what programs move to and from it, or why none do.
+    pub programs: Result<String, String>,
+}
+
+/// A pool of a peer of ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerPool {
+    /// Its number there.
+    pub id: PoolId,
+    /// Its planes.
+    pub layout: PoolLayout,
+    /// Where its regions begin, as the peer sees them: for [`pieces`](crate::pieces()).
+    pub bases: Vec<u64>,
+    /// What programs name it by.
+    pub(crate) keys: Option<Bytes>,
+}
+
+const NO_PROGRAM: &str = "no program: UCX is asked for every piece, neighbours merged";
+const NO_LEASE: &str = "no lease: nobody confirms that what was read was still the request's";
+const NO_FENCE: &str = "no fence: whoever has a key may write until the memory is deregistered, and a write that was given up may still land";
+const NO_AUTHENTICATION: &str = "no authentication: any peer may claim any name";
+
+impl PeerKind {
+    /// What transfers with such a peer lack beside those between kvferry's own nodes.
+    pub fn lacks(&self) -> Vec<&'static str> {
+        match self {
+            PeerKind::Nixl => vec![NO_PROGRAM, NO_LEASE, NO_FENCE, NO_AUTHENTICATION],
+            PeerKind::Kvferry(told) if told.programs.is_ok() => vec![NO_AUTHENTICATION],
+            PeerKind::Kvferry(_) => vec![NO_PROGRAM, NO_FENCE, NO_AUTHENTICATION],
+        }
+    }
 }
 
 impl fmt::Display for PeerKind {
@@ -89,6 +126,16 @@ pub struct Peer {
 impl Agent {
     /// Starts an agent on a thread of its own.
     pub async fn start(config: AgentConfig) -> Result<(Agent, Notifications), AgentError> {
+        Agent::run(config, None).await
+    }
+
+    /// The same, with a device of one of kvferry's transports, by which programs move between it and other agents of ours that have one of that kind:
+    /// [`Agent::fetch`], [`Agent::push`]. NIXL agents do not see it.
+    pub async fn start_with(config: AgentConfig, nic: OpenNic) -> Result<(Agent, Notifications), AgentError> {
+        Agent::run(config, Some(nic)).await
+    }
+
+    async fn run(config: AgentConfig, nic: Option<OpenNic>) -> Result<(Agent, Notifications), AgentError> {
         let wake =
             Arc::new(Wake::new().map_err(|error| AgentError::Config(format!("no descriptor to wake it: {error}")))?);
         let queue = Arc::new(Queue::new(config.notifications_max));
@@ -97,7 +144,7 @@ impl Agent {
         let (for_thread, into) = (wake.clone(), queue.clone());
         std::thread::Builder::new()
             .name("kvferry-nixl".to_owned())
-            .spawn(move || driver::run(config, inbox, &for_thread, into, ready))
+            .spawn(move || driver::run(config, nic, inbox, &for_thread, into, ready))
             .map_err(|error| AgentError::Config(format!("no thread for it: {error}")))?;
         let (name, library) = started.await.map_err(|_| AgentError::Gone)??;
         Ok((Agent { shared: Arc::new(Shared { name, library, commands, wake }) }, Notifications { queue }))
@@ -118,8 +165,9 @@ impl Agent {
         self.ask(|reply| Command::Register { pool, reply }).await?
     }
 
-    /// Ends that. Transfers of this agent that use it go on to their end and keep it alive; peers must have been told before: what they still
-    /// read or write afterwards fails or, where UCX emulates one-sided access, touches memory that may be somebody else's.
+    /// Ends that. Transfers of pieces by this agent that use it go on to their end and keep it alive, programs fail. Peers of ours fail what they read: they
+    /// find that it is withdrawn. NIXL agents must have been told before: what they still read or write afterwards fails or, where UCX emulates one-sided
+    /// access, touches memory that may be somebody else's; so does what peers of ours still write.
     pub async fn deregister(&self, pool: PoolId) -> Result<(), AgentError> {
         self.ask(|reply| Command::Deregister { pool, reply }).await?
     }
@@ -157,6 +205,40 @@ impl Agent {
         self.ask(|reply| Command::Transfer { transfer, reply }).await?
     }
 
+    /// Reads a program from a pool of a peer of ours. As with [`Agent::transfer`], nothing of it touches local memory any more once this returns, whether it
+    /// succeeds or not; dropping the future stops it.
+    pub async fn fetch(&self, fetch: Fetch) -> Result<Moved, AgentError> {
+        self.ask(|reply| Command::Fetch { fetch, reply }).await?
+    }
+
+    /// Has a peer of ours take a program from a pool of this agent, into blocks that it has chosen: [`Agent::expect`]. Nobody but the peer writes its memory,
+    /// so that none of it can be written late. It waits there some seconds to be expected.
+    pub async fn push(&self, push: Push) -> Result<Moved, AgentError> {
+        self.ask(|reply| Command::Push { push, reply }).await?
+    }
+
+    /// Lets a peer's push in; returns once all of it is here. If it fails, or its time is up, nothing of it touches local memory any more. A dropped future
+    /// lets it in no more; whoever has to know when that is awaits it instead, with a limit.
+    pub async fn expect(&self, expect: Expect) -> Result<Moved, AgentError> {
+        self.ask(|reply| Command::Expect { expect, reply }).await?
+    }
+
+    /// A lease, of whatever this agent's program says it is of: its ticket is for peers of ours that read it.
+    pub async fn lend(&self) -> Result<Lease, AgentError> {
+        let ticket = self.ask(|reply| Command::Lend { reply }).await??;
+        Ok(Lease::new(self.clone(), ticket))
+    }
+
+    pub(crate) async fn end_lease(&self, ticket: Ticket) -> Result<(), AgentError> {
+        self.ask(|reply| Command::EndLease { ticket, reply: Some(reply) }).await?
+    }
+
+    pub(crate) fn forget_lease(&self, ticket: Ticket) {
+        // Without its thread there is no lease any more.
+        let _gone = self.shared.commands.send(Command::EndLease { ticket, reply: None });
+        self.shared.wake.wake();
+    }
+
     /// Sends a notification that follows no transfer.
     pub async fn notify(&self, peer: &str, message: Bytes, within: Option<Duration>) -> Result<(), AgentError> {
         let peer = peer.to_owned();
@@ -186,9 +268,15 @@ impl Transfer {
             pool,
             memory: (crate::MemoryKind::Dram, 0),
             pieces,
+            lease: None,
             notification: None,
             within: None,
         }
+    }
+
+    /// A read that succeeds only if the lease was good until the last byte was here.
+    pub fn under(self, ticket: Ticket) -> Transfer {
+        Transfer { lease: Some(ticket), ..self }
     }
 
     /// A write of pieces of the host's memory, without a notification.

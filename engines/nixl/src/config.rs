@@ -6,8 +6,9 @@ use bytes::Bytes;
 use kvferry_ucx::raw::RawSettings;
 
 use crate::AgentError;
-use crate::metadata::{CONNECTION_BYTES_MAX, NAME_BYTES_MAX};
+use crate::metadata::NAME_BYTES_MAX;
 use crate::notification::NOTIFICATION_BYTES_MAX;
+use crate::ours::EXTENSION_BYTES_MAX;
 
 /// The active message of notifications; 1 up to NIXL 0.4.1.
 const MESSAGE: u32 = 0;
@@ -30,7 +31,9 @@ pub struct AgentConfig {
     devices: Option<String>,
     transports: Option<String>,
     extension: Bytes,
+    pub(crate) incarnation: u64,
     pub(crate) in_flight_max: usize,
+    pub(crate) peers_bytes_max: usize,
     pub(crate) notifications_max: usize,
     pub(crate) within: Duration,
 }
@@ -39,18 +42,22 @@ impl AgentConfig {
     /// An agent whose name is `name`, `#` and the time of this call in nanoseconds since 1970. NIXL agents refuse an agent that comes back under
     /// its old name with another address, so every incarnation needs a name of its own.
     pub fn new(name: &str) -> AgentConfig {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        AgentConfig::exactly(&format!("{name}#{}", since.as_nanos()))
+        let config = AgentConfig::exactly(name);
+        AgentConfig { name: format!("{name}#{}", config.incarnation), ..config }
     }
 
-    /// An agent of exactly this name, for peers that look for it. Whoever starts it again must have its peers remove the old one first.
+    /// An agent of exactly this name, for peers that look for it. When it starts again, peers of ours replace what they know of the earlier one; NIXL
+    /// agents must remove that first.
     pub fn exactly(name: &str) -> AgentConfig {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         AgentConfig {
             name: name.to_owned(),
             devices: None,
             transports: None,
             extension: Bytes::new(),
+            incarnation: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
             in_flight_max: 1024,
+            peers_bytes_max: 256 << 20,
             notifications_max: 1 << 16,
             within: Duration::from_secs(30),
         }
@@ -80,6 +87,13 @@ impl AgentConfig {
         self
     }
 
+    /// Bytes of memory for what all peers together have told of themselves, about: 256 MiB by default, enough for a million ranges. Peers beyond are
+    /// refused: whoever can add peers, as through a [`MetadataServer`](crate::MetadataServer), cannot take more.
+    pub fn peers_bytes_max(mut self, bytes: usize) -> AgentConfig {
+        self.peers_bytes_max = bytes;
+        self
+    }
+
     /// Notifications that wait to be taken, at most; 65,536 by default, of 256 MiB together. Later ones are dropped with a warning.
     pub fn notifications_max(mut self, notifications: usize) -> AgentConfig {
         self.notifications_max = notifications.max(1);
@@ -97,9 +111,8 @@ impl AgentConfig {
         if self.name.is_empty() || self.name.len() > NAME_BYTES_MAX {
             return bad(format!("a name of {} bytes; 1 to {NAME_BYTES_MAX} are taken", self.name.len()));
         }
-        // It shares its entry with a byte of ours.
-        if self.extension.len() >= CONNECTION_BYTES_MAX {
-            let (long, max) = (self.extension.len(), CONNECTION_BYTES_MAX - 1);
+        if self.extension.len() > EXTENSION_BYTES_MAX {
+            let (long, max) = (self.extension.len(), EXTENSION_BYTES_MAX);
             return bad(format!("an extension of {long} bytes; at most {max} are taken"));
         }
         let like = LIKE_NIXL.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned()));

@@ -1,32 +1,34 @@
 //! The agent's thread: it owns the UCX worker, and every peer and transfer.
 
+mod board;
+mod ferry;
 mod flight;
 mod remote;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::PoolId;
-use kvferry_transport::Pool;
+use kvferry_transport::{Pool, Wait};
 use kvferry_ucx::raw::{RawEvent, RawMemory, RawWait, RawWorker};
 use tokio::sync::oneshot;
 
 use crate::agent::{Moved, Peer, Queue};
 use crate::metadata::{AgentMetadata, Connection, MemoryKind, Range, Section};
+use crate::ours::{OURS, Ours, SLOTS, ToldBoard, ToldPool};
 use crate::wake::Wake;
-use crate::{AgentConfig, AgentError, Notification, Transfer};
-use flight::Flight;
+use crate::{AgentConfig, AgentError, Expect, Fetch, Notification, OpenNic, Push, Ticket, Transfer};
+use board::Board;
+use ferry::Ferry;
+use flight::{Flight, Posted};
 use remote::Remote;
 
 /// NIXL's name of its UCX backend.
 pub(super) const UCX: &str = "UCX";
-/// Our own entry beside it; NIXL agents skip what they do not know.
-pub(super) const OURS: &str = "KVFERRY";
-/// What our entry begins with; the extension follows.
-pub(super) const VERSION: u8 = b'1';
 /// Steps of UCX without a look at commands and deadlines.
 const STEPS: usize = 64;
 /// Longest time for what has happened, and for copies of one peer, before commands and deadlines are looked at again.
@@ -53,6 +55,11 @@ pub(crate) enum Command {
     Connect { peer: String, within: Option<Duration>, reply: Reply<Moved> },
     RemovePeer { name: String, reply: Reply<()> },
     Transfer { transfer: Transfer, reply: Reply<Moved> },
+    Fetch { fetch: Fetch, reply: Reply<Moved> },
+    Push { push: Push, reply: Reply<Moved> },
+    Expect { expect: Expect, reply: Reply<Moved> },
+    Lend { reply: Reply<Ticket> },
+    EndLease { ticket: Ticket, reply: Option<Reply<()>> },
     Notify { peer: String, message: Bytes, within: Option<Duration>, reply: Reply<Moved> },
     Shutdown { done: Option<oneshot::Sender<()>> },
 }
@@ -61,18 +68,29 @@ pub(crate) enum Command {
 pub(super) struct Driver {
     pub(super) worker: RawWorker,
     pub(super) name: String,
+    pub(super) incarnation: u64,
+    /// How often memory was registered or deregistered.
+    edition: u64,
     extension: Bytes,
     pub(super) in_flight_max: usize,
+    pub(super) peers_bytes_max: usize,
     pub(super) within: Duration,
     queue: Arc<Queue>,
     dropped: u64,
     pub(super) pools: BTreeMap<PoolId, Rc<RawMemory>>,
+    /// What registrations are confirmed by.
+    registrations: BTreeMap<PoolId, Ticket>,
+    pub(super) board: Board,
+    /// Transfers for whose answers there was no room on it.
+    pub(super) unconfirmed: Vec<u64>,
+    /// What carries programs.
+    pub(super) ferry: Option<Ferry>,
     pub(super) peers: BTreeMap<String, Remote>,
     /// Names of peers by the number of their connection.
     pub(super) connections: BTreeMap<u64, String>,
     pub(super) flights: BTreeMap<u64, Flight>,
-    /// Which transfer an operation belongs to, and by which connection it went.
-    pub(super) operations: BTreeMap<u64, (u64, u64)>,
+    /// Operations that UCX holds.
+    pub(super) operations: BTreeMap<u64, Posted>,
     /// Connections that UCX has not given up yet.
     pub(super) closing: BTreeSet<u64>,
     /// Who waits for a peer to be gone, and transfers of it that have something in flight.
@@ -87,6 +105,7 @@ pub(super) struct Driver {
 /// Runs an agent until it is shut down.
 pub(crate) fn run(
     config: AgentConfig,
+    nic: Option<OpenNic>,
     commands: mpsc::Receiver<Command>,
     wake: &Wake,
     queue: Arc<Queue>,
@@ -94,7 +113,7 @@ pub(crate) fn run(
 ) {
     // However this thread ends, nobody waits for another notification.
     let _end = End(queue.clone());
-    let mut driver = match Driver::open(config, queue) {
+    let mut driver = match Driver::open(config, nic, queue) {
         Ok(driver) => driver,
         Err(error) => return drop(ready.send(Err(error))),
     };
@@ -104,15 +123,15 @@ pub(crate) fn run(
     }
     let mut done = driver.serve(&commands, wake);
     driver.say_farewell(wake);
-    if !driver.flights.is_empty() {
+    if !driver.is_idle() {
         tracing::warn!(transfers = driver.flights.len(), "UCX still holds operations; their memory stays registered");
         if let Some(done) = done.take() {
             let _nobody_waits = done.send(());
         }
         // Their callers are answered once nothing of them touches memory.
-        while !driver.flights.is_empty() {
+        while !driver.is_idle() {
             if !driver.step() {
-                wake.wait(None, NAP);
+                wake.wait([None, None], NAP);
             }
         }
     }
@@ -131,19 +150,30 @@ impl Drop for End {
 }
 
 impl Driver {
-    fn open(config: AgentConfig, queue: Arc<Queue>) -> Result<Driver, AgentError> {
-        let (in_flight_max, within) = (config.in_flight_max, config.within);
+    fn open(config: AgentConfig, nic: Option<OpenNic>, queue: Arc<Queue>) -> Result<Driver, AgentError> {
+        let (in_flight_max, peers_bytes_max, within) = (config.in_flight_max, config.peers_bytes_max, config.within);
+        let incarnation = config.incarnation;
         let (name, extension, settings) = config.check()?;
         let worker = RawWorker::open(&settings).map_err(AgentError::Ucx)?;
+        let board = Board::new(&worker).map_err(AgentError::Ucx)?;
+        let opened = nic.map(|open| open()).transpose();
+        let nic = opened.map_err(|error| AgentError::Config(format!("its device for programs: {error}")))?;
         Ok(Driver {
             worker,
             name,
+            incarnation,
+            edition: 0,
             extension,
             in_flight_max,
+            peers_bytes_max,
             within,
             queue,
             dropped: 0,
             pools: BTreeMap::new(),
+            registrations: BTreeMap::new(),
+            board,
+            unconfirmed: Vec::new(),
+            ferry: nic.map(Ferry::new),
             peers: BTreeMap::new(),
             connections: BTreeMap::new(),
             flights: BTreeMap::new(),
@@ -192,6 +222,7 @@ impl Driver {
             }
             active = true;
         }
+        active |= self.ferry_step();
         for peer in std::mem::take(&mut self.resume) {
             active = true;
             self.pump(&peer);
@@ -208,21 +239,44 @@ impl Driver {
                 break;
             }
         }
-        self.expire(now());
+        self.confirm_waiting();
+        let now = now();
+        self.expire(now);
+        if let Some(ferry) = &mut self.ferry {
+            ferry.expire(now);
+        }
         active
     }
 
-    fn sleep(&self, wake: &Wake, now: Instant) {
+    fn sleep(&mut self, wake: &Wake, now: Instant) {
         let waiting = self.flights.values().filter(|flight| !flight.cut);
-        let due = waiting.map(|flight| flight.deadline.saturating_duration_since(now)).min();
+        let due = waiting.map(|flight| flight.deadline).chain(self.ferry.as_ref().and_then(Ferry::due)).min();
+        let due = due.map(|due| due.saturating_duration_since(now));
         // UCX does not always tell that it has let go of what a closed connection had in flight.
         let nap = if self.flights.values().any(|flight| flight.cut) { DOZE } else { NAP };
         let at_most = due.unwrap_or(nap).min(nap);
-        match self.worker.wait() {
-            RawWait::Busy => {}
-            RawWait::Readable(descriptor) => wake.wait(Some(descriptor), at_most),
-            RawWait::Poll => wake.wait(None, at_most.min(DOZE)),
+        let (mut polls, mut nic) = (false, None);
+        match self.ferry.as_mut().map(Ferry::arm) {
+            None => {}
+            Some(Wait::Busy) => return,
+            Some(Wait::MustPoll) => polls = true,
+            Some(Wait::Ready(descriptor)) => nic = Some(descriptor),
         }
+        let worker = match self.worker.wait() {
+            RawWait::Busy => return,
+            RawWait::Readable(descriptor) => Some(descriptor),
+            RawWait::Poll => {
+                polls = true;
+                None
+            }
+        };
+        let at_most = if polls { at_most.min(DOZE) } else { at_most };
+        wake.wait([worker, nic.as_ref().map(|descriptor| descriptor.as_fd())], at_most);
+    }
+
+    /// Whether nothing of any transfer is under way.
+    fn is_idle(&self) -> bool {
+        self.flights.is_empty() && self.ferry.as_ref().is_none_or(Ferry::is_idle)
     }
 
     fn say_farewell(&mut self, wake: &Wake) {
@@ -231,10 +285,13 @@ impl Driver {
         for name in names {
             self.drop_peer(&name, &AgentError::Gone);
         }
+        if let Some(ferry) = &mut self.ferry {
+            ferry.leave();
+        }
         let until = now() + FAREWELL;
-        while !(self.closing.is_empty() && self.flights.is_empty()) && now() < until {
+        while !(self.closing.is_empty() && self.is_idle()) && now() < until {
             if !self.step() {
-                wake.wait(None, DOZE);
+                wake.wait([None, None], DOZE);
             }
         }
     }
@@ -258,7 +315,7 @@ impl Driver {
         };
         while waits() && now() < until {
             if !self.step() {
-                wake.wait(None, DOZE);
+                wake.wait([None, None], DOZE);
             }
         }
     }
@@ -267,15 +324,23 @@ impl Driver {
         // Whoever asked may be gone.
         match command {
             Command::Register { pool, reply } => drop(reply.send(self.register(&pool))),
-            Command::Deregister { pool, reply } => {
-                let known = self.pools.remove(&pool).map(|_| ());
-                drop(reply.send(known.ok_or_else(|| AgentError::Pool(format!("{pool} is not registered")))));
-            }
+            Command::Deregister { pool, reply } => self.deregister(pool, reply),
             Command::Metadata { pools, reply } => drop(reply.send(self.metadata(pools))),
             Command::AddPeer { metadata, reply } => drop(reply.send(self.add_peer(metadata))),
             Command::Connect { peer, within, reply } => self.warm(peer, within, reply),
             Command::RemovePeer { name, reply } => self.remove_peer(&name, reply),
             Command::Transfer { transfer, reply } => self.transfer(transfer, reply),
+            Command::Fetch { fetch, reply } => self.fetch(fetch, reply),
+            Command::Push { push, reply } => self.push(push, reply),
+            Command::Expect { expect, reply } => self.expect(expect, reply),
+            Command::Lend { reply } => {
+                let full = || AgentError::Leases { max: SLOTS };
+                drop(reply.send(self.board.issue().ok_or_else(full)));
+            }
+            Command::EndLease { ticket, reply } => {
+                self.board.end(ticket);
+                drop(reply.map(|reply| reply.send(Ok(()))));
+            }
             Command::Notify { peer, message, within, reply } => self.notify(peer, message, within, reply),
             Command::Shutdown { .. } => {}
         }
@@ -310,36 +375,70 @@ impl Driver {
     }
 
     fn register(&mut self, pool: &Pool) -> Result<(), AgentError> {
-        if self.pools.contains_key(&pool.id()) {
-            return Err(AgentError::Pool(format!("{} is registered already; deregister it first", pool.id())));
+        let id = pool.id();
+        if self.pools.contains_key(&id) || self.ferry.as_ref().is_some_and(|ferry| ferry.is_unbinding(id)) {
+            return Err(AgentError::Pool(format!(
+                "{id} is registered already, or still being deregistered; deregister it first"
+            )));
         }
         let memory = self.worker.register(pool).map_err(AgentError::Ucx)?;
-        self.pools.insert(pool.id(), memory);
+        if let Some(ferry) = &mut self.ferry {
+            ferry.bind(pool).map_err(AgentError::Pool)?;
+        }
+        self.pools.insert(id, memory);
+        // Beyond the board's slots it is registered as NIXL does it: nobody confirms it.
+        if let Some(ticket) = self.board.issue() {
+            self.registrations.insert(id, ticket);
+        }
+        self.edition += 1;
         Ok(())
     }
 
+    fn deregister(&mut self, pool: PoolId, reply: Reply<()>) {
+        if self.pools.remove(&pool).is_none() {
+            return drop(reply.send(Err(AgentError::Pool(format!("{pool} is not registered")))));
+        }
+        self.edition += 1;
+        if let Some(ticket) = self.registrations.remove(&pool) {
+            self.board.end(ticket);
+        }
+        match &mut self.ferry {
+            Some(ferry) => ferry.unbind(pool, reply),
+            None => drop(reply.send(Ok(()))),
+        }
+    }
+
     fn metadata(&self, part: Option<(Vec<PoolId>, bool)>) -> Result<Bytes, AgentError> {
+        let whole = part.is_none();
         let (wanted, connection) = match part {
             None => (self.pools.keys().copied().collect(), true),
             Some(part) => part,
         };
-        let mut ranges = Vec::new();
+        let (mut ranges, mut pools) = (Vec::new(), Vec::new());
         for id in wanted {
             let unknown = || AgentError::Pool(format!("{id} is not registered"));
             let memory = self.pools.get(&id).ok_or_else(unknown)?;
-            let regions = memory.pool().regions().iter().zip(memory.keys()).filter(|(region, _)| region.bytes() > 0);
-            ranges.extend(regions.map(|(region, key)| Range {
+            let regions = memory.pool().regions();
+            let keyed = regions.iter().zip(memory.keys()).filter(|(region, _)| region.bytes() > 0);
+            ranges.extend(keyed.map(|(region, key)| Range {
                 device: 0,
                 address: region.base() as u64,
                 bytes: region.bytes(),
                 key: Bytes::copy_from_slice(key),
             }));
+            pools.push(ToldPool {
+                id,
+                ticket: self.registrations.get(&id).copied(),
+                bases: regions.iter().map(|region| region.base() as u64).collect(),
+                layout: memory.pool().layout().clone(),
+                keys: self.ferry.as_ref().and_then(|ferry| ferry.keys(id)),
+            });
         }
         let mut connections = Vec::new();
         if connection {
             let address = self.worker.address().map_err(AgentError::Ucx)?.into();
             connections.push(Connection { backend: UCX.to_owned(), address });
-            let address = [&[VERSION][..], &self.extension].concat().into();
+            let address = self.ours(whole, pools).encode().into();
             connections.push(Connection { backend: OURS.to_owned(), address });
         }
         let sections = match ranges.is_empty() {
@@ -347,6 +446,20 @@ impl Driver {
             false => vec![Section::new(UCX, MemoryKind::Dram, ranges)?],
         };
         Ok(AgentMetadata { name: self.name.clone(), connections, sections }.encode()?.into())
+    }
+
+    /// What agents of ours are told beside NIXL's protocol.
+    fn ours(&self, whole: bool, pools: Vec<ToldPool>) -> Ours {
+        let (address, key) = self.board.told();
+        Ours {
+            incarnation: self.incarnation,
+            edition: self.edition,
+            whole,
+            board: ToldBoard { address, slots: SLOTS, key: Bytes::copy_from_slice(key) },
+            nic: self.ferry.as_ref().map(Ferry::told),
+            pools,
+            extension: self.extension.clone(),
+        }
     }
 
     /// A number that was never used.

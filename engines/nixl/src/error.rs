@@ -1,5 +1,6 @@
 //! What is wrong with bytes that claim to be NIXL's.
 
+use kvferry_core::TransferId;
 use thiserror::Error;
 
 /// Bytes that are not what a NIXL agent sends. Offsets are in bytes from the beginning.
@@ -162,6 +163,46 @@ pub enum AgentError {
     /// A program does not fit the pools.
     #[error("the program does not fit: {0}")]
     Program(String),
+    /// What was read was lent under a lease that its owner has ended.
+    #[error(
+        "agent {name:?} has ended the lease: what was read may be another request's; ask it where the request is now"
+    )]
+    LeaseEnded {
+        /// The owner's name.
+        name: String,
+    },
+    /// What was read was deregistered by its owner, or is another incarnation's.
+    #[error(
+        "agent {name:?} has withdrawn the memory that was read; add its newer metadata, and ask where the request is now"
+    )]
+    Withdrawn {
+        /// The owner's name.
+        name: String,
+    },
+    /// There are too many leases.
+    #[error("{max} leases and registrations stand already; end those that are over")]
+    Leases {
+        /// The limit.
+        max: u32,
+    },
+    /// A push that was expected did not come in time. It is let in no more.
+    #[error(
+        "nothing came as {id} within {waited_ms} ms; look whether its sender still runs and has pushed it under this name"
+    )]
+    Unsent {
+        /// The transfer's name.
+        id: TransferId,
+        /// How long it was waited for.
+        waited_ms: u64,
+    },
+    /// A push that was expected failed.
+    #[error("{id} did not come: {reason}")]
+    Refused {
+        /// The transfer's name.
+        id: TransferId,
+        /// Why.
+        reason: String,
+    },
     /// The peer failed.
     #[error("agent {name:?} failed: {reason}; add it again once it is back, under its new name")]
     Failed {

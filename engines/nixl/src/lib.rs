@@ -30,21 +30,26 @@ mod error;
 mod etcd;
 mod exchange;
 mod frame;
+mod lease;
 mod metadata;
 mod notification;
+mod ours;
 mod pieces;
+mod programs;
 mod serdes;
 mod server;
 mod wake;
 
-pub use agent::{Agent, LACKS, Moved, Notifications, Peer, PeerKind};
+pub use agent::{Agent, Kvferry, Moved, Notifications, Peer, PeerKind, PeerPool};
 pub use config::AgentConfig;
 pub use error::{AgentError, WireError};
 #[cfg(feature = "etcd")]
 pub use etcd::{ETCD_LABEL, EtcdConfig, EtcdError, EtcdExchange};
 pub use exchange::{EXCHANGE_PORT, Exchange, ExchangeError};
 pub use frame::{FRAME_BYTES_MAX, Frame};
+pub use lease::{Lease, Ticket};
 pub use metadata::{AgentMetadata, Connection, MemoryKind, NAME_BYTES_MAX, RANGES_MAX, Range, Section};
 pub use notification::{NOTIFICATION_BYTES_MAX, Notification};
 pub use pieces::{Operation, Piece, Transfer, pieces};
+pub use programs::{Expect, Fetch, OpenNic, Push};
 pub use server::{Met, MetadataServer, ServerConfig};

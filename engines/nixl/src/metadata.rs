@@ -8,6 +8,7 @@ use std::fmt;
 use bytes::Bytes;
 
 use crate::WireError;
+use crate::ours::{OURS, OURS_BYTES_MAX};
 use crate::serdes::{Reader, Writer};
 
 /// Bytes of an agent's name.
@@ -17,7 +18,7 @@ const BACKEND_BYTES_MAX: usize = 64;
 /// Backends of an agent.
 const CONNECTIONS_MAX: usize = 32;
 /// Bytes by which a backend is reached. A UCX worker with 32 devices has 6 KiB.
-pub(crate) const CONNECTION_BYTES_MAX: usize = 1 << 16;
+const CONNECTION_BYTES_MAX: usize = 1 << 16;
 const SECTIONS_MAX: usize = 64;
 /// Ranges of an agent's memory.
 pub const RANGES_MAX: usize = 1 << 20;
@@ -186,7 +187,8 @@ impl AgentMetadata {
         let connections = reader.count("Conns", CONNECTIONS_MAX)?;
         let connections = (0..connections).map(|_| {
             let backend = reader.text("t", BACKEND_BYTES_MAX)?;
-            Ok(Connection { backend, address: reader.field("c", CONNECTION_BYTES_MAX)? })
+            let bytes_max = if backend == OURS { OURS_BYTES_MAX } else { CONNECTION_BYTES_MAX };
+            Ok(Connection { backend, address: reader.field("c", bytes_max)? })
         });
         let connections = connections.collect::<Result<Vec<_>, WireError>>()?;
         reader.constant("", "MemSection")?;

@@ -1,8 +1,9 @@
 //! What a transfer moves.
 
 use kvferry_core::{End, PoolId, PoolLayout, Program};
+use kvferry_ucx::raw::RawWay;
 
-use crate::{AgentError, MemoryKind, WireError};
+use crate::{AgentError, MemoryKind, Ticket, WireError};
 
 /// Bytes that are read from or written to a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +31,8 @@ pub struct Transfer {
     pub memory: (MemoryKind, u64),
     /// What moves, in any order. Pieces that follow each other at both ends are moved as one.
     pub pieces: Vec<Piece>,
+    /// The lease under which it is read, if the peer, an agent of ours, gave one.
+    pub lease: Option<Ticket>,
     /// Told to the peer when everything has moved.
     pub notification: Option<bytes::Bytes>,
     /// How long it may take; the agent's own limit by default.
@@ -43,6 +46,15 @@ pub enum Operation {
     Read,
     /// To the peer, as NIXL's WRITE.
     Write,
+}
+
+impl Operation {
+    pub(crate) fn way(self) -> RawWay {
+        match self {
+            Operation::Read => RawWay::Read,
+            Operation::Write => RawWay::Write,
+        }
+    }
 }
 
 /// The pieces of a program between a local pool and a peer's memory whose regions begin at `bases`, as the peer sees them.
@@ -73,7 +85,7 @@ pub fn pieces(
 }
 
 /// Joins pieces that follow each other at both ends and whose bytes at the peer lie in one range. The order is kept.
-pub(crate) fn joined(pieces: Vec<Piece>, one_range: impl Fn(u64, u64) -> bool) -> Vec<Piece> {
+pub(crate) fn joined(pieces: Vec<Piece>, mut one_range: impl FnMut(u64, u64) -> bool) -> Vec<Piece> {
     let mut out: Vec<Piece> = Vec::with_capacity(pieces.len().min(1 << 16));
     for piece in pieces {
         match out.last_mut() {

@@ -15,6 +15,7 @@ use kvferry_nixl::{Agent, AgentConfig, AgentError, AgentMetadata, PeerKind, Piec
 use kvferry_ucx::raw::{PackedKey, WorkerAddress};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
+use rustix::process::Signal;
 use serde_json::json;
 use support::{Peer, address, config, contents, hex, ours, pattern, pool, run, turn, with};
 
@@ -114,10 +115,10 @@ fn connecting_waits_for_the_peer_and_no_longer_than_it_may() {
         let (agent, _notifications, _local) = ours(4096, 0).await;
         assert!(agent.connect("nixl", None).await.is_err(), "it was not added");
         agent.add_peer(peer.metadata.clone()).await.unwrap();
-        rustix::process::kill_process(peer.pid(), rustix::process::Signal::STOP).unwrap();
+        rustix::process::kill_process(peer.pid(), Signal::STOP).unwrap();
         let late = agent.connect("nixl", Some(Duration::from_millis(300))).await.unwrap_err();
         assert!(matches!(late, AgentError::Deadline { .. }), "{late}");
-        rustix::process::kill_process(peer.pid(), rustix::process::Signal::CONT).unwrap();
+        rustix::process::kill_process(peer.pid(), Signal::CONT).unwrap();
         agent.connect("nixl", None).await.unwrap();
         agent.connect("nixl", None).await.unwrap();
         peer.kill();
@@ -231,19 +232,75 @@ fn a_stopped_peer_costs_a_deadline_and_is_met_again() {
         agent.add_peer(peer.metadata.clone()).await.unwrap();
         let read = || Transfer::read("nixl", PoolId(1), scattered(256, 4096, peer.address));
         agent.transfer(read()).await.unwrap();
-        rustix::process::kill_process(peer.pid(), rustix::process::Signal::STOP).unwrap();
+        rustix::process::kill_process(peer.pid(), Signal::STOP).unwrap();
         let began = Instant::now();
         let late = agent.transfer(read().within(Duration::from_millis(500))).await.unwrap_err();
         assert!(matches!(late, AgentError::Deadline { waited_ms: 500.., .. }), "{late}");
         assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
         // Nothing comes afterwards, also when the peer goes on.
         local.write(0, 0, 0, &vec![0xCC; SIZE as usize]).unwrap();
-        rustix::process::kill_process(peer.pid(), rustix::process::Signal::CONT).unwrap();
+        rustix::process::kill_process(peer.pid(), Signal::CONT).unwrap();
         tokio::time::sleep(Duration::from_millis(300)).await;
         assert!(contents(&local).iter().all(|byte| *byte == 0xCC));
         agent.transfer(read()).await.unwrap();
         assert_eq!(contents(&local)[0], pattern(255 * 4096));
     });
+}
+
+#[test]
+fn a_peer_that_is_killed_or_stopped_in_the_middle_fails_the_transfer_in_time() {
+    let Some(_turn) = turn() else { return };
+    for (signal, tls) in [(Signal::KILL, "tcp"), (Signal::KILL, ""), (Signal::STOP, "tcp")] {
+        // Whether it was in the middle is known afterwards.
+        let in_the_middle = (0..10).any(|_| interrupted(signal, tls));
+        assert!(in_the_middle, "{signal:?} {tls:?}: ten transfers were over before it came");
+    }
+}
+
+/// Reads from a peer and sends it a signal once the first piece is here; false if the last one was by then.
+fn interrupted(signal: Signal, tls: &str) -> bool {
+    const BYTES: u64 = 64 << 20;
+    let peer = Peer::start("nixl", BYTES as usize, tls);
+    run(async {
+        let (agent, _notifications) = Agent::start(over(tls).in_flight_max(8)).await.unwrap();
+        let local = pool(1, BYTES, 0xEE);
+        agent.register(local.clone()).await.unwrap();
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        agent.connect("nixl", None).await.unwrap();
+        let count = BYTES / 4096;
+        let is_here = |piece: u64| {
+            let mut byte = [0];
+            local.read(0, 0, (count - 1 - piece) * 4096 + 1, &mut byte).unwrap();
+            byte == [pattern(piece * 4096 + 1)]
+        };
+        let read = Transfer::read("nixl", PoolId(1), scattered(count, 4096, peer.address));
+        let mut transfer = std::pin::pin!(agent.transfer(read.within(Duration::from_secs(3))));
+        let begun = std::future::poll_fn(|context| Poll::Ready(transfer.as_mut().poll(context))).await;
+        assert!(begun.is_pending());
+        let began = Instant::now();
+        while !is_here(0) && began.elapsed() < Duration::from_secs(2) {
+            std::hint::spin_loop();
+        }
+        rustix::process::kill_process(peer.pid(), signal).unwrap();
+        let over = is_here(count - 1);
+        let result = transfer.await;
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        match result {
+            Ok(moved) => assert_eq!(moved.bytes, BYTES),
+            Err(AgentError::Failed { .. } | AgentError::Deadline { .. }) if !over => {
+                // Nothing of it comes any more.
+                local.write(0, 0, 0, &vec![0xCC; BYTES as usize]).unwrap();
+                if signal == Signal::STOP {
+                    rustix::process::kill_process(peer.pid(), Signal::CONT).unwrap();
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                assert!(contents(&local).iter().all(|byte| *byte == 0xCC));
+                return true;
+            }
+            Err(error) => panic!("{error}"),
+        }
+        false
+    })
 }
 
 #[test]
@@ -367,24 +424,5 @@ fn of_damaged_metadata_ucx_gets_only_what_is_whole() {
             }
         }
         assert!(taken > 50 && refused > 50, "{taken} taken, {refused} refused");
-    });
-}
-
-#[test]
-fn peers_of_ours_tell_more_and_nixl_does_not_mind() {
-    let Some(_turn) = turn() else { return };
-    let mut peer = Peer::start("nixl", 4096, "tcp");
-    run(async {
-        let extended = config().extension(Bytes::from_static(b"control=10.0.0.1:7000"));
-        let (agent, _notifications) = Agent::start(extended).await.unwrap();
-        agent.register(pool(1, 4096, 0)).await.unwrap();
-        let metadata = agent.metadata().await.unwrap();
-        assert_eq!(peer.ask(&json!({"do": "add", "metadata": hex(&metadata)})), agent.name());
-        let (other, _notifications, _local) = ours(4096, 0).await;
-        let added = other.add_peer(metadata).await.unwrap();
-        assert_eq!(added.kind, PeerKind::Kvferry(Bytes::from_static(b"control=10.0.0.1:7000")));
-        // Also without anything to tell.
-        let added = agent.add_peer(other.metadata().await.unwrap()).await.unwrap();
-        assert_eq!(added.kind, PeerKind::Kvferry(Bytes::new()));
     });
 }

@@ -9,6 +9,7 @@
 //! A [`RawWorker`] and everything of it stays on the thread that opened it.
 
 mod address;
+mod batch;
 mod inbox;
 mod key;
 mod peer;
@@ -16,5 +17,5 @@ mod worker;
 
 pub use address::WorkerAddress;
 pub use key::PackedKey;
-pub use peer::{RawBegun, RawKey, RawPeer, RawRange};
+pub use peer::{RawBegun, RawKey, RawPeer, RawPiece, RawRange, RawWay};
 pub use worker::{RawEvent, RawMemory, RawSettings, RawWait, RawWorker};

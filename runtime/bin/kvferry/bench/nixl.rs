@@ -2,9 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvferry::nixl::{
-    Agent, AgentConfig, AgentMetadata, End, LACKS, Notifications, Operation, PeerKind, Transfer, pieces,
-};
+use kvferry::nixl::{Agent, AgentConfig, AgentMetadata, End, Notifications, Operation, PeerKind, Transfer, pieces};
 use kvferry::{BlockTable, Evidence, PoolId, PoolLayout, Tables};
 use rustix::event::{PollFd, PollFlags};
 use tokio::runtime::Runtime;
@@ -41,7 +39,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
             peer.finish(deadline)?;
             let devices = options.device.as_deref().unwrap_or("all devices");
             let device = format!("{devices} by {}", options.tls.as_deref().unwrap_or("UCX's choice"));
-            Ok(Report::new(options, (device, Some(library)), &shape, measured).beside(kind.to_string(), &LACKS))
+            Ok(Report::new(options, (device, Some(library)), &shape, measured).beside(kind.to_string(), kind.lacks()))
         }
         Err(error) => Err(peer.explain(error)),
     }

@@ -45,8 +45,8 @@ pub(crate) struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     peer: Option<String>,
     /// What its protocol lacks beside kvferry's own.
-    #[serde(skip_serializing_if = "<[&str]>::is_empty")]
-    lacks: &'static [&'static str],
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    lacks: Vec<&'static str>,
     /// Whether every byte was right.
     verified: bool,
     #[serde(skip)]
@@ -90,7 +90,7 @@ impl Report {
             gpu_seconds: options.gpu_times.then(|| spread(|sample| sample.gpu)),
             evidence,
             peer: None,
-            lacks: &[],
+            lacks: Vec::new(),
             verified: mismatch.is_none(),
             shape: (2 * options.layers, options.blocks, options.block_bytes, options.iters),
             mismatch,
@@ -98,7 +98,7 @@ impl Report {
     }
 
     /// Says what the other process is, and what its protocol lacks.
-    pub(crate) fn beside(self, peer: String, lacks: &'static [&'static str]) -> Report {
+    pub(crate) fn beside(self, peer: String, lacks: Vec<&'static str>) -> Report {
         Report { peer: Some(peer), lacks, ..self }
     }
 

@@ -3,18 +3,16 @@
 use std::ptr;
 use std::rc::Rc;
 
-use ucx_sys::{
-    UCP_AM_SEND_FLAG_EAGER, UCP_EP_CLOSE_FLAG_FORCE, UCS_ERR_INVALID_PARAM, UCS_OK, ucp_ep_h, ucp_rkey_h, ucs_status_t,
-};
+use ucx_sys::{UCP_AM_SEND_FLAG_EAGER, UCP_EP_CLOSE_FLAG_FORCE, UCS_OK, ucp_ep_h, ucp_rkey_h, ucs_status_t};
 
+use super::batch::Batch;
 use super::inbox::{Mark, on_error};
 use super::worker::{Inner, RawEvent, RawMemory, RawWorker};
 use super::{PackedKey, WorkerAddress};
 use crate::request::Begun;
 
-/// What an operation in flight owns.
+/// What an operation in flight owns, other than copies.
 pub(super) enum Operation {
-    Copied { operation: u64, _memory: Rc<RawMemory>, _key: Rc<RawKey> },
     Sent { operation: u64, _message: Vec<u8> },
     Flushed { operation: u64 },
     Received { buffer: Vec<u8> },
@@ -26,9 +24,9 @@ impl Operation {
     pub(super) fn end(self, status: ucs_status_t, words: impl Fn(ucs_status_t) -> String) -> Option<RawEvent> {
         let result = if status == UCS_OK { Ok(()) } else { Err(words(status)) };
         match self {
-            Operation::Copied { operation, .. }
-            | Operation::Sent { operation, .. }
-            | Operation::Flushed { operation } => Some(RawEvent::Done { operation, result }),
+            Operation::Sent { operation, .. } | Operation::Flushed { operation } => {
+                Some(RawEvent::Done { operation, result })
+            }
             Operation::Received { buffer } => result.is_ok().then_some(RawEvent::Message(buffer)),
             Operation::Closed { peer, .. } => Some(RawEvent::Closed { peer }),
         }
@@ -59,6 +57,24 @@ pub struct RawRange {
     pub bytes: u64,
 }
 
+/// One of the pieces of [`RawPeer::copy`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawPiece {
+    /// Where here.
+    pub range: RawRange,
+    /// Where at the peer.
+    pub address: u64,
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RawWay {
+    /// From the peer.
+    Read,
+    /// To the peer.
+    Write,
+}
+
 /// What became of a call: how the operation ended, if it is over already.
 pub type RawBegun = Option<RawEvent>;
 
@@ -86,28 +102,34 @@ impl RawPeer {
         Ok(Rc::new(RawKey { worker: self.worker.clone(), raw }))
     }
 
-    /// Reads remote memory into local memory. Refused where the range is not the memory's.
-    pub fn read(&self, operation: u64, to: &Rc<RawMemory>, range: RawRange, from: (u64, &Rc<RawKey>)) -> RawBegun {
-        let (address, key) = from;
-        let owned = Operation::Copied { operation, _memory: to.clone(), _key: key.clone() };
-        let Some((at, bytes)) = place(to, range) else { return self.refuse(owned) };
-        self.over(self.worker.operations.start(owned, 0, |params| {
-            // SAFETY: the range lies in the memory, which the operation keeps, as it keeps the key; a living endpoint.
-            unsafe { self.worker.library().api.ucp_get_nbx(self.raw, at.cast(), bytes, address, key.raw, params) }
-        }))
-    }
-
-    /// Writes local memory into remote memory. Visible there once a flush that was started later is done.
-    pub fn write(&self, operation: u64, from: &Rc<RawMemory>, range: RawRange, to: (u64, &Rc<RawKey>)) -> RawBegun {
-        let (address, key) = to;
-        let owned = Operation::Copied { operation, _memory: from.clone(), _key: key.clone() };
-        let Some((at, bytes)) = place(from, range) else { return self.refuse(owned) };
-        self.over(self.worker.operations.start(owned, 0, |params| {
-            // SAFETY: the range lies in the memory, which the operation keeps, as it keeps the key; a living endpoint.
-            unsafe {
-                self.worker.library().api.ucp_put_nbx(self.raw, at.cast_const().cast(), bytes, address, key.raw, params)
+    /// Reads or writes pieces of one remote range, from or to one local memory, as one operation: it ends when all of them have. Of one that is not
+    /// inside the local memory, or that UCX refuses, those before it come to their end, those behind it are not begun, and the operation fails.
+    ///
+    /// A write is visible there once a flush that was started later is done.
+    pub fn copy(
+        &self,
+        operation: u64,
+        way: RawWay,
+        (local, key): (&Rc<RawMemory>, &Rc<RawKey>),
+        pieces: impl Iterator<Item = RawPiece>,
+    ) -> RawBegun {
+        let api = &self.worker.library().api;
+        let status = Batch::start(&self.worker.copies, operation, (local.clone(), key.clone()), |batch| {
+            for RawPiece { range, address } in pieces {
+                let begun = batch.add(local.place(range), |at, bytes, params| match way {
+                    // SAFETY: the range lies in the memory, which the batch keeps, as it keeps the key; a living endpoint.
+                    RawWay::Read => unsafe { api.ucp_get_nbx(self.raw, at.cast(), bytes, address, key.raw, params) },
+                    // SAFETY: as above.
+                    RawWay::Write => unsafe {
+                        api.ucp_put_nbx(self.raw, at.cast_const().cast(), bytes, address, key.raw, params)
+                    },
+                });
+                if !begun {
+                    break;
+                }
             }
-        }))
+        });
+        status.map(|status| self.worker.copied(operation, status))
     }
 
     /// Done when everything that was started at this peer before is done there.
@@ -144,10 +166,6 @@ impl RawPeer {
             Begun::InFlight => None,
         }
     }
-
-    fn refuse(&self, operation: Operation) -> RawBegun {
-        operation.end(UCS_ERR_INVALID_PARAM, |status| self.worker.library().words(status))
-    }
 }
 
 impl Drop for RawPeer {
@@ -164,14 +182,4 @@ impl Drop for RawKey {
         // SAFETY: unpacked once, destroyed once; operations that use it hold this value.
         unsafe { self.worker.library().api.ucp_rkey_destroy(self.raw) };
     }
-}
-
-/// The first byte of a range, if the memory has all of it.
-fn place(memory: &RawMemory, range: RawRange) -> Option<(*mut u8, usize)> {
-    let region = memory.pool.regions().get(range.region)?;
-    let end = range.offset.checked_add(range.bytes)?;
-    (end <= region.bytes()).then_some(())?;
-    // Inside the region, so inside the address space.
-    let at = region.base().wrapping_add(usize::try_from(range.offset).ok()?);
-    Some((at, usize::try_from(range.bytes).ok()?))
 }

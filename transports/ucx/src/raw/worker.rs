@@ -6,11 +6,13 @@ use std::rc::Rc;
 
 use kvferry_transport::Pool;
 use ucx_sys::{
-    UCP_FEATURE_AM, UCP_FEATURE_AMO32, UCP_FEATURE_AMO64, UCP_FEATURE_RMA, UCP_FEATURE_WAKEUP, ucs_status_t,
+    UCP_FEATURE_AM, UCP_FEATURE_AMO32, UCP_FEATURE_AMO64, UCP_FEATURE_RMA, UCP_FEATURE_WAKEUP, UCS_OK, ucp_mem_h,
+    ucs_status_t,
 };
 
+use super::batch::Copies;
 use super::inbox::{Arrival, Inbox, on_message};
-use super::peer::Operation;
+use super::peer::{Operation, RawKey, RawRange};
 use crate::context::{Context, Mapped, Refused};
 use crate::handle::{Armed, Handle};
 use crate::library::{Library, Version};
@@ -43,6 +45,7 @@ pub(super) struct Inner {
     handle: Handle,
     pub(super) inbox: Rc<Inbox>,
     pub(super) operations: Operations<Operation>,
+    pub(super) copies: Rc<Copies<(Rc<RawMemory>, Rc<RawKey>)>>,
     pub(super) message: u32,
 }
 
@@ -59,7 +62,7 @@ impl Deref for Inner {
 pub enum RawEvent {
     /// A peer sent a message; who it was is for the message to say.
     Message(Vec<u8>),
-    /// An operation is over. Of a read: the bytes are here. Of a write or a message: its memory may be used again. Of a flush: everything that was
+    /// An operation is over. Of reads: the bytes are here. Of writes or a message: their memory may be used again. Of a flush: everything that was
     /// started before at that peer is done there.
     Done {
         /// The number that it was started with.
@@ -93,9 +96,11 @@ pub enum RawWait<'a> {
 
 /// Registered memory.
 pub struct RawMemory {
-    pub(super) _mapped: Rc<Mapped>,
-    pub(super) pool: Pool,
+    _mapped: Mapped,
+    pool: Pool,
     keys: Vec<Vec<u8>>,
+    /// UCX's registration of every region; none where there is no memory.
+    handles: Vec<Option<ucp_mem_h>>,
 }
 
 impl RawMemory {
@@ -107,6 +112,17 @@ impl RawMemory {
     /// The memory.
     pub fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    /// The first byte of a range, how many, and their registration, if the memory has all of it.
+    pub(super) fn place(&self, range: RawRange) -> Option<(*mut u8, usize, ucp_mem_h)> {
+        let region = self.pool.regions().get(range.region)?;
+        let handle = (*self.handles.get(range.region)?)?;
+        let end = range.offset.checked_add(range.bytes)?;
+        (end <= region.bytes()).then_some(())?;
+        // Inside the region, so inside the address space.
+        let at = region.base().wrapping_add(usize::try_from(range.offset).ok()?);
+        Some((at, usize::try_from(range.bytes).ok()?, handle))
     }
 }
 
@@ -157,7 +173,10 @@ impl RawWorker {
     pub fn register(&self, pool: &Pool) -> Result<Rc<RawMemory>, String> {
         pool.require_host()?;
         let (mapped, keys) = Mapped::new(self.inner.context(), pool)?;
-        Ok(Rc::new(RawMemory { _mapped: Rc::new(mapped), pool: pool.clone(), keys }))
+        let mut registered = mapped.handles().iter().copied();
+        let handles = pool.regions().iter().map(|region| if region.bytes() > 0 { registered.next() } else { None });
+        let handles = handles.collect();
+        Ok(Rc::new(RawMemory { _mapped: mapped, pool: pool.clone(), keys, handles }))
     }
 
     /// One step; false when there was nothing to do.
@@ -182,6 +201,9 @@ impl RawWorker {
         for (operation, status) in self.inner.operations.take_done() {
             self.ended(operation, status, events);
         }
+        events.extend(
+            self.inner.copies.take().iter().map(|batch| self.inner.copied(batch.operation, batch.status.get())),
+        );
     }
 
     fn ended(&self, operation: Operation, status: ucs_status_t, events: &mut Vec<RawEvent>) {
@@ -193,7 +215,7 @@ impl RawWorker {
 
     /// How to wait, once there is nothing to do.
     pub fn wait(&self) -> RawWait<'_> {
-        if !self.inner.inbox.is_empty() || self.inner.operations.has_done() {
+        if !self.inner.inbox.is_empty() || self.inner.operations.has_done() || self.inner.copies.has_done() {
             return RawWait::Busy;
         }
         match (self.inner.arm(), self.inner.descriptor()) {
@@ -207,11 +229,18 @@ impl RawWorker {
 impl Inner {
     fn new(context: &Rc<Context>, settings: &RawSettings) -> Result<Rc<Inner>, String> {
         let inbox = Rc::new(Inbox::new(settings.message_bytes_max));
-        let operations = Operations::new(context.library.request_free()?);
+        let free = context.library.request_free()?;
+        let (operations, copies) = (Operations::new(free), Copies::new(free));
         let (message, argument) = (settings.message, Rc::as_ptr(&inbox).cast());
         // SAFETY: the inbox is what the callback takes, and outlives the handle, which is the first field.
         let handle = unsafe { Handle::new(context, message, Some(on_message), argument)? };
-        Ok(Rc::new(Inner { handle, inbox, operations, message }))
+        Ok(Rc::new(Inner { handle, inbox, operations, copies, message }))
+    }
+
+    /// What is told of the end of copies.
+    pub(super) fn copied(&self, operation: u64, status: ucs_status_t) -> RawEvent {
+        let result = if status == UCS_OK { Ok(()) } else { Err(self.library().words(status)) };
+        RawEvent::Done { operation, result }
     }
 
     /// Has UCX bring an announced message.
