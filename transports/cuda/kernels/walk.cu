@@ -375,7 +375,9 @@ __device__ __forceinline__ void walk(const u8 *payload, u32 rectangles, u32 item
 // it is told are arguments: the places of a plane's pieces, and strides.
 
 // Bytes that a warp moves at a time: four vectors of each lane are under way at once.
+#ifndef SHARE
 #define SHARE 2048u
+#endif
 
 struct EvenSide {
     // Of the first plane; or what is added to the bases in `table`.
@@ -451,7 +453,9 @@ __device__ __forceinline__ void walk_even(const u8 *payload, u32 rectangles) {
 }
 
 // How the host learns that a launch has moved everything, a little before the driver knows that the kernel has ended.
+#ifndef FLAGS
 #define FLAGS 16u
+#endif
 
 struct Done {
     // How many thread blocks have ended; zero between launches.
