@@ -17,6 +17,13 @@ pub struct KnownRun {
     pub bytes: u32,
 }
 
+impl KnownRun {
+    /// Its words from `index` on, as a run of the same place and length.
+    pub fn from_word(self, index: u64) -> KnownRun {
+        KnownRun { state: self.state.wrapping_add(index.wrapping_mul(GOLDEN)), ..self }
+    }
+}
+
 /// Word `index` of what follows from a number.
 pub fn known_word(state: u64, index: u64) -> u64 {
     let word = state.wrapping_add(index.wrapping_mul(GOLDEN));
@@ -180,6 +187,15 @@ mod tests {
         let mut known = KnownBlocks::default();
         known.push(0, 1, 0xdb, runs.iter().copied());
         known
+    }
+
+    #[test]
+    fn a_run_goes_on_where_it_was_cut() {
+        let rest = run(0, 8).from_word(5);
+        assert_eq!((rest.offset, rest.bytes), (0, 8));
+        for index in 0..9 {
+            assert_eq!(known_word(rest.state, index), known_word(7, index + 5));
+        }
     }
 
     #[test]

@@ -40,24 +40,19 @@ static unsigned atomicAdd(unsigned *at, unsigned value) {
 static void __syncthreads() {}
 static void __threadfence() {}
 static void __threadfence_system() {}
-static unsigned long long atomicAdd(unsigned long long *at, unsigned long long value) { return *at += value; }
-static void atomicMin(unsigned long long *at, unsigned long long value) {
-    if (value < *at)
-        *at = value;
-}
 
 #include "walk.cu"
 
-// Runs the walking kernel, and says how many accesses were not aligned as a GPU needs them, and whether its end was not told as it should be.
+// Runs a walking kernel, and says how many accesses were not aligned as a GPU needs them, and whether its end was not told as it should be.
 extern "C" unsigned long long emulate(const unsigned char *payload, unsigned rectangles, unsigned items, unsigned blocks, unsigned warps,
-                                      unsigned argument_bytes) {
+                                      unsigned argument_bytes, bool is_even) {
     misaligned = 0;
     gridDim.x = blocks;
     blockDim.x = warps * 32;
     static Payload<SMALL_BYTES> small;
     static Payload<INLINE_BYTES> argument;
-    unsigned ended = 0, flag = 0;
-    const Done done = {&ended, &flag, 7};
+    unsigned ended = 0, flags[FLAGS + 1] = {};
+    const Done done = {&ended, flags, 7};
     if (argument_bytes == SMALL_BYTES)
         __builtin_memcpy(small.bytes, payload, SMALL_BYTES);
     else if (argument_bytes == INLINE_BYTES)
@@ -65,17 +60,21 @@ extern "C" unsigned long long emulate(const unsigned char *payload, unsigned rec
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) {
             if (argument_bytes == SMALL_BYTES)
-                kvferry_walk_small(small, rectangles, items, done);
+                (is_even ? kvferry_even_small : kvferry_walk_small)(small, rectangles, items, done);
             else if (argument_bytes == INLINE_BYTES)
-                kvferry_walk_inline(argument, rectangles, items, done);
+                (is_even ? kvferry_even_inline : kvferry_walk_inline)(argument, rectangles, items, done);
             else
-                kvferry_walk(payload, rectangles, items, done);
+                (is_even ? kvferry_even : kvferry_walk)(payload, rectangles, items, done);
         }
-    return misaligned + (flag != 7) + ended;
+    const unsigned told = blocks <= FLAGS ? blocks : 1;
+    for (unsigned flag = 0; flag <= FLAGS; flag++)
+        misaligned += flags[flag] != (flag < told ? 7 : 0);
+    return misaligned + ended;
 }
 
-// Runs the kernels of known blocks: writes them where `wrong` is null, else counts bytes that differ.
-extern "C" void emulate_known(const KnownBlock *blocks, const KnownRun *runs, unsigned count, unsigned *wrong, unsigned grid, unsigned warps) {
+// Runs the kernels of known blocks: writes them where `wrong` is null, bits of `flip` the other way round, else counts bytes that differ.
+extern "C" void emulate_known(const KnownBlock *blocks, const KnownRun *runs, unsigned count, unsigned long long flip, unsigned *wrong,
+                              unsigned grid, unsigned warps) {
     gridDim.x = grid;
     blockDim.x = warps * 32;
     for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++)
@@ -83,6 +82,6 @@ extern "C" void emulate_known(const KnownBlock *blocks, const KnownRun *runs, un
             if (wrong)
                 kvferry_count_unknown(blocks, runs, count, wrong);
             else
-                kvferry_write_known(blocks, runs, count);
+                kvferry_write_known(blocks, runs, count, flip);
         }
 }

@@ -369,28 +369,126 @@ __device__ __forceinline__ void walk(const u8 *payload, u32 rectangles, u32 item
     }
 }
 
+// --- Even pieces: whole 16-byte vectors, equally long and, on either side, in the same places of every plane. ---
+//
+// Most programs are nothing else, and what a short launch waits for first is code and tables that are cold. So this walk is short, and what
+// it is told are arguments: the places of a plane's pieces, and strides.
+
+// Bytes that a warp moves at a time: four vectors of each lane are under way at once.
+#ifndef SHARE
+#define SHARE 2048u
+#endif
+
+struct EvenSide {
+    // Of the first plane; or what is added to the bases in `table`.
+    u64 base;
+    // Bytes from plane to plane; or from entry to entry of the table.
+    u64 step;
+    // Bases of planes that do not follow each other evenly; else null.
+    const u8 *table;
+};
+
+// Planes x pieces.
+struct Even {
+    EvenSide source;
+    EvenSide destination;
+    u32 items;
+    // Of a piece.
+    u32 bytes;
+    u32 shares;
+    // Of a plane.
+    u32 pieces;
+    // Word pair of the payload that is the first piece's places.
+    u32 first;
+    // Division by `shares` and by `pieces`: times this, shifted by bits 0 to 7 and 8 to 15 of `shifts`.
+    u32 of_shares;
+    u32 of_pieces;
+    u32 shifts;
+};
+
+// Where a piece lies in its plane, in vectors.
+struct alignas(8) Places {
+    u32 source;
+    u32 destination;
+};
+
+__device__ __forceinline__ u32 quotient(u32 number, u32 factor, u32 shift) { return (u32)((u64)number * factor >> shift); }
+
+__device__ __forceinline__ u64 plane_of(const EvenSide &side, u32 plane) {
+    const u64 at = plane * side.step;
+    return side.base + (side.table ? *(const u64 *)(side.table + at) : at);
+}
+
+__device__ __forceinline__ void even_share(const Even &even, const Places *places, u32 item, u32 lane) {
+    const u32 number = quotient(item, even.of_shares, even.shifts & 255), share = item - number * even.shares;
+    const u32 plane = quotient(number, even.of_pieces, even.shifts >> 8), piece = number - plane * even.pieces;
+    const Places at = places[even.first + piece];
+    const u32 start = share * SHARE + lane * (u32)sizeof(uint4);
+    const u8 *from = (const u8 *)(plane_of(even.source, plane) + at.source * (u64)sizeof(uint4) + start);
+    u8 *to = (u8 *)(plane_of(even.destination, plane) + at.destination * (u64)sizeof(uint4) + start);
+    uint4 held[SHARE / (32 * sizeof(uint4))];
+#pragma unroll
+    for (u32 j = 0; j < SHARE / (32 * sizeof(uint4)); j++)
+        if (start + j * 32 * (u32)sizeof(uint4) < even.bytes)
+            held[j] = load<uint4>(from + j * 32 * sizeof(uint4));
+#pragma unroll
+    for (u32 j = 0; j < SHARE / (32 * sizeof(uint4)); j++)
+        if (start + j * 32 * (u32)sizeof(uint4) < even.bytes)
+            store<uint4>(to + j * 32 * sizeof(uint4), held[j]);
+}
+
+// All warps of the launch take shares in turn, from one rectangle to the next.
+__device__ __forceinline__ void walk_even(const u8 *payload, u32 rectangles) {
+    const Even *evens = (const Even *)payload;
+    const Places *places = (const Places *)(evens + rectangles);
+    const u32 lane = threadIdx.x & 31, warps = gridDim.x * (blockDim.x >> 5);
+    u32 item = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+#pragma unroll 1
+    for (u32 rectangle = 0; rectangle < rectangles; rectangle++) {
+#pragma unroll 1
+        for (; item < evens[rectangle].items; item += warps)
+            even_share(evens[rectangle], places, item, lane);
+        item -= evens[rectangle].items;
+    }
+}
+
 // How the host learns that a launch has moved everything, a little before the driver knows that the kernel has ended.
+#ifndef FLAGS
+#define FLAGS 16u
+#endif
+
 struct Done {
     // How many thread blocks have ended; zero between launches.
     u32 *blocks;
-    // In host memory.
-    u32 *flag;
-    // What the flag becomes.
+    // In host memory: one for every thread block, or, of more than FLAGS, one for all.
+    u32 *flags;
+    // What they become.
     u32 serial;
 };
 
+// Whoever sees it sees everything that this thread knows to be stored, on this GPU or elsewhere.
+__device__ __forceinline__ void tell(u32 *flag, u32 serial) {
+#ifdef KVFERRY_EMULATED
+    *flag = serial;
+#else
+    asm volatile("st.release.sys.u32 [%0], %1;" ::"l"(flag), "r"(serial) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void finish(const Done &done) {
-    // The barrier puts what all threads stored before the fence, and the fence before the flag, for whoever sees it, on this GPU or elsewhere.
-    // Between the blocks of this launch a fence of this GPU's suffices; the last one's counts for all that it has seen.
+    // The barrier puts what all threads stored before what the first one tells.
     __syncthreads();
     if (threadIdx.x != 0)
         return;
+    if (gridDim.x <= FLAGS)
+        return tell(done.flags + blockIdx.x, done.serial);
+    // Between the blocks of this launch a fence of this GPU's suffices; the last one's word counts for all that it has seen.
     __threadfence();
     if (atomicAdd(done.blocks, 1u) + 1 != gridDim.x)
         return;
+    __threadfence();
     *done.blocks = 0;
-    __threadfence_system();
-    *(volatile u32 *)done.flag = done.serial;
+    tell(done.flags, done.serial);
 }
 
 // Small launches bring their payload as an argument, which costs the less the shorter it is.
@@ -411,69 +509,24 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_walk(const u8 *pay
     finish(done);
 }
 
-// --- Verification: blocks whose every byte is known, written and compared where they lie. ---
-
-// A bijection that leaves no bit where it was (the finaliser of SplitMix64).
-__device__ __forceinline__ u64 mix(u64 number) {
-    u64 z = number + 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    kvferry_even_small(const __grid_constant__ Payload<SMALL_BYTES> payload, u32 rectangles, u32, Done done) {
+    walk_even(payload.bytes, rectangles);
+    finish(done);
 }
 
-struct Blocks {
-    const Plane *planes;
-    // What each block is.
-    const u64 *labels;
-    u64 block_bytes;
-    u32 plane_count;
-    u32 block_count;
-};
-
-// Word `word` of a block, little-endian: mix((plane << 48 ^ label mixed) + word).
-__device__ __forceinline__ u64 due(u32 plane, u64 label, u64 word) { return mix(mix((u64)plane << 48 ^ label) + word); }
-
-// Writes every block; the complement of what is due where the label is below `complement_below`.
-extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_fill(Blocks blocks, u64 complement_below) {
-    const u64 words = (blocks.block_bytes + 7) / 8;
-    const u64 total = words * blocks.block_count * blocks.plane_count;
-    for (u64 at = blockIdx.x * (u64)blockDim.x + threadIdx.x; at < total; at += gridDim.x * (u64)blockDim.x) {
-        const u64 word = at % words, row = at / words;
-        const u32 block = (u32)(row % blocks.block_count), plane = (u32)(row / blocks.block_count);
-        const u64 label = blocks.labels[block];
-        u64 value = due(plane, label, word);
-        if (label < complement_below)
-            value = ~value;
-        u8 *to = (u8 *)(blocks.planes[plane].base + block * blocks.planes[plane].stride) + word * 8;
-        const u64 left = blocks.block_bytes - word * 8;
-        if (left >= 8 && !((u64)to & 7))
-            *(u64 *)to = value;
-        else
-            for (u32 byte = 0; byte < 8 && byte < left; byte++)
-                to[byte] = (u8)(value >> 8 * byte);
-    }
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    kvferry_even_inline(const __grid_constant__ Payload<INLINE_BYTES> payload, u32 rectangles, u32, Done done) {
+    walk_even(payload.bytes, rectangles);
+    finish(done);
 }
 
-// Compares every byte of every block; found[0] counts those that differ, found[1] is the first of them: (plane, block, byte) in that order.
-extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_check(Blocks blocks, u64 *found) {
-    const u64 words = (blocks.block_bytes + 7) / 8;
-    const u64 total = words * blocks.block_count * blocks.plane_count;
-    for (u64 at = blockIdx.x * (u64)blockDim.x + threadIdx.x; at < total; at += gridDim.x * (u64)blockDim.x) {
-        const u64 word = at % words, row = at / words;
-        const u32 block = (u32)(row % blocks.block_count), plane = (u32)(row / blocks.block_count);
-        const u64 value = due(plane, blocks.labels[block], word);
-        const u8 *from = (const u8 *)(blocks.planes[plane].base + block * blocks.planes[plane].stride) + word * 8;
-        const u64 left = blocks.block_bytes - word * 8;
-        for (u32 byte = 0; byte < 8 && byte < left; byte++) {
-            if (from[byte] != (u8)(value >> 8 * byte)) {
-                atomicAdd(&found[0], 1ull);
-                atomicMin(&found[1], row * blocks.block_bytes + word * 8 + byte);
-            }
-        }
-    }
+extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_even(const u8 *payload, u32 rectangles, u32, Done done) {
+    walk_even(payload, rectangles);
+    finish(done);
 }
 
-// --- Verification of blocks that consist of runs, each of which follows from a number (kvferry_transport::KnownBlocks). ---
+// --- Verification: blocks that consist of runs, each of which follows from a number (kvferry_transport::KnownBlocks). ---
 
 struct KnownRun {
     u64 state;
@@ -504,13 +557,13 @@ __device__ __forceinline__ u32 differing(u64 word, u64 due) {
     return count;
 }
 
-// One warp's share of a stretch of a block: words that follow from `state`, or `background` throughout.
+// One warp's share of a stretch of a block: words that follow from `state`, or `background` throughout; bits of `flip` the other way round.
 template <bool WRITES>
-__device__ __forceinline__ u32 stretch(u8 *at, u32 bytes, bool is_run, u64 state, u32 background, u32 lane) {
+__device__ __forceinline__ u32 stretch(u8 *at, u32 bytes, bool is_run, u64 state, u32 background, u64 flip, u32 lane) {
     u32 wrong = 0;
     const bool is_aligned = !((u64)at & 7);
     for (u32 word = lane; word * 8ull < bytes; word += 32) {
-        const u64 due = is_run ? known_word(state, word) : background * 0x0101010101010101ull;
+        const u64 due = (is_run ? known_word(state, word) : background * 0x0101010101010101ull) ^ flip;
         u8 *place = at + word * 8ull;
         const u32 left = bytes - word * 8;
         if (is_aligned && left >= 8) {
@@ -533,7 +586,7 @@ __device__ __forceinline__ u32 stretch(u8 *at, u32 bytes, bool is_run, u64 state
 
 // Every thread block takes blocks in turn, every warp of it runs in turn, each with the gap behind it.
 template <bool WRITES>
-__device__ __forceinline__ void known(const KnownBlock *blocks, const KnownRun *runs, u32 count, u32 *wrong) {
+__device__ __forceinline__ void known(const KnownBlock *blocks, const KnownRun *runs, u32 count, u64 flip, u32 *wrong) {
     const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     for (u32 number = blockIdx.x; number < count; number += gridDim.x) {
         const KnownBlock block = blocks[number];
@@ -544,23 +597,24 @@ __device__ __forceinline__ void known(const KnownBlock *blocks, const KnownRun *
             u32 end = 0;
             if (next > 0) {
                 const KnownRun run = runs[block.first + next - 1];
-                found += stretch<WRITES>(base + run.offset, run.bytes, true, run.state, 0, lane);
+                found += stretch<WRITES>(base + run.offset, run.bytes, true, run.state, 0, flip, lane);
                 end = run.offset + run.bytes;
             }
             const u32 until = next < block.count ? runs[block.first + next].offset : block.bytes;
-            found += stretch<WRITES>(base + end, until - end, false, 0, block.background, lane);
+            found += stretch<WRITES>(base + end, until - end, false, 0, block.background, flip, lane);
         }
         if (!WRITES && found)
             atomicAdd(&wrong[number], found);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) kvferry_write_known(const KnownBlock *blocks, const KnownRun *runs, u32 count) {
-    known<true>(blocks, runs, count, 0);
+extern "C" __global__ void __launch_bounds__(256)
+    kvferry_write_known(const KnownBlock *blocks, const KnownRun *runs, u32 count, u64 flip) {
+    known<true>(blocks, runs, count, flip, 0);
 }
 
 // wrong[i] must be zero before, and becomes the number of bytes of block i that are not what they have to be.
 extern "C" __global__ void __launch_bounds__(256)
     kvferry_count_unknown(const KnownBlock *blocks, const KnownRun *runs, u32 count, u32 *wrong) {
-    known<false>(blocks, runs, count, wrong);
+    known<false>(blocks, runs, count, 0, wrong);
 }

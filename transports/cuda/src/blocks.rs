@@ -1,16 +1,12 @@
 //! Known bytes in every block of a pool, written and compared by the GPU itself.
 
-use std::ffi::c_void;
+use kvferry_transport::{DeviceBlock, KnownRun, Pool, known_word, write_known};
 
-use kvferry_transport::Pool;
-
-use crate::buffer::Buffer;
-use crate::driver::{self, Function};
+use crate::known::{self, Task};
 use crate::memory::GpuMemory;
-use crate::planes::Planes;
 
-const BLOCKS: u32 = 1024;
-const THREADS: u32 = 512;
+/// Blocks are taken apart into pieces of this: a warp each.
+const PIECE_BYTES: u64 = 1 << 20;
 
 /// The first byte that is not what it must be, and how many there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,61 +21,50 @@ pub struct Difference {
     pub byte: u64,
 }
 
-/// Writes every block of a pool whose planes are alike: block `b` of plane `p` gets bytes that `p` and `labels[b]` define, the complement of
-/// them where the label is below `complement_below`.
-///
-/// The little-endian word `w` of a block is `mix(mix(p << 48 ^ label) + w)`, `mix` being SplitMix64's next output for a state.
+/// What the bytes of a block with this label follow from, in this plane ([`write_known`]).
+pub fn block_state(plane: u32, label: u64) -> u64 {
+    // Twice the mixer of words: labels are small numbers.
+    known_word(known_word(u64::from(plane) << 48 ^ label, 1), 1)
+}
+
+/// Writes every block of a pool whose planes are alike: block `b` of plane `p` gets what follows from [`block_state`] of `p` and `labels[b]`, each
+/// bit the other way round where the label is below `complement_below`.
 pub fn fill_blocks(pool: &Pool, labels: &[u64], complement_below: u64) -> Result<(), String> {
-    let blocks = Blocks::of(pool, labels)?;
-    let mut below = complement_below;
-    blocks.run(|memory| memory.gpu.fill, (&raw mut below).cast())
+    for is_complement in [false, true] {
+        let pieces = Pieces::of(pool, labels, |label| (label < complement_below) == is_complement)?;
+        pieces.run(if is_complement { Task::WriteComplement } else { Task::Write })?;
+    }
+    Ok(())
 }
 
 /// Compares every byte of every block with what [`fill_blocks`] writes, without complements.
 pub fn check_blocks(pool: &Pool, labels: &[u64]) -> Result<Option<Difference>, String> {
-    let blocks = Blocks::of(pool, labels)?;
-    let found = Buffer::new(&blocks.memory.gpu, 16)?;
-    let start: Vec<u8> = [0u64, u64::MAX].iter().flat_map(|word| word.to_le_bytes()).collect();
-    found.upload(&start)?;
-    let mut address = found.address();
-    blocks.run(|memory| memory.gpu.check, (&raw mut address).cast())?;
-    let mut words = [0; 16];
-    found.download(&mut words)?;
-    let (count, first) = words.split_at(8);
-    let word = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |word, byte| word << 8 | u64::from(*byte));
-    let (bytes, first) = (word(count), word(first));
-    let (row, size) = (first / blocks.block_bytes.max(1), u64::from(blocks.blocks).max(1));
-    let difference = Difference {
-        bytes,
-        plane: (row / size) as u32,
-        block: (row % size) as u32,
-        byte: first % blocks.block_bytes.max(1),
+    let pieces = Pieces::of(pool, labels, |_| true)?;
+    let counts = pieces.run(Task::Count)?;
+    let bytes: u64 = counts.iter().map(|count| u64::from(*count)).sum();
+    let Some(first) = counts.iter().position(|count| *count > 0) else { return Ok(None) };
+    let (Some((plane, block, start)), Some(run)) = (pieces.places.get(first).copied(), pieces.runs.get(first)) else {
+        return Err("more counts than pieces".to_owned());
     };
-    Ok((bytes > 0).then_some(difference))
+    let mut due = vec![0; run.bytes as usize];
+    let mut found = due.clone();
+    write_known(&mut due, run.state);
+    pool.read(plane, block, start, &mut found).map_err(|error| error.to_string())?;
+    let at = due.iter().zip(&found).position(|(due, found)| due != found).unwrap_or(0);
+    Ok(Some(Difference { bytes, plane, block, byte: start + at as u64 }))
 }
 
-/// A pool as both kernels see it.
-struct Blocks<'a> {
+/// Blocks of a pool as the kernels take them, one run each.
+struct Pieces<'a> {
     memory: &'a GpuMemory,
-    planes: Planes,
-    labels: Buffer,
-    block_bytes: u64,
-    plane_count: u32,
-    blocks: u32,
+    /// Plane, block, and byte of it.
+    places: Vec<(u32, u32, u64)>,
+    blocks: Vec<DeviceBlock>,
+    runs: Vec<KnownRun>,
 }
 
-/// As in `walk.cu`.
-#[repr(C)]
-struct Arguments {
-    planes: u64,
-    labels: u64,
-    block_bytes: u64,
-    plane_count: u32,
-    blocks: u32,
-}
-
-impl<'a> Blocks<'a> {
-    fn of(pool: &'a Pool, labels: &[u64]) -> Result<Blocks<'a>, String> {
+impl<'a> Pieces<'a> {
+    fn of(pool: &'a Pool, labels: &[u64], is_meant: impl Fn(u64) -> bool) -> Result<Pieces<'a>, String> {
         let memory = GpuMemory::of(pool).ok_or("the pool is not on a GPU")?;
         let layout = pool.layout();
         let first = layout.planes.first().ok_or("the pool has no planes")?;
@@ -87,38 +72,30 @@ impl<'a> Blocks<'a> {
         if !alike || labels.len() != first.blocks as usize {
             return Err("the pool's planes differ, or there is not one label per block".to_owned());
         }
-        let bases: Vec<u64> = pool.device_regions().iter().map(|region| region.address).collect();
-        let words: Vec<u8> = labels.iter().flat_map(|label| label.to_le_bytes()).collect();
-        let buffer = Buffer::new(&memory.gpu, words.len())?;
-        buffer.upload(&words)?;
-        Ok(Blocks {
-            memory,
-            planes: Planes::new(&memory.gpu, layout, &bases)?,
-            labels: buffer,
-            block_bytes: first.block_bytes,
-            plane_count: layout.planes.len() as u32,
-            blocks: first.blocks,
-        })
+        let mut pieces = Pieces { memory, places: Vec::new(), blocks: Vec::new(), runs: Vec::new() };
+        for (plane, of) in (0..).zip(&layout.planes) {
+            let region = pool.device_regions().get(of.region as usize).ok_or("a plane is in no region")?;
+            for (block, label) in (0..).zip(labels).filter(|(_, label)| is_meant(**label)) {
+                let state = block_state(plane, *label);
+                let address = region.address + of.offset + u64::from(block) * of.block_stride;
+                for start in (0..of.block_bytes).step_by(PIECE_BYTES as usize) {
+                    let bytes = PIECE_BYTES.min(of.block_bytes - start) as u32;
+                    let first = pieces.runs.len() as u32;
+                    let address = address + start;
+                    pieces.blocks.push(DeviceBlock { address, bytes, first, count: 1, background: 0 });
+                    pieces.runs.push(KnownRun { state, offset: 0, bytes }.from_word(start / 8));
+                    pieces.places.push((plane, block, start));
+                }
+            }
+        }
+        Ok(pieces)
     }
 
-    /// Runs one of the kernels and waits for it. `last` points to its second argument, a 64-bit word.
-    fn run(&self, function: impl Fn(&GpuMemory) -> Function, last: *mut c_void) -> Result<(), String> {
-        self.memory.gpu.enter()?;
-        let mut arguments = Arguments {
-            planes: self.planes.address(),
-            labels: self.labels.address(),
-            block_bytes: self.block_bytes,
-            plane_count: self.plane_count,
-            blocks: self.blocks,
-        };
-        let stream = driver::create_stream()?;
-        let mut parameters = [(&raw mut arguments).cast(), last];
-        // SAFETY: the parameters are the kernel's; what it touches, the pool's planes and the buffers, is held here until it has ended.
-        let ran = unsafe {
-            let ran = driver::launch(function(self.memory), BLOCKS, THREADS, stream, &mut parameters)
-                .and_then(|()| driver::synchronize(stream));
-            driver::destroy_stream(stream).and(ran)
-        };
-        Ok(ran?)
+    fn run(&self, task: Task) -> Result<Vec<u32>, String> {
+        if self.blocks.is_empty() {
+            return Ok(Vec::new());
+        }
+        // Every piece lies in its block, which the pool's layout has in its region.
+        known::run(self.memory, task, &self.blocks, &self.runs)
     }
 }

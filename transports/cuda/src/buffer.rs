@@ -41,20 +41,6 @@ impl Buffer {
         };
         Ok(copied?)
     }
-
-    /// Copies its start out.
-    pub(crate) fn download(&self, bytes: &mut [u8]) -> Result<(), String> {
-        self.gpu.enter()?;
-        let stream = driver::create_stream()?;
-        // SAFETY: as in `upload`, the other way round.
-        let copied = unsafe {
-            let length = bytes.len().min(self.bytes);
-            let copied = driver::download(bytes.as_mut_ptr(), self.address, length, stream)
-                .and_then(|()| driver::synchronize(stream));
-            driver::destroy_stream(stream).and(copied)
-        };
-        Ok(copied?)
-    }
 }
 
 impl Drop for Buffer {
@@ -98,26 +84,39 @@ impl HostBuffer {
     }
 }
 
-/// A word in page-locked host memory that the GPU writes.
-pub(crate) struct Flag(HostBuffer);
+/// Words in page-locked host memory that the GPU writes.
+pub(crate) struct Flags(HostBuffer);
 
-impl Flag {
-    /// It is zero.
-    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Flag, String> {
-        let mut buffer = HostBuffer::new(gpu, size_of::<u32>())?;
-        buffer.write(&[0; size_of::<u32>()]);
-        Ok(Flag(buffer))
+/// As many as a launch has thread blocks that tell their ends themselves, as in `walk.cu`: a line of the processor's cache.
+pub(crate) const FLAGS: u32 = 16;
+
+impl Flags {
+    /// They are zero.
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Flags, String> {
+        let mut flags = Flags(HostBuffer::new(gpu, size_of::<[u32; FLAGS as usize]>())?);
+        flags.clear();
+        Ok(flags)
     }
 
-    /// Where it is, here and for kernels alike (unified addressing).
+    /// Makes them zero. The caller has waited for every earlier use by the GPU.
+    pub(crate) fn clear(&mut self) {
+        self.0.write(&[0; size_of::<[u32; FLAGS as usize]>()]);
+    }
+
+    /// Where they are, here and for kernels alike (unified addressing).
     pub(crate) fn address(&self) -> u64 {
         self.0.base as u64
     }
 
-    /// What it is. Whatever the GPU wrote before it is visible to this process's later work, wherever that runs.
-    pub(crate) fn load(&self) -> u32 {
-        // SAFETY: the buffer is that long, page-aligned and lives as long as this; the GPU writes the word as a whole, nobody else does.
-        unsafe { AtomicU32::from_ptr(self.0.base.cast()) }.load(Ordering::Acquire)
+    /// Whether the first `count` of them are `value`. Then whatever the GPU wrote before them is visible to this process's later work, wherever
+    /// that runs.
+    pub(crate) fn are(&self, count: u32, value: u32) -> bool {
+        let base = self.0.base.cast::<u32>();
+        (0..count.min(FLAGS) as usize).all(|index| {
+            // SAFETY: the buffer has FLAGS words, is page-aligned and lives as long as this; the GPU writes a word as a whole, nobody else does
+            // while it runs.
+            unsafe { AtomicU32::from_ptr(base.add(index)) }.load(Ordering::Acquire) == value
+        })
     }
 }
 

@@ -9,6 +9,7 @@ use kvferry_core::{Program, UnitRange};
 use kvferry_local::{Copying, Step};
 use kvferry_transport::{Pool, TransferError, first_part};
 
+use crate::even::lower_even;
 use crate::event::GpuEvent;
 use crate::launch::{Launch, Launcher};
 use crate::planes::Planes;
@@ -108,10 +109,13 @@ impl Kernels {
 
     /// Starts the next part, and returns its bytes.
     fn start(&mut self, budget: u64) -> Result<u64, TransferError> {
-        let planes = [self.source.planes.address(), self.destination.address()];
+        let planes = [&self.source.planes, &*self.destination];
         let (mut part, mut bytes) = first_part(&self.program, self.range, self.left, budget);
         let payload = loop {
-            match lower(&self.program, part, planes) {
+            if let Some(payload) = lower_even(&self.program, part, planes.map(Planes::table)) {
+                break payload;
+            }
+            match lower(&self.program, part, planes.map(Planes::address)) {
                 Ok(payload) => break payload,
                 Err(LowerError::TooMany) if part.units() > 1 => {
                     part.end = part.start + part.units() / 2;

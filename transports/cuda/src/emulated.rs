@@ -9,12 +9,14 @@ use kvferry_transport::conformance::absent;
 use kvferry_transport::{DeviceBlock, KnownRun, write_known};
 use proptest::prelude::*;
 
+use crate::even::{EVEN_BYTES, lower_even};
 use crate::launch::{INLINE_BYTES, SMALL_BYTES};
-use crate::rectangle::{Payload, lower};
+use crate::planes::PlaneTable;
+use crate::rectangle::{Payload, Walk, lower};
 
-pub(crate) type Emulate = unsafe extern "C" fn(*const u8, c_uint, c_uint, c_uint, c_uint, c_uint) -> c_ulonglong;
+pub(crate) type Emulate = unsafe extern "C" fn(*const u8, c_uint, c_uint, c_uint, c_uint, c_uint, bool) -> c_ulonglong;
 pub(crate) type EmulateKnown =
-    unsafe extern "C" fn(*const DeviceBlock, *const KnownRun, c_uint, *mut c_uint, c_uint, c_uint);
+    unsafe extern "C" fn(*const DeviceBlock, *const KnownRun, c_uint, c_ulonglong, *mut c_uint, c_uint, c_uint);
 
 /// The kernels as functions of the processor; `None` where there is no C++ compiler.
 pub(crate) fn kernel() -> Option<&'static Mutex<(Emulate, EmulateKnown)>> {
@@ -52,7 +54,7 @@ pub(crate) fn kernel() -> Option<&'static Mutex<(Emulate, EmulateKnown)>> {
 pub(crate) struct Memory {
     bytes: Vec<u8>,
     base: u64,
-    pub(crate) planes: Vec<u64>,
+    pub(crate) planes: Vec<[u64; 2]>,
 }
 
 impl Memory {
@@ -62,8 +64,12 @@ impl Memory {
         let start = bytes.as_ptr().align_offset(32) + shift;
         bytes.iter_mut().skip(start).take(length).enumerate().for_each(|(at, byte)| *byte = fill(at));
         let base = bytes.as_ptr() as u64 + start as u64;
-        let planes = layout.planes.iter().flat_map(|plane| [base + plane.offset, plane.block_stride]).collect();
+        let planes = layout.planes.iter().map(|plane| [base + plane.offset, plane.block_stride]).collect();
         Memory { bytes, base, planes }
+    }
+
+    fn table(&self) -> PlaneTable<'_> {
+        PlaneTable { address: self.planes.as_ptr() as u64, entries: &self.planes }
     }
 
     pub(crate) fn region(&self, layout: &PoolLayout) -> &[u8] {
@@ -85,8 +91,9 @@ pub(crate) fn run(payload: &Payload, blocks: u32, warps: u32) -> u64 {
     let argument = [SMALL_BYTES, INLINE_BYTES].into_iter().find(|room| payload.bytes.len() <= *room).unwrap_or(0);
     // Nothing in it is poisoned by a panic: it is code.
     let emulate = kernel.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let is_even = payload.walk == Walk::Even;
     // SAFETY: the payload was lowered from a valid program over the memories that its plane tables name, which the caller holds.
-    unsafe { emulate.0(words.as_ptr().cast(), rectangles, items, blocks, warps, argument as c_uint) }
+    unsafe { emulate.0(words.as_ptr().cast(), rectangles, items, blocks, warps, argument as c_uint, is_even) }
 }
 
 #[derive(Clone, Debug)]
@@ -100,6 +107,8 @@ struct SideSpec {
     gaps: [u64; 3],
     seed: u64,
     shift: usize,
+    /// More and more room between planes: they do not follow each other evenly.
+    spread: u64,
 }
 
 fn side() -> impl Strategy<Value = SideSpec> {
@@ -117,6 +126,7 @@ fn side() -> impl Strategy<Value = SideSpec> {
             gaps,
             seed,
             shift,
+            spread: 0,
         },
     )
 }
@@ -158,9 +168,10 @@ fn build(spec: &SideSpec, planes: u32, tokens: (u64, u64), heads: u32, run: u32)
     };
     let plane_bytes = block_bytes * u64::from(pool);
     let total = u64::from(spec.plane + (planes - 1) * spec.plane_step + 1);
+    let offset = |index| index * plane_bytes + index * index * spec.spread;
     let plane =
-        |index| Plane { region: 0, offset: index * plane_bytes, blocks: pool, block_stride: block_bytes, block_bytes };
-    let layout = PoolLayout { regions: vec![total * plane_bytes], planes: (0..total).map(plane).collect() };
+        |index| Plane { region: 0, offset: offset(index), blocks: pool, block_stride: block_bytes, block_bytes };
+    let layout = PoolLayout { regions: vec![offset(total)], planes: (0..total).map(plane).collect() };
     (side, ids.into(), layout)
 }
 
@@ -182,27 +193,73 @@ pub(crate) fn case() -> impl Strategy<Value = Case> {
     )
 }
 
-/// Copies a range by the kernel and by the definition, and compares every byte of the destination.
-fn compare(case: &Case, range: UnitRange, (blocks, warps): (u32, u32)) {
+/// Copies a range by a kernel and by the definition, and compares every byte of the destination. `false` if that kernel does not take it.
+fn compare(walk: Walk, case: &Case, range: UnitRange, (blocks, warps): (u32, u32)) -> bool {
     let Case { program, layouts: [from, to], shifts } = case;
     program.validate(End::Source, from).unwrap();
     program.validate(End::Destination, to).unwrap();
     let source = Memory::new(from, shifts[0], |at| (at as u32).wrapping_mul(2_654_435_761) as u8 ^ (at >> 9) as u8);
     let destination = Memory::new(to, shifts[1], |_| 0xee);
+    let tables = [source.table(), destination.table()];
+    let payload = match walk {
+        Walk::Tokens => lower(program, range, tables.map(|table| table.address)).unwrap(),
+        Walk::Even => match lower_even(program, range, tables) {
+            Some(payload) => payload,
+            None => return false,
+        },
+    };
     let mut due = destination.region(to).to_vec();
     for copy in program.copies(range, from, to) {
         let (at, bytes) = (copy.source.offset as usize, copy.bytes as usize);
         let place = copy.destination.offset as usize;
         due[place..place + bytes].copy_from_slice(&source.region(from)[at..at + bytes]);
     }
-    let planes = [source.planes.as_ptr() as u64, destination.planes.as_ptr() as u64];
-    let payload = lower(program, range, planes).unwrap();
     assert_eq!(run(&payload, blocks, warps), 0, "accesses that a GPU refuses");
     if kernel().is_some() {
         let moved = destination.region(to);
         let wrong = moved.iter().zip(&due).position(|(is, due)| is != due);
         assert_eq!(wrong, None, "first wrong byte; {payload:?}");
     }
+    true
+}
+
+/// Programs whose pieces are even, but for blocks that are taken in part.
+fn even_case() -> impl Strategy<Value = Case> {
+    let runs = prop::sample::select(vec![16u32, 48, 256, 1024, 2048, 2064, 4096, 6160]);
+    let spreads = prop::array::uniform2(prop::sample::select(vec![0u64, 0, 16, 48]));
+    let blocks = prop::sample::select(vec![1u32, 2, 3, 4, 8, 16, 24, 64]);
+    let pitch = prop::sample::select(vec![0u64, 16, 80]);
+    (side(), side(), spreads, pitch, (1u32..4, 1u32..5, blocks), (0u64..90, 0u64..200), runs).prop_map(
+        |(from, to, spreads, pitch, (planes, heads, same), (start, length), run)| {
+            let end = start + if run > 500 { length / 8 } else { length };
+            // Heads that lie apart are even only in whole blocks, of the same size on both sides.
+            let head_major = from.head_major && heads > 1;
+            let (start, end, block) = if head_major {
+                let whole = |token: u64| token / u64::from(same) * u64::from(same);
+                (whole(start), whole(end), Some(same))
+            } else {
+                (start, end, None)
+            };
+            let spec = |side: &SideSpec, spread| SideSpec {
+                block_tokens: block.unwrap_or(side.block_tokens),
+                cp: 1,
+                cp_rank: 0,
+                head_major,
+                gaps: [0, 0, pitch],
+                shift: side.shift / 4 * 16,
+                spread,
+                ..side.clone()
+            };
+            let (from, to) = (spec(&from, spreads[0]), spec(&to, spreads[1]));
+            let shifts = [from.shift, to.shift];
+            let (source, sources, source_layout) = build(&from, planes, (start, end), heads, run);
+            let (destination, destinations, destination_layout) = build(&to, planes, (start, end), heads, run);
+            let segment = Segment { source, destination, planes, start, end, heads, run_bytes: run };
+            let (sources, destinations) = (vec![Some(sources)], vec![Some(destinations)]);
+            let program = Program { segments: vec![segment], sources, destinations };
+            Case { program, layouts: [source_layout, destination_layout], shifts }
+        },
+    )
 }
 
 proptest! {
@@ -216,8 +273,22 @@ proptest! {
     ) {
         let units = case.program.units() as usize + 1;
         let (a, b) = (cut.0.index(units) as u64, cut.1.index(units) as u64);
-        compare(&case, case.program.whole(), grid);
-        compare(&case, UnitRange { start: a.min(b), end: a.max(b) }, grid);
+        for walk in [Walk::Tokens, Walk::Even] {
+            compare(walk, &case, case.program.whole(), grid);
+            compare(walk, &case, UnitRange { start: a.min(b), end: a.max(b) }, grid);
+        }
+    }
+
+    #[test]
+    fn the_short_kernel_moves_what_is_even(
+        case in even_case(),
+        cut in (any::<prop::sample::Index>(), any::<prop::sample::Index>()),
+        grid in (1u32..20, 1u32..5),
+    ) {
+        prop_assert!(compare(Walk::Even, &case, case.program.whole(), grid), "even, but not lowered");
+        let units = case.program.units() as usize + 1;
+        let (a, b) = (cut.0.index(units) as u64, cut.1.index(units) as u64);
+        compare(Walk::Even, &case, UnitRange { start: a.min(b), end: a.max(b) }, grid);
     }
 
     #[test]
@@ -230,7 +301,7 @@ proptest! {
             let (at, bytes, place) = (copy.source.offset as usize, copy.bytes as usize, copy.destination.offset as usize);
             due[place..place + bytes].copy_from_slice(&source.region(from)[at..at + bytes]);
         }
-        let planes = [source.planes.as_ptr() as u64, destination.planes.as_ptr() as u64];
+        let planes = [source.table().address, destination.table().address];
         for range in program.split(parts) {
             prop_assert_eq!(run(&lower(program, range, planes).unwrap(), 2, 2), 0);
         }
@@ -242,20 +313,9 @@ proptest! {
 
 #[test]
 fn several_segments_share_their_tables() {
-    let spec = |block_tokens, seed| SideSpec {
-        block_tokens,
-        cp: 1,
-        cp_rank: 0,
-        plane: 0,
-        plane_step: 2,
-        head_major: false,
-        gaps: [0; 3],
-        seed,
-        shift: 0,
-    };
     let (tokens, heads, run) = ((0, 1000), 2, 128);
-    let (source, sources, from) = build(&spec(16, 3), 5, tokens, heads, run);
-    let (destination, destinations, to) = build(&spec(64, 9), 5, tokens, heads, run);
+    let (source, sources, from) = build(&plain_side(16, 3), 5, tokens, heads, run);
+    let (destination, destinations, to) = build(&plain_side(64, 9), 5, tokens, heads, run);
     let segment = Segment { source, destination, planes: 5, start: 0, end: 1000, heads, run_bytes: run };
     // The layouts have nine planes: 0, 2 .. 8 for K, and 1, 3, 5, 7 for V.
     let other = Segment {
@@ -272,9 +332,79 @@ fn several_segments_share_their_tables() {
     assert_eq!(payload.bytes.len(), 2 * 160 + 4 * (63 + 16), "each table is there once");
     let case = Case { program, layouts: [from, to], shifts: [0, 0] };
     for part in case.program.split(7) {
-        compare(&case, part, (3, 4));
+        compare(Walk::Tokens, &case, part, (3, 4));
+        assert!(compare(Walk::Even, &case, part, (3, 4)));
     }
-    compare(&case, case.program.whole(), (1, 1));
+    compare(Walk::Tokens, &case, case.program.whole(), (1, 1));
+}
+
+fn plain_side(block_tokens: u32, seed: u64) -> SideSpec {
+    SideSpec {
+        block_tokens,
+        cp: 1,
+        cp_rank: 0,
+        plane: 0,
+        plane_step: 2,
+        head_major: false,
+        gaps: [0; 3],
+        seed,
+        shift: 0,
+        spread: 0,
+    }
+}
+
+/// Two tensors with planes in turn, the same tokens of each.
+fn twins(blocks: [u32; 2], tokens: u64) -> Case {
+    let (heads, run) = (2, 128);
+    let (source, sources, from) = build(&plain_side(blocks[0], 3), 5, (0, tokens), heads, run);
+    let (destination, destinations, to) = build(&plain_side(blocks[1], 9), 5, (0, tokens), heads, run);
+    let first = Segment { source, destination, planes: 5, start: 0, end: tokens, heads, run_bytes: run };
+    let (source, destination) = (Side { plane: 1, ..source }, Side { plane: 1, ..destination });
+    let second = Segment { source, destination, planes: 4, ..first };
+    let (sources, destinations) = (vec![Some(sources)], vec![Some(destinations)]);
+    let program = Program { segments: vec![first, second], sources, destinations };
+    Case { program, layouts: [from, to], shifts: [0, 0] }
+}
+
+#[test]
+fn tensors_that_differ_in_planes_share_their_places() {
+    // Whole blocks; and one in part, of which there is a rectangle more each.
+    for (tokens, rectangles, places) in [(992, 2, 62), (1000, 4, 63)] {
+        let case = twins([16, 64], tokens);
+        let table = |layout| Memory::new(layout, 0, |_| 0);
+        let memories = [table(&case.layouts[0]), table(&case.layouts[1])];
+        let payload =
+            lower_even(&case.program, case.program.whole(), [memories[0].table(), memories[1].table()]).unwrap();
+        assert_eq!(
+            (payload.rectangles, payload.bytes.len()),
+            (rectangles, rectangles as usize * EVEN_BYTES + 8 * places)
+        );
+        assert_eq!(payload.pieces, 9 * places as u64);
+        assert!(compare(Walk::Even, &case, case.program.whole(), (3, 4)));
+    }
+}
+
+#[test]
+fn many_places_come_in_memory_of_their_own() {
+    let case = twins([1, 1], INLINE_BYTES as u64 / 8 + 1);
+    assert!(compare(Walk::Even, &case, case.program.whole(), (17, 3)));
+}
+
+#[test]
+fn what_is_not_even_is_left_to_the_general_kernel() {
+    let even = twins([16, 64], 992);
+    let is_taken = |case: &Case| compare(Walk::Even, case, case.program.whole(), (2, 2));
+    assert!(is_taken(&even));
+    // Odd addresses, runs or heads that lie apart, blocks dealt out among ranks.
+    assert!(!is_taken(&Case { shifts: [8, 0], ..even.clone() }));
+    let with = |change: fn(&mut Segment)| {
+        let mut case = even.clone();
+        case.program.segments.iter_mut().for_each(change);
+        case
+    };
+    assert!(!is_taken(&with(|segment| segment.run_bytes = 120)));
+    assert!(!is_taken(&with(|segment| segment.heads = 1)));
+    assert!(!is_taken(&with(|segment| segment.source.cp = 2)));
 }
 
 /// Blocks of a buffer that is aligned to words, and what they are to hold: (offset of the block, bytes, runs).
@@ -323,18 +453,23 @@ proptest! {
             runs.extend(own);
         }
         let mut wrong = vec![0; blocks.len()];
-        let call = |wrong: *mut c_uint| {
+        let call = |flip, wrong: *mut c_uint| {
             // SAFETY: every block lies in `memory`, every run in its block; there is a count for each.
-            unsafe { emulate(blocks.as_ptr(), runs.as_ptr(), blocks.len() as u32, wrong, grid.0, grid.1) }
+            unsafe { emulate(blocks.as_ptr(), runs.as_ptr(), blocks.len() as u32, flip, wrong, grid.0, grid.1) }
         };
-        call(std::ptr::null_mut());
-        call(wrong.as_mut_ptr());
+        let lengths: Vec<u32> = case.iter().map(|(_, bytes, _)| *bytes).collect();
+        call(u64::MAX, std::ptr::null_mut());
+        call(0, wrong.as_mut_ptr());
+        prop_assert_eq!(&wrong, &lengths, "every byte of the complement is wrong");
+        wrong.fill(0);
+        call(0, std::ptr::null_mut());
+        call(0, wrong.as_mut_ptr());
         prop_assert!(wrong.iter().all(|count| *count == 0));
         let bytes = |memory: &[u64]| memory.iter().flat_map(|word| word.to_le_bytes()).take(length).collect::<Vec<u8>>();
         prop_assert!(bytes(&memory) == due);
         let at = changed.index(length);
         memory[at / 8] ^= 0x80 << (at % 8 * 8);
-        call(wrong.as_mut_ptr());
+        call(0, wrong.as_mut_ptr());
         let inside = |(start, bytes, _): &(usize, u32, Vec<KnownRun>)| u32::from((*start..start + *bytes as usize).contains(&at));
         prop_assert_eq!(wrong, case.iter().map(inside).collect::<Vec<u32>>());
     }

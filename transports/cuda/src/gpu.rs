@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::driver::{self, Attribute, Context, CudaError, DeviceHandle, Function, HandleKind, Module, driver};
-use crate::ptx;
+use crate::{fabric, ptx};
 
 /// A GPU, its primary context (the one that PyTorch and the runtime API use too) and the kernels in it.
 pub(crate) struct Gpu {
@@ -16,11 +16,8 @@ pub(crate) struct Gpu {
     pub(crate) driver_version: i32,
     /// Physical memory that handles can stand for; an error says why there is none.
     pub(crate) physical: Result<PhysicalMemory, String>,
-    pub(crate) walk: Function,
-    pub(crate) walk_inline: Function,
-    pub(crate) walk_small: Function,
-    pub(crate) fill: Function,
-    pub(crate) check: Function,
+    pub(crate) walk: Walks,
+    pub(crate) even: Walks,
     pub(crate) write_known: Function,
     pub(crate) count_unknown: Function,
     device: DeviceHandle,
@@ -32,6 +29,27 @@ pub(crate) struct Gpu {
 unsafe impl Send for Gpu {}
 // SAFETY: nothing in it changes after construction.
 unsafe impl Sync for Gpu {}
+
+/// A kernel, by how its payload comes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Walks {
+    /// As a short argument.
+    pub(crate) small: Function,
+    /// As a longer one.
+    pub(crate) inline: Function,
+    /// In GPU memory.
+    pub(crate) uploaded: Function,
+}
+
+impl Walks {
+    /// # Safety
+    /// The module is loaded.
+    unsafe fn of(module: Module, [small, inline, uploaded]: [&str; 3]) -> Result<Walks, CudaError> {
+        // SAFETY: the caller's promise.
+        let function = |name| unsafe { driver::function(module, name) };
+        Ok(Walks { small: function(small)?, inline: function(inline)?, uploaded: function(uploaded)? })
+    }
+}
 
 /// What a GPU's physical memory can be shared by.
 #[derive(Clone, Debug)]
@@ -68,7 +86,7 @@ impl PhysicalMemory {
                 Ok(granularity) => {
                     return Ok(PhysicalMemory { kind: HandleKind::Fabric, granularity, no_fabric: None });
                 }
-                Err(error) => format!("{error}; is there an IMEX channel (/dev/nvidia-caps-imex-channels)?"),
+                Err(error) => fabric::refusal(&error),
             }
         } else {
             "the device does not support them".to_owned()
@@ -162,11 +180,8 @@ impl Gpu {
             uuid,
             driver_version: driver.version,
             physical,
-            walk: null,
-            walk_inline: null,
-            walk_small: null,
-            fill: null,
-            check: null,
+            walk: Walks { small: null, inline: null, uploaded: null },
+            even: Walks { small: null, inline: null, uploaded: null },
             write_known: null,
             count_unknown: null,
             device,
@@ -175,11 +190,8 @@ impl Gpu {
         };
         // SAFETY: the module is loaded for as long as `gpu` lives.
         unsafe {
-            gpu.walk = driver::function(module, ptx::WALK)?;
-            gpu.walk_inline = driver::function(module, ptx::WALK_INLINE)?;
-            gpu.walk_small = driver::function(module, ptx::WALK_SMALL)?;
-            gpu.fill = driver::function(module, ptx::FILL)?;
-            gpu.check = driver::function(module, ptx::CHECK)?;
+            gpu.walk = Walks::of(module, [ptx::WALK_SMALL, ptx::WALK_INLINE, ptx::WALK])?;
+            gpu.even = Walks::of(module, [ptx::EVEN_SMALL, ptx::EVEN_INLINE, ptx::EVEN])?;
             gpu.write_known = driver::function(module, ptx::WRITE_KNOWN)?;
             gpu.count_unknown = driver::function(module, ptx::COUNT_UNKNOWN)?;
         }

@@ -1,5 +1,6 @@
 //! Blocks whose bytes are known, written and compared where they lie.
 
+use std::ffi::c_void;
 use std::sync::PoisonError;
 
 use kvferry_transport::{DeviceBlock, KnownRun};
@@ -18,10 +19,12 @@ const STEP_BYTES: usize = 1 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Task {
     Write,
+    /// Every bit the other way round.
+    WriteComplement,
     Count,
 }
 
-/// Runs a kernel over blocks, and returns how many bytes of each differ; nothing for [`Task::Write`]. The caller has checked every block against
+/// Runs a kernel over blocks, and returns how many bytes of each differ; nothing for tasks that write. The caller has checked every block against
 /// the pool, and every run against its block.
 pub(crate) fn run(
     memory: &GpuMemory,
@@ -42,30 +45,21 @@ pub(crate) fn run(
     let mut addresses = [0, size_of_val(blocks), counts_at].map(|offset| buffer.address() + offset as u64);
     let [blocks_at, runs_at, wrong_at] = &mut addresses;
     let wrong = *wrong_at;
-    let mut parameters = [
-        (&raw mut *blocks_at).cast(),
-        (&raw mut *runs_at).cast(),
-        (&raw mut count).cast(),
-        (&raw mut *wrong_at).cast(),
-    ];
+    let mut flip = if task == Task::WriteComplement { u64::MAX } else { 0 };
+    let last = if task == Task::Count { (&raw mut *wrong_at).cast() } else { (&raw mut flip).cast() };
+    let mut parameters =
+        [(&raw mut *blocks_at).cast(), (&raw mut *runs_at).cast(), (&raw mut count).cast::<c_void>(), last];
     let grid = blocks.len().clamp(1, GRID_MAX) as u32;
     let mut counts = vec![0u8; if task == Task::Count { 4 * blocks.len() } else { 0 }];
-    // SAFETY: the buffer has room for all of it, and is used by nobody else while it is locked; parameters are the kernels' (the last is more than
-    // writing takes); blocks lie in the pool, whose memory this is, and runs in their blocks, as the caller has checked. Everything is waited for
+    // SAFETY: the buffer has room for all of it, and is used by nobody else while it is locked; parameters are the kernels'; blocks lie in the pool, whose memory this is, and runs in their blocks, as the caller has checked. Everything is waited for
     // before anything of it goes.
     let ran = unsafe {
         let stream = memory.stream;
         let uploaded = driver::upload(buffer.address(), words.as_ptr(), words.len(), stream);
         let ran = match task {
-            Task::Write => uploaded.and_then(|()| {
-                driver::launch(
-                    memory.gpu.write_known,
-                    grid,
-                    THREADS,
-                    stream,
-                    parameters.get_mut(..3).unwrap_or_default(),
-                )
-            }),
+            Task::Write | Task::WriteComplement => {
+                uploaded.and_then(|()| driver::launch(memory.gpu.write_known, grid, THREADS, stream, &mut parameters))
+            }
             Task::Count => uploaded
                 .and_then(|()| driver::set(wrong, 0, counts.len(), stream))
                 .and_then(|()| driver::launch(memory.gpu.count_unknown, grid, THREADS, stream, &mut parameters))

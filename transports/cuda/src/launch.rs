@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use crate::buffer::{Buffer, Flag, HostBuffer};
+use crate::buffer::{Buffer, FLAGS, Flags, HostBuffer};
 use crate::driver::{self, CudaError, EventHandle, Stream};
 use crate::event::GpuEvent;
 use crate::gpu::Gpu;
-use crate::rectangle::{Payload, RECTANGLE_BYTES};
+use crate::rectangle::{Payload, RECTANGLE_BYTES, Walk};
 
 /// Bytes of a payload that travels as a kernel's argument, as in `walk.cu`.
 pub(crate) const INLINE_BYTES: usize = 3840;
@@ -53,8 +53,9 @@ struct Slot {
     start: Option<EventHandle>,
     /// How many thread blocks have ended; the kernel's own business.
     ended: Buffer,
-    /// Becomes `serial` when everything is moved.
-    flag: Flag,
+    /// The first `told` become `serial` when everything is moved.
+    flags: Flags,
+    told: u32,
     serial: u32,
     payload: Option<(HostBuffer, Buffer)>,
 }
@@ -70,7 +71,7 @@ pub(crate) struct Launch {
 #[repr(C)]
 struct Done {
     blocks: u64,
-    flag: u64,
+    flags: u64,
     serial: u32,
 }
 
@@ -145,7 +146,7 @@ impl Launcher {
     /// Starts the kernel in a stream.
     ///
     /// # Safety
-    /// The payload comes from [`lower`](crate::rectangle::lower) of a program that was validated against the layouts of both pools; their memory and
+    /// The payload comes from [`lower`](crate::rectangle::lower) or [`lower_even`](crate::even::lower_even) of a program that was validated against the layouts of both pools; their memory and
     /// plane tables outlive the launch.
     pub(crate) unsafe fn launch(&mut self, payload: &Payload, stream: usize) -> Result<Launch, String> {
         if let Some(reason) = &self.broken {
@@ -159,12 +160,16 @@ impl Launcher {
         };
         let mut launch = Launch { slot: Some(slot), recorded: false, looks: 0 };
         let Some(slot) = &mut launch.slot else { return Err("a launch without a slot".to_owned()) };
-        let mut done = slot.next();
+        let blocks = self.blocks.min(payload.items.div_ceil(WARPS)).max(1);
+        let walks = match payload.walk {
+            Walk::Tokens => self.gpu.walk,
+            Walk::Even => self.gpu.even,
+        };
+        let mut done = slot.next(blocks);
         if let Some(start) = slot.start {
             // SAFETY: both exist.
             unsafe { driver::record(start, stream)? };
         }
-        let blocks = self.blocks.min(payload.items.div_ceil(WARPS)).max(1);
         let (mut rectangles, mut items) = (payload.rectangles, payload.items);
         let rest = [(&raw mut rectangles).cast::<c_void>(), (&raw mut items).cast(), (&raw mut done).cast()];
         let length = payload.bytes.len();
@@ -172,7 +177,7 @@ impl Launcher {
             let mut words = Inline([0; INLINE_BYTES]);
             words.0.get_mut(..length).ok_or("a payload without room")?.copy_from_slice(&payload.bytes);
             let mut parameters = [(&raw mut words).cast(), rest[0], rest[1], rest[2]];
-            let function = if length <= SMALL_BYTES { self.gpu.walk_small } else { self.gpu.walk_inline };
+            let function = if length <= SMALL_BYTES { walks.small } else { walks.inline };
             // SAFETY: the parameters are those of the kernel, or begin with its; the caller's promise for what it touches.
             unsafe { driver::launch(function, blocks, THREADS, stream, &mut parameters) }
         } else {
@@ -182,7 +187,7 @@ impl Launcher {
             // SAFETY: as above; both buffers belong to the launch until it has ended, and have room for the payload.
             unsafe {
                 driver::upload(address, from, length, stream)
-                    .and_then(|()| driver::launch(self.gpu.walk, blocks, THREADS, stream, &mut parameters))
+                    .and_then(|()| driver::launch(walks.uploaded, blocks, THREADS, stream, &mut parameters))
             }
         };
         // Even after a refused launch the upload may be under way: the record comes behind both.
@@ -201,7 +206,7 @@ impl Launcher {
         let Some(slot) = &launch.slot else { return Ok(true) };
         // The end event's time is known only once the driver sees it.
         if self.timed.is_none() {
-            if slot.flag.load() == slot.serial {
+            if slot.flags.are(slot.told, slot.serial) {
                 return Ok(true);
             }
             launch.looks = (launch.looks + 1) % LOOKS;
@@ -240,17 +245,23 @@ const _: () = assert!(INLINE_BYTES > 16 * RECTANGLE_BYTES, "a handful of rectang
 
 impl Slot {
     fn new(gpu: &Arc<Gpu>, is_timed: bool) -> Result<Slot, String> {
-        let (ended, flag) = (Buffer::new(gpu, size_of::<u32>())?, Flag::new(gpu)?);
+        let (ended, flags) = (Buffer::new(gpu, size_of::<u32>())?, Flags::new(gpu)?);
         ended.upload(&[0; size_of::<u32>()])?;
         let start = if is_timed { Some(driver::create_event(true)?) } else { None };
         let event = driver::create_event(is_timed)?;
-        Ok(Slot { gpu: Arc::clone(gpu), event, start, ended, flag, serial: 0, payload: None })
+        Ok(Slot { gpu: Arc::clone(gpu), event, start, ended, flags, told: 0, serial: 0, payload: None })
     }
 
-    /// What the next launch says when it is done.
-    fn next(&mut self) -> Done {
-        self.serial = self.serial.wrapping_add(1);
-        Done { blocks: self.ended.address(), flag: self.flag.address(), serial: self.serial }
+    /// What the next launch, of so many thread blocks, says when it is done.
+    fn next(&mut self, blocks: u32) -> Done {
+        if self.serial == u32::MAX {
+            // A flag that no launch has used for long would be taken for the one of a launch that comes.
+            self.flags.clear();
+            self.serial = 0;
+        }
+        self.serial += 1;
+        self.told = if blocks <= FLAGS { blocks } else { 1 };
+        Done { blocks: self.ended.address(), flags: self.flags.address(), serial: self.serial }
     }
 
     fn room(&mut self, bytes: usize) -> Result<&mut (HostBuffer, Buffer), String> {

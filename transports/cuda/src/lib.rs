@@ -27,7 +27,9 @@ mod copy;
 mod driver;
 #[cfg(test)]
 mod emulated;
+mod even;
 mod event;
+mod fabric;
 mod gpu;
 #[cfg(test)]
 mod hostile;
@@ -47,7 +49,7 @@ mod staged;
 mod staged_emulated;
 
 pub use allocation::Allocate;
-pub use blocks::{Difference, check_blocks, fill_blocks};
+pub use blocks::{Difference, block_state, check_blocks, fill_blocks};
 pub use event::GpuEvent;
 pub use memory::{allocate, free_bytes, from_raw};
 pub use paths::reaches;

@@ -175,14 +175,23 @@ impl GpuMemory {
                 return Ok(vec![(Part { bytes, how }, None)]);
             }
             let physical = driver::physical_of(at).map_err(|error| unshareable(error.to_string()))?;
-            // SAFETY: just retained, released right afterwards; the descriptor keeps the memory by itself.
-            let descriptor = unsafe {
-                let exported = driver::export(physical);
+            let offset = if parts.is_empty() { at - base } else { 0 };
+            // What its allocator asked for is all that can stand for it.
+            // SAFETY: just retained, released right afterwards; a descriptor keeps the memory by itself, a handle stands for it while its allocator has
+            // it, which is for as long as the pool.
+            let exported = unsafe {
+                let by_descriptor = driver::export(physical);
+                let exported =
+                    by_descriptor.map(|fd| (How::Descriptor { offset }, Some(Arc::new(fd)))).or_else(|error| {
+                        let by_handle = driver::export_fabric(physical);
+                        by_handle
+                            .map(|handle| (How::Fabric { handle: handle.to_vec(), offset }, None))
+                            .map_err(|_| error)
+                    });
                 driver::release_physical(physical).and(exported)
             };
-            let descriptor = descriptor.map_err(|error| unshareable(error.to_string()))?;
-            let offset = if parts.is_empty() { at - base } else { 0 };
-            parts.push((Part { bytes, how: How::Descriptor { offset } }, Some(Arc::new(descriptor))));
+            let (how, descriptor) = exported.map_err(|error| unshareable(error.to_string()))?;
+            parts.push((Part { bytes, how }, descriptor));
             at = next;
         }
         Ok(parts)

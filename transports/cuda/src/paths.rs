@@ -19,7 +19,7 @@ struct Ends<'a> {
     name: &'a str,
     label: &'a str,
     is_same: bool,
-    /// What the peer calls its GPU.
+    /// What the peer calls its GPU, and what it is.
     there: &'a str,
     /// `None` where this process does not see it.
     link: Option<Reach>,
@@ -38,8 +38,9 @@ pub fn reaches(from: u32, to: u32) -> Result<&'static str, String> {
     let [here, other] = [from, to].map(|ordinal| driver::device(driver, ordinal));
     let (here, other) = (here?, other?);
     let link = (from != to).then(|| link(here, other));
+    let there = described(&label(to), &driver::device_name(other)?);
     let ends =
-        Ends { name: &driver::device_name(here)?, label: &label(from), is_same: from == to, there: &label(to), link };
+        Ends { name: &driver::device_name(here)?, label: &label(from), is_same: from == to, there: &there, link };
     refuse(ends)?;
     Ok(match link {
         None | Some(Reach::None) => "itself",
@@ -48,16 +49,26 @@ pub fn reaches(from: u32, to: u32) -> Result<&'static str, String> {
     })
 }
 
+/// A GPU in words, from which a peer sees what it is.
+pub(crate) fn described(label: &str, name: &str) -> String {
+    format!("{label} ({name})")
+}
+
+/// Its own name is all that the driver says of an instance.
+fn is_mig(name: &str) -> bool {
+    name.contains(" MIG ")
+}
+
 fn refuse(ends: Ends<'_>) -> Result<(), String> {
     let Ends { name, label, is_same, there, link } = ends;
     if is_same {
         return Ok(());
     }
-    // Its own name is all that the driver says of an instance.
-    if name.contains(" MIG ") {
+    let instance = if is_mig(name) { Some(described(label, name)) } else { None };
+    if let Some(instance) = instance.as_deref().or(is_mig(there).then_some(there)) {
         return Err(format!(
-            "{label} is a MIG instance ({name}), which reaches neither other GPUs nor other instances: have both sides use the same instance, or \
-             another transport"
+            "{instance} is a MIG instance, which reaches neither other GPUs nor other instances, and is not reached by them: have both sides use the \
+             same instance, turn MIG off (nvidia-smi -mig 0), or use another transport"
         ));
     }
     if link == Some(Reach::None) {
@@ -132,7 +143,19 @@ mod tests {
     #[test]
     fn a_mig_instance_reaches_itself_only() {
         let mig = Ends { name: "NVIDIA A100-SXM4-40GB MIG 1g.5gb", link: None, ..H200 };
-        assert!(refuse(mig).unwrap_err().contains("MIG instance"));
+        let reason = refuse(mig).unwrap_err();
+        assert!(reason.starts_with("gpu0 (NVIDIA A100-SXM4-40GB MIG 1g.5gb) is a MIG instance"), "{reason}");
         assert_eq!(refuse(Ends { is_same: true, ..mig }), Ok(()));
+    }
+
+    #[test]
+    fn nobody_else_reaches_a_mig_instance() {
+        let there = described("gpu1", "NVIDIA H200 MIG 3g.71gb");
+        // Seen or not, and even if the driver claimed a link.
+        for link in [None, Some(Reach::None), Some(Reach::NvLink)] {
+            let reason = refuse(Ends { there: &there, link, ..H200 }).unwrap_err();
+            assert!(reason.starts_with("gpu1 (NVIDIA H200 MIG 3g.71gb) is a MIG instance"), "{reason}");
+        }
+        assert_eq!(refuse(Ends { name: "NVIDIA H200 MIG 3g.71gb", is_same: true, there: &there, ..H200 }), Ok(()));
     }
 }

@@ -7,8 +7,9 @@ pub(crate) const PTX: &str = include_str!("../kernels/walk.ptx");
 pub(crate) const WALK_SMALL: &str = "kvferry_walk_small";
 pub(crate) const WALK_INLINE: &str = "kvferry_walk_inline";
 pub(crate) const WALK: &str = "kvferry_walk";
-pub(crate) const FILL: &str = "kvferry_fill";
-pub(crate) const CHECK: &str = "kvferry_check";
+pub(crate) const EVEN_SMALL: &str = "kvferry_even_small";
+pub(crate) const EVEN_INLINE: &str = "kvferry_even_inline";
+pub(crate) const EVEN: &str = "kvferry_even";
 pub(crate) const WRITE_KNOWN: &str = "kvferry_write_known";
 pub(crate) const COUNT_UNKNOWN: &str = "kvferry_count_unknown";
 
@@ -23,7 +24,8 @@ mod tests {
         let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
         let line = format!("// sha256 of walk.cu: {hex}");
         assert!(PTX.lines().any(|found| found == line), "walk.cu has changed: run transports/cuda/kernels/build");
-        for name in [WALK_SMALL, WALK_INLINE, WALK, FILL, CHECK, WRITE_KNOWN, COUNT_UNKNOWN] {
+        let walks = [WALK_SMALL, WALK_INLINE, WALK, EVEN_SMALL, EVEN_INLINE, EVEN];
+        for name in walks.into_iter().chain([WRITE_KNOWN, COUNT_UNKNOWN]) {
             assert!(PTX.contains(&format!(".entry {name}(")), "{name}");
         }
     }

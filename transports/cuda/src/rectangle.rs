@@ -5,7 +5,7 @@ use kvferry_core::{End, Program, Segment, Side, UnitRange};
 /// Bytes that one warp moves at a time, as in `walk.cu`.
 const CHUNK_BYTES: u64 = 4096;
 /// Items are counted in 32 bits, with room for a stride.
-const ITEMS_MAX: u64 = 1 << 30;
+pub(crate) const ITEMS_MAX: u64 = 1 << 30;
 /// Runs of one cell are counted in 32 bits.
 const CELL_RUNS_MAX: u64 = u32::MAX as u64;
 const SIDE_BYTES: usize = 56;
@@ -15,10 +15,21 @@ pub(crate) const RECTANGLE_BYTES: usize = 2 * SIDE_BYTES + 48;
 const DRIVEN_BY_DESTINATION: u32 = 1;
 const TOKENS_INNER: u32 = 2;
 
+/// Which kernel takes a payload.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Walk {
+    /// Rectangles of tokens, then the block tables: any program.
+    #[default]
+    Tokens,
+    /// Rectangles of even pieces, then their places ([`lower_even`](crate::even::lower_even)).
+    Even,
+}
+
 /// What one launch is told.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Payload {
-    /// Rectangles, then the block tables.
+    pub(crate) walk: Walk,
+    /// What the kernel of that walk takes.
     pub(crate) bytes: Vec<u8>,
     pub(crate) rectangles: u32,
     /// What warps take one by one.
@@ -46,13 +57,13 @@ pub(crate) enum LowerError {
 
 /// Part of a segment: whole rows of planes, the same tokens in each.
 #[derive(Clone, Copy, Debug)]
-struct Part {
-    segment: usize,
-    plane: u32,
-    planes: u32,
+pub(crate) struct Part {
+    pub(crate) segment: usize,
+    pub(crate) plane: u32,
+    pub(crate) planes: u32,
     /// Tokens, counted from the request's start.
-    start: u64,
-    end: u64,
+    pub(crate) start: u64,
+    pub(crate) end: u64,
 }
 
 /// Own blocks of one table that a launch needs, and where they are in the payload.
@@ -137,7 +148,7 @@ fn lower_sharing(
 }
 
 /// The range cut into rectangles: per segment at most a part of a row, whole rows, and a part of a row.
-fn parts(program: &Program, range: UnitRange) -> Vec<Part> {
+pub(crate) fn parts(program: &Program, range: UnitRange) -> Vec<Part> {
     let mut parts = Vec::with_capacity(program.segments.len() + 2);
     let mut base = 0u64;
     for (index, segment) in program.segments.iter().enumerate() {
@@ -251,19 +262,18 @@ impl Cells {
         let by_destination = cells(destination, at_destination) < cells(source, at_source);
         let (driver, (first, last)) = if by_destination { (destination, at_destination) } else { (source, at_source) };
         let per_block = driver.block_tokens / tokens.max(1);
-        let inner_tokens = source.head_pitch > source.token_pitch && destination.head_pitch > destination.token_pitch;
-        let most = u64::from(tokens).min(part.end - part.start);
-        let (runs, run_bytes) = merged(segment, most, inner_tokens);
+        let cell = Cell::of(segment, u64::from(tokens).min(part.end - part.start));
+        let runs = cell.runs();
         if runs > CELL_RUNS_MAX {
             return Err(LowerError::Shape { runs });
         }
-        let bytes = runs.saturating_mul(run_bytes);
+        let bytes = runs.saturating_mul(cell.run_bytes);
         let count = (last - first + 1).checked_mul(u64::from(per_block)).and_then(|count| u32::try_from(count).ok());
         let chunks = u32::try_from(bytes.div_ceil(CHUNK_BYTES));
         let (Some(count), Ok(chunks)) = (count, chunks) else { return Err(LowerError::TooMany) };
         let mut flags = 0;
         flags |= if by_destination { DRIVEN_BY_DESTINATION } else { 0 };
-        flags |= if inner_tokens { TOKENS_INNER } else { 0 };
+        flags |= if has_inner_tokens(segment) { TOKENS_INNER } else { 0 };
         Ok(Some(Cells { tokens, count, per_block, first_block: first as u32, chunks, flags, runs }))
     }
 
@@ -281,20 +291,48 @@ impl Cells {
     }
 }
 
-/// Runs of a cell of `tokens` tokens and bytes of each, contiguous dimensions merged, as in `walk.cu`.
-fn merged(segment: &Segment, tokens: u64, tokens_inner: bool) -> (u64, u64) {
-    let heads = (u64::from(segment.heads), segment.source.head_pitch, segment.destination.head_pitch);
-    let tokens = (tokens, segment.source.token_pitch, segment.destination.token_pitch);
-    let (mut inner, mut outer) = if tokens_inner { (tokens, heads) } else { (heads, tokens) };
-    let mut run = u64::from(segment.run_bytes);
-    for _ in 0..2 {
-        if inner.0 == 1 || (inner.1 == run && inner.2 == run) {
-            run = run.saturating_mul(inner.0);
-            inner = outer;
-            outer.0 = 1;
+/// Whether a head's tokens lie together on both sides.
+fn has_inner_tokens(segment: &Segment) -> bool {
+    let (source, destination) = (&segment.source, &segment.destination);
+    source.head_pitch > source.token_pitch && destination.head_pitch > destination.token_pitch
+}
+
+/// How often something repeats, and the bytes from one to the next, at the source and at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Dimension {
+    pub(crate) count: u64,
+    pub(crate) pitches: [u64; 2],
+}
+
+/// Tokens that lie in one block on either side, contiguous dimensions merged, as in `walk.cu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cell {
+    pub(crate) run_bytes: u64,
+    pub(crate) inner: Dimension,
+    pub(crate) outer: Dimension,
+}
+
+impl Cell {
+    pub(crate) fn of(segment: &Segment, tokens: u64) -> Cell {
+        let (source, destination) = (&segment.source, &segment.destination);
+        let heads = Dimension { count: segment.heads.into(), pitches: [source.head_pitch, destination.head_pitch] };
+        let tokens = Dimension { count: tokens, pitches: [source.token_pitch, destination.token_pitch] };
+        let (mut inner, mut outer) = if has_inner_tokens(segment) { (tokens, heads) } else { (heads, tokens) };
+        let mut run_bytes = u64::from(segment.run_bytes);
+        for _ in 0..2 {
+            if inner.count == 1 || inner.pitches == [run_bytes; 2] {
+                run_bytes = run_bytes.saturating_mul(inner.count);
+                inner = outer;
+                outer.count = 1;
+            }
         }
+        Cell { run_bytes, inner, outer }
     }
-    (inner.0.saturating_mul(outer.0), run)
+
+    /// Contiguous runs.
+    pub(crate) fn runs(&self) -> u64 {
+        self.inner.count.saturating_mul(self.outer.count)
+    }
 }
 
 fn encode_side(out: &mut Vec<u8>, side: &Side, planes: u64, table: u32) {
@@ -306,6 +344,6 @@ fn encode_side(out: &mut Vec<u8>, side: &Side, planes: u64, table: u32) {
     }
 }
 
-fn gcd(a: u32, b: u32) -> u32 {
+pub(crate) fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -31,7 +31,7 @@ pub(crate) struct Described {
     pub(crate) process: Option<[u8; 16]>,
     /// The memory's name in that process.
     pub(crate) number: u64,
-    /// What the GPU is called there, for messages.
+    /// What the GPU is called there, and what it is.
     pub(crate) gpu: String,
     pub(crate) uuid: [u8; 16],
     /// What its regions consist of; nothing for empty ones.
@@ -100,7 +100,7 @@ pub(crate) fn share(pool: &Pool) -> Result<Shared, String> {
     let described = Described {
         process: process(),
         number: memory.number,
-        gpu: memory.gpu.label(),
+        gpu: paths::described(&memory.gpu.label(), &memory.gpu.name),
         uuid: memory.gpu.uuid,
         regions,
     };
@@ -122,6 +122,7 @@ impl Reached {
         match (&self._owner, self._mappings.first()) {
             (Some(_), _) => "memory of this process",
             (None, Some(Mapping::Ipc { .. })) => "legacy CUDA IPC handles",
+            (None, Some(Mapping::Physical { is_fabric: true, .. })) => "fabric handles mapped on this GPU",
             (None, Some(Mapping::Physical { .. })) => "descriptors mapped on this GPU",
             (None, None) => "nothing, for it is empty",
         }
@@ -130,7 +131,7 @@ impl Reached {
 
 enum Mapping {
     Ipc { gpu: Arc<Gpu>, address: u64 },
-    Physical { gpu: Arc<Gpu>, address: u64, bytes: u64 },
+    Physical { gpu: Arc<Gpu>, address: u64, bytes: u64, is_fabric: bool },
 }
 
 impl Drop for Mapping {
@@ -286,7 +287,8 @@ impl Mapper<'_> {
         let address = mapped(&pieces.0, self.gpu.ordinal, false)
             .or_else(|_| mapped(&pieces.0, self.gpu.ordinal, true))
             .map_err(refused)?;
-        self.mappings.push(Mapping::Physical { gpu: Arc::clone(self.gpu), address, bytes });
+        let is_fabric = parts.iter().any(|part| matches!(part.how, How::Fabric { .. }));
+        self.mappings.push(Mapping::Physical { gpu: Arc::clone(self.gpu), address, bytes, is_fabric });
         Ok(address)
     }
 }

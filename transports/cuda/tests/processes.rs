@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::{Direction, Plane, PoolId, PoolLayout, Program, TransferId};
 use kvferry_cuda::{Allocate, CudaProvider, check_blocks, fill_blocks, free_bytes, from_raw};
+use kvferry_tcp::TcpProvider;
 use kvferry_transport::conformance::whole_blocks;
 use kvferry_transport::{
     Device, Event, Expected, Options, Pool, PoolKeys, Provider, Transfer, TransferError, Transport, TransportKind,
@@ -20,6 +21,8 @@ const PLANES: u32 = 8;
 const BLOCKS: u32 = 4096;
 const BLOCK_BYTES: u64 = 16 << 10;
 const PUSH: TransferId = TransferId(77);
+/// The role of a peer whose pool on a GPU goes through TCP.
+const STAGED: &str = "staged";
 
 /// The processes' GPUs: the first, and the last.
 fn gpu(is_peer: bool) -> u32 {
@@ -59,12 +62,17 @@ fn open(gpu: u32, by_turns: bool) -> Box<dyn Transport> {
     provider.open(&device(gpu), &options).unwrap()
 }
 
+fn open_staged() -> Box<dyn Transport> {
+    let device = Device { kind: TransportKind::Tcp, name: "lo".into(), unavailable: None };
+    TcpProvider::new().open(&device, &Options::default()).unwrap()
+}
+
 fn pool(gpu: u32, id: u32, role: &str) -> Pool {
     let of = |allocate, id| {
         CudaProvider::default().with_memory(allocate).allocate(&device(gpu), PoolId(id), layout(), "test").unwrap()
     };
     match role {
-        "best" => of(Allocate::Best, id),
+        "best" | STAGED => of(Allocate::Best, id),
         "plain" => of(Allocate::Plain, id),
         // As memory of a serving stack, which only lends it.
         "raw plain" | "raw best" => {
@@ -92,7 +100,7 @@ fn peer_process() {
     let gpu = gpu(true);
     let pool = pool(gpu, 1, &role);
     fill_blocks(&pool, &labels(true), 0).unwrap();
-    let mut transport = open(gpu, false);
+    let mut transport = if role == STAGED { open_staged() } else { open(gpu, false) };
     let keys = transport.bind(&pool).unwrap();
     println!("\n@ {} {}", hex(&transport.address()), hex(&keys.0));
     let (sender, receiver) = std::sync::mpsc::channel();
@@ -292,32 +300,47 @@ fn a_stopped_peer_is_read_nevertheless_and_can_be_fenced() {
     kill_process(pid, Signal::CONT).unwrap();
 }
 
-/// `KVFERRY_CUDA_CYCLES` sets how often; a tenth of it comes first, so that what is kept for later is there.
 #[test]
 #[ignore = "needs a GPU"]
 fn killed_and_restarted_peers_leave_nothing_behind() {
+    cycles(open(gpu(false), true), &["best", "plain"], 37..4000);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn killed_peers_of_staged_transfers_leave_nothing_behind() {
+    cycles(open_staged(), &[STAGED], 997..150_000);
+}
+
+/// Pulls from peers, and has them push, which are killed, or stopped and killed, a little later each time: by the range's start in microseconds, from
+/// zero again at its end. `KVFERRY_CUDA_CYCLES` sets how often; a tenth of it comes first, so that what is kept for later is there.
+fn cycles(mut transport: Box<dyn Transport>, roles: &[&str], later: std::ops::Range<u64>) {
     let cycles: usize = std::env::var("KVFERRY_CUDA_CYCLES").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
-    let mut transport = open(gpu(false), true);
     let pool = pool(gpu(false), 5, "best");
-    transport.bind(&pool).unwrap();
+    let keys = transport.bind(&pool).unwrap();
     let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let mut before = None;
     for cycle in 0..cycles + cycles.div_ceil(10) {
         if cycle == cycles.div_ceil(10) {
             before = Some((free_bytes(gpu(false)).unwrap(), free_bytes(gpu(true)).unwrap(), descriptors()));
         }
-        let mut peer = spawn(["best", "plain"][cycle % 2]);
+        let mut peer = spawn(roles[cycle % roles.len()]);
         let id = transport.connect(&peer.address).unwrap();
-        let remote = transport.import(id, &peer.keys, &layout()).unwrap();
-        let (direction, local, program, range) = (Direction::Pull, PoolId(5), program(), program().whole());
-        let transfer = TransferId(cycle as u128);
-        let pull = Transfer { id: transfer, peer: id, direction, local, remote, program, range, notice: None };
-        transport.post(pull).unwrap();
+        let (program, range) = (program(), program().whole());
+        if cycle % 4 == 3 {
+            transport.expect(Expected { id: PUSH, pool: PoolId(5), program, range }).unwrap();
+            writeln!(peer.stdin, "{} {}", hex(&transport.address()), hex(&keys.0)).unwrap();
+        } else {
+            let remote = transport.import(id, &peer.keys, &layout()).unwrap();
+            let (transfer, direction, local) = (TransferId(1000 + cycle as u128), Direction::Pull, PoolId(5));
+            let pull = Transfer { id: transfer, peer: id, direction, local, remote, program, range, notice: None };
+            transport.post(pull).unwrap();
+        }
         let mut events = Vec::new();
         // Now and then before anything was mapped, mostly in the middle.
         until(transport.as_mut(), &mut events, |e| matches!(e, Event::Connected { .. }));
         let start = Instant::now();
-        while start.elapsed() < Duration::from_micros(cycle as u64 * 37 % 4000) {
+        while start.elapsed() < Duration::from_micros(cycle as u64 * later.start % later.end) {
             transport.poll(&mut events);
         }
         if cycle % 3 == 2 {
@@ -330,7 +353,12 @@ fn killed_and_restarted_peers_leave_nothing_behind() {
         peer.child.kill().unwrap();
         peer.child.wait().unwrap();
         until(transport.as_mut(), &mut events, |e| matches!(e, Event::PeerLost { .. }));
-        until(transport.as_mut(), &mut events, |e| matches!(e, Event::Completed { .. } | Event::Failed { .. }));
+        if cycle % 4 == 3 {
+            // Of a push that never began nothing is told.
+            transport.cancel(PUSH);
+        }
+        let over = |e: &Event| matches!(e, Event::Completed { .. } | Event::Arrived { .. } | Event::Failed { .. });
+        until(transport.as_mut(), &mut events, over);
     }
     // The driver gives a dead process's memory back in its own time.
     let before = before.unwrap();
@@ -340,6 +368,7 @@ fn killed_and_restarted_peers_leave_nothing_behind() {
         |now: (u64, u64, usize)| now.0 + (8 << 20) >= before.0 && now.1 + (8 << 20) >= before.1 && now.2 <= before.2;
     while !whole(now()) {
         assert!(start.elapsed() < Duration::from_secs(10), "{before:?} before, {:?} after {cycles} cycles", now());
+        transport.poll(&mut Vec::new());
         std::thread::sleep(Duration::from_millis(50));
     }
 }

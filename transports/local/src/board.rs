@@ -13,18 +13,29 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 const WORD_BYTES: u64 = size_of::<AtomicU64>() as u64;
 
 /// Words of our own, zero at first. Nobody else can write them.
-pub(crate) struct Board(Pool);
+pub(crate) struct Board {
+    pool: Pool,
+    /// Of its only region, which does not move.
+    base: *const AtomicU64,
+    words: usize,
+}
+
+// SAFETY: the pointer is to the pool's memory, which any thread may use; words are atomics.
+unsafe impl Send for Board {}
 
 impl Board {
     /// So many words. An error says why there is no memory for them.
     pub(crate) fn new(words: u64) -> Result<Board, String> {
         let layout = PoolLayout { regions: vec![words * WORD_BYTES], planes: Vec::new() };
-        Pool::allocate(PoolId(0), layout, "frames").map(Board).map_err(|error| error.to_string())
+        let pool = Pool::allocate(PoolId(0), layout, "frames").map_err(|error| error.to_string())?;
+        let region = pool.regions().first().ok_or("memory without a region")?;
+        let (base, words) = (region.base().cast_const().cast(), (region.bytes() / WORD_BYTES) as usize);
+        Ok(Board { pool, base, words })
     }
 
     /// The descriptor by which a peer reads them.
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.0.regions().first().and_then(|region| region.fd())
+        self.pool.regions().first().and_then(|region| region.fd())
     }
 
     /// Changes a word; what is beyond the end is left alone. Relaxed: fences order it.
@@ -35,10 +46,9 @@ impl Board {
     }
 
     fn words(&self) -> &[AtomicU64] {
-        let Some(region) = self.0.regions().first() else { return &[] };
-        // SAFETY: the region is page-aligned, that long, zeroed at first, and lives as long as `self`. Atomics may be shared with whoever reads
+        // SAFETY: the region is page-aligned, that long, zeroed at first, and lives as long as the pool. Atomics may be shared with whoever reads
         // them; nobody else writes.
-        unsafe { std::slice::from_raw_parts(region.base().cast(), (region.bytes() / WORD_BYTES) as usize) }
+        unsafe { std::slice::from_raw_parts(self.base, self.words) }
     }
 }
 

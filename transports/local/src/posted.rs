@@ -16,11 +16,17 @@ use crate::wire::{Doorbell, Frame, PUSH_BYTES_MAX, PushOutcome};
 /// Why a source that was copied does not count.
 pub(crate) const FELL: &str = "its owner withdrew the pool while it was read";
 
+/// About what an encoded program takes, and each of its segments, beside four bytes a block.
+const PROGRAM_BYTES: usize = 128;
+const SEGMENT_BYTES: usize = 144;
+
 /// A transfer that this side initiated.
 pub(crate) struct Posted {
     pub(crate) transfer: Transfer,
     serial: u64,
     progress: Progress,
+    /// A pull's program was checked against its source's layout.
+    is_checked: bool,
     /// What has to be done first.
     after: Option<Arc<dyn DeviceEvent>>,
 }
@@ -80,14 +86,15 @@ impl<B: Backend> LocalTransport<B> {
                 if let Some(layout) = &remote.layout {
                     transfer.program.validate(End::Source, layout).map_err(program)?;
                 }
-                let remote = transfer.remote;
-                self.posted.insert(id, Posted { transfer, serial, progress: Progress::Waiting, after });
+                let (is_checked, remote) = (remote.layout.is_some(), transfer.remote);
+                self.posted.insert(id, Posted { transfer, serial, progress: Progress::Waiting, is_checked, after });
                 self.resume_pull(id, remote);
             }
             Direction::Push => {
                 transfer.program.validate(End::Source, bound.pool.layout()).map_err(program)?;
                 let is_first = after.is_some();
-                self.posted.insert(id, Posted { transfer, serial, progress: Progress::Waiting, after });
+                let progress = Progress::Waiting;
+                self.posted.insert(id, Posted { transfer, serial, progress, is_checked: false, after });
                 if is_first {
                     self.waiting.push(id);
                     self.check_events();
@@ -104,8 +111,10 @@ impl<B: Backend> LocalTransport<B> {
         let Some(posted) = self.posted.get_mut(&id) else { return };
         let transfer = &posted.transfer;
         let Some(bound) = self.pools.get(&transfer.local) else { return };
-        let mut encoded = Vec::new();
-        transfer.program.without(End::Destination).encode(&mut encoded);
+        let program = transfer.program.without(End::Destination);
+        let blocks: usize = program.sources.iter().flatten().map(|table| table.len()).sum();
+        let mut encoded = Vec::with_capacity(PROGRAM_BYTES + program.segments.len() * SEGMENT_BYTES + 4 * blocks);
+        program.encode(&mut encoded);
         if encoded.len() > PUSH_BYTES_MAX - 1024 {
             let length = encoded.len();
             let message =
@@ -177,7 +186,9 @@ impl<B: Backend> LocalTransport<B> {
             _ => return,
         };
         // The layout may have been unknown when it was posted.
-        if let Err(error) = transfer.program.validate(End::Source, &layout) {
+        if !posted.is_checked
+            && let Err(error) = transfer.program.validate(End::Source, &layout)
+        {
             let error = TransferError::Refused(error.to_string());
             return self.fail_posted(|posted| posted.transfer.id == id, &error);
         }

@@ -8,6 +8,7 @@ use kvferry::{
     PlanRequest, PlanePlacement, Pool, PoolId, PoolOptions, Program, Rank, Sharding, Tables, Tensor, transport,
 };
 use kvferry_core::PlanError;
+use kvferry_transport::write_known;
 
 use super::Options;
 use super::error::BenchError;
@@ -205,15 +206,7 @@ impl fmt::Display for Mismatch {
 
 /// The bytes of a block: no two blocks are alike.
 fn pattern(plane: u32, label: u64, out: &mut [u8]) {
-    let seed = mix(u64::from(plane) << 48 ^ label);
-    let word = |index: u64| mix(seed.wrapping_add(index)).to_le_bytes();
-    let (words, rest) = out.as_chunks_mut::<8>();
-    let mut index = 0;
-    for bytes in words {
-        *bytes = word(index);
-        index += 1;
-    }
-    rest.iter_mut().zip(word(index)).for_each(|(byte, new)| *byte = new);
+    write_known(out, kvferry_cuda::block_state(plane, label));
 }
 
 /// The numbers below `count` in an order that `seed` chooses.

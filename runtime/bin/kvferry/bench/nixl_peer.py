@@ -34,12 +34,11 @@ def say(word):
     words.flush()
 
 
-def mix(number):
-    """As in kv.rs."""
-    z = number + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def known_word(state, index):
+    """As in transports/api/src/known.rs."""
+    word = state + index * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    return word ^ (word >> np.uint64(29))
 
 
 class Cache:
@@ -56,8 +55,9 @@ class Cache:
         """Every block of a plane, as it must be once the request is here."""
         block_bytes = self.kv.shape[2]
         index = np.arange(-(-block_bytes // 8), dtype=np.uint64)
-        seeds = mix(np.uint64(plane << 48) ^ self.labels)
-        return mix(seeds[:, None] + index[None, :]).view(np.uint8).reshape(self.count, -1)[:, :block_bytes]
+        one = np.uint64(1)
+        states = known_word(known_word(np.uint64(plane << 48) ^ self.labels, one), one)
+        return known_word(states[:, None], index[None, :]).view(np.uint8).reshape(self.count, -1)[:, :block_bytes]
 
     def write(self):
         for plane in range(len(self.kv)):
