@@ -174,7 +174,7 @@ pub enum OpenError {
         reason: String,
     },
     /// The operating system refused.
-    #[error("{device} cannot be opened: {context}")]
+    #[error("{device} cannot be opened: {context}: {source}")]
     Io {
         /// Its name.
         device: String,
@@ -216,7 +216,7 @@ pub enum ConnectError {
         reason: String,
     },
     /// The operating system refused.
-    #[error("cannot connect: {context}")]
+    #[error("cannot connect: {context}: {source}")]
     Io {
         /// What was tried.
         context: &'static str,

@@ -134,12 +134,12 @@ impl UcxTransport {
     pub(crate) fn fence_peer(&mut self, peer: PeerId) {
         let instance = self.sessions.get(&peer).and_then(|session| self.links.get(&session.link)).map(|l| l.instance);
         let of_peer: Vec<u64> = self.fetches.values().filter(|fetch| fetch.peer == peer).map(|f| f.link).collect();
-        let live: Vec<u64> =
-            self.links.iter().filter(|(_, link)| Some(link.instance) == instance).map(|(id, _)| *id).collect();
-        let closing =
-            self.closing.iter().filter(|(id, closing)| Some(closing.instance) == instance || of_peer.contains(id));
+        // Also where its session is over and the link only idles.
+        let is_its = |id: &u64, its: [u8; KEY_BYTES]| Some(its) == instance || of_peer.contains(id);
+        let live: Vec<u64> = self.links.iter().filter(|(id, l)| is_its(id, l.instance)).map(|(id, _)| *id).collect();
+        let closing = self.closing.iter().filter(|(id, closing)| is_its(id, closing.instance));
         let mut links: Vec<u64> = closing.map(|(id, _)| *id).chain(live.iter().copied()).collect();
-        links.retain(|link| self.fetches.values().any(|fetch| fetch.link == *link && fetch.in_flight > 0));
+        links.retain(|link| self.fetches.values().any(|fetch| fetch.link == *link && fetch.holds_endpoint()));
         for link in live {
             let others: Vec<PeerId> =
                 self.links.get(&link).map_or_else(Vec::new, |l| l.sessions.iter().copied().collect());

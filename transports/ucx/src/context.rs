@@ -12,7 +12,7 @@ use ucx_sys::{
     ucp_mem_map_params_t, ucp_params_t, ucs_status_t,
 };
 
-use crate::device::{Access, Found};
+use crate::device::{Access, Found, Method};
 use crate::library::Library;
 use crate::memlock::Lockable;
 use crate::settings;
@@ -40,13 +40,7 @@ impl Context {
         let settings = [("NET_DEVICES", device.network.as_str())].into_iter().chain(settings);
         Context::with(library, &name, features, settings, &[]).map_err(|error| match error {
             Refused::Setting(error) => error,
-            Refused::Context(status) => format!(
-                "UCX {} ({}) cannot use it with transports {}: {}; UCX_LOG_LEVEL=info says more",
-                library.version,
-                library.path,
-                device.method.transports(),
-                library.words(status)
-            ),
+            Refused::Context(status) => unusable(library, device.method, status),
         })
     }
 
@@ -100,6 +94,22 @@ impl Context {
     }
 }
 
+/// What UCX says of a device that it does not take, what it was told, and what helps.
+fn unusable(library: &Library, method: Method, status: ucs_status_t) -> String {
+    let (transports, words) = (settings::in_force("TLS", method.transports()), library.words(status));
+    let build = match method {
+        Method::Srd => {
+            "; srd needs a build of UCX with EFA (libuct_ib_efa.so* among its modules, beside it or in UCX_MODULE_DIR)"
+        }
+        Method::Memory | Method::Tcp | Method::Verbs => "",
+    };
+    let told = settings::told();
+    let (version, path) = (library.version, &library.path);
+    format!(
+        "UCX {version} ({path}) cannot use it with transports {transports}: {words}{build}{told}; UCX_LOG_LEVEL=info says more"
+    )
+}
+
 /// Why there is no context.
 pub(crate) enum Refused {
     /// A setting, in words.
@@ -126,9 +136,9 @@ impl Config {
         // SAFETY: no prefix and no file: UCX reads its variables from the environment.
         let status = unsafe { library.api.ucp_config_read(ptr::null(), ptr::null(), &mut raw) };
         if status != UCS_OK {
+            let (words, told) = (library.words(status), settings::told());
             return Err(format!(
-                "UCX cannot read its configuration: {}; check the UCX_* variables",
-                library.words(status)
+                "UCX cannot read its configuration: {words}{told}; UCX_LOG_LEVEL=warn says which is wrong"
             ));
         }
         Ok(Config { library, raw })

@@ -12,6 +12,7 @@ use ucx_text::Lane;
 
 use crate::context::Mapped;
 use crate::inbox::{Mark, on_error};
+use crate::raw::PackedKey;
 use crate::request::Begun;
 use crate::staging::Buffer;
 use crate::wire::{HEADER_BYTES, Header};
@@ -198,7 +199,7 @@ pub(crate) struct RemoteKeys {
 }
 
 impl RemoteKeys {
-    /// Unpacks keys that were checked and came from an authenticated peer.
+    /// Unpacks the keys of a peer. One whose lengths do not fit it never reaches UCX, which would follow them.
     pub(crate) fn unpack<'a>(
         endpoint: &Endpoint,
         packed: impl Iterator<Item = &'a [u8]>,
@@ -210,9 +211,11 @@ impl RemoteKeys {
                 keys.regions.push(None);
                 continue;
             }
+            let key = PackedKey::check(bytes)?;
             let mut raw = ptr::null_mut();
-            // SAFETY: a living endpoint; the bytes are a whole packed key of UCX's, as its owner's seal says.
-            let status = unsafe { library.api.ucp_ep_rkey_unpack(endpoint.raw, bytes.as_ptr().cast(), &mut raw) };
+            // SAFETY: a living endpoint; every length in the key stays inside it, and end marks follow.
+            let status =
+                unsafe { library.api.ucp_ep_rkey_unpack(endpoint.raw, key.padded().as_ptr().cast(), &mut raw) };
             if status != UCS_OK {
                 return Err(format!("UCX does not take the peer's key: {}", library.words(status)));
             }

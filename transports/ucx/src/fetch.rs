@@ -17,8 +17,8 @@ use crate::request::Begun;
 use crate::transport::UcxTransport;
 use crate::wire::{Named, RegionKey};
 
-/// Reads of one transfer that UCX may hold.
-const READS_MAX: usize = 256;
+/// Reads of one transfer that UCX may hold, about: where their lengths differ, up to twice as many. More are asked for once half of them are over.
+pub(crate) const READS_MAX: usize = 256;
 /// Bytes that one transfer asks for before it is another's turn.
 const SLICE_BYTES: u64 = 1 << 20;
 /// What a read costs beside its bytes, in bytes that could be copied in that time.
@@ -39,6 +39,8 @@ pub(crate) struct Fetch {
     /// What was not asked for yet.
     range: UnitRange,
     left: u64,
+    /// Of one read, on average of the first ones.
+    piece_bytes: u64,
     /// All that it was to read.
     bytes: u64,
     source: Arc<PoolLayout>,
@@ -83,8 +85,8 @@ impl UcxTransport {
         let (keys, source) = self.remotes.get(&remote)?.lent.clone().filter(|(keys, _)| keys.are_readable())?;
         let sample = program.copies(range, &source, &local.layout).take(SAMPLE);
         let (count, bytes) = sample.fold((0, 0), |(count, bytes), copy| (count + 1, bytes + copy.bytes));
-        let left = program.bytes_in(range);
-        if self.choose(link, id, bytes / count.max(1), left) == Manner::Packed {
+        let (left, piece_bytes) = (program.bytes_in(range), bytes / count.max(1));
+        if self.choose(link, id, piece_bytes, left) == Manner::Packed {
             return None;
         }
         self.unpack(remote);
@@ -106,6 +108,7 @@ impl UcxTransport {
             program,
             range,
             left,
+            piece_bytes: piece_bytes.max(1),
             bytes: left,
             source,
             regions: keys.regions,
@@ -137,7 +140,9 @@ impl UcxTransport {
         fetch.queued = false;
         let Some(link) = self.links.get(&fetch.link) else { return 0 };
         let before = fetch.pieces;
-        let (part, bytes) = first_part(&fetch.program, fetch.range, fetch.left, budget);
+        let room = READS_MAX.saturating_sub(fetch.in_flight) as u64;
+        let most = room.saturating_mul(fetch.piece_bytes).max(1);
+        let (part, bytes) = first_part(&fetch.program, fetch.range, fetch.left, budget.min(most));
         let mut asked = 0;
         if fetch.stop.is_none() {
             for copy in fetch.program.copies(part, &fetch.source, &fetch.local.layout) {
@@ -186,7 +191,7 @@ impl UcxTransport {
     fn go_on(&mut self, number: u64) {
         let Some(fetch) = self.fetches.get_mut(&number) else { return };
         if fetch.range.start < fetch.range.end && fetch.stop.is_none() {
-            if !fetch.queued && fetch.in_flight < READS_MAX {
+            if !fetch.queued && fetch.in_flight <= READS_MAX / 2 {
                 fetch.queued = true;
                 self.turns.push_back(number);
             }
@@ -242,7 +247,7 @@ impl Fetch {
         self.in_flight > 0 || self.broken
     }
 
-    fn fail(&mut self, words: String) {
+    pub(crate) fn fail(&mut self, words: String) {
         self.broken = true;
         self.stop.get_or_insert(TransferError::Io { context: "reading the peer's memory", message: words });
     }

@@ -13,6 +13,8 @@ mod device;
 mod endpoint;
 mod fetch;
 mod handle;
+#[cfg(test)]
+mod hostile;
 mod inbox;
 mod lanes;
 mod library;

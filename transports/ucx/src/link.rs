@@ -192,6 +192,8 @@ pub(crate) struct Session {
     pub(crate) lent: BTreeSet<u64>,
     /// Messages that come in parts, by tag: how many parts, and their bytes.
     pub(crate) parts: BTreeMap<u64, (u32, Vec<u8>)>,
+    /// Bytes of all of them.
+    pub(crate) parts_bytes: usize,
 }
 
 impl Session {
@@ -208,6 +210,7 @@ impl Session {
             writes: BTreeMap::new(),
             lent: BTreeSet::new(),
             parts: BTreeMap::new(),
+            parts_bytes: 0,
         }
     }
 

@@ -184,14 +184,15 @@ impl UcxTransport {
     /// The destination of a push has every byte in place.
     pub(crate) fn on_done(&mut self, peer: PeerId, tag: u64, body: &[u8]) -> Result<(), String> {
         let done: Done = decode(body).map_err(|error| format!("an end of a push: {error}"))?;
-        let Some((id, posted)) = self.take_posted(peer, tag) else { return Ok(()) };
         let sending = self
             .links
             .values()
             .any(|l| l.outgoing.sources.iter().any(|s| s.peer == peer && s.key.tag == tag && s.key.flow == Flow::Push));
-        if posted.direction != Direction::Push || sending {
-            return Err(format!("an end of {id} before all of it was sent"));
+        // The transfer stays, to end with the link.
+        if sending || self.named(peer, tag).is_some_and(|posted| posted.direction != Direction::Push) {
+            return Err("an end of a transfer before all of it was sent".to_owned());
         }
+        let Some((id, posted)) = self.take_posted(peer, tag) else { return Ok(()) };
         let pieces = if posted.pieces > 0 { posted.pieces } else { done.pieces };
         if posted.pieces == 0
             && let Some(link) = self.sessions.get(&peer).map(|session| session.link)
@@ -204,6 +205,10 @@ impl UcxTransport {
 
     pub(crate) fn on_refuse(&mut self, peer: PeerId, tag: u64, body: &[u8]) -> Result<(), String> {
         let refusal: Refusal = decode(body).map_err(|error| format!("a refusal: {error}"))?;
+        // UCX writes into its blocks: nothing but the end of the reads ends it.
+        if self.named(peer, tag).is_some_and(|posted| matches!(posted.progress, Progress::Reading(_))) {
+            return Err("a refusal of a pull that its source was not asked for".to_owned());
+        }
         let Some((id, posted)) = self.take_posted(peer, tag) else { return Ok(()) };
         self.forget_bytes(&posted);
         let error = match (posted.progress, refusal) {
@@ -242,6 +247,11 @@ impl UcxTransport {
         if let Some(posted) = self.posts.remove(&id) {
             self.events.push(Event::Completed { id, bytes: posted.bytes(), pieces });
         }
+    }
+
+    /// What a peer means by a tag.
+    fn named(&self, peer: PeerId, tag: u64) -> Option<&Posted> {
+        self.posts.get(self.sessions.get(&peer)?.posts.get(&tag)?)
     }
 
     fn take_posted(&mut self, peer: PeerId, tag: u64) -> Option<(TransferId, Posted)> {

@@ -8,11 +8,13 @@ use ucx_sys::{UCS_OK, ucs_status_t};
 
 use crate::endpoint::Operation;
 use crate::inbox::Arrival;
-use crate::link::{CREDITS, Link};
+use crate::link::{CREDITS, Link, Session};
 use crate::session::GREETING_WAIT;
 use crate::transport::UcxTransport;
 use crate::wire::{Header, Kind, WHOLE_BYTES_MAX};
 
+/// Messages in parts that a session may have begun.
+const PARTED_MAX: usize = 64;
 /// Steps that UCX takes in one poll.
 const STEPS: usize = 32;
 
@@ -117,7 +119,7 @@ impl UcxTransport {
         }
     }
 
-    fn message(&mut self, header: Header, body: Vec<u8>) {
+    pub(crate) fn message(&mut self, header: Header, body: Vec<u8>) {
         if header.kind == Kind::Hello {
             if let Err(reason) = self.on_hello(&body) {
                 tracing::debug!(reason, "a peer was not let in");
@@ -191,10 +193,13 @@ impl UcxTransport {
 
     /// Keeps the next part of a long message; what a length says is believed only as far as bytes have come.
     fn part(&mut self, peer: PeerId, header: Header, body: Vec<u8>) -> Result<(), String> {
+        let kept: usize = self.beside(peer).map(|session| session.parts_bytes).sum();
         let Some(session) = self.sessions.get_mut(&peer) else { return Ok(()) };
-        let kept: usize = session.parts.values().map(|(_, bytes)| bytes.len()).sum();
         if kept + body.len() > WHOLE_BYTES_MAX {
-            return Err("messages in parts that are too long".to_owned());
+            return Err(format!("messages in parts that are longer than {WHOLE_BYTES_MAX} bytes together"));
+        }
+        if body.is_empty() || (session.parts.len() >= PARTED_MAX && !session.parts.contains_key(&header.tag)) {
+            return Err("a part without bytes, or of too many messages at once".to_owned());
         }
         let (parts, bytes) = session.parts.entry(header.tag).or_default();
         if *parts != header.number {
@@ -202,13 +207,19 @@ impl UcxTransport {
         }
         *parts += 1;
         bytes.extend_from_slice(&body);
+        session.parts_bytes += body.len();
         Ok(())
     }
 
     /// The whole of a message whose last bytes these are.
     fn joined(&mut self, peer: PeerId, header: Header, body: Vec<u8>) -> Result<Vec<u8>, String> {
-        let kept = self.sessions.get_mut(&peer).and_then(|session| session.parts.remove(&header.tag));
-        let (parts, mut bytes) = kept.unwrap_or_default();
+        let (mut parts, mut bytes) = (0, Vec::new());
+        if let Some(session) = self.sessions.get_mut(&peer)
+            && let Some(kept) = session.parts.remove(&header.tag)
+        {
+            (parts, bytes) = kept;
+            session.parts_bytes = session.parts_bytes.saturating_sub(bytes.len());
+        }
         if parts != header.number {
             return Err("a part of a message is missing".to_owned());
         }
@@ -217,6 +228,13 @@ impl UcxTransport {
         }
         bytes.extend_from_slice(&body);
         Ok(bytes)
+    }
+
+    /// All sessions with the transport at a session's other end: what one peer makes this side keep is bounded for them together.
+    pub(crate) fn beside(&self, peer: PeerId) -> impl Iterator<Item = &Session> {
+        let link = self.sessions.get(&peer).and_then(|session| self.links.get(&session.link));
+        let sessions = link.into_iter().flat_map(|link| &link.sessions);
+        sessions.filter_map(|peer| self.sessions.get(peer))
     }
 
     /// A session through which something can be said of a link.

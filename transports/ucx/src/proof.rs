@@ -6,6 +6,7 @@ use kvferry_topology::Way;
 use kvferry_transport::{Event, Evidence, Grade, LibraryName, PeerId};
 
 use crate::device::Access;
+use crate::settings;
 use crate::transport::UcxTransport;
 
 impl UcxTransport {
@@ -70,6 +71,10 @@ impl UcxTransport {
         } else {
             evidence.emulated = is_rdma;
             evidence = evidence.unseen("zero-copy reads, which these lanes have not: bytes go in messages");
+        }
+        let replaced = settings::replaced(self.method, self.access, library.version);
+        if !replaced.is_empty() {
+            evidence = evidence.seen(format!("the environment replaces settings of kvferry's: {}", replaced.join(" ")));
         }
         let staging = self.staging.bytes();
         if staging > 0 {

@@ -100,6 +100,15 @@ impl UcxProvider {
         if !users.is_empty() {
             tracing::info!(settings = users.join(" "), "UCX is also told by the environment, which wins");
         }
+        let replaced = settings::replaced(found.method, access, library.version);
+        if !replaced.is_empty() {
+            let (device, settings) = (&found.name, replaced.join(" "));
+            tracing::warn!(
+                device,
+                settings,
+                "the environment replaces what kvferry tells UCX; unset it unless you mean to"
+            );
+        }
         let others = library.others();
         if !others.is_empty() {
             let (builds, used) = (others.join(", "), &library.path);

@@ -40,11 +40,12 @@ impl UcxTransport {
     /// A peer asks for bytes of a pool of ours.
     pub(crate) fn on_read(&mut self, peer: PeerId, tag: u64, body: &[u8]) -> Result<(), String> {
         let (read, encoded): (Read, &[u8]) = decode_first(body).map_err(|error| format!("a pull: {error}"))?;
-        let Some(session) = self.sessions.get_mut(&peer) else { return Ok(()) };
+        let Some(session) = self.sessions.get(&peer) else { return Ok(()) };
         if session.reads.contains_key(&tag) {
             return Err(format!("tag {tag} was used twice"));
         }
-        let held: usize = session.reads.values().map(|serving| serving.request_bytes).sum();
+        let requests = self.beside(peer).flat_map(|session| session.reads.values());
+        let held: usize = requests.map(|serving| serving.request_bytes).sum();
         if session.reads.len() >= READS_MAX || held + body.len() > REQUEST_BYTES_MAX {
             self.refuse(peer, tag, &Refusal::text("too many pulls at once; post fewer"));
             return Ok(());
@@ -70,6 +71,7 @@ impl UcxTransport {
             self.refuse(peer, tag, &refusal);
             return Ok(());
         }
+        let Some(session) = self.sessions.get_mut(&peer) else { return Ok(()) };
         session.reads.insert(tag, Serving { pool: read.pool, request_bytes: body.len() });
         let range = UnitRange { start: read.start, end: read.end };
         let bytes = program.bytes_in(range);

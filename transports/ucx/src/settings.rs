@@ -60,6 +60,33 @@ pub(crate) fn is_users(key: &str) -> bool {
     std::env::var_os(format!("UCX_{key}")).is_some()
 }
 
+/// What a key is set to: a user's value counts, else ours.
+pub(crate) fn in_force(key: &str, ours: &str) -> String {
+    std::env::var_os(format!("UCX_{key}")).map_or_else(|| ours.to_owned(), |value| value.to_string_lossy().into_owned())
+}
+
+/// The user's variables as the end of a sentence on what failed; nothing where there are none.
+pub(crate) fn told() -> String {
+    of_users(&users())
+}
+
+fn of_users(users: &[String]) -> String {
+    if users.is_empty() { String::new() } else { format!("; the environment sets {}", users.join(" ")) }
+}
+
+/// Which of our settings a user's variables replace, and by what, for people.
+pub(crate) fn replaced(method: Method, access: Access, version: Version) -> Vec<String> {
+    replaced_by(&settings(method, access, version), &users())
+}
+
+fn replaced_by(ours: &[Setting], users: &[String]) -> Vec<String> {
+    let is_ours = |user: &&String| {
+        let key = user.strip_prefix("UCX_").and_then(|user| user.split_once('=')).map(|(key, _)| key);
+        key == Some("NET_DEVICES") || ours.iter().any(|setting| key == Some(setting.key))
+    };
+    users.iter().filter(is_ours).cloned().collect()
+}
+
 /// The `UCX_*` variables of this process, sorted, for people.
 pub(crate) fn users() -> Vec<String> {
     let mut found: Vec<String> = std::env::vars_os()
@@ -106,6 +133,19 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn what_a_user_replaces_is_told_from_what_he_adds() {
+        let users =
+            ["UCX_LOG_LEVEL=info", "UCX_NET_DEVICES=eth9", "UCX_RNDV_THRESH=8k", "UCX_TLS=tcp"].map(str::to_owned);
+        let ours = settings(Method::Memory, Access::OneSided, Version(1, 22, 0));
+        assert_eq!(replaced_by(&ours, &users), users[1..]);
+        // Ours only where reads are one-sided.
+        let ours = settings(Method::Memory, Access::TwoSided, Version(1, 22, 0));
+        assert_eq!(replaced_by(&ours, &users), [users[1].clone(), users[3].clone()]);
+        assert_eq!(of_users(&users[..1]), "; the environment sets UCX_LOG_LEVEL=info");
+        assert_eq!(of_users(&[]), "");
     }
 
     #[test]

@@ -250,6 +250,7 @@ impl Transport for UcxTransport {
             return Err(BindError::Duplicate(id));
         }
         let unsupported = |reason: String| BindError::Unsupported { pool: id, reason };
+        pool.require_host().map_err(unsupported)?;
         let token = random::<8>().map_err(|error| unsupported(format!("no random token could be drawn: {error}")))?;
         let (mapped, packed) = if self.method.registers(self.access) {
             let (mapped, packed) = Mapped::new(&self.context, pool).map_err(unsupported)?;

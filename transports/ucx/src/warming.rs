@@ -133,13 +133,14 @@ impl UcxTransport {
 
     /// A read that was tried is over.
     pub(crate) fn tried(&mut self, id: u64, buffer: Buffer, status: ucs_status_t) {
-        if let Some(link) = self.links.get_mut(&id) {
-            link.warmth.trying = link.warmth.trying.saturating_sub(1);
-        }
         if status != UCS_OK {
+            // It still counts as under way: a device that failed may write, until the worker is flushed behind the endpoint.
             self.receiving.doubt(id, buffer);
             let reason = format!("a read of the peer's memory failed: {}", self.context.library.words(status));
             return self.lose_link(id, &reason);
+        }
+        if let Some(link) = self.links.get_mut(&id) {
+            link.warmth.trying = link.warmth.trying.saturating_sub(1);
         }
         self.join(id);
     }

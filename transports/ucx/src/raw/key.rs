@@ -65,7 +65,7 @@ impl PackedKey {
     }
 
     /// The bytes with end marks behind them.
-    pub(super) fn padded(&self) -> &[u8] {
+    pub(crate) fn padded(&self) -> &[u8] {
         &self.padded
     }
 }
