@@ -143,31 +143,32 @@ impl Lowering<'_> {
     /// Adds the places of a plane's pieces, and says which is the first.
     fn place(&mut self, key: &Key, [source, destination]: [&Side; 2]) -> Option<u32> {
         let Key { token, cells, cell, strides, .. } = *key;
-        let first = u32::try_from(self.places.len()).ok()?;
         let program = self.program;
         let table = |end, table: u32| program.tables(end).get(table as usize)?.as_deref();
         let tables = [table(End::Source, source.table)?, table(End::Destination, destination.table)?];
+        let (first, count) = (self.places.len(), usize::try_from(cells).ok()?);
+        if first.saturating_add(count) > PLACES_MAX {
+            return None;
+        }
         let step = u64::from(gcd(source.block_tokens, destination.block_tokens));
-        let of_source = Cells::of(source, tables[0], strides[0], token, step)?;
-        let of_destination = Cells::of(destination, tables[1], strides[1], token, step)?;
-        let mut odd = 0;
-        let mut count = 0;
-        let more = usize::try_from(cells).ok().filter(|more| self.places.len().saturating_add(*more) <= PLACES_MAX)?;
-        self.places.reserve(more);
-        for (from, to) in of_source.zip(of_destination).take(more) {
-            let cell_at = [from?, to?];
+        let extent = |end: usize| cell.outer.extent(end)?.checked_add(cell.inner.extent(end)?);
+        let run = |end: usize, side: &Side| {
+            let inside = Inside::of(side, token, step, extent(end)?)?;
+            inside.vectors(tables.get(end)?, *strides.get(end)?, count)
+        };
+        let (of_source, of_destination) = (run(0, source)?, run(1, destination)?);
+        if cell.runs() == 1 {
+            self.places.extend(of_source.iter().zip(&of_destination).map(|(from, to)| [*from, *to]));
+        } else {
+            let (from, to) = (of_source.first()?, of_destination.first()?);
             for row in 0..cell.outer.count {
                 for column in 0..cell.inner.count {
-                    let row_at = moved(cell_at, &cell.outer, row)?;
-                    let at = moved(row_at, &cell.inner, column)?;
-                    odd |= at[0] | at[1];
-                    let [from, to] = at.map(|at| u32::try_from(at / VECTOR_BYTES).ok());
-                    self.places.push([from?, to?]);
+                    let at = |end: usize| vectors(cell.outer.at(end, row)?.checked_add(cell.inner.at(end, column)?)?);
+                    self.places.push([from.checked_add(at(0)?)?, to.checked_add(at(1)?)?]);
                 }
             }
-            count += 1;
         }
-        (count == cells && odd.is_multiple_of(VECTOR_BYTES)).then_some(first)
+        u32::try_from(first).ok()
     }
 
     fn payload(&self) -> Payload {
@@ -182,18 +183,14 @@ impl Lowering<'_> {
             let words = [items, length, shares, pieces, first, of_shares, of_pieces, shift | shift_of_pieces << 8];
             bytes.extend(words.map(u32::to_le_bytes).as_flattened());
         }
-        for places in &self.places {
-            bytes.extend(places.map(u32::to_le_bytes).as_flattened());
+        let start = bytes.len();
+        bytes.resize(start + 8 * self.places.len(), 0);
+        for (to, places) in bytes.get_mut(start..).unwrap_or_default().chunks_exact_mut(8).zip(&self.places) {
+            to.copy_from_slice(places.map(u32::to_le_bytes).as_flattened());
         }
         let rectangles = self.rectangles.len() as u32;
         Payload { walk: Walk::Even, bytes, rectangles, items: self.items as u32, pieces: self.pieces }
     }
-}
-
-/// So many steps of a dimension further on both sides.
-fn moved(at: [u64; 2], dimension: &Dimension, steps: u64) -> Option<[u64; 2]> {
-    let [from, to] = dimension.pitches;
-    Some([at[0].checked_add(from.checked_mul(steps)?)?, at[1].checked_add(to.checked_mul(steps)?)?])
 }
 
 /// Where the planes of a part lie on one side, and their common block stride.
@@ -230,52 +227,72 @@ fn planes_of(table: &PlaneTable<'_>, side: &Side, part: &Part) -> Option<(Planes
     Some((planes, stride))
 }
 
-/// Where the cells of one side lie in a plane, one after another.
-struct Cells<'a> {
-    slots: std::slice::Iter<'a, u32>,
-    stride: u64,
-    /// Bytes from cell to cell inside a block.
-    pitch: u64,
-    per_block: u64,
-    /// Of the present block: where it is, and which cell of it is next.
-    block: Option<u64>,
-    cell: u64,
-    /// Of the first token in its cell.
-    inside: u64,
+/// A number of bytes in vectors, if it is that many and the kernel counts so far.
+fn vectors(bytes: u64) -> Option<u32> {
+    bytes.is_multiple_of(VECTOR_BYTES).then_some(bytes / VECTOR_BYTES)?.try_into().ok()
 }
 
-impl<'a> Cells<'a> {
-    /// From the cell on in which `token` is. Only the first may begin inside of one.
-    fn of(side: &Side, table: &'a [u32], stride: u64, token: u64, tokens: u64) -> Option<Cells<'a>> {
-        let block_tokens = u64::from(side.block_tokens);
-        let block = token.checked_div(block_tokens)?;
-        let rest = token - block * block_tokens;
-        let mut slots = table.get(usize::try_from(block.checked_sub(side.first_block)?).ok()?..)?.iter();
-        let block = u64::from(*slots.next()?).checked_mul(stride);
-        Some(Cells {
-            slots,
-            stride,
-            pitch: side.token_pitch.checked_mul(tokens)?,
-            per_block: block_tokens.checked_div(tokens)?,
-            block,
-            cell: rest.checked_div(tokens)?,
-            inside: (rest % tokens).checked_mul(side.token_pitch)?,
-        })
+impl Dimension {
+    /// Bytes before its `index`th, at the source (0) or the destination (1).
+    fn at(&self, end: usize, index: u64) -> Option<u64> {
+        self.pitches.get(end)?.checked_mul(index)
+    }
+
+    /// Bytes before its last.
+    fn extent(&self, end: usize) -> Option<u64> {
+        self.at(end, self.count.saturating_sub(1))
     }
 }
 
-impl Iterator for Cells<'_> {
-    /// Nothing where it is no number.
-    type Item = Option<u64>;
+/// Where cells lie in one side's blocks.
+struct Inside {
+    /// Index into the table of the first cell's block.
+    index: usize,
+    /// The first cell in its block, and how many there are in one.
+    cell: u64,
+    per_block: u64,
+    /// Vectors from cell to cell, and from the first cell's start to its first token, which only a single cell has.
+    pitch: u32,
+    start: u32,
+    /// Bytes behind a block's start that any cell's run begins at.
+    reach: u64,
+}
 
-    fn next(&mut self) -> Option<Option<u64>> {
-        if self.cell == self.per_block {
-            self.block = u64::from(*self.slots.next()?).checked_mul(self.stride);
-            self.cell = 0;
+impl Inside {
+    /// For cells of `tokens` tokens from the one on in which `token` is; the last run of a cell begins `extent` bytes behind its first.
+    fn of(side: &Side, token: u64, tokens: u64, extent: u64) -> Option<Inside> {
+        let block_tokens = u64::from(side.block_tokens);
+        let block = token.checked_div(block_tokens)?;
+        let rest = token - block * block_tokens;
+        let (cell, start) = (rest.checked_div(tokens)?, rest % tokens);
+        let per_block = block_tokens / tokens;
+        let (pitch, start) = (side.token_pitch.checked_mul(tokens)?, side.token_pitch.checked_mul(start)?);
+        let reach = pitch.checked_mul(per_block)?.checked_add(start)?.checked_add(extent)?;
+        let index = usize::try_from(block.checked_sub(side.first_block)?).ok()?;
+        // With one cell a block nothing is counted in its pitch.
+        let pitch = if per_block > 1 { vectors(pitch)? } else { 0 };
+        Some(Inside { index, cell, per_block, pitch, start: vectors(start)?, reach })
+    }
+
+    /// The places of `count` cells, in vectors.
+    fn vectors(&self, table: &[u32], stride: u64, count: usize) -> Option<Vec<u32>> {
+        let blocks = (self.cell + count as u64).div_ceil(self.per_block);
+        let slots = table.get(self.index..)?.get(..usize::try_from(blocks).ok()?)?;
+        // Nothing below is larger than this, which is no more than 32 bits of vectors.
+        let largest = u64::from(slots.iter().copied().max()?).checked_mul(stride)?.checked_add(self.reach)?;
+        vectors(largest.checked_next_multiple_of(VECTOR_BYTES)?)?;
+        let (stride, start) = (vectors(stride)?, self.start);
+        if self.per_block == 1 {
+            return Some(slots.iter().map(|slot| slot * stride + start).collect());
         }
-        let at = self.pitch.checked_mul(self.cell).and_then(|at| at.checked_add(self.inside)?.checked_add(self.block?));
-        self.cell += 1;
-        Some(at)
+        let (mut places, mut cell, mut left) = (Vec::with_capacity(count), self.cell, count as u64);
+        for slot in slots {
+            let end = self.per_block.min(cell + left);
+            places.extend((cell..end).map(|cell| slot * stride + cell as u32 * self.pitch + start));
+            left -= end - cell;
+            cell = 0;
+        }
+        Some(places)
     }
 }
 
