@@ -73,6 +73,9 @@ warning: TRTLLM_USE_UCX_KVCACHE=1 with `backend: DEFAULT` does not enable UCX (v
   TensorRT-LLM 1.3.0rc22, llm_args.py `_resolve_default_backend`: the first of NIXL, UCX, MOONCAKE, MPI whose variable is \"1\" is what DEFAULT means
 note: NIXL with UCX: these are kvferry's own agents and not wire-compatible with NIXL agents (decode.yaml:3)
   do: run kvferry on both the prefill and the decode side; where the peer is a NIXL agent, --peers nixl tells what speaks to it
+note: transceiver_runtime is not given: of no concern here, and decided by each TensorRT-LLM server for itself (default)
+  TensorRT-LLM 1.3.0rc22, llm_args.py: auto: each server decides for itself, so prefill and decode may differ
+  earlier TensorRT-LLM: the C++ runtime
 ";
     assert_eq!(text(&output.stdout), expected);
     let nixl = folder.check("decode.yaml --env-file worker.env --peers nixl");
@@ -81,6 +84,25 @@ note: NIXL with UCX: these are kvferry's own agents and not wire-compatible with
     assert!(text(&nixl.stdout).contains(spoken), "{}", text(&nixl.stdout));
     let ucx = folder.check("decode.yaml --env-file worker.env --follow trtllm");
     assert!(text(&ucx.stdout).starts_with("method               UCX  "), "{}", text(&ucx.stdout));
+}
+
+#[test]
+fn the_contradictions_of_documents_and_code_are_listed() {
+    let list = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kvferry"));
+        let output = command.args(["config", "contradictions"]).args(arguments).env_clear().output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let said = list(&[]);
+    for word in
+        ["NVLink between pods", "VLLM_NIXL_ABORT_REQUEST_TIMEOUT", "decode pulls", "here: 60000", "--follow trtllm"]
+    {
+        assert!(said.contains(word), "no {word:?} in {said}");
+    }
+    let listed: Value = serde_json::from_str(&list(&["--json"])).unwrap();
+    assert_eq!(listed.as_array().unwrap().len(), 8);
+    assert!(listed.as_array().unwrap().iter().all(|one| one["claims"].as_array().unwrap().len() == 2));
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
+use kvferry_transport::conformance::absent;
 use serde_json::Value;
 
 const LOGS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/transports/ucx/text/tests/logs");
@@ -32,6 +33,14 @@ fn this_host_is_told_truthfully_and_fails_only_what_was_expected() {
     assert_eq!(devices["status"], "fail");
     assert!(devices["evidence"][0].as_str().unwrap().contains("97 expected"));
     assert!(devices["fix"].as_str().unwrap().contains("vpc.amazonaws.com/efa"));
+    // Where nothing of all that is there, nothing is wrong with what is not expected.
+    let bare = |report: &Value| {
+        let nothing = |id: &str, words: &str| check(report, id)["evidence"][0].as_str().unwrap().contains(words);
+        nothing("gpu.devices", "0 NVIDIA GPUs") && nothing("gpu.affinity", "of no concern")
+    };
+    if bare(&report) && !std::path::Path::new("/sys/class/infiniband").exists() {
+        assert_eq!(json(&[], 0)["status"], "ok");
+    }
 }
 
 #[test]
@@ -45,6 +54,42 @@ fn a_captured_host_and_an_environment_from_a_file() {
     assert_eq!(json(&["--root", root], 0)["status"], "ok");
     let report = json(&["--root", root, "--env-file", environment.to_str().unwrap()], 2);
     assert_eq!(check(&report, "variables.aborting")["status"], "fail");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// What NVML says, asked by a process of its own: a library with its calls stands for the driver's.
+#[test]
+fn nvml_is_asked_of_the_fabric_and_may_die_of_it() {
+    let folder: PathBuf = std::env::temp_dir().join(format!("kvferry-doctor-nvml-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let state = |definition: &str| {
+        let (library, file) = (folder.join(format!("{definition}.so")), folder.join("worker.env"));
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/transports/nvml/tests/nvml.c");
+        let mut compiler = Command::new("c++");
+        compiler.args(["-x", "c", "-shared", "-fPIC", "-w", source, "-o"]).arg(&library);
+        match compiler.arg(format!("-D{definition}")).output() {
+            Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr)),
+            Err(error) => {
+                absent("c++", &format!("no library to ask: c++ does not start ({error})"));
+                return None;
+            }
+        }
+        std::fs::write(&file, format!("KVFERRY_NVML_LIBRARY={}\nNCCL_MNNVL_ENABLE=1\n", library.display())).unwrap();
+        let report = json(&["--env-file", file.to_str().unwrap()], 2);
+        Some(check(&report, "fabric.state").clone())
+    };
+    let words = |check: &Value| check["evidence"].as_array().unwrap().iter().map(Value::to_string).collect::<String>();
+    if let Some(newest) = state("NEWEST") {
+        // One of its two GPUs has registered with an error.
+        assert_eq!(newest["status"], "fail");
+        assert!(words(&newest).contains("ended in an error on 1 of 2 GPUs"), "{newest}");
+        assert!(newest["fix"].as_str().unwrap().contains("NMX-C"), "{newest}");
+        assert!(words(&newest).contains("GPU 00000009:01:00.0: Completed, Insufficient Resources"), "{newest}");
+        let old = state("OLD").unwrap();
+        assert!(old["status"] == "fail" && words(&old).contains("570.124.06 is too old"), "{old}");
+        let deadly = state("DEADLY").unwrap();
+        assert!(deadly["status"] == "warn" && words(&deadly).contains("is ended by signal 6"), "{deadly}");
+    }
     std::fs::remove_dir_all(folder).unwrap();
 }
 

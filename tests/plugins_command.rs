@@ -181,6 +181,8 @@ fn a_plugin_that_ends_its_process_is_a_verdict() {
     let init = "extern \"C\" void *nixl_plugin_init() { return &p; }";
     let built = fake.build("libnixl.so", "int nixl;", 1)
         && fake.build("plugins/libplugin_GOOD.so", &format!("{engine} {init}"), 1)
+        && fake.build("plugins/libplugin_ALIAS.so", &format!("{engine} static const char *called() {{ return \"ELSE\"; }}
+            static P q = {{API, {{0, 0, (void *)called, 0, 0, 0}}}}; extern \"C\" void *nixl_plugin_init() {{ return &q; }}"), 1)
         && fake.build("plugins/libplugin_OTHER.so", &format!("{engine} {init}"), 2)
         && fake.build("plugins/libplugin_CRASH.so", &format!("{engine} extern \"C\" void *nixl_plugin_init() {{ __builtin_trap(); }}"), 1)
         && fake.build("plugins/libplugin_LEAVE.so", &format!("{engine} extern \"C\" void _exit(int); __attribute__((constructor)) void leave() {{ _exit(3); }} {init}"), 1)
@@ -208,6 +210,8 @@ fn a_plugin_that_ends_its_process_is_a_verdict() {
         assert_eq!(verdict, "incompatible", "{name}");
         assert!(reasons.contains(word), "{name}: no {word:?} in {reasons}");
     }
+    let (verdict, words) = found("ALIAS");
+    assert!(verdict == "unknown" && words.contains("that of ALIAS, and it calls itself ELSE"), "{verdict}: {words}");
     // Without loading, the interface is not known.
     let unloaded = told(&["--core", folder.to_str().unwrap(), "--no-load", "--only", "GOOD"]);
     assert_eq!(unloaded["verdict"], "unknown");

@@ -55,6 +55,7 @@ const STATEMENTS: &[(&str, &str, &str)] = &[
         HOST,
         "one_thing_wrong_is_found_and_nothing_else",
     ),
+    ("the same in a worker's log", LOG, "page_nccls_error_without_a_compute_domain"),
     ("Both prefill and decode services must include ResourceClaims", MANIFEST, "page_both_sides_claim_the_channel"),
     (
         "Required NCCL environment variables for GB200; NVIDIA_GDRCOPY",

@@ -21,7 +21,8 @@ pub(crate) fn plan(file: &Path) -> Result<Plan, UsageError> {
         .collect();
     let resolution = resolve(&config, &file.display().to_string(), &environment, Follow::default(), Peers::Kvferry);
     for finding in resolution.findings.iter().filter(|finding| finding.severity == Severity::Warning) {
-        eprintln!("warning: {} ({})", finding.message, finding.source);
+        let remedy = finding.remedy.as_ref().map(|remedy| format!("; {remedy}")).unwrap_or_default();
+        eprintln!("warning: {}{remedy} ({})", finding.message, finding.source);
     }
     resolution.plan.ok_or_else(|| {
         let error = resolution.findings.into_iter().find(|finding| finding.severity == Severity::Error);

@@ -351,13 +351,17 @@ fn flag(node: &Node) -> Result<Located<Option<bool>>, ConfigError> {
     Ok(Located { value, at: node.at })
 }
 
-/// The field that a misspelt key is at most two letters away from, whatever its case and dashes.
+/// The field that a misspelt key is at most two letters away from, or whose unit it leaves out, whatever its case and dashes.
 fn meant(key: &str) -> Option<&'static str> {
     if key.len() > 64 {
         return None;
     }
     let key: Vec<char> = key.to_lowercase().replace('-', "_").chars().collect();
-    FIELDS.into_iter().find(|field| distance(&key, &field.chars().collect::<Vec<_>>()) <= 2)
+    let near = |field: &&str| {
+        let field: Vec<char> = field.chars().collect();
+        distance(&key, &field) <= 2 || (field.starts_with(&key) && field.get(key.len()) == Some(&'_') && key.len() > 8)
+    };
+    FIELDS.into_iter().find(near)
 }
 
 /// Letters to change, add or leave out.

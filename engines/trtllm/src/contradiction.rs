@@ -18,9 +18,23 @@ pub struct Contradiction {
     pub about: &'static str,
     /// What they say.
     pub claims: [Claim; 2],
+    /// What kvferry does.
+    pub here: &'static str,
 }
 
 impl Contradiction {
+    /// Every one that is known.
+    pub const ALL: [Contradiction; 8] = [
+        Contradiction::DEFAULT_AND_VARIABLES,
+        Contradiction::EFA_BACKEND,
+        Contradiction::NVLINK_BETWEEN_PODS,
+        Contradiction::BOOTSTRAP_TIMEOUT,
+        Contradiction::ABORT_TIMEOUT,
+        Contradiction::TIMEOUT_DEFAULT,
+        Contradiction::RUNTIME_DEFAULT,
+        Contradiction::SGLANG_DIRECTION,
+    ];
+
     /// Whether `TRTLLM_USE_UCX_KVCACHE=1` and its like choose what DEFAULT means.
     pub const DEFAULT_AND_VARIABLES: Contradiction = Contradiction {
         about: "TRTLLM_USE_*_KVCACHE with backend DEFAULT",
@@ -34,6 +48,7 @@ impl Contradiction {
                 says: "the first of NIXL, UCX, MOONCAKE, MPI whose variable is \"1\" is what DEFAULT means",
             },
         ],
+        here: "the page's rule: DEFAULT is NIXL; `--follow trtllm` applies the other",
     };
 
     /// Which NIXL backend belongs to EFA.
@@ -46,6 +61,7 @@ impl Contradiction {
                 says: "LIBFABRIC (TRTLLM_NIXL_KVCACHE_BACKEND=LIBFABRIC)",
             },
         ],
+        here: "either, as the configuration says; measure both, and `kvferry doctor --verify` shows which device carried the bytes",
     };
 
     /// What an absent `kv_transfer_timeout_ms` means.
@@ -55,6 +71,7 @@ impl Contradiction {
             Claim { by: "TensorRT-LLM 1.3.0rc22, llm_args.py", says: "60000" },
             Claim { by: "earlier TensorRT-LLM", says: "none: transfers wait for ever" },
         ],
+        here: "60000: every wait has a deadline",
     };
 
     /// What an absent `transceiver_runtime` means.
@@ -67,5 +84,52 @@ impl Contradiction {
             },
             Claim { by: "earlier TensorRT-LLM", says: "the C++ runtime" },
         ],
+        here: "nothing follows from it: kvferry is a runtime of its own on both sides",
+    };
+
+    /// Whether NVLink reaches from pod to pod.
+    pub const NVLINK_BETWEEN_PODS: Contradiction = Contradiction {
+        about: "NVLink between pods",
+        claims: [
+            Claim {
+                by: "NVIDIA Dynamo, disagg-communication-guide.md",
+                says: "NVLink works within one pod: Kubernetes isolates processes and IPC",
+            },
+            Claim {
+                by: "NVIDIA Dynamo, PR 10440",
+                says: "across pods of an NVL72, too, with fabric handles and an IMEX channel",
+            },
+        ],
+        here: "`kvferry doctor` says whether GPUs are in one NVLink domain and a channel is there; the path that carries the bytes is printed for each peer",
+    };
+
+    /// Whether SGLang's NIXL connector gives up waiting for a peer.
+    pub const BOOTSTRAP_TIMEOUT: Contradiction = Contradiction {
+        about: "SGLang's bootstrap timeout with NIXL",
+        claims: [
+            Claim { by: "llm-d, operations-sglang.md", says: "it is not enforced with NIXL" },
+            Claim { by: "SGLang 0.5.23, common sender", says: "it holds for every backend: 300 s" },
+        ],
+        here: "every wait has a deadline that names what was awaited, whatever the transport",
+    };
+
+    /// How long vLLM's prefill side keeps blocks that nobody fetches.
+    pub const ABORT_TIMEOUT: Contradiction = Contradiction {
+        about: "how long vLLM keeps blocks that nobody fetches",
+        claims: [
+            Claim { by: "vLLM's older documents", says: "VLLM_NIXL_ABORT_REQUEST_TIMEOUT, 480 s" },
+            Claim { by: "vLLM 0.33, NIXL connector", says: "a lease of 30 s that the decode side renews every 5 s" },
+        ],
+        here: "a lease, renewed while a pairing lives; after it ends a reader's confirmation is refused",
+    };
+
+    /// Who moves the bytes under SGLang.
+    pub const SGLANG_DIRECTION: Contradiction = Contradiction {
+        about: "who moves the bytes under SGLang",
+        claims: [
+            Claim { by: "llm-d, the diagram for SGLang", says: "decode pulls" },
+            Claim { by: "SGLang 0.5.23; llm-d 0.8, its text", says: "prefill pushes" },
+        ],
+        here: "either, chosen for each pair of ranks and printed",
     };
 }

@@ -7,6 +7,7 @@
 
 mod config;
 mod contradiction;
+mod effects;
 mod finding;
 mod peers;
 mod plan;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::config::{Backend, Located, TransceiverConfig, TransceiverRuntime};
+use crate::config::{Backend, Located, TransceiverConfig};
 use crate::contradiction::Contradiction;
 use crate::finding::{Finding, Severity, Source};
 use crate::peers::{Carried, Peers, Unreachable};
@@ -66,53 +66,45 @@ const NIXL_BACKEND: &str = "TRTLLM_NIXL_KVCACHE_BACKEND";
 const TIMEOUT_MS: u64 = 60_000;
 const FLOOR_MS: u64 = 10_000;
 
-/// Variables that steer what kvferry does otherwise, with the reason.
-const WITHOUT_COUNTERPART: [(&str, &str); 11] = [
-    ("TRTLLM_KVCACHE_TRANSFER_BUFFER_SIZE", "kvferry writes straight into KV blocks and has no transfer buffers"),
-    ("TRTLLM_KVCACHE_TRANSFER_USE_ASYNC_BUFFER", "kvferry has no transfer buffers"),
-    ("TRTLLM_KVCACHE_TRANSFER_USE_SYNC_BUFFER", "kvferry has no transfer buffers"),
-    ("TRTLLM_TRY_ZCOPY_FOR_KVCACHE_TRANSFER", "kvferry never stages"),
-    ("TRTLLM_NIXL_ENABLE_COALESCE", "kvferry moves programs and always merges neighbouring pieces"),
-    ("TRTLLM_ENABLE_KVCACHE_RECEIVE_PARALLEL", "kvferry always receives from all source ranks at once"),
-    ("TRTLLM_PARALLEL_CACHE_SEND", "kvferry always serves all destination ranks at once"),
-    ("TRTLLM_DISABLE_KV_CACHE_TRANSFER_OVERLAP", "kvferry never blocks generation"),
-    ("TRTLLM_KV_TRANSFER_NUM_THREADS", "kvferry has one thread per NIC"),
-    ("TRTLLM_KVCACHE_TRANSFER_ALL_BLOCKS_FOR_WINDOW", "kvferry moves exactly the tokens that the window needs"),
-    ("NIXL_PLUGIN_DIR", "kvferry loads no NIXL plugins; TensorRT-LLM's own agents do"),
-];
-
-struct Resolver<'a> {
-    config: &'a TransceiverConfig,
+pub(crate) struct Resolver<'a> {
+    pub(crate) config: &'a TransceiverConfig,
     file: &'a str,
-    environment: &'a Environment,
+    pub(crate) environment: &'a Environment,
     follow: Follow,
     peers: Peers,
     findings: Vec<Finding>,
 }
 
 impl Resolver<'_> {
-    fn say(&mut self, severity: Severity, code: &'static str, source: Source, message: String, remedy: Option<String>) {
+    pub(crate) fn say(
+        &mut self,
+        severity: Severity,
+        code: &'static str,
+        source: Source,
+        message: String,
+        remedy: Option<String>,
+    ) {
         self.findings.push(Finding { severity, code, message, remedy, source, contradiction: None });
     }
 
     /// Names who contradicts the finding that was said last.
-    fn but(&mut self, contradiction: Contradiction) {
+    pub(crate) fn but(&mut self, contradiction: Contradiction) {
         if let Some(last) = self.findings.last_mut() {
             last.contradiction = Some(contradiction);
         }
     }
 
-    fn source<T>(&self, located: &Located<T>) -> Source {
+    pub(crate) fn source<T>(&self, located: &Located<T>) -> Source {
         Source::File { file: self.file.to_owned(), at: located.at }
     }
 
     /// The file's value of a field that is not null, and where from.
-    fn given<T: Copy>(&self, field: Option<Located<Option<T>>>) -> Option<(T, Source)> {
+    pub(crate) fn given<T: Copy>(&self, field: Option<Located<Option<T>>>) -> Option<(T, Source)> {
         let located = field?;
         Some((located.value?, self.source(&located)))
     }
 
-    fn variable(&self, name: &str) -> Option<(&str, Source)> {
+    pub(crate) fn variable(&self, name: &str) -> Option<(&str, Source)> {
         let value = self.environment.get(name)?;
         Some((value.as_str(), Source::Variable(name.to_owned())))
     }
@@ -332,7 +324,9 @@ impl Resolver<'_> {
         self.fabric(carrier);
         let deadlines = self.deadlines();
         let credits = self.credits();
+        self.combinations(method.value);
         self.without_effect();
+        self.elsewhere();
         Some(Plan { method, transport, library_transports, devices, deadlines, credits })
     }
 
@@ -458,61 +452,5 @@ impl Resolver<'_> {
             self.say(Severity::Note, "no-buffer", source, message, None);
         }
         Credits { decode_handovers, prefill_handovers }
-    }
-
-    /// Fields and variables that change nothing here.
-    fn without_effect(&mut self) {
-        let config = self.config;
-        if let Some(runtime) = config.transceiver_runtime {
-            let source = self.source(&runtime);
-            let word = match runtime.value {
-                Some(TransceiverRuntime::Cpp) => "CPP",
-                Some(TransceiverRuntime::Python) => "PYTHON",
-                Some(TransceiverRuntime::Auto) => "auto",
-                None => "null",
-            };
-            let message = format!(
-                "transceiver_runtime: {word} chooses between TensorRT-LLM's implementations; kvferry is a third"
-            );
-            self.say(Severity::Note, "without-effect", source, message, None);
-            self.but(Contradiction::RUNTIME_DEFAULT);
-        }
-        let polls = [
-            ("kv_transfer_sender_future_timeout_ms", config.kv_transfer_sender_future_timeout_ms),
-            ("kv_transfer_poll_interval_ms", config.kv_transfer_poll_interval_ms),
-        ];
-        for (field, value) in polls {
-            if let Some((value, source)) = self.given(value) {
-                let message = format!("{field}: {value} paces polling; kvferry is told when something happens");
-                self.say(Severity::Note, "without-effect", source, message, None);
-            }
-        }
-        let bounces = [
-            ("kv_cache_bounce_size_mb", config.kv_cache_bounce_size_mb),
-            ("agent_buffer_size_mb", config.agent_buffer_size_mb),
-        ];
-        for (field, value) in bounces {
-            if let Some((value, source)) = self.given(value).filter(|(value, _)| *value > 0) {
-                let message = format!("{field}: {value} is for bounce buffers; kvferry moves programs and has none");
-                self.say(Severity::Note, "without-effect", source, message, None);
-            }
-        }
-        if let Some(parameters) = &config.agent_bounce_params {
-            let source = self.source(parameters);
-            let message = "agent_bounce_params is for bounce buffers; kvferry moves programs and has none".to_owned();
-            self.say(Severity::Note, "without-effect", source, message, None);
-        }
-        if let Some((true, source)) = self.given(config.enable_pipelined_transfer) {
-            let message =
-                "enable_pipelined_transfer: kvferry moves layers as soon as the engine marks them ready, always"
-                    .to_owned();
-            self.say(Severity::Note, "without-effect", source, message, None);
-        }
-        for (name, why) in WITHOUT_COUNTERPART {
-            if let Some((value, source)) = self.variable(name) {
-                let message = format!("{name}={value}: without effect here, {why}");
-                self.say(Severity::Note, "without-effect", source, message, None);
-            }
-        }
     }
 }

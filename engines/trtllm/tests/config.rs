@@ -54,7 +54,7 @@ fn unknown_keys_are_kept_and_a_misspelt_one_is_recognised() {
     assert_eq!(
         found,
         [
-            ("kv_transfer_timeout", 3, None),
+            ("kv_transfer_timeout", 3, Some("kv_transfer_timeout_ms")),
             ("max-tokens-in-buffer", 4, Some("max_tokens_in_buffer")),
             ("colour", 5, None)
         ]

@@ -201,7 +201,12 @@ fn buffer_counts_become_credits() {
 fn what_changes_nothing_here_is_said() {
     let section = "{backend: NIXL, transceiver_runtime: auto, max_tokens_in_buffer: 8448, kv_cache_bounce_size_mb: 64, \
                    enable_pipelined_transfer: true, kv_transfer_poll_interval_ms: 5000, agent_bounce_params: {a: 1}, odd: 1}";
-    let resolution = resolved(section, &[("TRTLLM_KVCACHE_TRANSFER_BUFFER_SIZE", "1GB")], Follow::Dynamo);
+    let variables = [
+        ("TRTLLM_KVCACHE_TRANSFER_BUFFER_SIZE", "1GB"),
+        ("TRTLLM_DISAGG_LAYERWISE", "1"),
+        ("TRTLLM_UCX_INTERFACE", "eth0"),
+    ];
+    let resolution = resolved(section, &variables, Follow::Dynamo);
     let text = messages(&resolution);
     for word in [
         "transceiver_runtime: auto",
@@ -211,11 +216,81 @@ fn what_changes_nothing_here_is_said() {
         "kv_transfer_poll_interval_ms: 5000",
         "agent_bounce_params",
         "TRTLLM_KVCACHE_TRANSFER_BUFFER_SIZE=1GB",
+        "TRTLLM_DISAGG_LAYERWISE=1",
+        "TRTLLM_UCX_INTERFACE=eth0",
         "`odd: 1`",
     ] {
         assert!(text.contains(word), "no {word:?} in {text}");
     }
     assert!(text.contains("not wire-compatible with NIXL agents"));
+}
+
+/// reference: what each field of the schema needs of the others.
+#[test]
+fn fields_that_tensorrt_llm_does_not_take_together_are_warned_of() {
+    for (section, words) in [
+        ("{backend: UCX, transceiver_runtime: PYTHON}", Some("PYTHON works with NIXL only")),
+        ("{backend: NIXL, transceiver_runtime: PYTHON, kv_transfer_timeout_ms: null}", Some("needs a finite")),
+        ("{backend: NIXL, transceiver_runtime: PYTHON}", None),
+        ("{backend: UCX, enable_pipelined_transfer: true}", Some("the method is UCX")),
+        (
+            "{backend: NIXL, transceiver_runtime: CPP, enable_pipelined_transfer: true}",
+            Some("transceiver_runtime is CPP"),
+        ),
+        (
+            "{backend: NIXL, kv_transfer_timeout_ms: null, enable_pipelined_transfer: true}",
+            Some("the C++ runtime is taken"),
+        ),
+        (
+            "{backend: NIXL, kv_cache_bounce_size_mb: 64, enable_pipelined_transfer: true}",
+            Some("kv_cache_bounce_size_mb is not 0"),
+        ),
+        ("{backend: NIXL, enable_pipelined_transfer: true}", None),
+        ("{backend: NIXL, transceiver_runtime: CPP, kv_cache_bounce_size_mb: 64}", Some("is the Python runtime's")),
+        ("{backend: UCX, kv_cache_bounce_size_mb: 0}", None),
+    ] {
+        let resolution = resolved(section, &[], Follow::Dynamo);
+        let clashes: Vec<&str> = resolution
+            .findings
+            .iter()
+            .filter(|finding| finding.code == "contradicting-fields")
+            .map(|finding| finding.message.as_str())
+            .collect();
+        assert_eq!(clashes.len(), usize::from(words.is_some()), "{section}: {clashes:?}");
+        assert!(clashes.iter().zip(words).all(|(clash, words)| clash.contains(words)), "{section}: {clashes:?}");
+        assert!(resolution.plan.is_some(), "{section}");
+    }
+    let cpp = resolved("{backend: NIXL, transceiver_runtime: CPP}", &[], Follow::Dynamo);
+    assert_eq!(finding(&cpp, "nixl-buffer").severity, Severity::Note);
+}
+
+/// The seven contradictions between documents and code (one is about two defaults): each is cited where what it is about is met.
+#[test]
+fn each_contradiction_is_cited_where_it_matters() {
+    let cited = |section: &str, variables: &[(&str, &str)]| -> Vec<&'static str> {
+        let resolution = resolved(section, variables, Follow::Dynamo);
+        resolution.findings.iter().filter_map(|finding| Some(finding.contradiction?.about)).collect()
+    };
+    let plain = "{backend: NIXL, transceiver_runtime: CPP, kv_transfer_timeout_ms: 1000}";
+    assert_eq!(cited(plain, &[]), [""; 0]);
+    let mut all: Vec<&str> = Vec::new();
+    for (section, name) in [
+        ("{backend: DEFAULT, transceiver_runtime: CPP, kv_transfer_timeout_ms: 1}", "TRTLLM_USE_UCX_KVCACHE"),
+        (plain, "FI_EFA_USE_DEVICE_RDMA"),
+        (plain, "UCX_CUDA_IPC_ENABLE_MNNVL"),
+        (plain, "VLLM_NIXL_ABORT_REQUEST_TIMEOUT"),
+        (plain, "SGLANG_DISAGGREGATION_WAITING_TIMEOUT"),
+        ("{backend: NIXL, transceiver_runtime: CPP}", "A"),
+        ("{backend: NIXL, kv_transfer_timeout_ms: 1}", "A"),
+    ] {
+        let found = cited(section, &[(name, "1")]);
+        assert_eq!(found.len(), 1, "{section} {name}: {found:?}");
+        all.extend(found);
+    }
+    let bootstrap = cited(plain, &[("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "300")]);
+    all.extend(bootstrap.first());
+    let known = Contradiction::ALL.map(|contradiction| contradiction.about);
+    assert_eq!(known.iter().filter(|about| all.contains(about)).count(), known.len(), "{all:?}");
 }
 
 #[test]

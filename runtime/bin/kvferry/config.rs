@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand, ValueEnum};
 use kvferry_trtllm::{
-    FILE_BYTES_MAX, Finding, Follow, Peers, Plan, Resolution, Resolved, Severity, TransceiverConfig, resolve,
+    Contradiction, FILE_BYTES_MAX, Finding, Follow, Peers, Plan, Resolution, Resolved, Severity, TransceiverConfig,
+    resolve,
 };
 use serde::Serialize;
 
@@ -22,6 +23,15 @@ pub(crate) struct Options {
 #[derive(Clone, Debug, Subcommand)]
 enum Command {
     Check(Check),
+    Contradictions(Contradictions),
+}
+
+/// Where documents and code of the field contradict each other about what `config check` resolves, and what kvferry does.
+#[derive(Clone, Debug, Args)]
+struct Contradictions {
+    /// Print one JSON list.
+    #[arg(long)]
+    json: bool,
 }
 
 /// Resolve `cache_transceiver_config` of a TensorRT-LLM YAML, and print what it means and why.
@@ -83,19 +93,40 @@ struct Report<'a> {
 
 /// Runs it.
 pub(crate) fn run(options: &Options) -> ExitCode {
-    let Command::Check(check) = &options.command;
-    let (text, code) = match check.resolve() {
+    let (name, resolved) = match &options.command {
+        Command::Check(check) => ("check", check.resolve()),
+        Command::Contradictions(list) => ("contradictions", list.text().map(|text| (text, ExitCode::SUCCESS))),
+    };
+    let (text, code) = match resolved {
         Ok(resolved) => resolved,
         Err(error) => {
-            eprintln!("kvferry config check: {error}");
+            eprintln!("kvferry config {name}: {error}");
             return ExitCode::from(2);
         }
     };
     if let Err(error) = write!(std::io::stdout(), "{text}") {
-        eprintln!("kvferry config check: the result cannot be written: {error}");
+        eprintln!("kvferry config {name}: the result cannot be written: {error}");
         return ExitCode::from(2);
     }
     code
+}
+
+impl Contradictions {
+    fn text(&self) -> Result<String, String> {
+        if self.json {
+            let json = serde_json::to_string_pretty(&Contradiction::ALL).map_err(|error| error.to_string())?;
+            return Ok(format!("{json}\n"));
+        }
+        let mut text = String::new();
+        for Contradiction { about, claims, here } in Contradiction::ALL {
+            text.push_str(&format!("{about}\n"));
+            for claim in claims {
+                text.push_str(&format!("  {}: {}\n", claim.by, claim.says));
+            }
+            text.push_str(&format!("  here: {here}\n"));
+        }
+        Ok(text)
+    }
 }
 
 impl Check {

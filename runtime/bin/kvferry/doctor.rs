@@ -1,6 +1,7 @@
 //! `kvferry doctor`: checks of this host, of a worker's log, or of Kubernetes manifests; and a real transfer with a peer.
 
 mod clock;
+mod driver;
 mod meeting;
 mod nixl;
 mod serve;
@@ -12,11 +13,12 @@ use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use kvferry_doctor::{
-    Backend, Environment, Expectations, MANIFEST_BYTES_MAX, Question, Report, Role, Status, SysRoot, examine, read_log,
-    read_manifest,
+    Backend, DriverSaid, Environment, Expectations, MANIFEST_BYTES_MAX, Question, Report, Role, Status, SysRoot,
+    examine, read_log, read_manifest,
 };
 
 use crate::env_file;
+pub(crate) use driver::Child;
 use meeting::Meeting;
 
 /// Bytes of a log that are read; of a longer one, its beginning is what matters.
@@ -24,8 +26,8 @@ const LOG_BYTES_MAX: u64 = 256 << 20;
 
 /// Check one host, a worker's log or Kubernetes manifests for KV transfers over EFA, UCX, libfabric and NVLink; or transfer and see.
 ///
-/// Each check is ok, warn or fail, with what was seen and the exact fix. Nothing is loaded, sent or changed; what only a transfer can prove is
-/// said to be so. That is what --verify is for: it moves KV from a peer that runs --serve, and grades what proves the way that it took. What a host does not have (EFA, GPUs, IMEX channels) is of no concern unless --expect says so.
+/// Each check is ok, warn or fail, with what was seen and the exact fix. Nothing is sent or changed, and nothing loaded but NVIDIA's NVML, where there
+/// is a driver: a process of its own asks it of the GPUs' NVLink fabric (KVFERRY_NVML_LIBRARY names another). What only a transfer can prove is said to be so. That is what --verify is for: it moves KV from a peer that runs --serve, and grades what proves the way that it took. What a host does not have (EFA, GPUs, IMEX channels) is of no concern unless --expect says so.
 ///
 /// Exits with 0 when all is ok, with 1 when something is a warning, with 2 when something fails or the options make no sense.
 #[derive(Clone, Debug, Args)]
@@ -51,7 +53,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE")]
     env_file: Option<PathBuf>,
 
-    /// Look below this folder for sys, dev, proc and libraries instead of on the live host.
+    /// Look below this folder for sys, dev, proc, etc and libraries instead of on the live host. nvidia-smi-q.txt in it, with what `nvidia-smi -q`
+    /// printed, stands for the driver.
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
 
@@ -162,7 +165,8 @@ impl Options {
             Side::Prefill => Role::Prefill,
             Side::Decode => Role::Decode,
         });
-        let question = Question { environment, backend, role, multinode: self.multinode, expect };
+        let driver = if self.root.is_none() { driver::ask(&environment) } else { DriverSaid::Nothing };
+        let question = Question { environment, backend, role, multinode: self.multinode, expect, driver };
         let report = examine(&root, &question);
         // Libraries are looked for on the live host only.
         let abi = if self.root.is_none() { nixl::check(&question) } else { None };

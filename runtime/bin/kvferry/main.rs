@@ -1,6 +1,7 @@
 //! The `kvferry` command.
 
 mod bench;
+mod child;
 mod config;
 mod doctor;
 mod env_file;
@@ -28,6 +29,8 @@ enum Command {
     Plugins(plugins::Options),
     #[command(hide = true)]
     LoadPlugin(plugins::Child),
+    #[command(hide = true)]
+    LoadNvml(doctor::Child),
 }
 
 fn main() -> ExitCode {
@@ -38,5 +41,6 @@ fn main() -> ExitCode {
         Command::Manifest(options) => manifest::run(&options),
         Command::Plugins(options) => plugins::run(&options),
         Command::LoadPlugin(child) => child.run(),
+        Command::LoadNvml(child) => child.run(),
     }
 }

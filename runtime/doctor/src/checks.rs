@@ -1,10 +1,11 @@
 //! The checks of one host, by what they are about.
 
 mod efa;
+mod fabric;
 mod gpu;
 mod libraries;
 mod process;
-mod variables;
+pub(crate) mod variables;
 
 use crate::host::Host;
 use crate::question::Question;
@@ -33,6 +34,7 @@ pub fn examine(root: &SysRoot, question: &Question) -> Report {
     checks.extend(efa::checks(&subject));
     checks.extend(process::checks(&subject));
     checks.extend(gpu::checks(&subject));
+    checks.extend(fabric::checks(&subject));
     checks.extend(libraries::checks(&subject));
     checks.extend(variables::checks(&subject));
     Report::of(checks)

@@ -5,6 +5,7 @@ use std::fs;
 
 use kvferry_topology::{Pci, Topology};
 
+use crate::question::SMI_FILE;
 use crate::root::{DeviceNode, SysRoot, names, text};
 
 /// An EFA device with its driver.
@@ -36,6 +37,8 @@ pub(crate) struct Host {
     pub(crate) memlock: Option<Option<u64>>,
     pub(crate) capabilities: Option<u64>,
     /// The mode of the process's seccomp filter: 0 is none.
+    /// Whether its capabilities are those of a user namespace, as in rootless containers: the host's drivers do not heed them.
+    pub(crate) rootless: bool,
     pub(crate) seccomp: Option<u32>,
     pub(crate) hugepages: Option<(u64, u64)>,
     pub(crate) nvidia_driver: Option<String>,
@@ -43,11 +46,44 @@ pub(crate) struct Host {
     pub(crate) imex_channels: Vec<(String, DeviceNode)>,
     /// Whether the kernel knows the device of IMEX channels; `None` where it does not say.
     pub(crate) imex_driver: Option<bool>,
+    /// How many channels the driver was loaded for, where it says.
+    pub(crate) imex_count: Option<u32>,
+    /// The daemon that brings handles from host to host.
+    pub(crate) imex_daemon: ImexDaemon,
+    /// What `nvidia-smi -q` printed on a captured host.
+    pub(crate) smi: Option<String>,
     pub(crate) gdr_node: DeviceNode,
     /// Loaded libraries by their name up to `.so`, with the files; of another process only.
     pub(crate) loaded: BTreeMap<String, Vec<String>>,
 }
 
+/// `nvidia-imex`, as far as it is seen from here.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ImexDaemon {
+    pub(crate) running: bool,
+    /// The file that lists the nodes, as the configuration names it, and its entries; `None` where there is no configuration.
+    pub(crate) nodes: Option<(String, Vec<String>)>,
+}
+
+impl ImexDaemon {
+    fn read(root: &SysRoot) -> ImexDaemon {
+        let processes = names(&root.proc).into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+        let running = processes
+            .filter_map(|process| text(&root.proc.join(process).join("comm")))
+            .any(|name| name == "nvidia-imex");
+        let nodes = text(&root.file("/etc/nvidia-imex/config.cfg")).map(|configuration| {
+            let named = configuration.lines().find_map(|line| line.trim().strip_prefix("IMEX_NODE_CONFIG_FILE="));
+            let file = named.map_or("/etc/nvidia-imex/nodes_config.cfg", str::trim).to_owned();
+            let entries = text(&root.file(&file)).unwrap_or_default();
+            let entries = entries.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+            (file, entries.map(str::to_owned).collect())
+        });
+        ImexDaemon { running, nodes }
+    }
+}
+
+/// PCI devices of GB200 and GB300.
+const RACK_GPUS: [u32; 2] = [0x2941, 0x31c2];
 const PEER_MEMORY: [(&str, &str); 4] = [
     ("module/efa_nv_peermem/version", "efa_nv_peermem"),
     ("kernel/mm/memory_peers/nv_mem/version", "nv_mem"),
@@ -79,6 +115,7 @@ impl Host {
             kernel: text(&root.proc.join("sys/kernel/osrelease")).unwrap_or_default(),
             memlock: text(&root.own("limits")).and_then(|limits| memlock(&limits)),
             capabilities: field(&status, "CapEff").and_then(|hex| u64::from_str_radix(hex, 16).ok()),
+            rootless: text(&root.own("uid_map")).is_some_and(|map| !map.is_empty() && !maps_all(&map)),
             seccomp: field(&status, "Seccomp").and_then(|mode| mode.parse().ok()),
             hugepages: pages("HugePages_Total").zip(pages("HugePages_Free")),
             nvidia_driver: text(&root.proc.join("driver/nvidia/version")),
@@ -91,6 +128,10 @@ impl Host {
                 .collect(),
             imex_driver: text(&root.proc.join("devices"))
                 .map(|devices| devices.lines().any(|line| line.trim_end().ends_with(" nvidia-caps-imex-channels"))),
+            imex_count: text(&root.proc.join("driver/nvidia/params"))
+                .and_then(|params| field(&params, "ImexChannelCount")?.parse().ok()),
+            imex_daemon: ImexDaemon::read(root),
+            smi: if root.captured { text(&root.file(SMI_FILE)) } else { None },
             gdr_node: root.device_node("gdrdrv"),
             loaded: if root.process == "self" { BTreeMap::new() } else { loaded(root) },
             topology,
@@ -99,6 +140,11 @@ impl Host {
 
     pub(crate) fn gpus(&self) -> impl Iterator<Item = &Pci> {
         self.topology.gpus()
+    }
+
+    /// Whether its GPUs are made for NVLink between hosts.
+    pub(crate) fn is_of_a_rack(&self) -> bool {
+        self.gpus().any(|gpu| RACK_GPUS.contains(&gpu.device))
     }
 
     pub(crate) fn efa_on_pci(&self) -> impl Iterator<Item = &Pci> {
@@ -114,6 +160,11 @@ impl Host {
 /// `name:   value` of /proc's tables.
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+}
+
+/// `0 0 4294967295`: every user is who it is.
+fn maps_all(uid_map: &str) -> bool {
+    uid_map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 fn memlock(limits: &str) -> Option<Option<u64>> {

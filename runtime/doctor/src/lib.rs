@@ -15,6 +15,7 @@ mod manifest;
 mod question;
 mod report;
 mod root;
+mod smi;
 mod verify;
 
 pub use checks::examine;
@@ -22,7 +23,7 @@ pub use expectations::{ExpectationError, Expectations};
 pub use library::{Found as FoundLibrary, find as find_library};
 pub use log::read_log;
 pub use manifest::{MANIFEST_BYTES_MAX, read_manifest};
-pub use question::{Backend, Environment, Question, Role};
+pub use question::{Backend, DriverSaid, Environment, Question, Role, SMI_FILE};
 pub use report::{Check, Report, Status};
 pub use root::SysRoot;
 pub use verify::{ClockSeen, PathSeen, Proof, Transferred, judge_transfer};

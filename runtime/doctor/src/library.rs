@@ -107,6 +107,17 @@ impl Libfabric {
     }
 }
 
+/// Which generation of providers a libibverbs loads: `N` of the `-rdmavN.so` with which it completes their names.
+pub(crate) fn verbs_generation(file: &Path) -> Option<u32> {
+    const SUFFIX: &[u8] = b"-rdmav";
+    let mut bytes = Vec::new();
+    File::open(file).ok()?.take(SEARCHED_MAX).read_to_end(&mut bytes).ok()?;
+    let at = bytes.windows(SUFFIX.len()).position(|window| window == SUFFIX)?;
+    let digits = bytes.iter().skip(at + SUFFIX.len()).take(4).take_while(|byte| byte.is_ascii_digit());
+    let number = digits.fold(0, |number, digit| number * 10 + u32::from(digit - b'0'));
+    (number > 0).then_some(number)
+}
+
 /// The version that `<folder>/pkgconfig/<name>.pc` gives, as major and minor.
 pub(crate) fn packaged_version(library: &Path, name: &str) -> Option<(u32, u32)> {
     let file = text(&library.parent()?.join("pkgconfig").join(format!("{name}.pc")))?;

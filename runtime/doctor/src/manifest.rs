@@ -71,8 +71,24 @@ fn shape(documents: &[Rc<Node>], subject: &Subject<'_>) -> Check {
         return Check::fail(ID, format!("{} of {count} documents are not what their kind says", wrong.len()), fix)
             .and(wrong);
     }
+    let fix = format!("give it the workers' manifests as a kind that is known: {}", workload::KINDS);
+    let foreign = |document: &&Rc<Node>| workload::of(document).is_empty() && workload::has_containers(document);
+    let foreign: Vec<String> = documents
+        .iter()
+        // The parts of a list are among the documents.
+        .filter(|document| document.entry("items").is_none())
+        .filter(foreign)
+        .take(checks::LINES_MAX)
+        .map(|document| {
+            let kind = kvferry_yaml::shorten(workload::word(document, "kind").unwrap_or("no kind"));
+            format!("{}: {kind} has containers that are not looked at", subject.at(document))
+        })
+        .collect();
+    if !foreign.is_empty() {
+        let evidence = format!("{} of {count} documents are of kinds that are not known here", foreign.len());
+        return Check::warn(ID, evidence, fix).and(foreign);
+    }
     if subject.workloads.is_empty() {
-        let fix = "give it the workers' manifests: DynamoGraphDeployment, LeaderWorkerSet, StatefulSet, Deployment, Job or Pod";
         return Check::warn(ID, format!("{count} documents, and no workers in them: there is nothing to judge"), fix);
     }
     let names = subject.workloads.iter().take(checks::LINES_MAX).map(|workload| match workload.role {

@@ -52,6 +52,21 @@ impl Backend {
     }
 }
 
+/// What NVIDIA's driver said of the GPUs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum DriverSaid {
+    /// Nobody asked it. Of a captured host, [`SMI_FILE`] tells.
+    #[default]
+    Nothing,
+    /// What `nvidia-smi -q` prints.
+    Told(String),
+    /// It could not be asked, for this reason.
+    Refused(String),
+}
+
+/// The file of a captured host with what `nvidia-smi -q` printed there.
+pub const SMI_FILE: &str = "nvidia-smi-q.txt";
+
 /// Everything besides the host.
 #[derive(Clone, Debug, Default)]
 pub struct Question {
@@ -65,6 +80,8 @@ pub struct Question {
     pub multinode: bool,
     /// What the host must have.
     pub expect: Expectations,
+    /// What the driver said of the GPUs.
+    pub driver: DriverSaid,
 }
 
 impl Question {

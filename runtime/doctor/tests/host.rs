@@ -77,7 +77,10 @@ fn an_empty_host_has_nothing_wrong_until_something_is_expected() {
     let tree = Tree::empty("empty");
     let mut question = Question::default();
     let root = SysRoot::captured(tree.path());
-    assert_eq!(wrong(&examine(&root, &question)).iter().map(|(id, _)| *id).collect::<Vec<_>>(), ["process.memlock"]);
+    assert_eq!(wrong(&examine(&root, &question)), []);
+    // A desktop's restriction is nobody's concern.
+    tree.write("proc/sys/kernel/yama/ptrace_scope", "1");
+    assert_eq!(wrong(&examine(&root, &question)), []);
     question.expect = "efa=4,gpu=1,imex=1".parse().unwrap();
     let ids: Vec<_> =
         wrong(&examine(&root, &question)).into_iter().filter(|(_, status)| *status == Status::Fail).collect();
@@ -132,6 +135,16 @@ const BROKEN: &[(&str, Break, &str, Status, &str)] = &[
         "process.memlock",
         Status::Fail,
         "IPC_LOCK",
+    ),
+    (
+        "locked memory is limited in a rootless container, whose IPC_LOCK does not count",
+        |tree, _| {
+            tree.limits("8388608");
+            tree.write("proc/self/uid_map", "         0     100000      65536");
+        },
+        "process.memlock",
+        Status::Fail,
+        "user namespace",
     ),
     (
         "no huge pages",
@@ -251,6 +264,44 @@ const BROKEN: &[(&str, Break, &str, Status, &str)] = &[
         "1.20",
     ),
     ("no UCX", |tree, _| tree.remove("usr/local/lib/libucp.so.0"), "library.ucx", Status::Fail, "KVFERRY_UCX_LIBRARY"),
+    (
+        "no libefa",
+        |tree, _| tree.remove("usr/lib/x86_64-linux-gnu/libefa.so.1"),
+        "library.verbs",
+        Status::Fail,
+        "no libefa.so.1",
+    ),
+    (
+        "an efa provider of another rdma-core",
+        |tree, _| tree.write("usr/lib/x86_64-linux-gnu/libibverbs.so.1.14.48", "\x7fELF lib%s-rdmav57.so"),
+        "library.verbs",
+        Status::Fail,
+        "libibverbs loads libefa-rdmav57.so",
+    ),
+    (
+        "libibverbs without the efa provider",
+        |tree, _| tree.remove("usr/lib/x86_64-linux-gnu/libibverbs"),
+        "library.verbs",
+        Status::Warn,
+        "no libefa-rdmav34.so in /usr/lib/x86_64-linux-gnu/libibverbs",
+    ),
+    (
+        "NCCL kept to sockets",
+        |_, question| set(question, "NCCL_NET", "Socket"),
+        "library.nccl",
+        Status::Warn,
+        "NCCL_NET=Socket",
+    ),
+    (
+        "an interface of another host",
+        |_, question| {
+            question.backend = Backend::Libfabric;
+            set(question, "FI_EFA_IFACE", "rdmap65s0,rdmap7s0");
+        },
+        "variables.interfaces",
+        Status::Fail,
+        "there is no device rdmap7s0",
+    ),
     (
         "NCCL's plugin is not on the path",
         |tree, _| tree.remove("etc/ld.so.conf.d/ofi.conf"),
@@ -495,7 +546,9 @@ fn gb200_needs_a_newer_libfabric_than_others() {
     for (abi, found) in [("FABRIC_1.8", &[("library.libfabric", Status::Fail)][..]), ("FABRIC_1.9", &[])] {
         let tree = Tree::gb200("gb200-libfabric");
         tree.write("opt/amazon/efa/lib/libfabric.so.1.30.0", &format!("\x7fELF {abi}\0efa_rdm_ep_ctrl\0"));
-        let report = examine(&SysRoot::captured(tree.path()), &page());
+        let mut question = page();
+        page_of_gb200(&mut question);
+        let report = examine(&SysRoot::captured(tree.path()), &question);
         assert_eq!(wrong(&report), found, "{abi}");
         if let Some(check) = report.checks.iter().find(|check| check.status == Status::Fail) {
             assert!(check.evidence[0].contains("2.5") && check.fix.contains("1.48"), "{check:?}");

@@ -41,6 +41,34 @@ fn page_the_expected_lines_and_what_they_do_not_prove() {
     assert!(check(&report, "log.address").evidence[0].contains("control"));
 }
 
+/// "Without it, workers fail with NCCL error 'unhandled system error' during model loading."
+#[test]
+fn page_nccls_error_without_a_compute_domain() {
+    let loading = "[TRT-LLM] [E] NCCL error communicator.cpp:40 'unhandled system error (run with NCCL_DEBUG=INFO for details)'\n";
+    let debug = "dyn-0:512:512 [0] mnnvl.cc:60 NCCL WARN MNNVL (cliqueSize 8) is available but not working on some system. Check the IMEX channel \
+                 configuration (/dev/nvidia-caps-imex-channels). Set NCCL_MNNVL_ENABLE=0 to ignore this issue.\n";
+    for text in [loading, debug] {
+        let report = log(text);
+        let errors = check(&report, "log.errors");
+        assert_eq!(errors.status, Status::Fail, "{report:#?}");
+        assert!(errors.fix.contains("ComputeDomain's channel") && errors.fix.contains("fabric.imex"), "{errors:?}");
+    }
+}
+
+/// What NIXL says of libraries and plugins at level INFO.
+#[test]
+fn nixls_own_lines_are_known() {
+    let report = log("I1 ucx_plugin.cpp:51] NIXL UCX backend bound to UCX 1.23.0 at /opt/nixl/libucp-b39b3ed9.so.0\n\
+         W1 nixl_agent.cpp:307] 4 Amazon EFA(s) were detected, but the UCX backend was configured\n\
+         I1 nixl_plugin_manager.cpp:354] Failed to load plugin from /p/libplugin_UCX.so: undefined symbol: _Z15nixl_null_agentB5cxx11\n");
+    assert!(check(&report, "log.versions").evidence[1].contains("UCX 1.23.0 at /opt/nixl"), "{report:#?}");
+    assert!(check(&report, "log.backend").evidence[1].contains("4 Amazon EFA(s) were detected"), "{report:#?}");
+    assert!(check(&report, "log.errors").fix.contains("kvferry plugins"), "{report:#?}");
+    let columns =
+        log("2026-11-28 01:02:03 | ERROR | nixl_agent.cpp:361 | createBackend: unsupported backend 'LIBFABRIC'\n");
+    assert!(check(&columns, "log.errors").fix.contains("nixl.plugins"), "{columns:#?}");
+}
+
 /// "srd/rdmap* confirms SRD transport over EFA devices": on an endpoint to a peer, together with a zero-copy protocol.
 #[test]
 fn page_srd_to_a_peer_with_zero_copy() {

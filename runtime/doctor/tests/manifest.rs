@@ -113,6 +113,30 @@ fn each_mistake_is_found_at_its_place_and_nothing_else_is() {
             "is not set, which means 1",
         ),
         (
+            "a variable that ends processes",
+            with(
+                &dynamo,
+                "TRTLLMPrefillWorker",
+                "- name: FI_PROVIDER",
+                "- name: FI_EFA_MTU_SIZE\n          value: \"1\"\n        - name: FI_PROVIDER",
+            ),
+            "manifest.variables",
+            Status::Fail,
+            "FI_EFA_MTU_SIZE ends every process",
+        ),
+        (
+            "a variable that nobody reads",
+            with(
+                &dynamo,
+                "TRTLLMPrefillWorker",
+                "- name: FI_PROVIDER",
+                "- name: FI_EFA_ENABLE_SHM\n          value: \"0\"\n        - name: FI_PROVIDER",
+            ),
+            "manifest.variables",
+            Status::Warn,
+            "FI_EFA_ENABLE_SHM_TRANSFER is meant",
+        ),
+        (
             "another provider",
             with(&dynamo, "TRTLLMDecodeWorker", "value: efa", "value: tcp"),
             "manifest.efa-environment",
@@ -323,4 +347,50 @@ fn other_kinds_are_understood() {
     assert_eq!(wrong(&judged("kind: ConfigMap\n")), [("manifest.shape", Status::Warn)]);
     let error = read_manifest("a: [1\nb: 2\n", "-", &Expectations::default()).unwrap_err();
     assert!(error.at().is_some_and(|at| at.line == 2), "{error}");
+}
+
+/// Kinds of others that make pods are judged like those that are generated here; what is not known is said.
+#[test]
+fn job_sets_and_clique_sets_are_judged_and_what_is_not_known_is_said() {
+    let pod = |indent: &str| {
+        let lines = [
+            "containers:",
+            "- name: main",
+            "  env: [{name: NIXL_PLUGIN_DIR, value: /a/tensorrt_llm/libs/nixl/plugins}]",
+            "  resources: {limits: {vpc.amazonaws.com/efa: 4}}",
+        ];
+        lines.map(|line| format!("{indent}{line}\n")).concat()
+    };
+    let job_set = format!(
+        "apiVersion: jobset.x-k8s.io/v1alpha2\nkind: JobSet\nmetadata: {{name: kv}}\nspec:\n  replicatedJobs:\n  - name: prefill\n    \
+         replicas: 2\n    template:\n      spec:\n        template:\n          spec:\n{}",
+        pod("            ")
+    );
+    let cliques = format!(
+        "apiVersion: grove.io/v1alpha1\nkind: PodCliqueSet\nmetadata: {{name: kv}}\nspec:\n  template:\n    cliques:\n    - name: prefill\n      \
+         spec:\n        podSpec:\n{}",
+        pod("          ")
+    );
+    let cron = format!(
+        "apiVersion: batch/v1\nkind: CronJob\nmetadata: {{name: prefill}}\nspec:\n  jobTemplate:\n    spec:\n      template:\n        spec:\n{}",
+        pod("          ")
+    );
+    for text in [&job_set, &cliques, &cron] {
+        let report = judged(text);
+        let said = format!("{:?}", check(&report, "manifest.plugin-dir").evidence);
+        assert!(said.contains("on prefill, which loads the system's NIXL"), "{text}\n{said}");
+        assert!(
+            check(&report, "manifest.efa-resources").evidence.iter().any(|line| line.contains("without a request"))
+        );
+    }
+    let foreign = judged(&job_set.replace("kind: JobSet", "kind: Rollout"));
+    let shape = check(&foreign, "manifest.shape");
+    assert_eq!(shape.status, Status::Warn);
+    assert!(shape.evidence[1].contains("Rollout has containers that are not looked at"), "{shape:?}");
+    // Beside workers that are known, too; what has no containers is nobody's concern.
+    let mixed = good(Form::Lws, false)
+        + "---\nkind: Rollout\nspec: {containers: [{name: a}]}\n---\nkind: ConfigMap\ndata: {a: b}\n";
+    let report = judged(&mixed);
+    assert_eq!(wrong(&report), [("manifest.shape", Status::Warn)]);
+    assert_eq!(check(&report, "manifest.shape").evidence.len(), 2);
 }

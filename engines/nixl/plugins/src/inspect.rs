@@ -153,6 +153,11 @@ impl Inspector {
             Ok((objects, gaps)) => self.judge(&objects, gaps, &mut report, &mut findings),
         }
         told(&report.probe, findings.against.is_empty(), &mut findings);
+        if let Probe::Told(Loaded::Plugin { name: Some(called), .. }) = &report.probe
+            && *called != report.name
+        {
+            findings.unsure(format!("its file is that of {}, and it calls itself {called}", report.name));
+        }
         report.verdict = findings.verdict();
         report.remedy = (report.verdict != Verdict::Compatible).then(|| self.remedy(&path, &findings));
         report.reasons = findings.reasons();

@@ -8,12 +8,10 @@ use crate::question::{Backend, Role};
 use crate::report::Check;
 use crate::root::names;
 
-/// PCI devices of GB200 and GB300.
-const GB200: [u32; 2] = [0x2941, 0x31c2];
 const AMAZON_FOLDER: &str = "/opt/amazon/efa/lib";
 
 pub(super) fn checks(subject: &Subject<'_>) -> Vec<Check> {
-    vec![libfabric(subject), ucx(subject), nccl_plugin(subject), copies(subject), nixl_plugins(subject)]
+    vec![libfabric(subject), ucx(subject), verbs(subject), nccl_plugin(subject), copies(subject), nixl_plugins(subject)]
 }
 
 fn shown(subject: &Subject<'_>, found: &[Found]) -> Vec<String> {
@@ -64,7 +62,7 @@ fn libfabric(subject: &Subject<'_>) -> Check {
         )
         .and(list);
     }
-    if library.abi < 9 && subject.host.gpus().any(|gpu| GB200.contains(&gpu.device)) {
+    if library.abi < 9 && subject.host.is_of_a_rack() {
         return Check::fail(
             ID,
             format!(
@@ -112,10 +110,58 @@ fn ucx(subject: &Subject<'_>) -> Check {
     Check::ok(ID, format!("UCX {said} has the EFA component")).and(list)
 }
 
+/// What UCX and libfabric open EFA devices through: without the provider of the library's own generation it lists none, without a word.
+fn verbs(subject: &Subject<'_>) -> Check {
+    const ID: &str = "library.verbs";
+    if !subject.efa_matters() {
+        return Check::ok(ID, "of no concern without EFA");
+    }
+    let find = |name: &str| library::find(subject.root, &subject.question.environment, name, "");
+    let (verbs, efa) = (find("libibverbs.so.1"), find("libefa.so.1"));
+    let list = shown(subject, &verbs).into_iter().chain(shown(subject, &efa));
+    let fix = "install rdma-core with its efa provider (the EFA installer has both), from one source, and leave no other copy on the loader's path";
+    let (Some(library), true) = (verbs.first(), !efa.is_empty()) else {
+        let missing = if verbs.is_empty() { "libibverbs.so.1" } else { "libefa.so.1" };
+        return Check::fail(ID, format!("no {missing} on the loader's path: no EFA device can be opened"), fix)
+            .and(list);
+    };
+    let Some(generation) = library::verbs_generation(&library.real) else {
+        return Check::ok(ID, "libibverbs and libefa are on the loader's path").and(list);
+    };
+    let folder = library.real.parent().map(|parent| parent.join("libibverbs")).unwrap_or_default();
+    let shown_folder = subject.root.shown(&folder);
+    let wanted = format!("libefa-rdmav{generation}.so");
+    let providers = names(&folder);
+    if providers.contains(&wanted) {
+        return Check::ok(ID, format!("libibverbs has its efa provider, {shown_folder}/{wanted}")).and(list);
+    }
+    match providers.iter().find(|name| name.starts_with("libefa-rdmav")) {
+        Some(other) => {
+            let evidence = format!(
+                "libibverbs loads {wanted}, and {shown_folder} has {other}, of another rdma-core: it lists no EFA device"
+            );
+            Check::fail(ID, evidence, fix).and(list)
+        }
+        None => {
+            let evidence =
+                format!("no {wanted} in {shown_folder}: unless libibverbs finds it elsewhere, it lists no EFA device");
+            Check::warn(ID, evidence, fix).and(list)
+        }
+    }
+}
+
 fn nccl_plugin(subject: &Subject<'_>) -> Check {
     const ID: &str = "library.nccl";
     if !subject.efa_matters() {
         return Check::ok(ID, "of no concern without EFA");
+    }
+    if let Some(net) = subject.question.variable("NCCL_NET").filter(|net| net.eq_ignore_ascii_case("socket")) {
+        let evidence = format!("NCCL_NET={net} keeps NCCL to sockets, whatever plugin there is");
+        return Check::warn(
+            ID,
+            evidence,
+            "unset NCCL_NET, or NCCL_NET=\"AWS Libfabric\", which makes its absence an error",
+        );
     }
     let environment = &subject.question.environment;
     let found = ["libnccl-net.so", "libnccl-net-ofi.so"]

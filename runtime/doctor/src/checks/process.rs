@@ -18,17 +18,25 @@ fn memlock(subject: &Subject<'_>) -> Check {
                /etc/security/limits.d";
     match subject.host.memlock {
         Some(None) => Check::ok(ID, "Max locked memory is unlimited"),
-        Some(Some(bytes)) if subject.host.can(CAP_IPC_LOCK) => {
+        Some(Some(bytes)) if subject.host.can(CAP_IPC_LOCK) && !subject.host.rootless => {
             Check::ok(ID, format!("Max locked memory is {bytes} bytes, which CAP_IPC_LOCK overrides"))
         }
         Some(Some(bytes)) if !rdma => {
             Check::ok(ID, format!("Max locked memory is {bytes} bytes; there is no RDMA device that would need more"))
         }
+        Some(Some(bytes)) if subject.host.can(CAP_IPC_LOCK) => Check::fail(
+            ID,
+            format!(
+                "Max locked memory is {bytes} bytes, and CAP_IPC_LOCK is that of a user namespace (/proc/self/uid_map), which drivers do not heed"
+            ),
+            "raise the limit of whoever starts the rootless container: `* - memlock unlimited` in /etc/security/limits.d, LimitMEMLOCK=infinity",
+        ),
         Some(Some(bytes)) => Check::fail(
             ID,
             format!("Max locked memory is {bytes} bytes and there is no CAP_IPC_LOCK: memory cannot be registered"),
             fix,
         ),
+        None if !rdma => Check::ok(ID, "/proc/self/limits does not say; there is no RDMA device that would need any"),
         None => Check::warn(ID, "/proc/self/limits does not say how much memory may be locked", fix),
     }
 }
@@ -77,6 +85,9 @@ fn privileges(subject: &Subject<'_>) -> Check {
 
 fn ptrace(subject: &Subject<'_>) -> Check {
     const ID: &str = "process.ptrace";
+    if subject.host.rdma.is_empty() && subject.host.gpus().next().is_none() && !subject.efa_matters() {
+        return Check::ok(ID, "of no concern without a GPU or an RDMA device: nothing here runs workers");
+    }
     match subject.host.ptrace_scope {
         None | Some(0) => Check::ok(ID, "processes of one user may read each other's memory"),
         Some(scope) if scope < 3 && subject.host.can(CAP_SYS_PTRACE) => {

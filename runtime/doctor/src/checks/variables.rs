@@ -6,9 +6,9 @@ use crate::question::Backend;
 use crate::report::Check;
 
 /// libfabric's efa provider ends the process when it sees them.
-const ABORTING: [&str; 3] = ["FI_EFA_MTU_SIZE", "FI_EFA_TX_IOV_LIMIT", "FI_EFA_RX_IOV_LIMIT"];
+pub(crate) const ABORTING: [&str; 3] = ["FI_EFA_MTU_SIZE", "FI_EFA_TX_IOV_LIMIT", "FI_EFA_RX_IOV_LIMIT"];
 /// No release that matters reads them.
-const UNREAD: [(&str, &str); 4] = [
+pub(crate) const UNREAD: [(&str, &str); 4] = [
     ("FI_EFA_ENABLE_SHM", "FI_EFA_ENABLE_SHM_TRANSFER"),
     ("FI_EFA_SET_CUDA_SYNC_MEMOPS", ""),
     ("FI_EFA_SHM_MAX_MEDIUM_SIZE", ""),
@@ -20,6 +20,7 @@ pub(super) fn checks(subject: &Subject<'_>) -> Vec<Check> {
         shm_transfer(subject),
         provider(subject),
         device_rdma(subject),
+        interfaces(subject),
         aborting(subject),
         unread(subject),
         ucx(subject),
@@ -87,6 +88,25 @@ fn device_rdma(subject: &Subject<'_>) -> Check {
             format!("{NAME}={value}: any value but 0 and 1 ends the process"),
             format!("set {NAME}=1, or unset it"),
         ),
+    }
+}
+
+/// Which devices libfabric's efa provider may take.
+fn interfaces(subject: &Subject<'_>) -> Check {
+    const ID: &str = "variables.interfaces";
+    let value = subject.question.variable("FI_EFA_IFACE").unwrap_or_default();
+    let names = value.split(',').map(str::trim).filter(|name| !name.is_empty() && *name != "all");
+    let known = |name: &&str| subject.host.rdma.iter().any(|device| device == name);
+    let absent: Vec<&str> = names.filter(|name| !known(name)).collect();
+    if absent.is_empty() || !subject.efa_matters() {
+        return Check::ok(ID, "FI_EFA_IFACE names no device that is not there");
+    }
+    let evidence =
+        format!("FI_EFA_IFACE: there is no device {}; there are {}", absent.join(", "), subject.host.rdma.join(" "));
+    let fix = "name devices as /sys/class/infiniband has them, without a port, or `all`";
+    match subject.question.backend {
+        Backend::Libfabric => Check::fail(ID, evidence, fix),
+        Backend::Ucx => Check::warn(ID, format!("{evidence}; UCX does not read it, NCCL's plugin does"), fix),
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) struct Lines {
 }
 
 /// What lines of failures contain, and what to do.
-const FAILURES: [(&str, &str); 10] = [
+const FAILURES: [(&str, &str); 14] = [
     ("No zero-copy protocol found", "set UCX_RNDV_THRESH=inf, and see gpu.direct of kvferry doctor on the host"),
     (
         "no usable transports/devices",
@@ -55,6 +55,20 @@ const FAILURES: [(&str, &str); 10] = [
     ),
     ("Failed to register CUDA buffer with the EFA device", "see gpu.direct of kvferry doctor on the host"),
     ("createBackend: unsupported backend", "see nixl.plugins of kvferry doctor on the host"),
+    (
+        "Failed to load plugin from",
+        "see nixl.plugins and nixl.abi of kvferry doctor, and kvferry plugins, which says what does not fit",
+    ),
+    ("Couldn't enable GPUDirect RDMA", "see gpu.direct of kvferry doctor on the host"),
+    (
+        "MNNVL (cliqueSize",
+        "claim the ComputeDomain's channel on prefill and decode: see fabric.imex of kvferry doctor on the host; NCCL_MNNVL_ENABLE=0 does without",
+    ),
+    (
+        "unhandled system error",
+        "on GB200 NCCL lacks the ComputeDomain's channel: see fabric.state and fabric.imex of kvferry doctor on the host; elsewhere NCCL_DEBUG=INFO \
+         says what failed",
+    ),
     ("Plugin API version mismatch", "set NIXL_PLUGIN_DIR to the plugins that belong to the NIXL that is loaded"),
 ];
 
@@ -79,8 +93,11 @@ impl Lines {
             keep(&mut self.endpoint_lanes, (line, lane));
             return;
         }
-        if text.contains('|') {
-            if let Some(row) = tables.take(text).filter(|row| row.verb().is_some()) {
+        // Loggers put bars between their columns, too.
+        if text.contains('|')
+            && let Some(row) = tables.take(text)
+        {
+            if row.verb().is_some() {
                 keep(&mut self.protocols, (line, row));
             }
             return;
@@ -92,6 +109,11 @@ impl Lines {
             keep(&mut self.errors, Failure { line, text: shown(text), fix });
         } else if let Some(backend) = after(text, "NixlTransferAgent using NIXL backend:") {
             keep(&mut self.backends, (line, format!("NIXL backend {backend}")));
+        } else if text.contains("Amazon EFA(s) were detected, but the UCX backend") {
+            // NIXL's own opinion; Dynamo's page has the other.
+            keep(&mut self.backends, (line, shown(text)));
+        } else if let Some(bound) = after(text, "NIXL UCX backend bound to ") {
+            keep(&mut self.versions, (line, bound));
         } else if text.contains("Backend LIBFABRIC was instantiated") || text.contains("Backend UCX was instantiated") {
             keep(&mut self.backends, (line, shown(text)));
         } else if let Some(address) = after(text, "NixlTransferAgent mAddress:") {

@@ -8,6 +8,7 @@ use kvferry_yaml::Node;
 
 use super::Subject;
 use super::workload::{Workload, items, within, word};
+use crate::checks::variables::{ABORTING, UNREAD};
 use crate::question::Role;
 use crate::report::{Check, Status};
 
@@ -22,6 +23,7 @@ pub(crate) fn all(subject: &Subject<'_>) -> Vec<Check> {
         efa_resources(subject),
         efa_environment(subject),
         shm_transfer(subject),
+        variables(subject),
         library_path(subject),
         efa_sdk(subject),
         privileged(subject),
@@ -228,6 +230,31 @@ fn shm_transfer(subject: &Subject<'_>) -> Check {
         "libfabric's shared memory is off where EFA is used",
         "shared memory between processes of one host breaks NIXL's registrations of GPU buffers",
         fix,
+    )
+}
+
+/// Variables that end processes, or that nobody reads.
+fn variables(subject: &Subject<'_>) -> Check {
+    let mut findings = Findings::new();
+    for workload in &subject.workloads {
+        for found in workload.variables() {
+            let line = |what: &str| format!("{}: {}: {} {what}", subject.at(&found.place), workload.name, found.name);
+            if ABORTING.contains(&found.name.as_str()) {
+                findings
+                    .add(Status::Fail, line("ends every process that opens the efa provider, by its mere presence"));
+            } else if found.name == "FI_EFA_IFACE" && found.value.as_deref() == Some("") {
+                findings.add(Status::Fail, line("is empty: that ends the process; `all` is the word"));
+            } else if let Some((_, meant)) = UNREAD.iter().find(|(name, _)| *name == found.name) {
+                let meant = if meant.is_empty() { String::new() } else { format!("; {meant} is meant") };
+                findings.add(Status::Warn, line(&format!("is read by nobody{meant}")));
+            }
+        }
+    }
+    findings.check(
+        "manifest.variables",
+        "no variable that ends processes, and none that nobody reads",
+        "libfabric's efa provider, which NCCL's plugin uses, too, ends the process, or ignores the variable",
+        "remove it",
     )
 }
 

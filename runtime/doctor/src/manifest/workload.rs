@@ -72,6 +72,11 @@ pub(crate) fn claim_template(document: &Rc<Node>) -> Option<Rc<Node>> {
 }
 
 impl Workload {
+    /// The names of all variables, its own and those that it shares.
+    pub(crate) fn variables(&self) -> impl Iterator<Item = &Variable> {
+        self.env.iter().chain(self.shared.values())
+    }
+
     pub(crate) fn variable(&self, name: &str) -> Option<&Variable> {
         // The last one wins.
         self.env.iter().rev().find(|variable| variable.name == name).or_else(|| self.shared.get(name))
@@ -104,15 +109,71 @@ pub(crate) fn of(document: &Rc<Node>) -> Vec<Workload> {
                 ["leaderTemplate", "workerTemplate"].into_iter().filter_map(|key| within(group.as_ref()?, &[key]));
             templates.flat_map(|template| pods(document, &template, size, number(spec(), "replicas"))).collect()
         }
+        Some("CronJob") => {
+            let template = within(document, &["spec", "jobTemplate", "spec", "template"]);
+            template.into_iter().flat_map(|template| pods(document, &template, None, 1)).collect()
+        }
         Some("Pod") => pods(document, document, None, 1),
+        Some("JobSet") => parts(document, &["spec"], "replicatedJobs", &["template", "spec", "template", "spec"]),
+        Some("PodCliqueSet") => parts(document, &["spec", "template"], "cliques", &["spec", "podSpec"]),
         _ => Vec::new(),
     }
 }
 
+/// Kinds whose pods are looked at.
+pub(crate) const KINDS: &str = "DynamoGraphDeployment, LeaderWorkerSet, StatefulSet, Deployment, DaemonSet, ReplicaSet, Job, CronJob, JobSet, \
+                                PodCliqueSet or Pod";
+
+/// Whether there are containers somewhere in a document.
+pub(crate) fn has_containers(document: &Rc<Node>) -> bool {
+    // Anchors may repeat a part without end.
+    const NODES_MAX: usize = 100_000;
+    let mut open = vec![Rc::clone(document)];
+    for _ in 0..NODES_MAX {
+        let Some(node) = open.pop() else { return false };
+        match &node.value {
+            NodeValue::Mapping(entries) => {
+                if entries.iter().any(|(key, value)| {
+                    key.text() == Some("containers") && matches!(value.value, NodeValue::Sequence(_))
+                }) {
+                    return true;
+                }
+                open.extend(entries.iter().map(|(_, value)| Rc::clone(value)));
+            }
+            NodeValue::Sequence(items) => open.extend(items.iter().cloned()),
+            _ => {}
+        }
+    }
+    false
+}
+
+/// A list of named parts, each with a pod and a number of them.
+fn parts(document: &Rc<Node>, above: &[&str], list: &str, pod: &[&str]) -> Vec<Workload> {
+    let above = within(document, above);
+    let parts = above.iter().flat_map(|above| items(above, list));
+    let of = |part: &Rc<Node>| {
+        let named = word(part, "name").unwrap_or_default().to_owned();
+        let count = number(Some(Rc::clone(part)), "replicas");
+        let made = within(part, pod).into_iter().flat_map(move |pod| containers(document, &pod, None, count));
+        let part = Rc::clone(part);
+        made.map(move |made| Workload {
+            role: role(&[&named], &made.place, &part).or(made.role),
+            name: format!("{}/{named}", made.name),
+            ..made
+        })
+        .collect::<Vec<_>>()
+    };
+    parts.flat_map(of).collect()
+}
+
 /// The containers of a pod template that ask for devices or speak of transfers; a pod without any is no worker.
 fn pods(document: &Rc<Node>, template: &Rc<Node>, nodes: Option<u64>, replicas: u64) -> Vec<Workload> {
-    let Some(pod) = within(template, &["spec"]) else { return Vec::new() };
-    let containers: Vec<Rc<Node>> = items(&pod, "containers").cloned().collect();
+    let pod = within(template, &["spec"]);
+    pod.iter().flat_map(|pod| containers(document, pod, nodes, replicas)).collect()
+}
+
+fn containers(document: &Rc<Node>, pod: &Rc<Node>, nodes: Option<u64>, replicas: u64) -> Vec<Workload> {
+    let containers: Vec<Rc<Node>> = items(pod, "containers").cloned().collect();
     let single = containers.len() == 1;
     let workload = |container: &Rc<Node>| {
         let inner = word(container, "name").unwrap_or("container");
@@ -130,7 +191,7 @@ fn pods(document: &Rc<Node>, template: &Rc<Node>, nodes: Option<u64>, replicas: 
             security: within(container, &["securityContext"]),
             mounts: items(container, "volumeMounts").cloned().collect(),
             resources: within(container, &["resources"]),
-            pod: Some(Rc::clone(&pod)),
+            pod: Some(Rc::clone(pod)),
             dynamo: false,
         }
     };
