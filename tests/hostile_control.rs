@@ -251,7 +251,7 @@ async fn a_stranger_does_not_become_the_leader_by_saying_so() {
         let geometry = support::geometry(SPEC);
         let layout = Arc::new(geometry.shard(Rank(0)).unwrap().layout(&[16]));
         let (role, group, rank) = (Role::Prefill, GroupId(1), Rank(0));
-        let worker = WorkerProfile { role, group, rank, geometry, layout, nics: Vec::new(), direction: None };
+        let worker = WorkerProfile { role, group, rank, geometry, layout, nics: Vec::new(), direction: None, rails: 0 };
         let mut stranger = Stranger::dial(&address);
         let mut session = stranger.shake_hands(9, 1, &None).unwrap();
         stranger.say(&mut session, Message::Profile(Box::new(Profile { worker: Some(worker) })));

@@ -11,8 +11,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use kvferry::Direction::{self, Pull, Push};
 use kvferry::{
-    Direction, Epoch, Event, Finished, GroupGeometry, GroupId, LeastLoaded, NodeConfig, NodeId, OpenNic, Pool, PoolId,
+    Epoch, Event, Finished, GroupGeometry, GroupId, LeastLoaded, NodeConfig, NodeId, OpenNic, Pool, PoolId,
     QuarantineTerms, RailHealth, RailTerms, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms,
     ThreadOptions, TransportKind, Watch, WorkerConfig, WorkerNode,
 };
@@ -169,7 +170,7 @@ impl Running {
 }
 
 impl Cluster {
-    async fn start(hosts: Hosts) -> Cluster {
+    async fn start(hosts: Hosts, direction: Direction) -> Cluster {
         let turns: Arc<Turns> = Arc::default();
         let node = |number| NodeConfig::new(NodeId(number), Epoch(1));
         let scheduler = SchedulerNode::start(node(0), SchedulerTerms::default(), Box::new(LeastLoaded)).await.unwrap();
@@ -184,7 +185,7 @@ impl Cluster {
             config.watchers.push(Arc::clone(&turns) as Arc<dyn Watch>);
             let (host, last) = if role == Role::Prefill { (&hosts.prefill, 1) } else { (&hosts.decode, 2) };
             let nics = (0..hosts.rails).map(|rail| host.nic(format!("10.77.{rail}.{last}"))).collect();
-            engines.push(rank(config, role, &geometry, scheduler.address(), nics).await);
+            engines.push(rank(config, (role, direction), &geometry, scheduler.address(), nics).await);
         }
         Cluster { scheduler: Arc::new(scheduler), hosts, turns, engines, submitted: 0 }
     }
@@ -259,7 +260,7 @@ fn by_device(finished: &Finished, took: Duration) -> (BTreeMap<String, u64>, Dur
 
 async fn rank(
     node: NodeConfig,
-    role: Role,
+    (role, direction): (Role, Direction),
     geometry: &Arc<GroupGeometry>,
     scheduler: &str,
     nics: Vec<OpenNic>,
@@ -280,7 +281,7 @@ async fn rank(
     };
     let (group, at) = (GroupId(node.identity.node.0 as u32), (NodeId(0), scheduler.to_owned()));
     let mut config = WorkerConfig::new(role, group, Rank(0), Arc::clone(geometry), vec![BLOCKS], at);
-    config.direction = Some(Direction::Pull);
+    config.direction = Some(direction);
     let mut worker = WorkerNode::start(node, config, pool, nics, ThreadOptions::default()).await.unwrap();
     let (ask, mut asked) = mpsc::unbounded_channel::<oneshot::Sender<EngineReport>>();
     tokio::spawn(async move {
@@ -310,6 +311,14 @@ async fn rank(
     Running { ask }
 }
 
+/// The second cable's device as paths name it, at the destination, and as whoever initiates and watches it does.
+fn devices(direction: Direction) -> (&'static str, &'static str) {
+    match direction {
+        Pull => ("10.77.1.2", "10.77.1.2"),
+        Push => ("10.77.1.2", "10.77.1.1"),
+    }
+}
+
 /// Half a second of 16 MiB: what is submitted is in its midst.
 async fn midst() {
     tokio::time::sleep(Duration::from_millis(150)).await;
@@ -317,9 +326,9 @@ async fn midst() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rails_share_within_a_tenth_of_even() {
-    for rails in [2, 4] {
+    for (rails, direction) in [(2, Pull), (2, Push), (4, Pull), (4, Push)] {
         let Some(hosts) = Hosts::new(rails) else { return };
-        let mut cluster = Cluster::start(hosts).await;
+        let mut cluster = Cluster::start(hosts, direction).await;
         let (mut carried, mut took) = (BTreeMap::<String, u64>::new(), Duration::ZERO);
         for _ in 0..6 {
             let (one, time) = cluster.request().await;
@@ -327,18 +336,18 @@ async fn rails_share_within_a_tenth_of_even() {
             took += time;
         }
         let even = carried.values().sum::<u64>() / u64::from(rails);
-        println!("{rails} rails: {carried:?}, {:.0} MB/s", even as f64 * f64::from(rails) / took.as_secs_f64() / 1e6);
+        let rate = even as f64 * f64::from(rails) / took.as_secs_f64() / 1e6;
+        println!("{direction:?}, {rails} rails: {carried:?}, {rate:.0} MB/s");
         assert_eq!(carried.len() as u32, rails, "{carried:?}");
         assert!(carried.values().all(|bytes| bytes.abs_diff(even) * 10 <= even), "{carried:?}");
         cluster.verify().await;
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cable_that_is_pulled_out_in_the_midst_costs_time_only() {
+async fn a_cable_is_pulled_out_in_the_midst(direction: Direction) {
     let Some(hosts) = Hosts::new(2) else { return };
-    let mut cluster = Cluster::start(hosts).await;
-    let device = "10.77.1.2";
+    let mut cluster = Cluster::start(hosts, direction).await;
+    let (device, of_initiator) = devices(direction);
     let usual = cluster.usual().await;
     let moving = cluster.submit();
     let moving = tokio::spawn(moving);
@@ -347,26 +356,35 @@ async fn a_cable_that_is_pulled_out_in_the_midst_costs_time_only() {
     cluster.hosts.decode.run("ip link set d1 down").unwrap();
     let (finished, took) = moving.await.unwrap();
     let (_, dip) = by_device(&finished, took);
-    let noticed = cluster.turns.after(pulled, device, RailHealth::Down).expect("nobody noticed");
+    let noticed = cluster.turns.after(pulled, of_initiator, RailHealth::Down).expect("nobody noticed");
     let (carried, alone) = cluster.request().await;
     assert!(!carried.contains_key(device), "{carried:?}");
     let mended = Instant::now();
     cluster.hosts.decode.run("ip link set d1 up").unwrap();
     let requests = cluster.until_even(device).await;
-    let back = cluster.turns.after(mended, device, RailHealth::Up).expect("it is back");
+    let back = cluster.turns.after(mended, of_initiator, RailHealth::Up).expect("it is back");
     println!(
-        "pulled out: a handover of {usual:?} took {dip:?} (noticed after {noticed:?}), then {alone:?} over one rail; plugged in: up after \
-         {back:?}, its share again after {requests} handovers and {:?}",
+        "{direction:?}, pulled out: a handover of {usual:?} took {dip:?} (noticed after {noticed:?}), then {alone:?} over one rail; plugged in: \
+         up after {back:?}, its share again after {requests} handovers and {:?}",
         mended.elapsed()
     );
     cluster.verify().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cable_of_a_tenth_costs_time_only() {
+async fn a_cable_that_is_pulled_out_in_the_midst_costs_time_only() {
+    a_cable_is_pulled_out_in_the_midst(Pull).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cable_that_is_pulled_out_in_the_midst_of_a_push_costs_time_only() {
+    a_cable_is_pulled_out_in_the_midst(Push).await;
+}
+
+async fn a_cable_becomes_a_tenth(direction: Direction) {
     let Some(hosts) = Hosts::new(2) else { return };
-    let mut cluster = Cluster::start(hosts).await;
-    let device = "10.77.1.2";
+    let mut cluster = Cluster::start(hosts, direction).await;
+    let (device, of_initiator) = devices(direction);
     let usual = cluster.usual().await;
     let moving = tokio::spawn(cluster.submit());
     midst().await;
@@ -377,7 +395,7 @@ async fn a_cable_of_a_tenth_costs_time_only() {
     let mut times = vec![dip];
     let late = Instant::now() + PATIENCE;
     let left_alone = loop {
-        let of = |health| cluster.turns.after(slowed, device, health);
+        let of = |health| cluster.turns.after(slowed, of_initiator, health);
         if let Some(noticed) = of(RailHealth::Slow).or_else(|| of(RailHealth::Down)) {
             break noticed;
         }
@@ -389,9 +407,19 @@ async fn a_cable_of_a_tenth_costs_time_only() {
     cluster.hosts.throttle(1, MEGABITS).unwrap();
     let requests = cluster.until_even(device).await;
     println!(
-        "a tenth: handovers of {usual:?} took {times:?} until it was left alone after {left_alone:?}, then {avoided:?}; mended: its share again \
-         after {requests} handovers and {:?}",
+        "{direction:?}, a tenth: handovers of {usual:?} took {times:?} until it was left alone after {left_alone:?}, then {avoided:?}; mended: \
+         its share again after {requests} handovers and {:?}",
         mended.elapsed()
     );
     cluster.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cable_of_a_tenth_costs_time_only() {
+    a_cable_becomes_a_tenth(Pull).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cable_of_a_tenth_costs_a_push_time_only() {
+    a_cable_becomes_a_tenth(Push).await;
 }

@@ -63,7 +63,7 @@ pub(crate) struct Options {
     /// Devices by name, best first within each transport: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]
     #[arg(long, value_name = "LIST")]
     pub(crate) devices: Option<String>,
-    /// NICs of a decode rank that share what it pulls from one prefill rank, of those that --devices names; 1 leaves one to each pair of ranks
+    /// NICs that share what moves between a prefill and a decode rank, of those that --devices names; 1 leaves one to each pair of ranks
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) rails: u64,
     /// With --transport ucx: active messages by rendezvous instead of remote access, as TensorRT-LLM's `backend: UCX` [default: what the

@@ -43,7 +43,7 @@ pub(crate) struct Options {
     /// NICs of every node.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = value_parser!(u32).range(1..=NICS_MAX))]
     pub(crate) nics: u32,
-    /// NICs of a decode rank that share what it reads from one prefill rank, at most; by default the seed decides.
+    /// NICs that share what moves between a prefill and a decode rank, at most; by default the seed decides.
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=NICS_MAX))]
     pub(crate) rails: Option<u32>,
     /// Requests submitted while things go wrong; a quarter as many, at most 64, follow once all is mended.

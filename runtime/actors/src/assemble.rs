@@ -50,7 +50,7 @@ pub struct NodeConfig {
     pub deadlines: DeadlineTerms,
     /// How long blocks that somebody may still touch are waited for.
     pub quarantine: QuarantineTerms,
-    /// How several NICs share what a decode rank reads; one of them reads from each peer by default.
+    /// How several NICs share what a decode rank reads, or a prefill rank pushes to one that can expect it; one NIC for each peer by default.
     pub rails: RailTerms,
     /// Who watches it; nobody by default.
     pub watchers: Vec<Arc<dyn Watch>>,
@@ -226,10 +226,11 @@ pub async fn assemble_worker(
     let require_rdma = config.require_rdma;
     match config.role {
         Role::Prefill => {
-            let (here, leases, quarantine) = (node.identity.node, node.leases, node.quarantine);
+            let (here, leases, quarantine, rails) = (node.identity.node, node.leases, node.quarantine, node.rails);
             let make = move |group, profile: WorkerProfile, shell: Shell| {
                 let leads = profile.rank == Rank(0);
-                let mut core = PrefillRank::new(profile, leases, quarantine).with_rdma_required(require_rdma);
+                let core = PrefillRank::new(profile, leases, quarantine);
+                let mut core = core.with_rdma_required(require_rdma).with_rails(rails);
                 if leads {
                     // There is no session with a leader on the same node that would introduce it.
                     core.handle_leader_up(shell.now(), here);
@@ -284,6 +285,7 @@ where
         layout: Arc::new(pool.layout().clone()),
         nics: adverts,
         direction: config.direction,
+        rails: if node.rails.rails_max > 1 { node.rails.rails_max } else { 0 },
     };
     let (calls, engine_calls) = mpsc::unbounded_channel();
     let keep = calls.clone();

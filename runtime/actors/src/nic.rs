@@ -278,11 +278,10 @@ impl Nic {
                 let posted = self.transport.post(transfer);
                 self.accept(posted, id, NicCommand::Post { id, node, direction, program, range });
             }
-            NicCommand::Expect { id, program } => {
+            NicCommand::Expect { id, program, range } => {
                 self.begin(id);
-                let range = program.whole();
                 let expected = self.transport.expect(Expected { id, pool: self.pool, program: program.clone(), range });
-                self.accept(expected, id, NicCommand::Expect { id, program });
+                self.accept(expected, id, NicCommand::Expect { id, program, range });
             }
             NicCommand::Cancel { id } => {
                 let waiting = self.backlog.len();

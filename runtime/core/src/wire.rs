@@ -14,11 +14,14 @@ use crate::{Epoch, NodeId, TraceContext, limits};
 /// Oldest protocol that this build speaks: everything but what a later one adds. What was written before the first release has no number; two builds
 /// of that time do not understand each other.
 pub const PROTOCOL_MIN: u16 = 1;
-/// Newest protocol that this build speaks. 2 adds resumption (`Resume`, `Heard`), 3 trace contexts ([`encode_for`]). `tests/encoding.rs` pins how each is written: a new message is
+/// Newest protocol that this build speaks. 2 adds resumption (`Resume`, `Heard`), 3 trace contexts ([`encode_for`]), 4 pushes over rails (`Shares`,
+/// `ShareStopped`, `ShareEnded`, and their number behind a profile). `tests/encoding.rs` pins how each is written: a new message is
 /// appended to its enum, belongs to a new protocol, and is not said to peers of older ones.
-pub const PROTOCOL_MAX: u16 = 3;
+pub const PROTOCOL_MAX: u16 = 4;
 /// The first protocol in which a message may have a trace context.
 pub const TRACING_PROTOCOL: u16 = 3;
+/// The first protocol in which pushes may go over rails. Whoever does not say in its profile over how many hears nothing of it.
+pub const RAILS_PROTOCOL: u16 = 4;
 
 const HEADER_BYTES: usize = 4;
 const HANDSHAKE_BYTES_MAX: usize = 4096;
@@ -201,11 +204,15 @@ impl Frame {
 }
 
 /// Encodes a message body for a peer that speaks `protocol`. From [`TRACING_PROTOCOL`] on, `Prefill`, `Pair` and `Fetch` are followed by their trace
-/// context, if they have one: 16 bytes of the trace, 8 of the span, both big-endian, and one of flags.
+/// context, if they have one: 16 bytes of the trace, 8 of the span, both big-endian, and one of flags. From [`RAILS_PROTOCOL`] on, the profile of a
+/// worker that pushes or is pushed to over rails is followed by their number, four bytes in little-endian.
 pub fn encode_for(message: &Message, protocol: u16) -> Result<Bytes, WireError> {
     let mut out = append(message, Vec::new(), "message")?;
     if let Some(trace) = message.trace().filter(|_| protocol >= TRACING_PROTOCOL) {
         out.extend(trace.to_bytes());
+    }
+    if let Some(rails) = message.rails().filter(|_| protocol >= RAILS_PROTOCOL) {
+        out.extend(rails.to_le_bytes());
     }
     Ok(Bytes::from(out))
 }
@@ -217,6 +224,15 @@ pub fn decode_from(bytes: &[u8], protocol: u16) -> Result<Message, WireError> {
         return Ok(message);
     }
     let trailing = WireError::Trailing { what: "message", bytes: rest.len() };
+    if let Some(rails) = message.rails_mut().filter(|_| protocol >= RAILS_PROTOCOL) {
+        let number = u32::from_le_bytes(rest.try_into().map_err(|_| trailing)?);
+        if number == 0 {
+            let cause = "0 of them are not said".to_owned();
+            return Err(WireError::Malformed { what: "number of rails", cause });
+        }
+        *rails = number;
+        return Ok(message);
+    }
     let Some(place) = message.trace_mut().filter(|_| protocol >= TRACING_PROTOCOL) else { return Err(trailing) };
     let bytes: &[u8; TRACE_BYTES] = rest.try_into().map_err(|_| trailing)?;
     let trace = TraceContext::from_bytes(bytes).ok_or_else(|| WireError::Malformed {

@@ -117,9 +117,21 @@ fn traces_as_written() -> Vec<String> {
     lines
 }
 
+/// What follows the profile of a worker with rails (protocol 4).
+fn rails_as_written() -> Vec<String> {
+    let with_worker = |message: &Message| matches!(message, Message::Profile(profile) if profile.worker.is_some());
+    let Some(Message::Profile(mut profile)) = messages::every_variant().into_iter().find(with_worker) else {
+        return Vec::new();
+    };
+    let bare = encode_message(&Message::Profile(profile.clone())).expect("encodes").len();
+    profile.worker.iter_mut().for_each(|worker| worker.rails = 4);
+    let long = encode_for(&Message::Profile(profile), PROTOCOL_MAX).expect("encodes");
+    vec![format!("rails Profile {}", hex(&long[bare..]))]
+}
+
 #[test]
 fn messages_are_written_as_they_always_were() {
-    let lines = [messages_as_written(), parts_as_written(), traces_as_written()].concat();
+    let lines = [messages_as_written(), parts_as_written(), traces_as_written(), rails_as_written()].concat();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/encoding.txt");
     if std::env::var_os("KVFERRY_WRITE_ENCODING").is_some() {
         std::fs::write(&path, lines.join("\n") + "\n").expect("writable");
@@ -131,12 +143,27 @@ fn messages_are_written_as_they_always_were() {
 }
 
 #[test]
+fn only_the_fourth_protocol_has_shares() {
+    let is_new = |message: &Message| {
+        matches!(message, Message::Shares(_) | Message::ShareStopped(_) | Message::ShareEnded { .. })
+    };
+    let (new, old): (Vec<Message>, Vec<Message>) = messages::every_variant().into_iter().partition(is_new);
+    let numbers = |messages: &[Message]| -> Vec<u8> {
+        messages.iter().map(|message| encode_message(message).expect("encodes")[0]).collect()
+    };
+    assert!(numbers(&new).into_iter().min() > numbers(&old).into_iter().max());
+}
+
+#[test]
 fn only_the_second_protocol_has_resumption() {
     let resume = Message::Resume { name: 1, peer: 0, heard: 0 };
     let numbers = [resume, Message::Heard { messages: 1 }].map(|message| encode_message(&message).expect("encodes")[0]);
     let first: Vec<u8> = messages::every_variant()
         .iter()
         .filter(|message| !matches!(message, Message::Resume { .. } | Message::Heard { .. }))
+        .filter(|message| {
+            !matches!(message, Message::Shares(_) | Message::ShareStopped(_) | Message::ShareEnded { .. })
+        })
         .map(|message| encode_message(message).expect("encodes")[0])
         .collect();
     // What a later protocol adds never moves what an earlier one has.

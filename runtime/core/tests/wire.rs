@@ -4,8 +4,8 @@ use bytes::Bytes;
 use kvferry_core::limits::FRAME_BYTES_MAX;
 use kvferry_core::protocol::Message;
 use kvferry_core::wire::{
-    Frame, FrameReader, Hello, TRACING_PROTOCOL, Welcome, WireError, decode_from, decode_message, encode_for,
-    encode_message,
+    Frame, FrameReader, Hello, RAILS_PROTOCOL, TRACING_PROTOCOL, Welcome, WireError, decode_from, decode_message,
+    encode_for, encode_message,
 };
 use kvferry_core::{Epoch, NodeId, TraceContext};
 use proptest::prelude::*;
@@ -146,6 +146,42 @@ fn a_trace_context_follows_what_may_have_one() {
         ));
     }
     assert!(traced >= 3, "{traced}");
+}
+
+/// Over how many rails a worker pushes is said to nobody who does not know of that.
+#[test]
+fn a_number_of_rails_follows_the_profile_of_a_worker() {
+    let mut told = 0;
+    for message in every_variant() {
+        let bare = encode_message(&message).expect("encodes");
+        let long = [&bare[..], &[4, 0, 0, 0]].concat();
+        assert!(decode_from(&long, RAILS_PROTOCOL - 1).is_err(), "an older peer does not say that");
+        let mut railed = message.clone();
+        let worker = match &mut railed {
+            Message::Profile(profile) => profile.worker.as_mut(),
+            _ => None,
+        };
+        let Some(worker) = worker else {
+            assert!(decode_from(&long, RAILS_PROTOCOL).is_err(), "{message:?}");
+            continue;
+        };
+        worker.rails = 4;
+        told += 1;
+        assert_eq!(encode_for(&railed, RAILS_PROTOCOL).expect("encodes"), long);
+        assert_eq!(encode_for(&railed, RAILS_PROTOCOL - 1).expect("encodes"), bare, "nor is it told");
+        assert_eq!(encode_for(&message, RAILS_PROTOCOL).expect("encodes"), bare, "one rail is not worth a word");
+        assert_eq!(decode_from(&long, RAILS_PROTOCOL).as_ref(), Ok(&railed));
+        for cut in [1, 2, 3, 5] {
+            let other = [&bare[..], &[4, 0, 0, 0, 0][..cut]].concat();
+            assert!(decode_from(&other, RAILS_PROTOCOL).is_err());
+        }
+        let none = [&bare[..], &[0; 4]].concat();
+        assert!(matches!(
+            decode_from(&none, RAILS_PROTOCOL),
+            Err(WireError::Malformed { what: "number of rails", .. })
+        ));
+    }
+    assert!(told >= 3, "{told}");
 }
 
 /// As it is written on the wire.

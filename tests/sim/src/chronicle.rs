@@ -61,6 +61,8 @@ pub enum What {
         id: TransferId,
         /// All that it moves.
         bytes: u64,
+        /// The unit of its step at which that begins.
+        first: u64,
     },
     /// A transfer that was posted or expected here ended, or not well.
     Landed {

@@ -242,7 +242,7 @@ impl Config {
     }
 }
 
-/// In a run in two all NICs of a rank share what it reads. Shares are small, and so is the patience with them: programs are, too.
+/// In a run in two all NICs of a rank share what it reads or pushes. Shares are small, and so is the patience with them: programs are, too.
 fn rails(seed: u64, shape: &Shape) -> RailTerms {
     let mut dice = Dice::new(seed, "rails", 0);
     let drawn = if dice.below(2) == 0 { 1 } else { shape.nics };

@@ -120,7 +120,7 @@ impl Story {
                 let verb = if *direction == Direction::Pull { "reads" } else { "writes" };
                 format!("{id}: posted, {verb}")
             }
-            What::Expected { id, bytes } if ours(&id.handover()) => {
+            What::Expected { id, bytes, .. } if ours(&id.handover()) => {
                 format!("{id}: a push of {bytes} bytes is expected")
             }
             What::Landed { id, bytes: Some(bytes) } if ours(&id.handover()) => format!("{id}: {bytes} bytes landed"),

@@ -66,9 +66,10 @@ impl Transport for WatchedNic {
     }
 
     fn expect(&mut self, transfer: Expected) -> Result<(), PostError> {
-        let (id, bytes) = (transfer.id, transfer.program.bytes());
+        let (id, first) = (transfer.id, transfer.range.start);
+        let bytes = transfer.program.bytes_in(transfer.range);
         self.inner.expect(transfer)?;
-        self.note(What::Expected { id, bytes });
+        self.note(What::Expected { id, bytes, first });
         Ok(())
     }
 

@@ -11,12 +11,13 @@ use kvferry_sim::{Cluster, ClusterOptions, ClusterReport, World};
 const SEEDS: u64 = 8;
 const REQUESTS: u64 = 60;
 const SECOND: u64 = 1_000_000_000;
+const DIRECTIONS: [Direction; 2] = [Direction::Pull, Direction::Push];
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// A cluster whose ranks have that many NICs each, with requests on their way for half a second.
-fn busy(seed: u64, nics: u32, rails_max: u32) -> Cluster {
+fn busy(seed: u64, nics: u32, rails_max: u32, direction: Direction) -> Cluster {
     let millis = Duration::from_millis;
-    let mut options = ClusterOptions { direction: Some(Direction::Pull), nics, ..ClusterOptions::tiny(seed) };
+    let mut options = ClusterOptions { direction: Some(direction), nics, ..ClusterOptions::tiny(seed) };
     options.rails = RailTerms {
         rails_max,
         share_bytes_min: 512,
@@ -29,6 +30,8 @@ fn busy(seed: u64, nics: u32, rails_max: u32) -> Cluster {
     options.world.fabric.bytes_per_second = 2_000_000;
     options.world.fabric.slice_bytes = 512;
     options.tokens = 60..120;
+    // What is pushed of one layer is too little for four.
+    options.layers_per_step = Some(1).filter(|_| nics <= 2);
     let mut cluster = Cluster::new(options).unwrap();
     cluster.submit(REQUESTS, millis(500));
     cluster
@@ -50,16 +53,16 @@ fn read_by(cluster: &mut Cluster, node: usize) -> Vec<u64> {
 
 #[test]
 fn rails_that_are_alike_carry_within_a_tenth_of_the_same() {
-    for nics in [2, 4] {
+    for (nics, direction) in [2, 4].into_iter().flat_map(|nics| DIRECTIONS.map(|direction| (nics, direction))) {
         for seed in 0..SEEDS {
-            let mut cluster = busy(seed, nics, nics);
+            let mut cluster = busy(seed, nics, nics, direction);
             let report = ends(&mut cluster, seed);
             assert_eq!(report.delivered, REQUESTS, "seed {seed}: {:#?}", report.reasons);
             for rank in 0..4 {
                 let node = cluster.node_of(Role::Decode, 0, rank).unwrap();
                 let read = read_by(&mut cluster, node);
                 let even = read.iter().sum::<u64>() / u64::from(nics);
-                assert!(even > 0 && read.iter().all(|read| read.abs_diff(even) * 10 <= even), "seed {seed}: {read:?}");
+                assert!(even > 0 && read.iter().all(|read| read.abs_diff(even) * 10 <= even), "{seed}: {read:?}");
             }
         }
     }
@@ -71,9 +74,9 @@ fn survives(
     heal: impl Fn(&World, kvferry_fabric_sim::NicId) + Copy + 'static,
 ) {
     let mut failed_alone = 0;
-    for seed in 0..SEEDS {
+    for (seed, direction) in (0..SEEDS).flat_map(|seed| DIRECTIONS.map(|direction| (seed, direction))) {
         let run = |rails: u32| {
-            let mut cluster = busy(seed, 2, rails);
+            let mut cluster = busy(seed, 2, rails, direction);
             let (role, rank) = if seed % 2 == 0 { (Role::Prefill, 1) } else { (Role::Decode, 2) };
             let node = cluster.node_of(role, 0, rank).unwrap();
             let nic = move |world: &World| world.nics(node)[1];
@@ -84,7 +87,12 @@ fn survives(
         };
         failed_alone += run(1).1.undelivered;
         let (mut cluster, report, node) = run(2);
-        assert_eq!((report.delivered, report.undelivered), (REQUESTS, 0), "seed {seed}: {:#?}", report.reasons);
+        assert_eq!(
+            (report.delivered, report.undelivered),
+            (REQUESTS, 0),
+            "seed {seed}, {direction:?}: {:#?}",
+            report.reasons
+        );
         // It is used again.
         let of = |cluster: &mut Cluster| {
             let nic = cluster.world().nics(node)[1];
@@ -95,7 +103,11 @@ fn survives(
         cluster.submit(REQUESTS, Duration::from_millis(500));
         let both = ends(&mut cluster, seed);
         assert_eq!(both.delivered, 2 * REQUESTS, "seed {seed}: {:#?}", both.reasons);
-        assert!(of(&mut cluster) - before > before / 4, "seed {seed}: it never came back");
+        let after = of(&mut cluster) - before;
+        assert!(
+            after > before / 8,
+            "seed {seed}, {direction:?}: it carries {after} bytes where it had carried {before}"
+        );
     }
     println!("without rails, {failed_alone} attempts failed");
 }

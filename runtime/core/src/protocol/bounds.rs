@@ -42,6 +42,11 @@ where
 #[derive(Deserialize)]
 struct Tokens(#[serde(deserialize_with = "tokens")] u64);
 
+/// Shares of one step.
+pub(super) fn shares<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    capped::<_, _, { limits::SHARES_MAX }>(deserializer)
+}
+
 /// Offers or handovers that one message describes.
 pub(super) fn standing<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
     capped::<_, _, { limits::STANDING_MAX }>(deserializer)

@@ -218,6 +218,8 @@ pub enum NicCommand {
         id: TransferId,
         /// What may arrive.
         program: Arc<Program>,
+        /// Which part of it: rails share programs.
+        range: UnitRange,
     },
     /// Stop a posted or expected transfer.
     Cancel {

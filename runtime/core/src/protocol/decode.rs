@@ -3,6 +3,7 @@
 mod ends;
 mod legs;
 mod rails;
+mod shares;
 
 use std::collections::BTreeMap;
 
@@ -227,6 +228,8 @@ impl DecodeRank {
                     self.anchor(now, opened.handover);
                 }
             }
+            Message::Shares(shares) => self.shares(now, from, &shares),
+            Message::ShareStopped(share) => self.share_stopped(now, from, share),
             Message::StepsReady { handover, ready } => {
                 if let Some(leg) = self.leg(handover, from) {
                     leg.ready = leg.ready.max(ready);

@@ -1,13 +1,13 @@
 //! One decode rank's part of one handover, as a record; [`DecodeRank`](super::DecodeRank) acts on it.
 
 use core::time::Duration;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
 use super::flight::Flight;
 use super::{Awaited, Deadline, FetchCourse, Outcome, Pairing, PathReport};
-use crate::{Direction, Moment, NodeId, Rank, Tables};
+use crate::{Direction, Moment, NodeId, Rank, Tables, TransferId};
 
 /// This rank's part of one handover. It ends with the leader's word *and* with nothing in flight.
 #[derive(Debug)]
@@ -55,6 +55,8 @@ pub(super) struct Leg {
     /// Steps posted (pull) or expected (push).
     pub(super) posted: u32,
     pub(super) flight: Flight,
+    /// Pushed shares that are here: their source may not have heard it.
+    pub(super) arrived: BTreeSet<TransferId>,
 }
 
 /// How a leg's bytes travel.
@@ -186,6 +188,7 @@ impl Leg {
             ready: 0,
             posted: 0,
             flight: Flight::default(),
+            arrived: BTreeSet::new(),
         }
     }
 
@@ -196,7 +199,7 @@ impl Leg {
 
     fn waits_for_layers(&self, steps: u32) -> bool {
         // A step of a push is expected from the beginning; it moves once it is ready.
-        let still = self.flight.ids().all(|id| id.step() >= self.ready);
+        let still = self.flight.steps().all(|step| step >= self.ready);
         self.state == LegState::Moving && self.source_tables.is_some() && self.ready < steps && still
     }
 }

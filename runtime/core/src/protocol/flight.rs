@@ -34,7 +34,7 @@ pub(super) struct Share {
 pub(super) struct Attempt {
     /// Which NIC here.
     pub(super) nic: usize,
-    /// What it is to move; `None` for a push, which the peer posts.
+    /// What it is to move; `None` for a push that is not shared out, which the peer posts.
     pub(super) share: Option<u32>,
     /// In which conversation with the peer it was posted: the rails of a later one have not heard of it.
     pub(super) conversation: Option<u64>,
@@ -42,6 +42,13 @@ pub(super) struct Attempt {
     pub(super) course: Course,
     /// When something is to be done about it, where another rail could take over.
     pub(super) due: Option<Moment>,
+}
+
+impl Attempt {
+    /// Whether it is one of the shares in which the peer pushes: those belong to no conversation's rails here.
+    pub(super) fn is_pushed_share(&self) -> bool {
+        self.share.is_some() && self.conversation.is_none()
+    }
 }
 
 /// How far one transfer is.
@@ -74,12 +81,17 @@ impl Flight {
         self.carried.iter().map(|(nic, carried)| (*nic, *carried))
     }
 
-    pub(super) fn ids(&self) -> impl Iterator<Item = TransferId> + '_ {
-        self.transfers.keys().copied()
+    /// The steps of what is not here yet.
+    pub(super) fn steps(&self) -> impl Iterator<Item = u32> + '_ {
+        self.transfers.keys().map(|id| id.step()).chain(self.shares.values().map(|share| share.step))
     }
 
     pub(super) fn attempts(&self) -> impl Iterator<Item = (TransferId, &Attempt)> {
         self.transfers.iter().map(|(id, attempt)| (*id, attempt))
+    }
+
+    pub(super) fn attempt(&self, id: TransferId) -> Option<&Attempt> {
+        self.transfers.get(&id)
     }
 
     pub(super) fn contains(&self, id: TransferId) -> bool {
@@ -95,6 +107,22 @@ impl Flight {
     pub(super) fn expect(&mut self, id: TransferId, nic: usize, bytes: u64) {
         self.transfers
             .insert(id, Attempt { nic, share: None, conversation: None, bytes, course: Course::Running, due: None });
+    }
+
+    /// The peer pushes a share.
+    pub(super) fn expect_share(&mut self, id: TransferId, number: u32, nic: usize) {
+        let bytes = self.shares.get(&number).map_or(0, |share| share.program.bytes_in(share.range));
+        self.expect(id, nic, bytes);
+        if let Some(attempt) = self.transfers.get_mut(&id) {
+            attempt.share = Some(number);
+        }
+    }
+
+    /// The share of a step that is exactly that range, and that nobody moves.
+    pub(super) fn open_share(&self, step: u32, range: UnitRange) -> Option<u32> {
+        let moved = |number: &u32| self.transfers.values().any(|attempt| attempt.share == Some(*number));
+        let is_it = |(number, share): &(&u32, &Share)| (share.step, share.range) == (step, range) && !moved(number);
+        self.shares.iter().find(is_it).map(|(number, _)| *number)
     }
 
     /// Something is to be moved. Returns its number.
@@ -151,11 +179,26 @@ impl Flight {
         }
     }
 
-    /// A transfer was told to stop; it is to be fenced when it has not ended by then.
-    pub(super) fn give_up(&mut self, id: TransferId, due: Moment) {
+    /// A transfer was told to stop; it is to be fenced when it has not ended by then, if ever.
+    pub(super) fn give_up(&mut self, id: TransferId, due: Option<Moment>) {
         if let Some(attempt) = self.transfers.get_mut(&id) {
-            (attempt.course, attempt.due) = (Course::GivenUp, Some(due));
+            (attempt.course, attempt.due) = (Course::GivenUp, due);
         }
+    }
+
+    /// The peer says that a share is here.
+    pub(super) fn arrived(&mut self, number: u32) {
+        self.shares.remove(&number);
+    }
+
+    /// The peer says that a share is not here, whatever was heard of it before.
+    pub(super) fn reopen(&mut self, number: u32, share: Share) {
+        self.shares.entry(number).or_insert(share);
+    }
+
+    /// What is not here yet is of no interest any more; what is under way still has to end.
+    pub(super) fn forget_shares(&mut self) {
+        self.shares.clear();
     }
 
     /// All of them are to stop. Returns which they are, each with its NIC; when they are fenced somebody else says.
@@ -199,11 +242,11 @@ impl Flight {
     }
 
     /// A fence was proved: what it, or an earlier one, was asked for can write nothing any more.
-    pub(super) fn fenced(&mut self, nic: usize, ticket: u64) -> Vec<Attempt> {
+    pub(super) fn fenced(&mut self, nic: usize, ticket: u64) -> Vec<(TransferId, Attempt)> {
         let covered = |attempt: &Attempt| matches!(attempt.course, Course::Fencing(first) if first <= ticket);
         let fenced = |attempt: &Attempt| attempt.nic == nic && covered(attempt);
         let ended: Vec<TransferId> = self.attempts().filter(|(_, one)| fenced(one)).map(|(id, _)| id).collect();
-        ended.into_iter().filter_map(|id| self.transfers.remove(&id)).collect()
+        ended.into_iter().filter_map(|id| Some((id, self.transfers.remove(&id)?))).collect()
     }
 
     fn running(&self, share: Option<u32>) -> Vec<(TransferId, usize)> {
@@ -227,7 +270,7 @@ mod tests {
     fn a_share_counts_once_and_nothing_is_over_before_every_transfer_has_ended() {
         let (mut flight, first, share) = flight();
         let (silent, ..) = flight.post(share, 0, first, false).expect("posted");
-        flight.give_up(silent, Moment(5));
+        flight.give_up(silent, Some(Moment(5)));
         let (again, _, moved) = flight.post(share, 1, first, false).expect("posted again");
         assert_ne!(silent, again);
         assert_eq!((again.step(), moved.tries), (2, 2));
@@ -242,7 +285,7 @@ mod tests {
     fn who_comes_first_spares_the_others() {
         let (mut flight, first, share) = flight();
         let (silent, ..) = flight.post(share, 0, first, false).expect("posted");
-        flight.give_up(silent, Moment(5));
+        flight.give_up(silent, Some(Moment(5)));
         let (again, ..) = flight.post(share, 1, first, false).expect("posted again");
         let (_, others) = flight.done(silent, 40, 4).expect("under way");
         assert_eq!(others, [(again, 1)]);
@@ -261,7 +304,7 @@ mod tests {
         let (one_again, ..) = flight.post(share, 2, first, true).expect("posted again");
         let (two_again, ..) = flight.post(other, 2, first, true).expect("posted again");
         let names = std::collections::BTreeSet::from([first, one, two, one_again, two_again]);
-        assert_eq!((names.len(), flight.ids().count()), (5, 2));
+        assert_eq!((names.len(), flight.attempts().count()), (5, 2));
         flight.failed(two_again);
         assert!(!flight.is_empty(), "the other one is still under way");
         // Whoever comes first takes chunk 0, once.
@@ -282,19 +325,41 @@ mod tests {
     }
 
     #[test]
+    fn a_pushed_share_is_open_when_nobody_moves_it_and_it_is_not_here() {
+        let (mut flight, first, share) = flight();
+        let range = UnitRange { start: 0, end: 4 };
+        assert_eq!((flight.open_share(2, range), flight.open_share(1, range)), (Some(share), None));
+        assert_eq!(flight.open_share(2, UnitRange { start: 0, end: 3 }), None, "part of it is none");
+        flight.expect_share(first, share, 1);
+        flight.give_up(first, None);
+        assert_eq!((flight.open_share(2, range), flight.due()), (None, None), "it may still be written");
+        assert_eq!(flight.failed(first).and_then(|(_, open)| open), Some(share));
+        assert_eq!(flight.open_share(2, range), Some(share));
+        assert_eq!(flight.steps().collect::<Vec<_>>(), [2]);
+        let kept = flight.share(share).cloned().expect("it is open");
+        flight.arrived(share);
+        assert!(flight.is_over());
+        flight.reopen(share, kept);
+        assert_eq!(flight.open_share(2, range), Some(share));
+        flight.forget_shares();
+        assert!(flight.is_over());
+    }
+
+    #[test]
     fn a_fence_ends_what_it_was_asked_for_at_its_nic() {
         let (mut flight, first, share) = flight();
         let ids: Vec<TransferId> =
             [0, 0, 1].into_iter().filter_map(|nic| Some(flight.post(share, nic, first, false)?.0)).collect();
         for id in [ids[0], ids[2]] {
-            flight.give_up(id, Moment(5));
+            flight.give_up(id, Some(Moment(5)));
         }
         assert!(flight.fenced(0, 7).is_empty(), "nobody has asked for one");
         flight.fence(0, 7, Moment(8));
         flight.fence(0, 8, Moment(9));
         assert!(flight.fenced(0, 6).is_empty(), "that one was asked for before");
         assert_eq!(flight.fenced(1, 8).len() + flight.fenced(0, 7).len(), 1, "the other NIC was not asked");
-        assert_eq!((flight.ids().collect::<Vec<_>>(), flight.due()), (vec![ids[1], ids[2]], Some(Moment(5))));
+        let left: Vec<TransferId> = flight.attempts().map(|(id, _)| id).collect();
+        assert_eq!((left, flight.due()), (vec![ids[1], ids[2]], Some(Moment(5))));
         assert_eq!(flight.stop(), [(ids[1], 0), (ids[2], 1)]);
         flight.fence(0, 9, Moment(9));
         assert!(flight.fenced(0, 8).is_empty(), "it had not been told to stop");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{FailReason, MemberList, Outcome, PrefillView, Refusal, Role, bounds};
+use super::{FailReason, MemberList, Outcome, PrefillView, PushShares, Refusal, Role, ShareName, bounds};
 use crate::{
     Direction, Epoch, GroupGeometry, GroupId, HandoverId, Moment, NodeId, PoolLayout, Rank, RequestId, Tables,
     TraceContext, TransportKind,
@@ -204,6 +204,19 @@ pub enum Message {
         /// That many.
         messages: u64,
     },
+
+    /// Prefill rank → decode rank, push over rails: expect these (protocol 4).
+    Shares(PushShares),
+    /// Prefill rank → decode rank: that transfer failed, or was told to stop. Nothing else moves its share before its [`Message::ShareEnded`]
+    /// (protocol 4).
+    ShareStopped(ShareName),
+    /// Decode rank → prefill rank: nothing of that transfer writes here any more (protocol 4).
+    ShareEnded {
+        /// Which.
+        share: ShareName,
+        /// All of it is here; otherwise it is to be pushed again.
+        arrived: bool,
+    },
 }
 
 /// What a node tells a peer about itself, after both are authenticated: the keys to its memory are in it.
@@ -230,6 +243,9 @@ pub struct WorkerProfile {
     pub nics: Vec<NicAdvert>,
     /// Who should initiate; `None` leaves it to the peer.
     pub direction: Option<Direction>,
+    /// NICs over which it shares out what it pushes, or expects what is pushed; 0 where it does neither. It travels behind the profile (`wire.rs`).
+    #[serde(skip)]
+    pub rails: u32,
 }
 
 /// One NIC as its peers need to know it.

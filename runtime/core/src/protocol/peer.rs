@@ -1,16 +1,17 @@
 //! What two workers make of each other's profiles: both sides compute the same answer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::flight::Attempt;
 use super::path::{is_local, passed_over, path, rails};
 use super::{
     ChosenPath, Event, FailReason, NicAdvert, NicCommand, Outbox, PassedOver, PeerName, RailHealth, RailTerms,
     RailTurn, Rails, RdmaShortfall, Role, ShownPath, WorkerProfile, rdma,
 };
-use crate::{Direction, Evidence, NodeId, PairPlan, TransportKind};
+use crate::{Direction, Evidence, Moment, NodeId, PairPlan, TransportKind};
 
 /// A worker of the other role that this one can exchange KV with.
 #[derive(Clone, Debug)]
@@ -20,11 +21,12 @@ pub(crate) struct Peer {
     pub(crate) direction: Direction,
     /// Index of the local NIC.
     pub(crate) nic: usize,
-    pub(crate) remote_nic: usize,
-    /// All pairs of NICs, the local one first, that move what this side initiates; the first is the one above.
+    /// All pairs of NICs, the local one first, that move what is exchanged; the first is the one above. Where this side is read from, that one.
     pub(crate) pairs: Vec<(usize, usize)>,
-    /// Who of them carries how much.
+    /// Who of them carries how much of what this side initiates.
     pub(crate) rails: Rails,
+    /// Pushes are shared out, and announced: both sides have said over how many rails.
+    pub(crate) shares_pushes: bool,
     /// Which conversation it is, of those that the rank has had.
     pub(crate) conversation: u64,
     passed_over: Vec<PassedOver>,
@@ -62,19 +64,40 @@ impl Peer {
         let chosen = local.nics.get(nic).map(|nic| nic.kind);
         let passed_over = chosen.map(|kind| passed_over(&source.nics, &destination.nics, kind)).unwrap_or_default();
         let (pairs, rails) = (vec![(nic, remote_nic)], Rails::new([nic], RailTerms::default()));
-        Ok(Peer { profile: remote, plan, direction, nic, remote_nic, pairs, rails, conversation: 0, passed_over })
+        let (shares_pushes, conversation) = (false, 0);
+        Ok(Peer { profile: remote, plan, direction, nic, pairs, rails, shares_pushes, conversation, passed_over })
     }
 
-    /// With as many rails as these terms allow, where this side reads: then nobody else has to know how it shares its work out.
+    /// With as many rails as these terms allow where this side reads: then nobody else has to know how it shares its work out. Where it pushes, or
+    /// is pushed to, with as many as both sides allow: then no two of them meet at a NIC of the source either.
     pub(crate) fn over_rails(mut self, local: &WorkerProfile, terms: RailTerms, require_rdma: bool) -> Peer {
-        if local.role == Role::Decode && self.direction == Direction::Pull {
-            let lane = lane(&self.profile, local);
-            let pairs = rails(&self.profile.nics, &local.nics, lane, terms.rails_max.max(1) as usize);
-            let fits =
-                |pair: &(usize, usize)| !require_rdma || shortfall(require_rdma, local, &self.profile, *pair).is_none();
-            self.pairs = pairs.into_iter().map(|(from, to)| (to, from)).filter(fits).collect();
-            self.rails = Rails::new(self.pairs.iter().map(|(nic, _)| *nic), terms);
+        let (source, destination) = match local.role {
+            Role::Prefill => (local, &self.profile),
+            Role::Decode => (&self.profile, local),
+        };
+        let most = match (self.direction, local.role) {
+            (Direction::Pull, Role::Decode) => terms.rails_max,
+            (Direction::Pull, Role::Prefill) => return self,
+            (Direction::Push, _) => terms.rails_max.min(self.profile.rails),
+        };
+        self.shares_pushes = self.direction == Direction::Push && most > 1;
+        if self.direction == Direction::Push && !self.shares_pushes {
+            return self;
         }
+        let most = most.max(1) as usize;
+        let all = if self.shares_pushes { usize::MAX } else { most };
+        let mut pairs = rails(&source.nics, &destination.nics, lane(source, destination), all);
+        if self.shares_pushes {
+            let mut taken = BTreeSet::new();
+            pairs.retain(|(from, _)| taken.insert(*from));
+            pairs.truncate(most);
+        }
+        let pairs =
+            pairs.into_iter().map(|(from, to)| if local.role == Role::Prefill { (from, to) } else { (to, from) });
+        let fits =
+            |pair: &(usize, usize)| !require_rdma || shortfall(require_rdma, local, &self.profile, *pair).is_none();
+        self.pairs = pairs.filter(fits).collect();
+        self.rails = Rails::new(self.pairs.iter().map(|(nic, _)| *nic), terms);
         self
     }
 
@@ -140,6 +163,20 @@ impl Peer {
         }
     }
 
+    /// A rail failed, or fell silent.
+    pub(crate) fn blame(
+        &mut self,
+        now: Moment,
+        (node, nic): (NodeId, usize),
+        local: &WorkerProfile,
+        reason: &str,
+        outbox: &mut Outbox,
+    ) {
+        if let Some(health) = self.rails.failed(now, nic) {
+            self.tell_turn(node, local, (nic, health), reason, outbox);
+        }
+    }
+
     /// Whether the local side initiates transfers.
     pub(crate) fn initiates(&self, local: Role) -> bool {
         matches!((local, self.direction), (Role::Decode, Direction::Pull) | (Role::Prefill, Direction::Push))
@@ -148,10 +185,10 @@ impl Peer {
     /// Whether the destination reads the source's memory: then what it read counts only if the source still held it afterwards. A push
     /// inside one host, through UCX or libfabric is a doorbell to the destination, which may hear it late.
     pub(crate) fn destination_reads(&self) -> bool {
-        self.direction == Direction::Pull
-            || self.remote().is_some_and(|nic| {
-                is_local(nic.kind) || matches!(nic.kind, TransportKind::Ucx | TransportKind::Libfabric)
-            })
+        let reads =
+            |nic: &NicAdvert| is_local(nic.kind) || matches!(nic.kind, TransportKind::Ucx | TransportKind::Libfabric);
+        let mut ends = self.pairs.iter().filter_map(|(_, remote)| self.profile.nics.get(*remote));
+        self.direction == Direction::Pull || ends.any(reads)
     }
 
     /// The path, and what was better, for whoever watches.
@@ -202,11 +239,16 @@ impl Peer {
             shortfall: shortfall(require_rdma, local, &self.profile, pair),
         })
     }
+}
 
-    /// The peer's NIC that was chosen.
-    pub(crate) fn remote(&self) -> Option<&NicAdvert> {
-        self.profile.nics.get(self.remote_nic)
-    }
+/// The peer, where it is still the one whose rails a transfer was posted on.
+pub(super) fn posted_by<'peers>(
+    peers: &'peers mut BTreeMap<NodeId, Result<Peer, FailReason>>,
+    node: NodeId,
+    attempt: &Attempt,
+) -> Option<&'peers mut Peer> {
+    let peer = peers.get_mut(&node)?.as_mut().ok()?;
+    (attempt.conversation == Some(peer.conversation)).then_some(peer)
 }
 
 /// What a pair of NICs, the local one first, falls short of.
@@ -261,7 +303,16 @@ mod tests {
         let geometry = std::sync::Arc::new(crate::GroupGeometry { model, format: Default::default(), parallel });
         let rank = crate::Rank(rank);
         let layout = std::sync::Arc::new(geometry.shard(rank).expect("a rank").layout(&[4]));
-        WorkerProfile { role, group: crate::GroupId(group), rank, geometry, layout, nics: tcp(nics), direction: None }
+        WorkerProfile {
+            role,
+            group: crate::GroupId(group),
+            rank,
+            geometry,
+            layout,
+            nics: tcp(nics),
+            direction: None,
+            rails: 0,
+        }
     }
 
     #[test]
@@ -272,7 +323,8 @@ mod tests {
                 let destination = profile(Role::Decode, 7, 1, there);
                 let pushes = Peer::meet(&source, destination.clone(), false).expect("they fit");
                 let pulls = Peer::meet(&destination, source, false).expect("they fit");
-                assert_eq!((pushes.nic, pushes.remote_nic), (pulls.remote_nic, pulls.nic));
+                let [(from, to)] = pulls.pairs[..] else { panic!("{pulls:?}") };
+                assert_eq!((pushes.nic, &pushes.pairs[..]), (to, &[(to, from)][..]));
             }
         }
         // One decode rank meets the four ranks of one group on four rails.
@@ -293,7 +345,11 @@ mod tests {
         assert_eq!(meet(&destination, &source, false), Ok(vec![(0, 0), (1, 1), (2, 2)]));
         assert_eq!(meet(&source, &destination, false).map(|pairs| pairs.len()), Ok(1), "it is read");
         let pushed = WorkerProfile { direction: Some(Direction::Push), ..destination.clone() };
-        assert_eq!(meet(&pushed, &source, false).map(|pairs| pairs.len()), Ok(1), "both ends would have to know");
+        assert_eq!(
+            meet(&pushed, &source, false).map(|pairs| pairs.len()),
+            Ok(1),
+            "the source does not say that it can"
+        );
         // Where RDMA is required no rail goes without.
         let mixed = |role| {
             let nics = vec![nic(TransportKind::Tcp, ""), nic(TransportKind::Shm, "a")];
@@ -301,6 +357,33 @@ mod tests {
         };
         assert_eq!(meet(&mixed(Role::Decode), &mixed(Role::Prefill), false), Ok(vec![(1, 1), (0, 0)]));
         assert_eq!(meet(&mixed(Role::Decode), &mixed(Role::Prefill), true), Ok(vec![(1, 1)]));
+    }
+
+    #[test]
+    fn both_sides_push_over_the_same_rails() {
+        for (here, there) in [(1, 1), (4, 4), (8, 2), (2, 4), (3, 5)] {
+            for (ours, theirs) in [(0, 4), (1, 4), (2, 4), (4, 3), (8, 8)] {
+                let pushes = |role, group, nics, rails| WorkerProfile {
+                    direction: Some(Direction::Push),
+                    rails,
+                    ..profile(role, group, 1, nics)
+                };
+                let source = pushes(Role::Prefill, 0, here, ours);
+                let destination = pushes(Role::Decode, 7, there, theirs);
+                let meet = |local: &WorkerProfile, remote: &WorkerProfile| {
+                    let terms = RailTerms { rails_max: local.rails, ..RailTerms::default() };
+                    Peer::meet(local, remote.clone(), false).expect("they fit").over_rails(local, terms, false)
+                };
+                let (from, to) = (meet(&source, &destination), meet(&destination, &source));
+                let turned: Vec<(usize, usize)> = to.pairs.iter().map(|(to, from)| (*from, *to)).collect();
+                assert_eq!((&from.pairs, from.shares_pushes), (&turned, to.shares_pushes));
+                assert_eq!(from.pairs[0], (from.nic, to.nic), "the path is the first");
+                let ends: BTreeSet<usize> = from.pairs.iter().map(|(from, _)| *from).collect();
+                let most = if from.shares_pushes { ours.min(theirs) as usize } else { 1 };
+                assert_eq!((from.shares_pushes, ends.len()), (ours.min(theirs) > 1, from.pairs.len()));
+                assert!(from.pairs.len() <= most && (most > here.min(there) || from.pairs.len() == most), "{from:?}");
+            }
+        }
     }
 
     #[test]
@@ -315,8 +398,7 @@ mod tests {
     fn required_rdma_refuses_a_network_and_names_it() {
         let (source, destination) = (profile(Role::Prefill, 0, 0, 1), profile(Role::Decode, 7, 0, 1));
         let met = Peer::meet(&source, destination.clone(), false).expect("a path");
-        let pair = (met.nic, met.remote_nic);
-        assert_eq!(shortfall(false, &source, &met.profile, pair), None, "nobody expects RDMA");
+        assert_eq!(shortfall(false, &source, &met.profile, met.pairs[0]), None, "nobody expects RDMA");
         let refused = Peer::meet(&source, destination, true).expect_err("no RDMA").to_string();
         assert!(refused.contains("through tcp on d") && refused.contains("require_rdma"), "{refused}");
         // On one host nothing crosses a network.

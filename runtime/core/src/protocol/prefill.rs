@@ -1,21 +1,23 @@
 //! One prefill rank: offers, their leases, and the readers that they have.
 
 mod drain;
+mod offer;
+mod push;
 mod readers;
 
-use bytes::Bytes;
-use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
+
 use drain::Drain;
+use offer::{Held, Offer};
 
 use super::peer::Peer;
 use super::{
-    Begun, EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent,
-    OfferCourse, OpenFetch, Outbox, Part, PrefillJob, PrefillView, QuarantineTerms, Refusal, Role, Vitals,
-    WorkerProfile,
+    Begun, EngineCall, EngineEvent, Event, FailReason, Lease, LeaseTerms, Lost, Message, NicCommand, NicEvent, Outbox,
+    Part, PrefillJob, PrefillView, QuarantineTerms, RailTerms, Refusal, Role, Vitals, WorkerProfile,
 };
-use crate::{Direction, HandoverId, Moment, NodeId, RequestId, Tables, TransferId, limits};
+use crate::{Direction, HandoverId, Moment, NodeId, RequestId, Tables, limits};
 
 /// Releases that an engine may leave unacknowledged.
 const RELEASING_MAX: usize = 65_536;
@@ -36,85 +38,15 @@ pub struct PrefillRank {
     offers: BTreeMap<RequestId, Offer>,
     peers: BTreeMap<NodeId, Result<Peer, FailReason>>,
     require_rdma: bool,
+    rails: RailTerms,
+    /// So many conversations with peers have begun.
+    conversations: u64,
     /// Requests whose release the engine has not acknowledged, with the same request's next prefill if that came already: until then
     /// the engine may still be speaking of the old one.
     releasing: BTreeMap<RequestId, Option<PrefillJob>>,
     /// This rank leaves.
     drain: Option<Drain>,
     outbox: Outbox,
-}
-
-/// One request's KV on this rank. Held under a lease from its opening to its release.
-#[derive(Debug)]
-struct Offer {
-    job: PrefillJob,
-    /// When it was asked for.
-    asked: Moment,
-    /// How long our NICs took to take its pushes.
-    posting: Duration,
-    /// `None` until the engine has allocated blocks.
-    held: Option<Held>,
-    /// Set when it is over but our own NICs still read its blocks.
-    closing: Option<PrefillView>,
-    /// When readers for whom they still do are fenced.
-    fence_at: Option<Moment>,
-    /// The same request prefilled anew: it starts when this offer has closed and the engine has let go of it.
-    next: Option<PrefillJob>,
-}
-
-#[derive(Debug)]
-struct Held {
-    tables: Tables,
-    /// Model-layer ends of the steps.
-    steps: Vec<u32>,
-    /// The ready watermark: layers of the first `ready` steps are immutable until release.
-    ready: u32,
-    opened_at: Moment,
-    ready_at: Option<Moment>,
-    lease: Lease,
-    /// The handover that has it: I9, no offer to two live consumers.
-    handover: Option<HandoverId>,
-    readers: BTreeMap<NodeId, Reader>,
-}
-
-/// A decode rank that reads one offer.
-#[derive(Debug)]
-struct Reader {
-    open: OpenFetch,
-    /// It is ready for pushes.
-    expecting: bool,
-    /// Steps posted so far (push).
-    posted: u32,
-    /// Pushes that our NIC still reads blocks for.
-    in_flight: BTreeSet<TransferId>,
-    /// The first fence that was asked for and covers all of `in_flight`; nothing was posted since.
-    fencing: Option<u64>,
-    /// No new transfers: the reader gave up or was lost.
-    stopped: bool,
-    /// It has every byte, and was told that the lease was good: only its leader's word is missing.
-    confirmed: bool,
-    /// Our NIC, and the reader's NIC's address: the peer may be gone when it has to be fenced.
-    path: (usize, Bytes),
-}
-
-impl Offer {
-    fn new(now: Moment, job: PrefillJob) -> Self {
-        Offer { job, asked: now, posting: Duration::ZERO, held: None, closing: None, fence_at: None, next: None }
-    }
-
-    fn course(&self, now: Moment, view: PrefillView) -> OfferCourse {
-        let held = self.held.as_ref();
-        OfferCourse {
-            request: self.job.spec.request,
-            handover: held.and_then(|held| held.handover),
-            asked: self.asked,
-            opened: held.map(|held| held.opened_at),
-            ready: held.and_then(|held| held.ready_at),
-            closed: now,
-            posting: self.posting,
-            view,
-        }
-    }
 }
 
 impl PrefillRank {
@@ -129,6 +61,8 @@ impl PrefillRank {
             offers: BTreeMap::new(),
             peers: BTreeMap::new(),
             require_rdma: false,
+            rails: RailTerms::default(),
+            conversations: 0,
             releasing: BTreeMap::new(),
             drain: None,
             outbox: Outbox::default(),
@@ -156,7 +90,8 @@ impl PrefillRank {
         let leases = self.offers.values().filter(|offer| offer.closing.is_none());
         let leases = leases.filter_map(|offer| Some(offer.held.as_ref()?.lease.expires()));
         let drain = self.drain.as_ref().and_then(Drain::due);
-        leases.chain(self.offers.values().filter_map(|offer| offer.fence_at)).chain(drain).min()
+        let fences = self.offers.values().filter_map(|offer| offer.fence_at);
+        leases.chain(fences).chain(self.pushes_due()).chain(drain).min()
     }
 
     /// What is in hand.
@@ -206,7 +141,11 @@ impl PrefillRank {
         if profile.role != Role::Decode {
             return;
         }
-        let peer = Peer::meet(&self.local, profile, self.require_rdma);
+        self.conversations += 1;
+        let conversation = self.conversations;
+        let peer = Peer::meet(&self.local, profile, self.require_rdma)
+            .map(|peer| peer.over_rails(&self.local, self.rails, self.require_rdma))
+            .map(|peer| peer.of_conversation(conversation));
         if let Ok(peer) = &peer {
             peer.tell_path(node, &self.local, self.require_rdma, &mut self.outbox);
             peer.connect(node, Role::Prefill, &mut self.outbox);
@@ -276,6 +215,7 @@ impl PrefillRank {
                     self.push_ready(now, request, from);
                 }
             }
+            Message::ShareEnded { share, arrived } => self.share_ended(now, from, share, arrived),
             Message::Fetched { handover } => self.fetched(now, from, handover),
             Message::Abandon { handover } => {
                 if let Some(request) = self.request_of(handover) {
@@ -318,32 +258,14 @@ impl PrefillRank {
                     offer.posting = offer.posting.saturating_add(took);
                 }
             }
-            NicEvent::PeerLost { node, reason } => {
-                for request in self.offers.keys().copied().collect::<Vec<_>>() {
-                    if self.initiates_with(node) {
-                        self.fail_reader(request, node, &reason);
-                    }
-                    self.finish_closing(now, request);
-                }
-            }
-            NicEvent::Fenced { node, address, ticket, .. } => {
-                // The proof is about what was there when it was asked for. Whatever else it ended fails by itself.
-                for request in self.offers.keys().copied().collect::<Vec<_>>() {
-                    let held = self.offers.get_mut(&request).and_then(|offer| offer.held.as_mut());
-                    let reader = held.and_then(|held| held.readers.get_mut(&node));
-                    let covered = |reader: &Reader| reader.fencing.is_some_and(|first| first <= ticket);
-                    let path = (nic, &address);
-                    if let Some(reader) = reader.filter(|one| covered(one) && (one.path.0, &one.path.1) == path) {
-                        reader.fencing = None;
-                        reader.in_flight.clear();
-                        self.finish_closing(now, request);
-                    }
-                }
-            }
+            NicEvent::PeerLost { node, reason } => self.rail_lost(now, nic, node, &reason),
+            NicEvent::Fenced { node, address, ticket, .. } => self.fenced(now, nic, (node, &address), ticket),
             NicEvent::Shown { node, evidence } => {
-                if let Some(Ok(peer)) = self.peers.get(&node) {
+                if let Some(Ok(peer)) = self.peers.get_mut(&node) {
                     let shown = (nic, *evidence);
-                    peer.show_path(node, &self.local, shown, self.require_rdma, &mut self.outbox);
+                    if peer.show_path(node, &self.local, shown, self.require_rdma, &mut self.outbox) {
+                        peer.rails.remove(nic);
+                    }
                 }
             }
             NicEvent::Connected { .. } => {}
@@ -353,6 +275,7 @@ impl PrefillRank {
     /// Time has passed: leases expire.
     pub fn handle_timeout(&mut self, now: Moment) {
         self.fence(now);
+        self.watch_pushes(now);
         let expired: Vec<RequestId> = self
             .offers
             .iter()
@@ -383,24 +306,23 @@ impl PrefillRank {
 
     /// Fences readers for whom our own NIC did not stop reading when it was told to.
     fn fence(&mut self, now: Moment) {
-        let mut due: BTreeSet<(NodeId, (usize, Bytes))> = BTreeSet::new();
+        let mut due: BTreeSet<(NodeId, usize, Bytes)> = BTreeSet::new();
         for offer in self.offers.values_mut().filter(|offer| offer.fence_at.is_some_and(|at| now >= at)) {
             offer.fence_at = Some(now + self.quarantine.fence_after);
-            let readers = offer.held.iter().flat_map(|held| &held.readers);
-            for (node, reader) in readers.filter(|(_, reader)| !reader.in_flight.is_empty()) {
-                due.insert((*node, reader.path.clone()));
+            for (node, reader) in offer.held.iter().flat_map(|held| &held.readers) {
+                due.extend(reader.flight.attempts().map(|(_, one)| (*node, one.nic, reader.address(one.nic))));
             }
         }
-        for (node, path) in due {
+        for (node, nic, address) in due {
             self.fences_asked += 1;
             let ticket = self.fences_asked;
-            for held in self.offers.values_mut().filter_map(|offer| offer.held.as_mut()) {
-                if let Some(reader) = held.readers.get_mut(&node).filter(|reader| reader.stopped && reader.path == path)
-                {
-                    reader.fencing.get_or_insert(ticket);
+            let again_at = now + self.quarantine.fence_after;
+            let held = self.offers.values_mut().filter_map(|offer| offer.held.as_mut());
+            for reader in held.filter_map(|held| held.readers.get_mut(&node)) {
+                if reader.address(nic) == address {
+                    reader.flight.fence(nic, ticket, again_at);
                 }
             }
-            let (nic, address) = path;
             self.outbox.nic(nic, NicCommand::Fence { node, address, ticket });
         }
     }
@@ -538,7 +460,7 @@ impl PrefillRank {
     fn finish_closing(&mut self, now: Moment, request: RequestId) {
         let Some(offer) = self.offers.get(&request) else { return };
         let Some(view) = offer.closing else { return };
-        let busy = offer.held.iter().flat_map(|held| held.readers.values()).any(|reader| !reader.in_flight.is_empty());
+        let busy = offer.held.iter().flat_map(|held| held.readers.values()).any(|reader| !reader.flight.is_empty());
         if !busy {
             let course = offer.course(now, view);
             let next = self.offers.remove(&request).and_then(|offer| offer.next);
@@ -575,10 +497,6 @@ impl PrefillRank {
                 offer.closing.is_none() && offer.held.as_ref().is_some_and(|held| held.handover == Some(handover))
             })
             .map(|(request, _)| *request)
-    }
-
-    fn initiates_with(&self, node: NodeId) -> bool {
-        matches!(self.peers.get(&node), Some(Ok(peer)) if peer.initiates(Role::Prefill))
     }
 }
 

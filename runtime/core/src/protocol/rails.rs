@@ -16,6 +16,8 @@ const TRIAL_PART: u64 = 16;
 const UNITS_PER_SHARE: u64 = 16;
 /// Observations without which nothing is called slow: the first have connections and registrations in them.
 const SEEN_MIN: u32 = 3;
+/// How often a share is posted at most, for every rail that there is.
+const TRIES_PER_RAIL: u32 = 2;
 /// Weights are parts of this many.
 const WHOLE: u128 = 1 << 16;
 
@@ -87,6 +89,17 @@ pub struct Rails {
     turn: usize,
 }
 
+/// A program, and who moves which part of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedOut {
+    /// With smaller units than it had, where its own were too large to be shared.
+    pub program: Program,
+    /// Then what [`Program::with_units_up_to`] was given, in bytes.
+    pub unit_bytes_max: Option<u64>,
+    /// A NIC of this side for each part, none of them empty unless the program is.
+    pub shares: Vec<(usize, UnitRange)>,
+}
+
 #[derive(Clone, Debug)]
 struct Rail {
     nic: usize,
@@ -103,6 +116,8 @@ struct Rail {
     /// Bytes that were posted and have not ended.
     outstanding: u64,
     posted: u32,
+    /// Bytes that it got by turns, beyond who got the fewest.
+    given: u64,
     /// Since when `busy` counts on.
     since: Moment,
     /// For how long bytes were under way since the rate was observed last, and how many have come.
@@ -123,6 +138,7 @@ impl Rails {
             seen: 0,
             outstanding: 0,
             posted: 0,
+            given: 0,
             since: Moment::default(),
             busy: Duration::ZERO,
             moved: 0,
@@ -135,9 +151,9 @@ impl Rails {
         self.rails.len() > 1
     }
 
-    /// How many there are.
-    pub fn count(&self) -> usize {
-        self.rails.len()
+    /// How often a share is posted at most.
+    pub fn tries_max(&self) -> u32 {
+        TRIES_PER_RAIL.saturating_mul(u32::try_from(self.rails.len()).unwrap_or(u32::MAX))
     }
 
     /// What is known of the rail that ends at that NIC.
@@ -159,22 +175,25 @@ impl Rails {
     }
 
     /// Shares a program out: a range of it for each NIC that is to carry one. Together they are the whole program, in order, and none overlaps
-    /// another. The program comes back with smaller units where its own were too large to be shared.
-    pub fn share_out(&mut self, now: Moment, program: Program) -> (Program, Vec<(usize, UnitRange)>) {
+    /// another.
+    pub fn share_out(&mut self, now: Moment, program: Program) -> SharedOut {
         let bearers = self.bearers(now, program.bytes());
         let (nics, weights): (Vec<usize>, Vec<u32>) = bearers.into_iter().unzip();
         if nics.len() < 2 {
             let whole = program.whole();
-            return (program, nics.into_iter().map(|nic| (nic, whole)).collect());
+            let shares = nics.into_iter().map(|nic| (nic, whole)).collect();
+            return SharedOut { program, unit_bytes_max: None, shares };
         }
-        let unit_bytes_max = program.bytes() / nics.len() as u64 / UNITS_PER_SHARE;
-        let program = match program.unit_bytes_max() > unit_bytes_max.max(self.terms.share_bytes_min / UNITS_PER_SHARE)
-        {
-            true => program.with_units_up_to(unit_bytes_max),
-            false => program,
+        let most = program.bytes() / nics.len() as u64 / UNITS_PER_SHARE;
+        let are_large = program.unit_bytes_max() > most.max(self.terms.share_bytes_min / UNITS_PER_SHARE);
+        let unit_bytes_max = are_large.then_some(most);
+        let program = match unit_bytes_max {
+            Some(most) => program.with_units_up_to(most),
+            None => program,
         };
         let ranges = program.split_by(&weights);
-        (program, nics.into_iter().zip(ranges).filter(|(_, range)| !range.is_empty()).collect())
+        let shares = nics.into_iter().zip(ranges).filter(|(_, range)| !range.is_empty()).collect();
+        SharedOut { program, unit_bytes_max, shares }
     }
 
     /// Another NIC than `nic` that is fit to carry what that one does not: one that is up, with the least under way; or else one that is slow,
@@ -185,6 +204,13 @@ impl Rails {
         let moving = moving.min_by_key(|rail| (rail.health, rail.outstanding));
         let rested = || others().filter(|rail| !rail.on_trial).min_by_key(|rail| rail.rests_until);
         moving.or_else(|| rested().filter(|rail| at_last && now >= rail.rests_until)).map(|rail| rail.nic)
+    }
+
+    /// Who carries what the rail at `nic` did not, where somebody has to: another one, else one that rests, else the same again.
+    pub fn resort(&self, now: Moment, nic: usize) -> usize {
+        let others = self.rails.iter().filter(|rail| rail.nic != nic);
+        let resting = others.min_by_key(|rail| (rail.on_trial, rail.rests_until)).map(|rail| rail.nic);
+        self.another(now, nic, true).or(resting).unwrap_or(nic)
     }
 
     /// Whether any other rail than that at `nic` moves bytes, however slowly.
@@ -213,13 +239,15 @@ impl Rails {
 
     /// Bytes that were posted to that NIC have moved. Returns what the rail is from now on, where that is something else than before.
     pub fn moved(&mut self, now: Moment, nic: usize, bytes: u64) -> Option<RailHealth> {
-        let telling = self.terms.share_bytes_min;
+        let (telling, long) = (self.terms.share_bytes_min, self.terms.silent_after);
         let rail = self.rail(nic)?;
         let was_on_trial = core::mem::take(&mut rail.on_trial);
         rail.ended(now, bytes);
         rail.moved = rail.moved.saturating_add(bytes);
-        if rail.moved >= telling || was_on_trial {
-            rail.observe(was_on_trial);
+        // Of a few bytes mostly the way there and back is seen: whoever is back by those is as good as the others until more is known.
+        if rail.moved >= telling || (was_on_trial && rail.health == RailHealth::Slow) {
+            let is_long = rail.busy >= long;
+            rail.observe(was_on_trial, is_long);
         }
         if was_on_trial && rail.health == RailHealth::Down {
             // It is back; how fast it is shows from now on.
@@ -264,16 +292,17 @@ impl Rails {
             return first.map(|rail| (rail.nic, 1)).into_iter().collect();
         }
         if shares < 2 {
-            // A trial of a slow rail has to be worth its while, and would hold a small program up.
-            let trial = trial.filter(|index| self.at(*index).is_some_and(|rail| rail.health == RailHealth::Down));
-            let turn = self.take_turns(&up, 1);
+            // A trial of a slow rail has to say something of its rate.
+            let trial = trial
+                .filter(|index| bytes >= least || self.at(*index).is_some_and(|rail| rail.health == RailHealth::Down));
+            let turn = self.take_turns(&up, 1, bytes);
             return trial
                 .or_else(|| turn.first().copied())
                 .and_then(|index| Some((self.at(index)?.nic, 1)))
                 .into_iter()
                 .collect();
         }
-        let chosen = self.take_turns(&up, shares);
+        let chosen = self.take_turns(&up, shares, bytes);
         let best = chosen.iter().filter_map(|index| self.at(*index)?.rate).max();
         let weight = |index: usize| match (self.at(index).and_then(|rail| rail.rate), best) {
             (Some(rate), Some(best)) if rate.saturating_mul(ALIKE) < best => {
@@ -290,14 +319,28 @@ impl Rails {
         weights.into_iter().filter_map(|(index, weight)| Some((self.at(index)?.nic, weight))).collect()
     }
 
-    /// The next of `among` whose turn it is, at most `most`.
-    fn take_turns(&mut self, among: &[usize], most: usize) -> Vec<usize> {
-        let count = among.len().min(most);
+    /// The next of `among` whose turn it is, at most `most`: who got the fewest bytes by turns so far, for steps of a model differ in size.
+    fn take_turns(&mut self, among: &[usize], most: usize, bytes: u64) -> Vec<usize> {
         let first = among.iter().position(|index| *index >= self.turn).unwrap_or(0);
-        let chosen: Vec<usize> = among.iter().cycle().skip(first).take(count).copied().collect();
-        if let Some(last) = chosen.last().filter(|_| count < among.len()) {
-            self.turn = last + 1;
+        let mut chosen: Vec<usize> = among.iter().cycle().skip(first).take(among.len()).copied().collect();
+        if most >= among.len() {
+            return chosen;
         }
+        chosen.sort_by_key(|index| self.at(*index).map_or(u64::MAX, |rail| rail.given));
+        chosen.truncate(most);
+        let each = bytes / (chosen.len() as u64).max(1);
+        for index in &chosen {
+            if let Some(rail) = self.rails.get_mut(*index) {
+                rail.given = rail.given.saturating_add(each);
+            }
+        }
+        let least = among.iter().filter_map(|index| Some(self.at(*index)?.given)).min().unwrap_or(0);
+        for index in among {
+            if let Some(rail) = self.rails.get_mut(*index) {
+                rail.given = rail.given.saturating_sub(least);
+            }
+        }
+        self.turn = chosen.last().map_or(0, |last| last + 1);
         chosen
     }
 
@@ -362,11 +405,13 @@ impl Rail {
         self.on_trial &= self.posted > 0;
     }
 
-    /// Takes in the rate since it was observed last. A trial says what is so now, whatever was before.
-    fn observe(&mut self, afresh: bool) {
+    /// Takes in the rate since it was observed last. A trial says what is so now, whatever was before; so does what took long, when no burst of
+    /// others explains it: a cable that became slow is left alone after one handover that suffered from it.
+    fn observe(&mut self, afresh: bool, is_long: bool) {
         let nanos = self.busy.as_nanos().max(1);
         let rate = u64::try_from(u128::from(self.moved) * 1_000_000_000 / nanos).unwrap_or(u64::MAX).max(1);
         (self.rate, self.seen) = match self.rate.filter(|_| !afresh) {
+            Some(_) if is_long => (Some(rate), self.seen.saturating_add(1)),
             Some(before) => (Some((before / 2).saturating_add(rate / 2).max(1)), self.seen.saturating_add(1)),
             None => (Some(rate), if afresh { SEEN_MIN } else { 1 }),
         };

@@ -69,6 +69,9 @@ impl Message {
             Message::Abandon { .. } => "Abandon",
             Message::Resume { .. } => "Resume",
             Message::Heard { .. } => "Heard",
+            Message::Shares(_) => "Shares",
+            Message::ShareStopped(_) => "ShareStopped",
+            Message::ShareEnded { .. } => "ShareEnded",
         }
     }
 
@@ -92,6 +95,22 @@ impl Message {
         }
     }
 
+    /// Over how many rails the worker whose profile it is shares pushes out, if it is one that does.
+    pub(crate) fn rails(&self) -> Option<u32> {
+        match self {
+            Message::Profile(profile) => profile.worker.as_ref().map(|worker| worker.rails).filter(|rails| *rails > 0),
+            _ => None,
+        }
+    }
+
+    /// Where that stands, in a profile that may say so.
+    pub(crate) fn rails_mut(&mut self) -> Option<&mut u32> {
+        match self {
+            Message::Profile(profile) => profile.worker.as_mut().map(|worker| &mut worker.rails),
+            _ => None,
+        }
+    }
+
     /// What it is about.
     pub fn subject(&self) -> Subject {
         match self {
@@ -109,6 +128,8 @@ impl Message {
             Message::Open(open) => Subject::both(open.request, open.handover),
             Message::Opened(opened) => Subject::handover(opened.handover),
             Message::Outcome(report) => Subject::handover(report.handover),
+            Message::Shares(shares) => Subject::handover(shares.handover),
+            Message::ShareStopped(share) | Message::ShareEnded { share, .. } => Subject::handover(share.handover),
             Message::Abort { handover, .. }
             | Message::Started { handover }
             | Message::RankDone { handover, .. }

@@ -12,6 +12,7 @@ mod leaders;
 mod leaders_apart;
 mod prefill;
 mod prefill_ends;
+mod pushes;
 mod rails;
 mod scheduler;
 mod scheduler_adopt;

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use kvferry_core::protocol::{
     Awaited, FailReason, FetchJob, JoinError, Lost, Member, MemberList, Message, NicAdvert, OfferSummary, OpenFetch,
-    OpenedFetch, Outcome, OutcomeReport, Pairing, PathReport, Place, PrefillJob, PrefillView, Profile, Refusal,
-    RequestSpec, Role, StandingHandovers, StandingOffer, WorkerProfile,
+    OpenedFetch, Outcome, OutcomeReport, Pairing, PathReport, Place, PrefillJob, PrefillView, Profile, PushShare,
+    PushShares, Refusal, RequestSpec, Role, ShareName, StandingHandovers, StandingOffer, WorkerProfile,
 };
 use kvferry_core::{
     BlockTable, Direction, Epoch, Format, GroupGeometry, GroupId, HandoverId, Model, Moment, NodeId, Parallel, Rank,
-    RequestId, TableShape, Tables, TransportKind,
+    RequestId, TableShape, Tables, TransportKind, UnitRange,
 };
 use proptest::prelude::*;
 
@@ -27,7 +27,7 @@ struct Parts {
 }
 
 /// How many variants [`build`] knows.
-const VARIANTS: usize = 37;
+const VARIANTS: usize = 39;
 
 /// One message of every variant, and of every kind of reason inside them.
 pub(crate) fn every_variant() -> Vec<Message> {
@@ -121,11 +121,28 @@ fn build(parts: &Parts) -> Message {
         },
         34 => Message::Health { trouble: (!parts.choice.is_multiple_of(3)).then(|| parts.text.clone()) },
         35 => Message::StandingOffers(vec![parts.standing_offer(); usize::from(parts.choice) % 3]),
-        _ => Message::StandingHandovers(Box::new(parts.standing_handovers())),
+        36 => Message::StandingHandovers(Box::new(parts.standing_handovers())),
+        37 => Message::Shares(PushShares {
+            handover,
+            step: parts.small[0],
+            unit_bytes_max: parts.choice.is_multiple_of(2).then_some(three),
+            shares: list.iter().zip(1..).map(|(start, chunk)| parts.share(*start, chunk)).collect(),
+        }),
+        _ => {
+            let share = ShareName { handover, step: parts.small[1], chunk: u16::from(parts.choice) };
+            match parts.choice % 3 {
+                0 => Message::ShareStopped(share),
+                choice => Message::ShareEnded { share, arrived: choice == 1 },
+            }
+        }
     }
 }
 
 impl Parts {
+    fn share(&self, start: u64, chunk: u16) -> PushShare {
+        PushShare { chunk, nic: self.small[2], range: UnitRange { start, end: self.numbers[2] } }
+    }
+
     fn direction(&self) -> Direction {
         if self.choice.is_multiple_of(2) { Direction::Pull } else { Direction::Push }
     }
@@ -168,6 +185,7 @@ impl Parts {
             layout: Arc::new(layout),
             nics: vec![nic; usize::from(self.choice) % 3],
             direction: (!self.choice.is_multiple_of(3)).then(|| self.direction()),
+            rails: 0,
         }
     }
 

@@ -52,6 +52,7 @@ pub(crate) fn worker(
         layout,
         nics: vec![nic],
         direction: Some(direction),
+        rails: 0,
     }
 }
 

@@ -68,6 +68,7 @@ impl Node {
             layout,
             nics: vec![nic],
             direction: Some(direction),
+            rails: 0,
         };
         let core = match role {
             Role::Prefill => RankCore::Prefill(Box::new(PrefillRank::new(profile.clone(), leases(), quarantine))),
@@ -357,7 +358,8 @@ impl World {
     fn nic_command(&mut self, id: NodeId, command: NicCommand) {
         let Some(node) = self.nodes.get(&id) else { return };
         let prefill = node.profile.role == Role::Prefill;
-        if let NicCommand::Post { id: transfer, program, .. } | NicCommand::Expect { id: transfer, program } = &command
+        if let NicCommand::Post { id: transfer, program, .. } | NicCommand::Expect { id: transfer, program, .. } =
+            &command
         {
             let handover = transfer.handover();
             if node.engine.has_settled(handover) {

@@ -118,7 +118,7 @@ impl Invariant for Credits {
             What::Posted { id, direction: Direction::Pull, bytes, first } => {
                 rank.comes(node, *id, *bytes, *first, broken);
             }
-            What::Expected { id, bytes } => rank.comes(node, *id, *bytes, 0, broken),
+            What::Expected { id, bytes, first } => rank.comes(node, *id, *bytes, *first, broken),
             What::Landed { id, .. } => {
                 rank.coming.remove(id);
             }

@@ -80,6 +80,11 @@ impl DecodeRank {
         let (Some(placed), Some(Ok(peer))) = (&fetch.placed, self.peers.get(&node)) else { return };
         let Some(leg) = fetch.legs.get_mut(&node).filter(|leg| leg.state == LegState::Moving) else { return };
         let (Some(source), Direction::Push, 0) = (&leg.source_tables, peer.direction, leg.posted) else { return };
+        if peer.shares_pushes {
+            // The source says what to expect where, step by step.
+            self.outbox.send(node, Message::Expecting { handover });
+            return;
+        }
         let mut mismatch = None;
         for step in 0..fetch.pairing.steps.len() as u32 {
             let layers = step_layers(&fetch.pairing.steps, step);
@@ -90,7 +95,8 @@ impl DecodeRank {
                 Ok(program) => {
                     let id = TransferId::of(handover, leg.source, self.local.rank, step);
                     leg.flight.expect(id, peer.nic, program.bytes());
-                    self.outbox.nic(peer.nic, NicCommand::Expect { id, program: Arc::new(program) });
+                    let (range, program) = (program.whole(), Arc::new(program));
+                    self.outbox.nic(peer.nic, NicCommand::Expect { id, program, range });
                 }
                 Err(error) => mismatch = Some(error.to_string()),
             }
@@ -129,9 +135,9 @@ impl DecodeRank {
                 match peer.plan.program(&request) {
                     Ok(program) => {
                         if program.units() > 0 {
-                            let (program, shares) = peer.rails.share_out(now, program);
-                            let program = Arc::new(program);
-                            for (nic, range) in shares {
+                            let shared = peer.rails.share_out(now, program);
+                            let program = Arc::new(shared.program);
+                            for (nic, range) in shared.shares {
                                 let share = leg.flight.add(leg.posted, Arc::clone(&program), range);
                                 let of = (handover, node, self.local.rank);
                                 post(now, of, leg, peer, (share, nic), &mut self.outbox);

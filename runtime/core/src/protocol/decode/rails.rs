@@ -4,22 +4,19 @@
 //! them, late; so its transfer is stopped, and fenced if it does not end, and neither is the source asked to confirm its lease nor do blocks go
 //! back before it has ended.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
 use super::DecodeRank;
 use crate::protocol::fetch::{Leg, LegState};
-use crate::protocol::flight::{Attempt, Course};
-use crate::protocol::peer::Peer;
-use crate::protocol::{FailReason, Lease, NicCommand, Outbox, RailTerms, WorkerProfile};
+use crate::protocol::flight::Course;
+use crate::protocol::peer::{Peer, posted_by};
+use crate::protocol::{Lease, Message, NicCommand, Outbox, RailTerms, ShareName};
 use crate::{Direction, FenceProof, HandoverId, Moment, NodeId, Rank, TransferId};
 
-/// How often a share is posted at most, for every rail that there is.
-const TRIES_PER_RAIL: u32 = 2;
-
 impl DecodeRank {
-    /// With several NICs at once to every peer that this rank reads from.
+    /// With several NICs at once to every peer that this rank reads from, or that pushes to it and can.
     pub fn with_rails(mut self, terms: RailTerms) -> Self {
         self.rails = terms;
         self
@@ -32,7 +29,14 @@ impl DecodeRank {
         let Some(leg) = self.leg(handover, node) else { return };
         let Some((attempt, spared)) = leg.flight.done(id, bytes, pieces) else { return };
         for (other, _) in &spared {
-            leg.flight.give_up(*other, again_at);
+            leg.flight.give_up(*other, Some(again_at));
+        }
+        if attempt.is_pushed_share() {
+            leg.arrived.insert(id);
+            if attempt.course != Course::Running {
+                // The source has stopped it, and waits for what became of it.
+                self.outbox.send(node, Message::ShareEnded { share: ShareName::of(id), arrived: true });
+            }
         }
         for (id, nic) in spared {
             self.outbox.nic(nic, NicCommand::Cancel { id });
@@ -57,11 +61,12 @@ impl DecodeRank {
         if let Some(peer) = posted_by(&mut self.peers, node, &attempt) {
             // What was stopped says nothing of its rail.
             if !over && !stopped {
-                blame(now, (node, attempt.nic), peer, &self.local, &reason, &mut self.outbox);
+                peer.blame(now, (node, attempt.nic), &self.local, &reason, &mut self.outbox);
             }
             peer.rails.ended(now, attempt.nic, attempt.bytes);
         }
         let goes_on = match open {
+            Some(_) if attempt.is_pushed_share() => self.share_ended((handover, node), id),
             Some(share) => self.post_again(now, (handover, node), share, attempt.nic, true),
             None => attempt.share.is_some(),
         };
@@ -78,7 +83,7 @@ impl DecodeRank {
     /// A NIC has lost a peer. Says whether another rail reaches it.
     pub(super) fn rail_lost(&mut self, now: Moment, nic: usize, node: NodeId, reason: &str) -> bool {
         let Some(Ok(peer)) = self.peers.get_mut(&node) else { return false };
-        blame(now, (node, nic), peer, &self.local, reason, &mut self.outbox);
+        peer.blame(now, (node, nic), &self.local, reason, &mut self.outbox);
         peer.rails.another(now, nic, true).is_some()
     }
 
@@ -96,9 +101,12 @@ impl DecodeRank {
             if ended.is_empty() {
                 continue;
             }
-            for attempt in &ended {
+            for (id, attempt) in &ended {
                 if let Some(peer) = posted_by(&mut self.peers, node, attempt) {
                     peer.rails.ended(now, nic, attempt.bytes);
+                }
+                if attempt.is_pushed_share() {
+                    self.share_ended((handover, node), *id);
                 }
             }
             self.advance(now, handover, node);
@@ -139,7 +147,7 @@ impl DecodeRank {
             if moves {
                 self.outbox.nic(attempt.nic, NicCommand::Cancel { id });
                 if let Some(leg) = self.leg(handover, node) {
-                    leg.flight.give_up(id, again_at);
+                    leg.flight.give_up(id, Some(again_at));
                 }
             }
             // It is silent whether or not somebody may move this share; but the last one that moves bytes is not given up.
@@ -148,7 +156,7 @@ impl DecodeRank {
                 && blamed.insert((node, attempt.nic))
             {
                 let reason = "it has been silent for too long";
-                blame(now, (node, attempt.nic), peer, &self.local, reason, &mut self.outbox);
+                peer.blame(now, (node, attempt.nic), &self.local, reason, &mut self.outbox);
             }
             if !moves {
                 let patience = match self.peers.get(&node) {
@@ -179,9 +187,8 @@ impl DecodeRank {
         let Some(leg) = fetch.legs.get_mut(&node).filter(|leg| leg.state == LegState::Moving) else { return false };
         // As with every other post: a late one would read what is no longer promised.
         let leased = leg.opened_at.is_some_and(|sent| Lease::held(sent, &self.leases).is_alive(now));
-        let tries_max = TRIES_PER_RAIL.saturating_mul(u32::try_from(peer.rails.count()).unwrap_or(u32::MAX));
         let tries = leg.flight.share(share).map_or(u32::MAX, |share| share.tries);
-        match peer.rails.another(now, nic, at_last).filter(|_| leased && tries < tries_max) {
+        match peer.rails.another(now, nic, at_last).filter(|_| leased && tries < peer.rails.tries_max()) {
             Some(other) => {
                 let of = (handover, node, self.local.rank);
                 post(now, of, leg, peer, (share, other), &mut self.outbox);
@@ -189,30 +196,6 @@ impl DecodeRank {
             }
             None => false,
         }
-    }
-}
-
-/// The peer, where it is still the one whose rails a transfer was posted on.
-fn posted_by<'peers>(
-    peers: &'peers mut BTreeMap<NodeId, Result<Peer, FailReason>>,
-    node: NodeId,
-    attempt: &Attempt,
-) -> Option<&'peers mut Peer> {
-    let peer = peers.get_mut(&node)?.as_mut().ok()?;
-    (attempt.conversation == Some(peer.conversation)).then_some(peer)
-}
-
-/// A rail failed, or fell silent.
-fn blame(
-    now: Moment,
-    (node, nic): (NodeId, usize),
-    peer: &mut Peer,
-    local: &WorkerProfile,
-    reason: &str,
-    outbox: &mut Outbox,
-) {
-    if let Some(health) = peer.rails.failed(now, nic) {
-        peer.tell_turn(node, local, (nic, health), reason, outbox);
     }
 }
 

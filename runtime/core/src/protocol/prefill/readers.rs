@@ -1,13 +1,11 @@
-//! The decode ranks that read an offer, and what is pushed to them.
+//! The decode ranks that read an offer.
 
-use std::sync::Arc;
-
-use super::Reader;
-use crate::protocol::prefill::step_layers;
-use crate::protocol::{Event, Message, NicCommand, OpenFetch, OpenedFetch, Refusal};
-use crate::{Direction, HandoverId, Moment, NodeId, PlanRequest, RequestId, TransferId};
+use std::collections::BTreeMap;
 
 use super::PrefillRank;
+use super::offer::Reader;
+use crate::protocol::{Event, Message, NicCommand, OpenFetch, OpenedFetch, Refusal};
+use crate::{Direction, HandoverId, Moment, NodeId, PlanRequest, RequestId};
 
 impl PrefillRank {
     pub(super) fn open(&mut self, now: Moment, from: NodeId, open: OpenFetch) -> Result<(), Refusal> {
@@ -60,22 +58,17 @@ impl PrefillRank {
             return Ok(());
         }
         let direction = open.direction;
-        let path = match self.peers.get(&from) {
-            Some(Ok(peer)) => (peer.nic, peer.remote().map(|remote| remote.address.clone()).unwrap_or_default()),
-            _ => Default::default(),
+        let addresses = match self.peers.get(&from) {
+            Some(Ok(peer)) => peer.addresses(),
+            _ => BTreeMap::new(),
         };
         let Some(held) = self.held(request) else { return Err(Refusal::UnknownRequest(request)) };
-        let carried = held.readers.remove(&from).map(|old| old.in_flight).unwrap_or_default();
-        let reader = Reader {
-            open,
-            expecting: false,
-            posted: 0,
-            in_flight: carried,
-            fencing: None,
-            stopped: false,
-            confirmed: false,
-            path,
-        };
+        // What an earlier handover left under way still has to end.
+        let mut flight = held.readers.remove(&from).map(|old| old.flight).unwrap_or_default();
+        flight.forget_shares();
+        let shared = BTreeMap::new();
+        let reader =
+            Reader { open, expecting: false, posted: 0, flight, shared, stopped: false, confirmed: false, addresses };
         held.readers.insert(from, reader);
         let source = match direction {
             Direction::Pull => held.tables.clone(),
@@ -84,68 +77,6 @@ impl PrefillRank {
         let ready = held.ready;
         self.outbox.send(from, Message::Opened(OpenedFetch { handover, source, ready }));
         Ok(())
-    }
-
-    /// Posts every ready step that was not posted yet.
-    pub(super) fn push_ready(&mut self, now: Moment, request: RequestId, to: NodeId) {
-        let (Some(offer), Some(Ok(peer))) = (self.offers.get_mut(&request), self.peers.get(&to)) else { return };
-        let tokens = offer.job.spec.tokens;
-        let (Some(held), None) = (&mut offer.held, offer.closing) else { return };
-        let Some(reader) = held.readers.get_mut(&to) else { return };
-        let mut refusal = None;
-        while reader.expecting && reader.posted < held.ready && !reader.stopped {
-            let step = reader.posted;
-            reader.posted += 1;
-            let layers = step_layers(&held.steps, step);
-            let plan = PlanRequest {
-                tokens,
-                have: reader.open.have,
-                layers,
-                source: &held.tables,
-                destination: &reader.open.destination,
-            };
-            match peer.plan.program(&plan) {
-                Ok(program) if program.units() == 0 => {}
-                Ok(program) => {
-                    let id = TransferId::of(reader.open.handover, self.local.rank, peer.profile.rank, step);
-                    reader.in_flight.insert(id);
-                    let (range, program) = (program.whole(), Arc::new(program));
-                    let post = NicCommand::Post { id, node: to, direction: Direction::Push, program, range };
-                    self.outbox.nic(peer.nic, post);
-                }
-                Err(error) => {
-                    reader.stopped = true;
-                    refusal = Some((reader.open.handover, Refusal::BadTables(error.to_string())));
-                }
-            }
-        }
-        if let Some((handover, refusal)) = refusal {
-            self.outbox.send(to, Message::Refused { handover, refusal });
-        }
-        self.finish_closing(now, request);
-    }
-
-    pub(super) fn push_ended(&mut self, now: Moment, id: TransferId, end: Result<(), String>) {
-        let Some((request, offer)) = self.offers.iter_mut().find(|(_, offer)| {
-            offer.held.as_ref().is_some_and(|held| held.readers.values().any(|reader| reader.in_flight.contains(&id)))
-        }) else {
-            return;
-        };
-        let request = *request;
-        let steps = offer.held.as_ref().map_or(0, |held| held.steps.len() as u32);
-        let mut failed = None;
-        for (node, reader) in offer.held.iter_mut().flat_map(|held| &mut held.readers) {
-            // What is left of an earlier handover says nothing about this one.
-            if reader.in_flight.remove(&id) && id.handover() == reader.open.handover {
-                failed = end.as_ref().err().map(|reason| (*node, reason));
-                reader.confirmed =
-                    failed.is_none() && !reader.stopped && reader.posted == steps && reader.in_flight.is_empty();
-            }
-        }
-        if let Some((node, reason)) = failed {
-            self.fail_reader(request, node, reason);
-        }
-        self.finish_closing(now, request);
     }
 
     /// Our transport gave up on a reader: it is told, instead of waiting for what will not come.
@@ -190,8 +121,9 @@ impl PrefillRank {
             return;
         }
         reader.stopped = true;
-        for id in &reader.in_flight {
-            self.outbox.nic(reader.path.0, NicCommand::Cancel { id: *id });
+        reader.flight.forget_shares();
+        for (id, nic) in reader.flight.stop() {
+            self.outbox.nic(nic, NicCommand::Cancel { id });
         }
     }
 

@@ -36,7 +36,7 @@ fn program(tokens: u64, run_bytes: u32) -> Program {
 
 /// Bytes for each NIC, of one that is shared out.
 fn shares(rails: &mut Rails, now: Moment, bytes: u64) -> Vec<(usize, u64)> {
-    let (program, shares) = rails.share_out(now, program(bytes / 4096, 4096));
+    let SharedOut { program, shares, .. } = rails.share_out(now, program(bytes / 4096, 4096));
     shares.into_iter().map(|(nic, range)| (nic, program.bytes_in(range))).collect()
 }
 
@@ -77,8 +77,15 @@ fn small_programs_stay_on_one_rail_in_turn() {
     let pairs: Vec<Vec<usize>> =
         (0..3).map(|_| shares(&mut rails, at(0), 2 * MIB).iter().map(|(nic, _)| *nic).collect()).collect();
     assert_eq!(pairs, [[0, 1], [0, 2], [1, 2]]);
+    // Large and small steps in turn: neither rail gets all that are large.
+    let mut rails = Rails::new([0, 1], terms());
+    let mut got = [0, 0];
+    for bytes in [MIB, 64 << 10].repeat(32) {
+        shares(&mut rails, at(0), bytes).into_iter().for_each(|(nic, bytes)| got[nic] += bytes);
+    }
+    assert!(got[0].abs_diff(got[1]) <= MIB, "{got:?}");
     let nothing = rails.share_out(at(0), Program::default());
-    assert!(nothing.1.iter().all(|(_, range)| range.is_empty()), "{nothing:?}");
+    assert!(nothing.shares.iter().all(|(_, range)| range.is_empty()), "{nothing:?}");
 }
 
 #[test]
@@ -109,8 +116,8 @@ fn a_rail_of_a_tenth_is_left_alone_until_a_trial_shows_that_it_is_back() {
     now += 100;
     let trial = shares(&mut rails, at(now), 64 * MIB);
     assert!(matches!(trial[..], [(0, most), (1, least)] if most > 14 * least && least >= MIB), "{trial:?}");
-    // Small programs are no trial of a slow one.
-    assert_eq!(shares(&mut rails, at(now), MIB).len(), 1);
+    // Where there are only programs for one rail, one that says something is its trial, and smaller ones are not.
+    assert_eq!((shares(&mut rails, at(now), MIB)[0].0, shares(&mut rails, at(now), MIB / 2)[0].0), (1, 0));
     assert_eq!(move_all(&mut rails, &mut now, &[10_000, 500]), [], "still slow");
     now += 150;
     assert_eq!(shares(&mut rails, at(now), 64 * MIB), [(0, 64 * MIB)], "the rest is twice as long");
@@ -118,6 +125,42 @@ fn a_rail_of_a_tenth_is_left_alone_until_a_trial_shows_that_it_is_back() {
     assert_eq!(move_all(&mut rails, &mut now, &[10_000, 9_000]), [(1, RailHealth::Up)]);
     let all = shares(&mut rails, at(now), 64 * MIB);
     assert!(all.len() == 2 && all.iter().all(|(_, bytes)| bytes.abs_diff(32 * MIB) < MIB), "{all:?}");
+}
+
+#[test]
+fn few_bytes_bring_a_rail_back_and_say_nothing_of_its_rate() {
+    let mut rails = Rails::new([0, 1], terms());
+    let mut now = 0;
+    for _ in 0..4 {
+        move_all(&mut rails, &mut now, &[100_000, 100_000]);
+    }
+    rails.posted(at(now), 1, 4096);
+    rails.failed(at(now), 1);
+    rails.ended(at(now), 1, 4096);
+    now += 200;
+    assert_eq!(shares(&mut rails, at(now), 8192), [(1, 8192)]);
+    rails.posted(at(now), 1, 8192);
+    assert_eq!(rails.moved(at(now + 10), 1, 8192), Some(RailHealth::Up), "at a tenth of the other's rate");
+    let all = shares(&mut rails, at(now + 10), 64 * MIB);
+    assert!(all.len() == 2 && all.iter().all(|(_, bytes)| bytes.abs_diff(32 * MIB) < MIB), "{all:?}");
+}
+
+#[test]
+fn a_rail_that_becomes_slow_costs_one_long_handover() {
+    let mut rails = Rails::new([0, 1], terms());
+    let mut now = 0;
+    for _ in 0..3 {
+        assert_eq!(move_all(&mut rails, &mut now, &[100_000, 100_000]), []);
+    }
+    // What takes as long as a silence is none of the bursts that an average is for.
+    assert_eq!(move_all(&mut rails, &mut now, &[100_000, 10_000]), [(1, RailHealth::Slow)]);
+    assert_eq!(shares(&mut rails, at(now), 64 * MIB), [(0, 64 * MIB)]);
+    // A short one is averaged with what was before.
+    let mut rails = Rails::new([0, 1], terms());
+    for _ in 0..3 {
+        move_all(&mut rails, &mut now, &[10_000_000, 10_000_000]);
+    }
+    assert_eq!(move_all(&mut rails, &mut now, &[10_000_000, 1_000_000]), []);
 }
 
 #[test]
@@ -207,9 +250,11 @@ fn patience_grows_with_what_is_under_way() {
 #[test]
 fn a_huge_piece_is_cut_for_several_rails_only() {
     let huge = program(1, u32::MAX);
-    let (same, shares) = Rails::new([0], terms()).share_out(at(0), huge.clone());
-    assert_eq!((same, shares.len()), (huge.clone(), 1));
-    let (cut, shares) = Rails::new([0, 1, 2], terms()).share_out(at(0), huge.clone());
+    let same = Rails::new([0], terms()).share_out(at(0), huge.clone());
+    assert_eq!((same.program, same.unit_bytes_max, same.shares.len()), (huge.clone(), None, 1));
+    let SharedOut { program: cut, unit_bytes_max, shares } =
+        Rails::new([0, 1, 2], terms()).share_out(at(0), huge.clone());
+    assert_eq!(unit_bytes_max.map(|most| huge.with_units_up_to(most)), Some(cut.clone()), "a peer can do the same");
     let sizes: Vec<u64> = shares.iter().map(|(_, range)| cut.bytes_in(*range)).collect();
     assert_eq!(sizes.iter().sum::<u64>(), huge.bytes());
     assert!(
@@ -252,7 +297,7 @@ proptest! {
                 Operation::Share(bytes) => {
                     let whole = program(bytes / u64::from(run_bytes) + bytes % 2, run_bytes);
                     let health = rails.clone();
-                    let (cut, shares) = rails.share_out(at(now), whole.clone());
+                    let SharedOut { program: cut, shares, .. } = rails.share_out(at(now), whole.clone());
                     prop_assert_eq!(cut.bytes(), whole.bytes());
                     let mut next = 0;
                     for (nic, range) in &shares {

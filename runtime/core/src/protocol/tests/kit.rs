@@ -56,7 +56,7 @@ pub(super) fn worker(
     let group = if role == Role::Prefill { PREFILL } else { DECODE };
     let layout = Arc::new(geometry.shard(Rank(rank)).expect("a valid rank").layout(&[BLOCKS]));
     let nics = vec![nic(TransportKind::Sim)];
-    WorkerProfile { role, group, rank: Rank(rank), geometry: Arc::clone(geometry), layout, nics, direction }
+    WorkerProfile { role, group, rank: Rank(rank), geometry: Arc::clone(geometry), layout, nics, direction, rails: 0 }
 }
 
 pub(super) fn member(node: u64, role: Role, group: GroupId, rank: u32, geometry: &Arc<GroupGeometry>) -> Member {
