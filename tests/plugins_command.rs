@@ -187,6 +187,7 @@ fn a_plugin_that_ends_its_process_is_a_verdict() {
         && fake.build("plugins/libplugin_CRASH.so", &format!("{engine} extern \"C\" void *nixl_plugin_init() {{ __builtin_trap(); }}"), 1)
         && fake.build("plugins/libplugin_LEAVE.so", &format!("{engine} extern \"C\" void _exit(int); __attribute__((constructor)) void leave() {{ _exit(3); }} {init}"), 1)
         && fake.build("plugins/libplugin_NULL.so", &format!("{engine} extern \"C\" void *nixl_plugin_init() {{ return 0; }}"), 1)
+        && fake.build("plugins/libtelemetry_exporter_OWN.so", "extern \"C\" void *nixl_telemetry_plugin_init() { return 0; }", 1)
         && fake.build("plugins/libplugin_NOINIT.so", engine, 1);
     if !built {
         let _ = std::fs::remove_dir_all(&folder);
@@ -210,6 +211,8 @@ fn a_plugin_that_ends_its_process_is_a_verdict() {
         assert_eq!(verdict, "incompatible", "{name}");
         assert!(reasons.contains(word), "{name}: no {word:?} in {reasons}");
     }
+    // Nothing tells releases of these apart; but it came with the core.
+    assert_eq!(found("OWN").0, "compatible", "{report:#}");
     let (verdict, words) = found("ALIAS");
     assert!(verdict == "unknown" && words.contains("that of ALIAS, and it calls itself ELSE"), "{verdict}: {words}");
     // Without loading, the interface is not known.

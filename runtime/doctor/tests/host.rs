@@ -257,6 +257,13 @@ const BROKEN: &[(&str, Break, &str, Status, &str)] = &[
         "no libuct_ib_efa.so in /usr/local/lib/ucx",
     ),
     (
+        "UCX without CUDA",
+        |tree, _| tree.remove("usr/local/lib/ucx/libuct_cuda.so.0"),
+        "library.ucx",
+        Status::Fail,
+        "built without CUDA",
+    ),
+    (
         "UCX too old",
         |tree, _| tree.write("usr/local/lib/pkgconfig/ucx.pc", "Version: 1.19.1"),
         "library.ucx",
@@ -366,6 +373,13 @@ const BROKEN: &[(&str, Break, &str, Status, &str)] = &[
         "variables.unread",
         Status::Warn,
         "FI_EFA_ENABLE_SHM_TRANSFER is",
+    ),
+    (
+        "a variable with another name",
+        |_, question| set(question, "UCX_NET_DEVICE", "rdmap65s0:1"),
+        "variables.unread",
+        Status::Warn,
+        "UCX_NET_DEVICES is",
     ),
     (
         "fork safety on a kernel that needs none",

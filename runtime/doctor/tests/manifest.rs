@@ -282,7 +282,7 @@ fn each_mistake_is_found_at_its_place_and_nothing_else_is() {
             with(&dynamo, "ComputeDomain", "numNodes: 0", "numNodes: 7"),
             "manifest.compute-domain",
             Status::Warn,
-            "all 3 nodes",
+            "number of all nodes, 3",
         ),
         (
             "NCCL without multi-node NVLink",
@@ -393,4 +393,18 @@ fn job_sets_and_clique_sets_are_judged_and_what_is_not_known_is_said() {
     let report = judged(&mixed);
     assert_eq!(wrong(&report), [("manifest.shape", Status::Warn)]);
     assert_eq!(check(&report, "manifest.shape").evidence.len(), 2);
+}
+
+/// Whoever forgets a claim is a node of the domain all the same.
+#[test]
+fn the_nodes_of_a_domain_are_those_of_prefill_and_decode() {
+    let dynamo = with(&good(Form::Dynamo, true), "ComputeDomain", "numNodes: 0", "numNodes: 3");
+    let old = format!("{:?}", check(&judged(&dynamo), "manifest.compute-domain").evidence);
+    assert!(old.contains("numNodes: 3 is deprecated"), "{old}");
+    let claims = "        claims:\n          - name: compute-domain-channel\n";
+    let forgotten = format!(
+        "{:?}",
+        check(&judged(&with(&dynamo, "TRTLLMDecodeWorker", claims, "")), "manifest.compute-domain").evidence
+    );
+    assert!(forgotten.contains("numNodes: 3 is deprecated"), "{forgotten}");
 }

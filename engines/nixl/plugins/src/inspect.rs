@@ -27,13 +27,14 @@ const DEPTH_MAX: usize = 4;
 /// Undefined symbols that are named.
 const NAMED_MAX: usize = 32;
 /// Who provides what wheels leave to the host.
-const PROVIDERS: [(&str, &str); 6] = [
+const PROVIDERS: [(&str, &str); 7] = [
     ("libcuda.so", "NVIDIA's driver"),
     ("libcudart.so", "the CUDA runtime"),
     ("libcufile.so", "CUDA's libcufile"),
     ("libfabric.so", "libfabric (the EFA installer has it; put /opt/amazon/efa/lib into LD_LIBRARY_PATH)"),
     ("libhwloc.so", "hwloc"),
     ("libdoca", "NVIDIA DOCA"),
+    ("libred_", "Infinia's client"),
 ];
 
 /// Why there is no core to compare with.
@@ -159,7 +160,12 @@ impl Inspector {
             findings.unsure(format!("its file is that of {}, and it calls itself {called}", report.name));
         }
         report.verdict = findings.verdict();
-        report.remedy = (report.verdict != Verdict::Compatible).then(|| self.remedy(&path, &findings));
+        report.remedy = match report.verdict {
+            Verdict::Compatible => None,
+            // It came with the core: there is no other to take.
+            Verdict::Unknown if self.is_own(&path) => None,
+            Verdict::Unknown | Verdict::Incompatible => Some(self.remedy(&path, &findings)),
+        };
         report.reasons = findings.reasons();
         report
     }
@@ -196,6 +202,8 @@ impl Inspector {
         match report.init.first() {
             None => findings.against(format!("it exports none of {}", INITS.join(", "))),
             Some(&"nixl_plugin_init") => report.vtable = self.fingerprint(plugin, findings),
+            // Those that came with the core need none.
+            Some(_) if self.is_own(&plugin.path) => {}
             Some(_) => findings.unsure(
                 "telemetry and trace plugins have no fingerprint by which releases can be told apart".to_owned(),
             ),
@@ -261,15 +269,18 @@ impl Inspector {
         })
     }
 
+    /// Whether it came with the core.
+    fn is_own(&self, plugin: &Path) -> bool {
+        let folder = plugin.parent().and_then(|folder| std::fs::canonicalize(folder).ok());
+        folder.is_some() && folder == std::fs::canonicalize(&self.own).ok()
+    }
+
     fn remedy(&self, plugin: &Path, findings: &Findings) -> String {
-        if let (Some(soname), true) = (&findings.library, findings.only_libraries) {
-            let known = PROVIDERS.iter().find(|(prefix, _)| soname.starts_with(prefix));
-            let provider = known.map_or("the package that has it", |(_, provider)| *provider);
-            return format!("install {provider}, or do without this plugin");
+        if findings.only_libraries && !findings.libraries.is_empty() {
+            return format!("install {}, or do without this plugin", providers(&findings.libraries));
         }
         let own = self.own.display();
-        let folder = plugin.parent().and_then(|folder| std::fs::canonicalize(folder).ok());
-        if folder.is_some() && folder == std::fs::canonicalize(&self.own).ok() {
+        if self.is_own(plugin) {
             return "install NIXL again: its own plugin does not fit it".to_owned();
         }
         if !self.own.is_dir() {
@@ -291,12 +302,27 @@ impl Inspector {
     }
 }
 
+/// Who has these libraries, each once.
+fn providers(libraries: &[String]) -> String {
+    let mut names: Vec<String> = Vec::new();
+    for soname in libraries {
+        let known = PROVIDERS.iter().find(|(prefix, _)| soname.starts_with(prefix));
+        let name =
+            known.map_or_else(|| format!("the package that has {soname}"), |(_, provider)| (*provider).to_owned());
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names.join(" and ")
+}
+
 /// What speaks against a plugin, and what cannot be seen.
 #[derive(Debug, Default)]
 struct Findings {
     against: Vec<String>,
     unsure: Vec<String>,
-    library: Option<String>,
+    /// Those that are missing.
+    libraries: Vec<String>,
     /// Nothing but missing libraries speaks against it.
     only_libraries: bool,
 }
@@ -316,7 +342,7 @@ impl Findings {
         self.against(say(gap));
         if let Gap::Library { soname, .. } = gap {
             self.only_libraries = alone;
-            self.library.get_or_insert_with(|| soname.clone());
+            self.libraries.push(soname.clone());
         }
     }
 
@@ -390,4 +416,16 @@ fn name_of(plugin: &Path) -> String {
     let file = name(plugin);
     let stem = file.strip_suffix(".so").unwrap_or(&file);
     PREFIXES.iter().find_map(|prefix| stem.strip_prefix(prefix)).unwrap_or(stem).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everybody_who_has_what_is_missing_is_named_once() {
+        let said =
+            providers(&["libcudart.so.12", "libcufile.so.0", "libcudart.so.13", "libodd.so.1"].map(str::to_owned));
+        assert_eq!(said, "the CUDA runtime and CUDA's libcufile and the package that has libodd.so.1");
+    }
 }

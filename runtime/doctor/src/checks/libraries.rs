@@ -107,6 +107,15 @@ fn ucx(subject: &Subject<'_>) -> Check {
     if version.is_some_and(|version| version < (1, 20)) {
         return Check::fail(ID, format!("UCX {said}: SRD is usable from 1.20 on"), fix).and(list);
     }
+    let has_gpus = subject.host.gpus().next().is_some();
+    if has_gpus && !names(&modules).iter().any(|name| name.starts_with("libuct_cuda.so")) {
+        let evidence = format!(
+            "UCX {said} was built without CUDA: no libuct_cuda.so in {}, so it takes GPU memory for host memory or refuses it",
+            subject.root.shown(&modules)
+        );
+        let fix = "use a UCX that was built --with-cuda, too, and let its module find libcuda.so.1 (NVIDIA_DRIVER_CAPABILITIES=compute,utility)";
+        return Check::fail(ID, evidence, fix).and(list);
+    }
     Check::ok(ID, format!("UCX {said} has the EFA component")).and(list)
 }
 

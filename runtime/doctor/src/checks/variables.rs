@@ -8,11 +8,15 @@ use crate::report::Check;
 /// libfabric's efa provider ends the process when it sees them.
 pub(crate) const ABORTING: [&str; 3] = ["FI_EFA_MTU_SIZE", "FI_EFA_TX_IOV_LIMIT", "FI_EFA_RX_IOV_LIMIT"];
 /// No release that matters reads them.
-pub(crate) const UNREAD: [(&str, &str); 4] = [
+pub(crate) const UNREAD: [(&str, &str); 8] = [
     ("FI_EFA_ENABLE_SHM", "FI_EFA_ENABLE_SHM_TRANSFER"),
     ("FI_EFA_SET_CUDA_SYNC_MEMOPS", ""),
     ("FI_EFA_SHM_MAX_MEDIUM_SIZE", ""),
     ("FI_EFA_ZCPY_RX_SEED", ""),
+    ("UCX_TL", "UCX_TLS"),
+    ("UCX_NET_DEVICE", "UCX_NET_DEVICES"),
+    ("NIXL_PLUGINS_DIR", "NIXL_PLUGIN_DIR"),
+    ("TRTLLM_NIXL_KV_CACHE_BACKEND", "TRTLLM_NIXL_KVCACHE_BACKEND"),
 ];
 
 pub(super) fn checks(subject: &Subject<'_>) -> Vec<Check> {

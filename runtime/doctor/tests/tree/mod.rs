@@ -107,6 +107,7 @@ impl Tree {
             ("proc/self/uid_map", "         0          0 4294967295"),
             ("usr/local/lib/libucp.so.0.0.0", "\x7fELF"),
             ("usr/local/lib/ucx/libuct_ib_efa.so.0", "\x7fELF"),
+            ("usr/local/lib/ucx/libuct_cuda.so.0", "\x7fELF"),
             ("usr/local/lib/pkgconfig/ucx.pc", "Name: ucx\nVersion: 1.20.0"),
         ] {
             tree.write(file, text);

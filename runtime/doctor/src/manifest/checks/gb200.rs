@@ -114,7 +114,9 @@ fn claims(subject: &Subject<'_>, workload: &Workload, templates: &[&str], findin
 fn numbers(subject: &Subject<'_>, domain: &Domain, findings: &mut Findings) {
     let Some(node) = &domain.nodes else { return };
     let found = node.text().and_then(|text| text.parse::<u64>().ok());
-    let workers = subject.workloads.iter().filter(|workload| !workload.claims().is_empty());
+    // Those that should claim a channel count, too.
+    let in_it = |workload: &&Workload| workload.role.is_some() || !workload.claims().is_empty();
+    let workers = subject.workloads.iter().filter(in_it);
     let nodes = workers
         .fold(0u64, |sum, workload| sum.saturating_add(workload.replicas.saturating_mul(workload.nodes.unwrap_or(1))));
     match found {
@@ -129,7 +131,7 @@ fn numbers(subject: &Subject<'_>, domain: &Domain, findings: &mut Findings) {
         _ => findings.add(
             Status::Warn,
             format!(
-                "{}: numNodes: {}: 0, or with the driver's old gate all {nodes} nodes",
+                "{}: numNodes: {}: write 0, or with the driver's old gate the number of all nodes, {nodes}",
                 subject.at(node),
                 node.text().unwrap_or("?")
             ),
