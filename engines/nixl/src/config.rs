@@ -56,7 +56,7 @@ impl AgentConfig {
             transports: None,
             extension: Bytes::new(),
             incarnation: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
-            in_flight_max: 1024,
+            in_flight_max: 16_384,
             peers_bytes_max: 256 << 20,
             notifications_max: 1 << 16,
             within: Duration::from_secs(30),
@@ -81,7 +81,7 @@ impl AgentConfig {
         self
     }
 
-    /// Reads and writes in flight to one peer, at most; 1024 by default, at least 1.
+    /// Reads and writes in flight to one peer, at most; 16,384 by default, at least 1. Each takes some hundred bytes of UCX's; NIXL has no limit.
     pub fn in_flight_max(mut self, operations: usize) -> AgentConfig {
         self.in_flight_max = operations.max(1);
         self

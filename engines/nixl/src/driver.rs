@@ -1,6 +1,7 @@
 //! The agent's thread: it owns the UCX worker, and every peer and transfer.
 
 mod board;
+mod confirming;
 mod ferry;
 mod flight;
 mod remote;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::TransferId;
-use kvferry_ucx::raw::{RawEvent, RawMemory, RawPiece, RawRange, RawWay};
+use kvferry_ucx::raw::{RawEvent, RawMemory, RawPiece, RawRange};
 
 use super::board::Places;
 use super::{Driver, Reply, TURN, now, remote};
@@ -32,14 +32,14 @@ pub(crate) struct Flight {
     next: usize,
     /// Pieces and other operations of it that UCX holds.
     outstanding: usize,
-    stage: Stage,
+    pub(super) stage: Stage,
     /// The program that kvferry's own device moves instead of pieces.
     ferried: Option<TransferId>,
     /// What the peer confirms behind the last byte, and where its answers come.
-    tickets: Vec<Ticket>,
-    places: Option<Places>,
+    pub(super) tickets: Vec<Ticket>,
+    pub(super) places: Option<Places>,
     /// The lease among them.
-    lease: Option<Ticket>,
+    pub(super) lease: Option<Ticket>,
     /// Whatever was read is confirmed by then.
     confirmed: bool,
     /// Bytes and operations.
@@ -65,7 +65,7 @@ pub(crate) struct Posted {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+pub(super) enum Stage {
     /// Pieces are begun and come to their ends.
     Moving,
     /// All are begun; writes are to be visible at the peer.
@@ -296,9 +296,9 @@ impl Driver {
                 range: RawRange { region: piece.region, offset: piece.offset, bytes: piece.bytes },
                 address: piece.address,
             });
-            let over = self.post(id, batch.len(), |link, number| link.raw.copy(number, way, (&local, &key), copies));
-            // UCX copies within the call where it can: other peers, commands and deadlines have their turn, too.
-            if over && now() >= until {
+            self.post(id, batch.len(), |link, number| link.raw.copy(number, way, (&local, &key), copies));
+            // UCX copies within the call where it can, and sends there in any case: what comes in, other peers, commands and deadlines have their turn, too.
+            if now() >= until {
                 self.resume.insert(peer.to_owned());
                 return false;
             }
@@ -334,56 +334,8 @@ impl Driver {
         }
     }
 
-    /// Reads the peer's tickets, behind the last byte that was read under them.
-    fn confirm(&mut self, id: u64) {
-        let Some(flight) = self.flights.get_mut(&id) else { return };
-        let Some(places) = self.board.places(flight.tickets.len()) else {
-            // Others are asking; each of them makes room.
-            return self.unconfirmed.push(id);
-        };
-        flight.places = Some(places);
-        let (tickets, peer) = (flight.tickets.clone(), flight.peer.clone());
-        let board = self.peers.get_mut(&peer).ok_or_else(|| "it was removed".to_owned());
-        let (base, key) = match board.and_then(|remote| remote.board()) {
-            Ok(board) => board,
-            Err(reason) => return self.doom(id, AgentError::Failed { name: peer, reason }),
-        };
-        let answers = self.board.answers().clone();
-        let copies = tickets.iter().enumerate().map(|(index, ticket)| RawPiece {
-            range: RawRange { region: 0, offset: places.offset(index), bytes: 8 },
-            // Slots were checked to be on the board, and that to be in the address space.
-            address: base.saturating_add(u64::from(ticket.slot) * 8),
-        });
-        let count = tickets.len();
-        if self.post(id, count, |link, number| link.raw.copy(number, RawWay::Read, (&answers, &key), copies)) {
-            self.judge(id);
-        }
-    }
-
-    /// The answers are here.
-    fn judge(&mut self, id: u64) {
-        let Some(flight) = self.flights.get_mut(&id) else { return };
-        // It still waits for room.
-        let Some(places) = flight.places.take() else { return };
-        let wrong = self.board.judge(places, &flight.tickets);
-        match wrong {
-            Some(ticket) => {
-                let (name, lease) = (flight.peer.clone(), flight.lease == Some(ticket));
-                self.doom(id, if lease { AgentError::LeaseEnded { name } } else { AgentError::Withdrawn { name } });
-            }
-            None => self.tell(id),
-        }
-    }
-
-    /// Goes on with those for whose answers there was no room.
-    pub(super) fn confirm_waiting(&mut self) {
-        for id in std::mem::take(&mut self.unconfirmed) {
-            self.confirm(id);
-        }
-    }
-
     /// Everything is there: the peer is told, where it is to be.
-    fn tell(&mut self, id: u64) {
+    pub(super) fn tell(&mut self, id: u64) {
         let Some(flight) = self.flights.get_mut(&id) else { return };
         if flight.reply.is_closed() {
             return self.doom(id, AgentError::Gone);
@@ -424,7 +376,12 @@ impl Driver {
 
     /// Begins an operation of a transfer, which counts as so many. True when it is over already, and well; what fails at once is looked at with
     /// what else happened.
-    fn post(&mut self, id: u64, count: usize, call: impl FnOnce(&remote::Link, u64) -> Option<RawEvent>) -> bool {
+    pub(super) fn post(
+        &mut self,
+        id: u64,
+        count: usize,
+        call: impl FnOnce(&remote::Link, u64) -> Option<RawEvent>,
+    ) -> bool {
         let number = self.number();
         let Some(flight) = self.flights.get_mut(&id) else { return false };
         let Some(remote) = self.peers.get_mut(&flight.peer) else { return false };
