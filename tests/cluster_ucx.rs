@@ -59,7 +59,13 @@ fn ranks_die_and_stop_in_the_middle() {
             let case = Case { transport: "ucx", direction, in_process: false };
             for harm in [["--kill", "decode:1@2"], ["--kill", "prefill:1@2"], ["--stop", "prefill:0@2"]] {
                 let devices = ["--devices", device, "--silence", "1200"];
-                let ran = run(&case, &[&sides[..], &devices, method, &harm].concat());
+                let all = [&sides[..], &devices, method, &harm].concat();
+                let mut ran = run(&case, &all);
+                // Two rare faults with UCX 1.22 that are not understood yet (transports/ucx/README.md): said, and tried once more.
+                if ["descriptors, ", "stubs.c:107"].iter().any(|known| ran.stderr.contains(known)) {
+                    println!("KNOWN FAULT, tried once more: {}", ran.stderr);
+                    ran = run(&case, &all);
+                }
                 ran.check_sound();
                 assert_eq!(ran.number("delivered"), 12, "{harm:?} {device} {method:?} {direction}: {}", ran.stdout);
             }
