@@ -55,7 +55,7 @@ impl Fabric {
     fn prove(&mut self, now: Instant) -> bool {
         for reader in self.readers.values() {
             let moved = reader.take_moved();
-            if moved > 0 && reader.proven().is_none() {
+            if moved > 0 && !reader.is_proven() {
                 self.counters.note(Way::Read, moved, now);
             }
         }

@@ -204,14 +204,19 @@ impl Reader {
 
     /// The device's counters cover what was read: whether that is new of this peer's.
     pub(crate) fn prove(&self, words: impl FnOnce() -> String) -> bool {
-        let is_new = self.has_moved.get() && self.proven.borrow().is_none();
+        let is_new = self.has_moved.get() && !self.is_proven();
         if is_new {
             *self.proven.borrow_mut() = Some(words());
         }
         is_new
     }
 
-    /// What the device's counters showed of its reads.
+    /// Whether the device's counters have shown its reads.
+    pub(crate) fn is_proven(&self) -> bool {
+        self.proven.borrow().is_some()
+    }
+
+    /// What they showed.
     pub(crate) fn proven(&self) -> Option<String> {
         self.proven.borrow().clone()
     }

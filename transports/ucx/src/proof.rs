@@ -6,7 +6,6 @@ use kvferry_topology::Way;
 use kvferry_transport::{Event, Evidence, Grade, LibraryName, PeerId};
 
 use crate::device::Access;
-use crate::settings;
 use crate::transport::UcxTransport;
 
 impl UcxTransport {
@@ -72,9 +71,9 @@ impl UcxTransport {
             evidence.emulated = is_rdma;
             evidence = evidence.unseen("zero-copy reads, which these lanes have not: bytes go in messages");
         }
-        let replaced = settings::replaced(self.method, self.access, library.version);
-        if !replaced.is_empty() {
-            evidence = evidence.seen(format!("the environment replaces settings of kvferry's: {}", replaced.join(" ")));
+        if !self.replaced.is_empty() {
+            let replaced = self.replaced.join(" ");
+            evidence = evidence.seen(format!("the environment replaces settings of kvferry's: {replaced}"));
         }
         let staging = self.staging.bytes();
         if staging > 0 {

@@ -141,6 +141,7 @@ impl UcxProvider {
         };
         let mut transport =
             UcxTransport::open(info, found.method, access, worker, staging, options.clone()).map_err(refused)?;
+        transport.replaced = replaced;
         transport.counters = Counters::open(&self.root.0, &found.network);
         Ok(transport)
     }

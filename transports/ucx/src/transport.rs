@@ -68,6 +68,8 @@ pub(crate) struct UcxTransport {
     pub(crate) watched: Option<Watched>,
     /// What its device has counted.
     pub(crate) counters: Counters,
+    /// Settings of ours that a user's variables replaced when it was opened.
+    pub(crate) replaced: Vec<String>,
     /// What happened since the last poll.
     pub(crate) events: Vec<Event>,
     /// No deadline passes before this.
@@ -132,6 +134,7 @@ impl UcxTransport {
             turns: VecDeque::new(),
             watched: None,
             counters: Counters::default(),
+            replaced: Vec::new(),
             events: Vec::new(),
             next_deadline: None,
             receiving: Receiving::default(),
