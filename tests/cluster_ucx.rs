@@ -61,7 +61,7 @@ fn ranks_die_and_stop_in_the_middle() {
                 let devices = ["--devices", device, "--silence", "1200"];
                 let all = [&sides[..], &devices, method, &harm].concat();
                 let mut ran = run(&case, &all);
-                // Two rare faults with UCX 1.22 that are not understood yet (transports/ucx/README.md): said, and tried once more.
+                // Two rare faults with UCX 1.22 (transports/ucx/README.md): said, and the case tried once more.
                 if ["descriptors, ", "stubs.c:107"].iter().any(|known| ran.stderr.contains(known)) {
                     println!("KNOWN FAULT, tried once more: {}", ran.stderr);
                     ran = run(&case, &all);
