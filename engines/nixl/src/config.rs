@@ -120,10 +120,13 @@ impl AgentConfig {
         // A send without a copy that fails is ended twice by UCX's tcp; RDMA needs them.
         let only_tcp = self.transports.as_deref() == Some("tcp");
         let copies = only_tcp.then(|| ("ZCOPY_THRESH".to_owned(), "inf".to_owned()));
+        // UCX's tcp waits inside the call for a host to answer, and leaves the socket of one that refuses open.
+        let over_tcp = self.transports.as_deref().is_none_or(|transports| transports.contains("tcp"));
+        let calls = over_tcp.then(|| ("TCP_CONN_NB".to_owned(), "y".to_owned()));
         let transports = self.transports.iter().map(|transports| ("TLS".to_owned(), transports.clone()));
         let settings = RawSettings {
             name: format!("kvferry:nixl:{}", self.name),
-            settings: like.chain(devices).chain(transports).chain(copies).collect(),
+            settings: like.chain(devices).chain(transports).chain(copies).chain(calls).collect(),
             // NIXL goes on without them, too.
             optional: LIKE_NIXL.map(|(key, _)| key).to_vec(),
             oldest: OLDEST,

@@ -54,7 +54,7 @@ impl Context {
     ) -> Result<Rc<Context>, Refused> {
         let config = Config::read(library).map_err(Refused::Setting)?;
         for (key, value) in settings.filter(|(key, _)| !settings::is_users(key)) {
-            match config.modify(key, value).map_err(Refused::Setting)? {
+            match config.modify(settings::name_of(key, library.version), value).map_err(Refused::Setting)? {
                 // Left out of this build.
                 UCS_OK | UCS_ERR_NO_ELEM => {}
                 status if optional.contains(&key) => {

@@ -36,8 +36,11 @@ pub(crate) fn settings(method: Method, access: Access, version: Version) -> Vec<
             // A send without copies that fails is ended twice by UCX's tcp, up to 1.22 at least: builds with assertions, as Debian's, end the
             // process, so that a peer that dies would take this one with it. Copying costs no processor time that could be measured.
             list.push(("ZCOPY_THRESH", "inf", Version(0, 0, 0)));
-            list.push(("TCP_TX_SEG_SIZE", TCP_SEGMENT, Version(1, 17, 0)));
-            list.push(("TCP_RX_SEG_SIZE", TCP_SEGMENT, Version(1, 17, 0)));
+            // Otherwise UCX waits inside the call for a host to answer, minutes where it is silent, and everything of this device with it; and
+            // an endpoint that is refused there leaves its socket open (`uct_tcp_ep_create`, up to 1.22 at least).
+            list.push(("TCP_CONN_NB", "y", Version(0, 0, 0)));
+            list.push(("TCP_TX_SEG_SIZE", TCP_SEGMENT, Version(0, 0, 0)));
+            list.push(("TCP_RX_SEG_SIZE", TCP_SEGMENT, Version(0, 0, 0)));
             // Who takes nothing is given up, and so is what waits to be sent there: no endpoint is kept for it for ever.
             list.push(("TCP_USER_TIMEOUT", TCP_SILENCE, Version(1, 22, 0)));
         }
@@ -53,6 +56,11 @@ pub(crate) fn settings(method: Method, access: Access, version: Version) -> Vec<
     }
     let known = list.into_iter().filter(|(_, _, since)| version >= *since);
     known.map(|(key, value, _)| Setting { key, value }).collect()
+}
+
+/// What `ucp_config_modify` calls a setting of a transport: before 1.17 it knew them without the transport's name.
+pub(crate) fn name_of(key: &str, version: Version) -> &str {
+    if version < Version(1, 17, 0) { key.strip_prefix("TCP_").unwrap_or(key) } else { key }
 }
 
 /// Whether the environment sets this key.
@@ -108,12 +116,18 @@ mod tests {
     }
 
     #[test]
+    fn a_key_is_called_as_the_version_calls_it() {
+        let names = [Version(1, 13, 1), Version(1, 17, 0)].map(|version| name_of("TCP_CONN_NB", version));
+        assert_eq!(names, ["CONN_NB", "TCP_CONN_NB"]);
+        assert_eq!(name_of("ZCOPY_THRESH", Version(1, 13, 1)), "ZCOPY_THRESH");
+    }
+
+    #[test]
     fn no_version_is_given_a_key_that_it_does_not_know() {
         let old = Version(1, 13, 1);
-        let of_old = ["TLS", "ADDRESS_VERSION", "KEEPALIVE_INTERVAL", "RNDV_THRESH", "ZCOPY_THRESH"];
-        assert_eq!(keys(Method::Tcp, old), of_old);
+        let of_old = ["TLS", "ADDRESS_VERSION", "KEEPALIVE_INTERVAL", "RNDV_THRESH", "ZCOPY_THRESH", "TCP_CONN_NB"];
+        assert_eq!(keys(Method::Tcp, old), [&of_old[..], &["TCP_TX_SEG_SIZE", "TCP_RX_SEG_SIZE"]].concat());
         for method in [Method::Tcp, Method::Memory] {
-            assert!(keys(method, Version(1, 17, 0)).contains(&"TCP_TX_SEG_SIZE"));
             assert!(!keys(method, Version(1, 21, 0)).contains(&"TCP_USER_TIMEOUT"));
             assert!(keys(method, Version(1, 22, 0)).contains(&"TCP_USER_TIMEOUT"));
         }
