@@ -11,7 +11,7 @@ use kvferry::{
     BlockTable, Direction, Format, GroupGeometry, HandoverId, Model, NodeId, PairPlan, Parallel, PlanRequest, Pool,
     PoolId, Rank, Tables, transport,
 };
-use kvferry_actors::{Nic, NicActor, NicReport, NicRequest, local_runtime};
+use kvferry_actors::{MonotonicClock, Nic, NicActor, NicReport, NicRequest, local_runtime};
 use kvferry_core::TransferId;
 use kvferry_core::protocol::{NicCommand, NicEvent};
 use kvferry_transport::{Event, TransportKind};
@@ -66,7 +66,7 @@ async fn cut_and_post(kind: TransportKind) {
     let events = Rc::new(RefCell::new(Vec::new()));
     let listener = Listener(Rc::clone(&events)).start();
     let opened = transport::select(kind, device, &options).unwrap()().unwrap();
-    let (nic, _) = Nic::new(0, opened, &pool, listener.recipient()).unwrap();
+    let (nic, _) = Nic::new(0, opened, &pool, listener.recipient(), Rc::new(MonotonicClock::moment)).unwrap();
     let nic = Rc::new(RefCell::new(nic));
     let port = NicActor::new(Rc::clone(&nic), Rc::default()).start();
 

@@ -15,7 +15,10 @@ use kvferry_transport::{
 use thiserror::Error;
 use tokio::sync::Notify;
 
+use crate::nic::absence::Absences;
 use crate::seams::NicPort;
+
+mod absence;
 
 /// Posts and expectations that wait behind a full transport; what comes beyond fails at once.
 const BACKLOG_MAX: usize = 65_536;
@@ -84,8 +87,11 @@ pub struct Nic {
     events: Vec<Event>,
     reports: Recipient<NicReport>,
     outgoing: Vec<NicEvent>,
-    /// The time, where somebody wants to know how long it takes to take transfers.
-    clock: Option<fn() -> Moment>,
+    clock: Rc<dyn Fn() -> Moment>,
+    /// Peers that could not be reached last time: they are tried again after a while.
+    absences: Absences,
+    /// Whether somebody wants to know how long it takes to take transfers.
+    timed: bool,
     /// Transfers that it has not taken yet, and since when they are to be.
     untaken: BTreeMap<TransferId, Moment>,
     /// How long it took; told with whatever is told next, since nobody waits for it.
@@ -93,12 +99,13 @@ pub struct Nic {
 }
 
 impl Nic {
-    /// Binds the pool and says what peers need to know.
+    /// Binds the pool and says what peers need to know. `clock` tells the time, which only grows.
     pub fn new(
         index: usize,
         mut transport: Box<dyn Transport>,
         pool: &Pool,
         reports: Recipient<NicReport>,
+        clock: Rc<dyn Fn() -> Moment>,
     ) -> Result<(Self, NicAdvert), NicStartError> {
         let keys = transport.bind(pool)?;
         let info = transport.info();
@@ -121,7 +128,9 @@ impl Nic {
             events: Vec::new(),
             reports,
             outgoing: Vec::new(),
-            clock: None,
+            clock,
+            absences: Absences::default(),
+            timed: false,
             untaken: BTreeMap::new(),
             taken: Vec::new(),
         };
@@ -129,8 +138,8 @@ impl Nic {
     }
 
     /// Tells of every transfer how long it took to be taken: [`NicEvent::Posted`].
-    pub fn timed(self, clock: fn() -> Moment) -> Self {
-        Nic { clock: Some(clock), ..self }
+    pub fn timed(self) -> Self {
+        Nic { timed: true, ..self }
     }
 
     /// Makes progress: polls the transport once and reports. Says whether anything happened.
@@ -156,6 +165,15 @@ impl Nic {
         self.transport.arm()
     }
 
+    /// When it has to be pumped even if nothing happens: a peer is to be tried again that posts wait for.
+    pub fn due(&self) -> Option<Moment> {
+        let waiting = self.backlog.iter().filter_map(|command| match command {
+            NicCommand::Post { node, .. } => self.absences.until(*node),
+            _ => None,
+        });
+        if self.absences.is_empty() { None } else { waiting.min() }
+    }
+
     fn report(&mut self) {
         if !self.outgoing.is_empty() {
             let mut events = std::mem::take(&mut self.taken);
@@ -167,7 +185,10 @@ impl Nic {
     fn note(&mut self, event: Event) {
         let node_of = |peer: PeerId| self.peers.iter().find(|(_, (known, _))| *known == peer).map(|(node, _)| *node);
         let noted = match event {
-            Event::Connected { peer } => node_of(peer).map(|node| NicEvent::Connected { node }),
+            Event::Connected { peer } => node_of(peer).map(|node| {
+                self.absences.met(node);
+                NicEvent::Connected { node }
+            }),
             Event::Shown { peer, evidence } => node_of(peer).map(|node| NicEvent::Shown { node, evidence }),
             Event::Completed { id, bytes, pieces } | Event::Arrived { id, bytes, pieces } => {
                 Some(NicEvent::Done { id, bytes, pieces })
@@ -184,6 +205,7 @@ impl Nic {
                 let node = node_of(peer);
                 if let Some(node) = node {
                     self.peers.remove(&node);
+                    self.absences.lost(node, (self.clock)());
                 }
                 node.map(|node| NicEvent::PeerLost { node, reason })
             }
@@ -197,6 +219,7 @@ impl Nic {
         match command {
             NicCommand::Connect { node, address, keys, layout } => {
                 self.refused.remove(&node);
+                self.absences.forget(node);
                 self.known.insert(node, Reach { address, keys: PoolKeys(keys), layout });
                 if let Err(reason) = self.reach(node) {
                     self.outgoing.push(NicEvent::PeerLost { node, reason });
@@ -205,6 +228,7 @@ impl Nic {
             NicCommand::Disconnect { node } => {
                 self.known.remove(&node);
                 self.refused.remove(&node);
+                self.absences.forget(node);
                 if let Some((peer, _)) = self.peers.remove(&node) {
                     self.transport.disconnect(peer);
                 }
@@ -242,14 +266,10 @@ impl Nic {
             }
             // What is posted now must not be taken for what the fence was asked for, nor be ended by it.
             NicCommand::Post { id, node, .. } if self.is_fencing(node) => {
-                self.begin(id);
-                if self.backlog.len() < BACKLOG_MAX {
-                    self.backlog.push_back(command);
-                } else {
-                    self.untaken.remove(&id);
-                    let reason = "too many transfers wait for the peer to be fenced".to_owned();
-                    self.outgoing.push(NicEvent::Failed { id, reason });
-                }
+                self.put_off(id, command, "too many transfers wait for the peer to be fenced");
+            }
+            NicCommand::Post { id, node, .. } if self.is_absent(node) => {
+                self.put_off(id, command, "too many transfers wait for the peer to be tried again");
             }
             NicCommand::Post { id, node, direction, program, range } => {
                 self.begin(id);
@@ -297,6 +317,24 @@ impl Nic {
         }
     }
 
+    /// Keeps a transfer for later, as many as there is room for.
+    fn put_off(&mut self, id: TransferId, command: NicCommand, full: &str) {
+        self.begin(id);
+        if self.backlog.len() < BACKLOG_MAX {
+            self.backlog.push_back(command);
+        } else {
+            self.untaken.remove(&id);
+            self.outgoing.push(NicEvent::Failed { id, reason: full.to_owned() });
+        }
+    }
+
+    /// Whether a known peer that is not connected is to be left alone for a while yet.
+    fn is_absent(&self, node: NodeId) -> bool {
+        !self.peers.contains_key(&node)
+            && self.known.contains_key(&node)
+            && self.absences.until(node).is_some_and(|until| (self.clock)() < until)
+    }
+
     fn is_fencing(&self, node: NodeId) -> bool {
         self.fencing.values().any(|fencing| fencing.node == node)
     }
@@ -310,7 +348,11 @@ impl Nic {
             return Err(reason.clone());
         }
         let reach = self.known.get(&node).ok_or_else(|| format!("{node} is not connected"))?;
-        let peer = self.transport.connect(&reach.address).map_err(|error| error.to_string())?;
+        self.absences.tried(node);
+        let peer = self.transport.connect(&reach.address).map_err(|error| {
+            self.absences.lost(node, (self.clock)());
+            error.to_string()
+        })?;
         match self.transport.import(peer, &reach.keys, &reach.layout) {
             Ok(remote) => {
                 self.peers.insert(node, (peer, remote));
@@ -318,6 +360,7 @@ impl Nic {
             }
             Err(error) => {
                 self.transport.disconnect(peer);
+                self.absences.lost(node, (self.clock)());
                 Err(error.to_string())
             }
         }
@@ -325,8 +368,8 @@ impl Nic {
 
     /// A transfer is to be taken; it may have been before, when there was no room.
     fn begin(&mut self, id: TransferId) {
-        if let Some(clock) = self.clock {
-            self.untaken.entry(id).or_insert_with(clock);
+        if self.timed {
+            self.untaken.entry(id).or_insert_with(|| (self.clock)());
         }
     }
 
@@ -337,8 +380,8 @@ impl Nic {
                 return;
             }
             Ok(()) => {
-                if let (Some(clock), Some(since)) = (self.clock, self.untaken.get(&id)) {
-                    self.taken.push(NicEvent::Posted { id, took: clock().since(*since) });
+                if let Some(since) = self.untaken.get(&id) {
+                    self.taken.push(NicEvent::Posted { id, took: (self.clock)().since(*since) });
                 }
             }
             Err(error) => self.outgoing.push(NicEvent::Failed { id, reason: error.to_string() }),

@@ -193,12 +193,14 @@ impl Host for Threads {
                 }
             };
             runtime.block_on(async move {
-                let started =
-                    open().map_err(NicStartError::from).and_then(|transport| Nic::new(nic, transport, &pool, reports));
+                let clock = Rc::new(MonotonicClock::moment);
+                let started = open()
+                    .map_err(NicStartError::from)
+                    .and_then(|transport| Nic::new(nic, transport, &pool, reports, clock));
                 // Whoever started this has gone if it does not take the answer; then there is nothing to drive.
                 match started {
                     Ok((nic, advert)) => {
-                        let nic = if timed { nic.timed(MonotonicClock::moment) } else { nic };
+                        let nic = if timed { nic.timed() } else { nic };
                         let (nic, wake) = (Rc::new(RefCell::new(nic)), Rc::new(Notify::new()));
                         // A panic in the actor must end the thread, not only its task.
                         let panicked = Rc::new(Cell::new(false));
@@ -277,6 +279,8 @@ async fn drive(nic: &Rc<RefCell<Nic>>, wake: &Rc<Notify>, spin: Duration, alive:
                     tokio::task::yield_now().await;
                     continue;
                 }
+                let due = nic.borrow().due().map(|due| due.since(MonotonicClock::moment()));
+                let idle = due.map_or(LIVENESS, |due| due.min(LIVENESS));
                 tokio::select! {
                     biased;
                     () = wake.notified() => {}
@@ -286,7 +290,7 @@ async fn drive(nic: &Rc<RefCell<Nic>>, wake: &Rc<Notify>, spin: Duration, alive:
                             guard.clear_ready();
                         }
                     }
-                    () = tokio::time::sleep(LIVENESS) => {}
+                    () = tokio::time::sleep(idle) => {}
                 }
             }
         }

@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use actix::prelude::*;
 use kvferry_actors::{Host, Nic, NicActor, NicOpened, NicReport, NicStartError, OpenNic};
+use kvferry_core::Moment;
 use kvferry_fabric_sim::{Fabric, NicId};
 use kvferry_transport::{Pool, Transport};
 use tokio::sync::{Notify, oneshot};
@@ -39,6 +40,12 @@ impl Nics {
         inner.iter().filter(|(_, opened)| opened.life.node == node).map(|(id, opened)| (opened.index, *id)).collect()
     }
 
+    /// When NICs are to be pumped even if nothing happens to them.
+    pub(crate) fn dues(&self) -> Vec<(NicId, Life, Moment)> {
+        let inner = self.inner.borrow();
+        inner.iter().filter_map(|(id, opened)| Some((*id, opened.life, opened.nic.borrow().due()?))).collect()
+    }
+
     /// Lets a node's NICs go; they end once their actors do.
     pub(crate) fn remove(&self, life: Life) {
         self.inner.borrow_mut().retain(|_, opened| opened.life != life);
@@ -69,7 +76,9 @@ impl Host for SimHost {
             Box::new(WatchedNic::new(transport, self.life, timeline, chronicle, self.plant)) as Box<dyn Transport>
         };
         let opened_nic = open().map(watched).map_err(NicStartError::from);
-        let started = opened_nic.and_then(|transport| Nic::new(index, transport, &pool, reports));
+        let timeline = self.timeline.clone();
+        let clock = Rc::new(move || Moment(timeline.now()));
+        let started = opened_nic.and_then(|transport| Nic::new(index, transport, &pool, reports, clock));
         let answer = started.map(|(nic, advert)| {
             let nic = Rc::new(RefCell::new(nic));
             if let Some(id) = self.fabric.nic_at(&advert.address) {

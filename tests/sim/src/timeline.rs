@@ -7,6 +7,7 @@ use std::rc::Rc;
 use actix::Recipient;
 use bytes::Bytes;
 use kvferry_actors::{LinkUp, Tick};
+use kvferry_fabric_sim::NicId;
 
 use crate::wires::{LinkId, Side};
 use crate::world::World;
@@ -35,6 +36,8 @@ pub(crate) enum Happening {
     Closed { link: LinkId, to: Side },
     /// The fabric wants to be advanced.
     Fabric,
+    /// A NIC has waited long enough for a peer.
+    Nic(NicId),
     /// An engine has worked long enough on a slice.
     Engine { life: Life },
     /// Whatever the simulation's author wanted.

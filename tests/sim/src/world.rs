@@ -1,6 +1,7 @@
 //! The kernel: nodes, time, and what happens.
 
 use std::cell::{Ref, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -75,6 +76,7 @@ pub struct World {
     timeline: Timeline,
     fabric: Fabric,
     fabric_due: Option<u64>,
+    nics_due: BTreeMap<NicId, u64>,
     wires: Wires,
     listeners: Listeners,
     latency: Latency,
@@ -108,6 +110,7 @@ impl World {
             timeline: Timeline::default(),
             fabric: Fabric::new(fabric),
             fabric_due: None,
+            nics_due: BTreeMap::new(),
             wires: Wires::default(),
             listeners: Listeners::default(),
             latency,

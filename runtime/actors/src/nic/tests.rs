@@ -1,5 +1,8 @@
 //! What a NIC asks of its transport to fence a peer or to let it go, and what it makes of the answers.
 
+use std::cell::Cell;
+use std::time::Duration;
+
 use kvferry_core::{Direction, FenceProof, Format, GroupGeometry, Model, Parallel, Rank, TransferId, TransportKind};
 use kvferry_transport::{ConnectError, ImportError, NicInfo};
 
@@ -103,6 +106,7 @@ fn layout() -> PoolLayout {
 struct Fixture {
     nic: Nic,
     script: Rc<RefCell<Script>>,
+    now: Rc<Cell<Moment>>,
 }
 
 impl Fixture {
@@ -119,8 +123,10 @@ impl Fixture {
         let pool = Pool::allocate(PoolId(1), layout(), "test").expect("memory");
         // Nobody runs it: what was to be reported is looked at before it leaves.
         let reports = Context::<Sink>::new().address().recipient();
-        let (nic, _) = Nic::new(0, transport, &pool, reports).expect("a NIC");
-        Fixture { nic, script }
+        let now = Rc::new(Cell::new(Moment(0)));
+        let clock = Rc::clone(&now);
+        let (nic, _) = Nic::new(0, transport, &pool, reports, Rc::new(move || clock.get())).expect("a NIC");
+        Fixture { nic, script, now }
     }
 
     fn command(&mut self, command: NicCommand) -> Vec<String> {
@@ -145,6 +151,13 @@ impl Fixture {
         let program = Arc::new(kvferry_core::Program::default());
         let (id, node, direction, range) = (TransferId(7), NodeId(node), Direction::Pull, program.whole());
         self.command(NicCommand::Post { id, node, direction, program, range })
+    }
+
+    /// Time passes, and the NIC is pumped.
+    fn passes(&mut self, millis: u64) -> Vec<String> {
+        self.now.set(self.now.get() + Duration::from_millis(millis));
+        self.nic.pump();
+        std::mem::take(&mut self.script.borrow_mut().asked)
     }
 
     /// Something happens at the device: what it is asked next, and what the worker is told.
@@ -259,4 +272,49 @@ fn a_refused_peer_is_not_reached_again_until_it_is_connected_anew() {
     assert_eq!(std::mem::take(&mut fixture.nic.outgoing), [failed]);
     assert_eq!(fixture.connect(5), ["connect there"], "its next incarnation is judged anew");
     assert_eq!(fixture.post(5), ["post to 2"]);
+}
+
+#[test]
+fn a_peer_that_is_not_reached_is_tried_again_after_a_while_and_posts_wait() {
+    let mut fixture = Fixture::new();
+    fixture.connect(5);
+    fixture.happens(Event::Connected { peer: PeerId(1) });
+    let lost = |peer| Event::PeerLost { peer: PeerId(peer), reason: "reset".into() };
+    fixture.happens(lost(1));
+    assert_eq!(fixture.post(5), ["connect there", "post to 2"], "the connection stood: at once");
+    fixture.happens(lost(2));
+    assert_eq!(fixture.post(5), Vec::<String>::new(), "it never did");
+    assert_eq!(fixture.nic.due(), Some(Moment(50_000_000)));
+    assert_eq!(fixture.passes(49), Vec::<String>::new());
+    assert_eq!(fixture.passes(1), ["connect there", "post to 3"]);
+    assert_eq!(fixture.nic.due(), None);
+    fixture.happens(lost(3));
+    fixture.post(5);
+    assert_eq!(fixture.nic.due(), Some(Moment(150_000_000)), "twice as long");
+    assert_eq!(fixture.command(NicCommand::Cancel { id: TransferId(7) }), Vec::<String>::new());
+    assert_eq!(std::mem::take(&mut fixture.nic.outgoing).len(), 1, "what waits can be cancelled");
+    assert_eq!(fixture.nic.due(), None);
+    fixture.post(5);
+    fixture.script.borrow_mut().unreachable = true;
+    assert_eq!(fixture.passes(100), ["connect there"]);
+    let failed = |event: &NicEvent| matches!(event, NicEvent::Failed { id: TransferId(7), .. });
+    assert!(!fixture.nic.outgoing.iter().any(failed), "it was reported");
+    fixture.post(5);
+    assert_eq!(fixture.passes(199), Vec::<String>::new(), "and longer after the next");
+    fixture.script.borrow_mut().unreachable = false;
+    assert_eq!(fixture.connect(5), ["connect there"], "its next incarnation at once");
+    assert_eq!(fixture.passes(0), ["post to 4"]);
+}
+
+#[test]
+fn what_waits_for_a_peer_that_leaves_fails() {
+    let mut fixture = Fixture::new();
+    fixture.connect(5);
+    fixture.happens(Event::PeerLost { peer: PeerId(1), reason: "nobody".into() });
+    assert_eq!(fixture.post(5), Vec::<String>::new());
+    fixture.command(NicCommand::Disconnect { node: NodeId(5) });
+    fixture.nic.outgoing.clear();
+    let command = fixture.nic.backlog.pop_front().expect("it waits");
+    fixture.command(command);
+    assert!(matches!(fixture.nic.outgoing.as_slice(), [NicEvent::Failed { id: TransferId(7), .. }]));
 }

@@ -41,6 +41,7 @@ impl World {
             self.bury();
             let ready = self.fabric.take_ready();
             if woken.is_empty() && ready.is_empty() {
+                self.arm_nics();
                 return self.arm_fabric();
             }
             for nic in ready {
@@ -118,6 +119,10 @@ impl World {
                 let (hash, happened) = self.fabric.digest();
                 self.put(Tag::Fabric, [hash, happened, 0]);
             }
+            Happening::Nic(nic) => {
+                self.nics_due.remove(&nic);
+                self.pump(nic);
+            }
             Happening::Engine { life } => self.work(life),
             Happening::Script(script) => script(self),
         }
@@ -156,6 +161,19 @@ impl World {
         }
         self.put(Tag::Pump, [life.node as u64, 0, 0]);
         found.borrow_mut().pump();
+    }
+
+    fn arm_nics(&mut self) {
+        for (nic, life, due) in self.nics.dues() {
+            if self.nodes.get(life.node).is_none_or(|node| node.paused) {
+                continue;
+            }
+            let at = due.0.max(self.timeline.now());
+            if self.nics_due.get(&nic).is_none_or(|scheduled| at < *scheduled) {
+                self.nics_due.insert(nic, at);
+                self.timeline.at(at, Happening::Nic(nic));
+            }
+        }
     }
 
     pub(super) fn arm_fabric(&mut self) {
