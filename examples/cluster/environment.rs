@@ -20,7 +20,10 @@ const BYTES_MAX: u64 = 1 << 20;
 pub(crate) fn enter(file: &Path) -> Result<Infallible, UsageError> {
     let unreadable = |source| UsageError::EnvironmentFile { file: file.to_owned(), source };
     let mut text = String::new();
-    File::open(file).map_err(unreadable)?.take(BYTES_MAX).read_to_string(&mut text).map_err(unreadable)?;
+    File::open(file).map_err(unreadable)?.take(BYTES_MAX + 1).read_to_string(&mut text).map_err(unreadable)?;
+    if text.len() as u64 > BYTES_MAX {
+        return Err(unreadable(std::io::Error::other(format!("it has more than {BYTES_MAX} bytes"))));
+    }
     let environment =
         parse_environment(&text).map_err(|source| UsageError::Environment { file: file.to_owned(), source })?;
     let program = std::env::current_exe().map_err(unreadable)?;

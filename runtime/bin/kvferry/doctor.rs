@@ -23,7 +23,7 @@ use crate::env_file;
 pub(crate) use driver::Child;
 use meeting::Meeting;
 
-/// Bytes of a log that are read; of a longer one, its beginning is what matters.
+/// Bytes of a log that is read; of a longer one, its beginning is what matters.
 const LOG_BYTES_MAX: u64 = 256 << 20;
 
 /// Check one host, a worker's log or Kubernetes manifests for KV transfers over EFA, UCX, libfabric and NVLink; or transfer and see.
@@ -136,7 +136,7 @@ impl Options {
         }
         let expect = self.expect.unwrap_or_default();
         if let Some(log) = &self.log {
-            let text = env_file::read_lossy(log, LOG_BYTES_MAX).map_err(|error| error.to_string())?;
+            let text = env_file::read_log(log, LOG_BYTES_MAX).map_err(|error| error.to_string())?;
             return Ok(read_log(&text, &expect, self.block_bytes));
         }
         if let Some(file) = &self.manifest {

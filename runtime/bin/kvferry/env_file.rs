@@ -18,8 +18,10 @@ pub(crate) enum FileError {
     Read { file: PathBuf, source: std::io::Error },
     #[error("{}: it has more than {limit} bytes; name another file", file.display())]
     TooLong { file: PathBuf, limit: u64 },
-    #[error("{}: it is not UTF-8 text; name another file", file.display())]
-    NotText { file: PathBuf },
+    #[error("{}: it has more than {limit} bytes; give its beginning: head -c {limit} {} | kvferry doctor --log -", file.display(), file.display())]
+    LongLog { file: PathBuf, limit: u64 },
+    #[error("{}:{line}: byte {at} is not UTF-8 text; name another file", file.display())]
+    NotText { file: PathBuf, line: usize, at: usize },
     #[error("{}:{source}", file.display())]
     Line { file: PathBuf, source: EnvironmentError },
 }
@@ -37,12 +39,20 @@ pub(crate) fn environment(file: Option<&Path>) -> Result<Environment, FileError>
 
 /// A whole text file of at most `limit` bytes; `-` is standard input.
 pub(crate) fn read(file: &Path, limit: u64) -> Result<String, FileError> {
-    String::from_utf8(bytes(file, limit)?).map_err(|_| FileError::NotText { file: file.to_owned() })
+    String::from_utf8(bytes(file, limit)?).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let line = 1 + error.as_bytes().iter().take(at).filter(|byte| **byte == b'\n').count();
+        FileError::NotText { file: file.to_owned(), line, at }
+    })
 }
 
-/// The same for text of any encoding: what is not UTF-8 is replaced.
-pub(crate) fn read_lossy(file: &Path, limit: u64) -> Result<String, FileError> {
-    Ok(String::from_utf8_lossy(&bytes(file, limit)?).into_owned())
+/// The same for a log, of any encoding: what is not UTF-8 is replaced.
+pub(crate) fn read_log(file: &Path, limit: u64) -> Result<String, FileError> {
+    let bytes = bytes(file, limit).map_err(|error| match error {
+        FileError::TooLong { file, limit } => FileError::LongLog { file, limit },
+        error => error,
+    })?;
+    Ok(String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
 }
 
 fn bytes(file: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
