@@ -37,6 +37,46 @@ impl Folder {
     }
 }
 
+impl Folder {
+    /// One file and one rule mean the same to `config check` and to the cluster, which knows nothing of its caller's variables then.
+    fn run_in_an_environment(&self, quick: &str) {
+        let write = |name: &str, text: &str| std::fs::write(self.0.join(name), text).unwrap();
+        write("mpi.env", "export TRTLLM_USE_MPI_KVCACHE='1'\n");
+        write(
+            "nowhere.env",
+            "TRTLLM_NIXL_KVCACHE_BACKEND=LIBFABRIC\nKVFERRY_LIBFABRIC_LIBRARY=/nowhere/of/the/file.so.1\n",
+        );
+        write("bad.env", "A=1\nnonsense\n");
+        for follow in ["trtllm", "dynamo"] {
+            let arguments = format!("e.yaml --env-file mpi.env --follow {follow}");
+            let refused = follow == "trtllm";
+            assert_eq!(self.check(&arguments).status.code(), Some(if refused { 2 } else { 1 }), "{follow}");
+            let ran = self.cluster(&format!("--config {arguments} --transport tcp {quick}"), &[]);
+            let said = text(&ran.stderr);
+            assert_eq!(ran.status.code(), Some(if refused { 2 } else { 0 }), "{follow}: {said}");
+            let words = if refused {
+                "the MPI backend is deprecated"
+            } else {
+                "TRTLLM_USE_MPI_KVCACHE=1 with `backend: DEFAULT`"
+            };
+            assert!(said.contains(words), "{follow}: {said}");
+        }
+        let caller =
+            [("TRTLLM_NIXL_KVCACHE_BACKEND", "UCX"), ("KVFERRY_LIBFABRIC_LIBRARY", "/nowhere/of/the/caller.so.1")];
+        for (arguments, words) in [
+            ("--config e.yaml --env-file=nowhere.env", "/nowhere/of/the/file.so.1"),
+            ("--env-file bad.env", "--env-file bad.env:2: `nonsense` is not NAME=value"),
+            ("--env-file none.env", "--env-file none.env: nothing can be run with it: No such file"),
+            ("--follow trtllm", "--config <FILE>"),
+            ("--config e.yaml --follow nvidia", "[possible values: trtllm, dynamo]"),
+        ] {
+            let ran = self.cluster(&format!("{arguments} {quick}"), &caller);
+            assert_eq!(ran.status.code(), Some(2), "{arguments}");
+            assert!(text(&ran.stderr).contains(words), "{arguments}: no {words:?} in {}", text(&ran.stderr));
+        }
+    }
+}
+
 impl Drop for Folder {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
@@ -178,6 +218,7 @@ fn the_cluster_runs_the_plan_over_a_transport_that_it_has() {
     for word in ["libfabric", "/nowhere/libfabric.so.1", "KVFERRY_LIBFABRIC_LIBRARY"] {
         assert!(text(&lacking.stderr).contains(word), "{}", text(&lacking.stderr));
     }
+    folder.run_in_an_environment(quick);
     let off = folder.cluster(&format!("--config off.yaml {quick}"), &[]);
     assert_eq!(off.status.code(), Some(2));
     assert!(text(&off.stderr).contains("cache_transceiver_config is not in the file"), "{}", text(&off.stderr));

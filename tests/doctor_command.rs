@@ -109,10 +109,17 @@ fn logs_end_with_their_status() {
 
 #[test]
 fn wrong_options_say_what_to_do() {
+    let image = std::env::temp_dir().join(format!("kvferry-doctor-{}-image", std::process::id()));
+    std::fs::write(&image, b"a: \n\xff").unwrap();
     for (arguments, words) in [
         (&["--expect", "nic=4"][..], ["nic=4", "efa=4,gpu=8"]),
         (&["--root", "/nonexistent"], ["--root /nonexistent", "sys, dev and proc"]),
         (&["--log", "/nonexistent"], ["/nonexistent", "readable file"]),
+        (
+            &["--log", "/dev/zero"],
+            ["more than 268435456 bytes", "head -c 268435456 /dev/zero | kvferry doctor --log -"],
+        ),
+        (&["--manifest", image.to_str().unwrap()], ["image:2: byte 4 is not UTF-8 text", "name another file"]),
         (&["--log", "x", "--role", "decode"], ["--log", "--role"]),
         (&["--env-file", "/nonexistent"], ["/nonexistent", "readable file"]),
         (&["--pid", "4294967295"], ["--pid 4294967295", "--env-file"]),
@@ -124,4 +131,5 @@ fn wrong_options_say_what_to_do() {
             assert!(text.contains(word), "{arguments:?}: no {word:?} in {text}");
         }
     }
+    std::fs::remove_file(image).unwrap();
 }

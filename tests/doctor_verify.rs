@@ -89,6 +89,7 @@ fn memory_and_tcp_are_graded_by_what_they_can_show() {
         ("verify.zero-copy", "E4: bytes move"),
         ("verify.counters", "memory has no counters"),
         ("verify.clock", "of 16 answers"),
+        ("verify.generations", "EFA"),
     ] {
         assert!(said(&report, id).contains(word), "{id} {word}: {report:#}");
     }
@@ -99,6 +100,76 @@ fn memory_and_tcp_are_graded_by_what_they_can_show() {
     assert!(said(&report, "verify.zero-copy").contains("not to be had over TCP"), "{report:#}");
     let report = read(&peer.verify(&["--transport", "tcp", "--require-rdma"]), 2);
     assert!(said(&report, "verify.transfer").contains("RDMA"), "{report:#}");
+}
+
+/// A captured host with one EFA device, of which a process can use the node.
+struct Captured(PathBuf);
+
+impl Captured {
+    fn new(name: &str, device: &str) -> Captured {
+        let root = std::env::temp_dir().join(format!("kvferry-verify-host-{}-{name}", std::process::id()));
+        let pci = "sys/devices/pci0000:40/0000:41:00.0";
+        let rdma = format!("{pci}/infiniband/rdmap65s0");
+        for (file, text) in [
+            (format!("{pci}/vendor"), "0x1d0f"),
+            (format!("{pci}/device"), device),
+            (format!("{rdma}/ports/1/state"), "4: ACTIVE"),
+            (format!("{rdma}/ports/1/rate"), "100 Gb/sec (4X EDR)"),
+            ("sys/class/infiniband_verbs/uverbs0/ibdev".to_owned(), "rdmap65s0"),
+            ("dev/infiniband/uverbs0".to_owned(), ""),
+        ] {
+            let file = root.join(file);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(file, text).unwrap();
+        }
+        for (link, to) in [
+            ("sys/bus/pci/devices/0000:41:00.0", pci),
+            ("sys/class/infiniband/rdmap65s0", &rdma),
+            (&format!("{rdma}/device"), pci),
+        ] {
+            let link = root.join(link);
+            std::fs::create_dir_all(link.parent().unwrap()).unwrap();
+            std::os::unix::fs::symlink(root.join(to), link).unwrap();
+        }
+        Captured(root)
+    }
+
+    /// Nothing of it is left.
+    fn without(&self) {
+        std::fs::remove_dir_all(self.0.join("sys")).unwrap();
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn generations_of_efa_at_both_ends_are_compared() {
+    let (old, new) = (Captured::new("old", "0xefa0"), Captured::new("new", "0xefa1"));
+    let peer = Peer::serve(&["--root", old.path(), "--transport", "tcp"]);
+    let verify = |root: &str, code| read(&peer.verify(&["--root", root, "--transport", "tcp"]), code);
+    let report = verify(new.path(), 1);
+    for word in [
+        "different generations of EFA: the destination reads",
+        "RDMA write is not there (0xefa0 there)",
+        "here: 1 x 0xefa1, 100 Gb/s",
+        "never WRITE",
+    ] {
+        assert!(said(&report, "verify.generations").contains(word), "{word}: {report:#}");
+    }
+    // All else is well.
+    assert!(said(&report, "verify.transfer").contains("5 of 5 handovers"), "{report:#}");
+    assert!(said(&verify(old.path(), 0), "verify.generations").contains("one generation of EFA"));
+    // And with a host that has none.
+    new.without();
+    assert!(said(&verify(new.path(), 1), "verify.generations").contains("EFA there and none here"));
 }
 
 #[test]

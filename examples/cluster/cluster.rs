@@ -244,7 +244,9 @@ impl<'a> Cluster<'a> {
             Word::Said(rank::Said::Failed(reason)) => rank.failed = Some(reason),
             Word::Said(rank::Said::Serving(address)) => say_where(&self.name(index), &address),
             Word::Said(rank::Said::Course(course)) => self.record.courses.push((Some(index), course)),
-            Word::Said(rank::Said::Left(left)) => {
+            Word::Said(rank::Said::Left { left, seconds }) => {
+                // Whoever sent the signal.
+                (rank.leaving, rank.hurt, rank.left) = (true, true, Some((left, seconds)));
                 let name = self.name(index);
                 self.record.notes.push(match left {
                     0 => format!("{name} has left, and nothing was offered there any more"),

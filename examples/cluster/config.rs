@@ -8,8 +8,8 @@ use kvferry_trtllm::{Environment, FILE_BYTES_MAX, Follow, Peers, Plan, Severity,
 
 use crate::error::UsageError;
 
-/// The plan of a TensorRT-LLM YAML in this process's environment. What is doubtful about it goes to standard error.
-pub(crate) fn plan(file: &Path) -> Result<Plan, UsageError> {
+/// The plan of a TensorRT-LLM YAML in this process's environment, which `--env-file` has made. What is doubtful about it goes to standard error.
+pub(crate) fn plan(file: &Path, follow: Follow) -> Result<Plan, UsageError> {
     let unreadable = |source| UsageError::ConfigFile { file: file.to_owned(), source };
     let mut text = String::new();
     let limit = FILE_BYTES_MAX as u64 + 1;
@@ -19,7 +19,7 @@ pub(crate) fn plan(file: &Path) -> Result<Plan, UsageError> {
     let environment: Environment = std::env::vars_os()
         .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()))
         .collect();
-    let resolution = resolve(&config, &file.display().to_string(), &environment, Follow::default(), Peers::Kvferry);
+    let resolution = resolve(&config, &file.display().to_string(), &environment, follow, Peers::Kvferry);
     for finding in resolution.findings.iter().filter(|finding| finding.severity == Severity::Warning) {
         let remedy = finding.remedy.as_ref().map(|remedy| format!("; {remedy}")).unwrap_or_default();
         eprintln!("warning: {}{remedy} ({})", finding.message, finding.source);

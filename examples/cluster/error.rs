@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use kvferry::transport::SelectError;
 use kvferry::{GeometryError, Role, SpecError, TransportKind};
+use kvferry_trtllm::EnvironmentError;
 use thiserror::Error;
 
 /// Everything is checked before anything starts; each message names the option, its value and a remedy.
@@ -56,6 +57,10 @@ pub(crate) enum UsageError {
     Memory { needed_mib: u64, limit_mib: u64, options: &'static str },
     #[error("--{option} {value}: {reason}; use a number from {least} to {most}")]
     Number { option: &'static str, value: u64, reason: &'static str, least: u64, most: u64 },
+    #[error("--env-file {}: nothing can be run with it: {source}; name a readable file", file.display())]
+    EnvironmentFile { file: PathBuf, source: std::io::Error },
+    #[error("--env-file {}:{source}", file.display())]
+    Environment { file: PathBuf, source: EnvironmentError },
     #[error("--trace {}: it cannot be read: {source}; name a readable file", file.display())]
     TraceFile { file: PathBuf, source: std::io::Error },
     #[error("--trace {}: line {line}: {reason}; correct the line{}", file.display(), if *before > 0 { format!(" or use --limit {before}") } else { String::new() })]

@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use crate::cluster::Cluster;
 use crate::fault::{Action, Fault, Target, When};
 use crate::launch::{LaunchError, Launched};
-use crate::record::RankRecord;
+use crate::record::{Departure, RankRecord};
 
 /// What is done when its time comes.
 #[derive(Clone, Copy, Debug)]
@@ -144,6 +144,19 @@ impl Cluster<'_> {
 
     /// A rank that was told to leave has left.
     pub(crate) fn has_left(&mut self, index: usize) {
+        let exit_status = self.ranks.get_mut(index).and_then(Launched::exit_status);
+        let name = self.name(index);
+        match self.record.ranks.get(index).and_then(|rank| rank.left) {
+            Some((left, seconds)) => {
+                self.record.departures.push(Departure { rank: name.clone(), left, seconds, exit_status });
+            }
+            None => self.record.complaints.push(format!("{name} was told to leave and ended before it had")),
+        }
+        if exit_status != Some(0) {
+            let how = exit_status.map_or("a signal".to_owned(), |status| format!("exit status {status}"));
+            let why = self.why_ended(index);
+            self.record.complaints.push(format!("{name} was told to leave and ended with {how}: {why}"));
+        }
         if let Err(error) = self.replace_rank(index) {
             self.record.complaints.push(error.to_string());
         }

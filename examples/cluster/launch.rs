@@ -136,6 +136,11 @@ impl<O: Serialize + Send + 'static> Launched<O> {
         }
     }
 
+    /// The status with which its process ended, if no signal ended it. Waits for that.
+    pub(crate) fn exit_status(&mut self) -> Option<i32> {
+        self.child.as_mut()?.wait().ok()?.code()
+    }
+
     /// How its process ended. Waits for that.
     pub(crate) fn ending(&mut self) -> String {
         match &mut self.child {

@@ -6,6 +6,7 @@
 mod cluster;
 mod config;
 mod drive;
+mod environment;
 mod error;
 mod fault;
 mod harm;
@@ -48,6 +49,11 @@ fn main() -> ExitCode {
         _ => {}
     }
     let options = Options::parse();
+    if let Some(file) = &options.env_file {
+        let Err(error) = environment::enter(file);
+        eprintln!("error: {error}");
+        return ExitCode::from(BAD_USAGE);
+    }
     let setup = match setup::Setup::check(&options) {
         Ok(setup) => setup,
         Err(error) => {

@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 use kvferry::{Direction, TraceContext};
+use kvferry_trtllm::Follow;
 use serde::{Deserialize, Serialize};
 
 /// The first argument of a rank's process.
@@ -145,6 +147,14 @@ pub(crate) struct Options {
     /// long transfers may take and how many are under way; `kvferry config check FILE` explains
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// Whose rule says what `backend: DEFAULT` of --config means, as for `kvferry config check`: trtllm, its code, where the first
+    /// TRTLLM_USE_*_KVCACHE=1 chooses, or dynamo, its page, where DEFAULT is NIXL whatever variables say
+    #[arg(long, value_name = "NAME", requires = "config", default_value_t = Follow::default(), value_parser = PossibleValuesParser::new(Follow::ALL.map(Follow::name)).try_map(|name| name.parse::<Follow>()))]
+    pub(crate) follow: Follow,
+    /// Runs everything in the environment that FILE holds as NAME=value lines, and in nothing of this process's own: what finds libraries
+    /// (LD_LIBRARY_PATH, KVFERRY_UCX_LIBRARY) belongs in there, too. `kvferry config check` judges the same file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Option<PathBuf>,
     /// Not in this build
     #[arg(long, value_name = "NAME", hide = true)]
     pub(crate) role: Option<String>,

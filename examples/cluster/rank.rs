@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvferry::{
     Direction, EngineCall, EngineEvent, EnginePort, Epoch, Event, GroupGeometry, GroupId, HandoverId, NodeConfig,
@@ -117,8 +117,8 @@ pub(crate) enum Said {
     Serving(String),
     /// When what happened to a request here.
     Course(Course),
-    /// It was told to leave and does, with so many requests still offered.
-    Left(u64),
+    /// It was told to leave and does, with so many requests still offered, so long after that.
+    Left { left: u64, seconds: f64 },
     /// It cannot go on.
     Failed(String),
 }
@@ -215,7 +215,7 @@ async fn live(
         true => Some(signal(SignalKind::terminate()).map_err(RankError::Signal)?),
         false => None,
     };
-    let mut leaves = false;
+    let mut leaves = None;
     loop {
         let mut worker = start(config, node.clone(), report.restarts, pool.clone()).await?;
         let past = std::mem::take(&mut report.engine);
@@ -230,7 +230,7 @@ async fn live(
             fresh: BTreeSet::new(),
             left: None,
         };
-        if leaves {
+        if leaves.is_some() {
             // A drain ends with its incarnation; the order to leave does not.
             runner.port.drain(config.drain_within);
         }
@@ -332,7 +332,7 @@ impl Runner<'_> {
         &mut self,
         worker: &mut WorkerNode,
         orders: &mut mpsc::UnboundedReceiver<Order>,
-        (mut told_to_leave, leaves): (Option<&mut Signal>, &mut bool),
+        (mut told_to_leave, leaves): (Option<&mut Signal>, &mut Option<Instant>),
         say: &mut dyn FnMut(Said),
     ) -> Result<Ended, RankError> {
         let (_keep, nothing) = mpsc::unbounded_channel();
@@ -373,7 +373,8 @@ impl Runner<'_> {
                 say(Said::Report(Box::new(self.report(true))));
             }
             if let Some(left) = self.left {
-                say(Said::Left(left));
+                let seconds = leaves.map_or(0.0, |told| told.elapsed().as_secs_f64());
+                say(Said::Left { left, seconds });
                 return Ok(Ended::Told);
             }
             tokio::select! {
@@ -396,7 +397,8 @@ impl Runner<'_> {
                 },
                 () = heard(&mut told_to_leave) => {
                     self.port.drain(self.ledger.config.drain_within);
-                    *leaves = true;
+                    // Who is told twice was told at first.
+                    leaves.get_or_insert_with(Instant::now);
                 }
             }
         }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use kvferry::{Finished, Refusal, RequestId};
+use serde::Serialize;
 
 use crate::paths::Paths;
 use crate::rank::RankReport;
@@ -23,8 +24,22 @@ pub(crate) struct Record {
     pub(crate) complaints: Vec<String>,
     /// What is worth knowing, and no failure.
     pub(crate) notes: Vec<String>,
+    /// Ranks that were told to leave and have left, in that order.
+    pub(crate) departures: Vec<Departure>,
     /// When what happened to requests, by rank; `None` is the scheduler. Empty unless a timeline is wanted.
     pub(crate) courses: Vec<(Option<usize>, Course)>,
+}
+
+/// How a rank has left that got SIGTERM.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Departure {
+    pub(crate) rank: String,
+    /// Requests that were still offered there; 0 if all were fetched, or their leases had expired.
+    pub(crate) left: u64,
+    /// From the signal to the end of its wait.
+    pub(crate) seconds: f64,
+    /// Of its process; `None` if a signal ended it.
+    pub(crate) exit_status: Option<i32>,
 }
 
 /// What is known of one rank.
@@ -37,6 +52,8 @@ pub(crate) struct RankRecord {
     pub(crate) hurt: bool,
     /// It was told to leave.
     pub(crate) leaving: bool,
+    /// With how many requests still offered it leaves, and after how many seconds.
+    pub(crate) left: Option<(u64, f64)>,
     /// The last that it said.
     pub(crate) report: RankReport,
     /// The last that its earlier processes said.

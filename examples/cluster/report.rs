@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
+use crate::record::Departure;
 use crate::verdict::{Path, Verdict};
 
 /// Failures that are listed; the rest is counted.
@@ -46,6 +47,13 @@ pub(crate) fn table(verdict: &Verdict) -> String {
     }
     for remark in remarks(&verdict.paths) {
         let _ = writeln!(out, "{remark}");
+    }
+    if !verdict.departures.is_empty() {
+        let _ = writeln!(out, "\nleft");
+    }
+    for Departure { rank, left, seconds, exit_status } in &verdict.departures {
+        let status = exit_status.map_or("a signal".to_owned(), |status| format!("exit status {status}"));
+        let _ = writeln!(out, "{rank:<12}after {seconds:.3} s, {left} requests still offered, {status}");
     }
     if !verdict.failures.is_empty() {
         let _ = writeln!(out, "\nfailed");

@@ -64,7 +64,7 @@ impl Setup {
     /// Checks everything that can be known before anything starts.
     pub(crate) fn check(options: &Options) -> Result<Setup, UsageError> {
         refuse_what_is_not_there(options)?;
-        let plan = options.config.as_deref().map(config::plan).transpose()?;
+        let plan = options.config.as_deref().map(|file| config::plan(file, options.follow)).transpose()?;
         let (model, kv, planes) = model(options)?;
         let prefill = Side::parse(Role::Prefill, &options.prefill, &model, kv, planes)?;
         let decode = Side::parse(Role::Decode, &options.decode, &model, kv, planes)?;

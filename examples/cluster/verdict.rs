@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::paths::Known;
 use crate::rank::{RankConfig, name, pool_name};
-use crate::record::Record;
+use crate::record::{Departure, Record};
 use crate::setup::Setup;
 
 /// What `--json` prints.
@@ -31,10 +31,12 @@ pub(crate) struct Verdict {
     pub(crate) handover_ms: Quantiles,
     pub(crate) paths: Vec<Path>,
     pub(crate) failures: Vec<Failure>,
-    /// Why this is no success.
+    /// Prefill ranks that were told to leave.
+    pub(crate) departures: Vec<Departure>,
     /// What is worth knowing besides, and no reason to fail.
     #[serde(skip)]
     pub(crate) notes: Vec<String>,
+    /// Why this is no success.
     #[serde(skip)]
     pub(crate) complaints: Vec<String>,
 }
@@ -77,8 +79,12 @@ pub(crate) struct Failure {
 impl Verdict {
     /// Judges a run.
     pub(crate) fn of(setup: &Setup, record: &Record) -> Verdict {
-        let mut verdict =
-            Verdict { requests: setup.requests.len() as u64, seconds: record.seconds, ..Verdict::default() };
+        let mut verdict = Verdict {
+            requests: setup.requests.len() as u64,
+            seconds: record.seconds,
+            departures: record.departures.clone(),
+            ..Verdict::default()
+        };
         let mut complaints = record.complaints.clone();
         let mut waits = Vec::new();
         let mut paths: BTreeMap<PathKey, (u64, u64)> = BTreeMap::new();
@@ -163,7 +169,7 @@ impl Verdict {
                 complaints.push(format!("{bytes} bytes {what}, delivered requests need {}", verdict.bytes));
             }
         }
-        if verdict.failed > 0 && setup.faults.is_empty() {
+        if verdict.failed > 0 && setup.faults.is_empty() && record.departures.is_empty() {
             complaints.push(format!(
                 "{} requests failed, and no --kill, --drain, --stop or --pause explains it",
                 verdict.failed

@@ -8,15 +8,19 @@
 mod config;
 mod contradiction;
 mod effects;
+mod environment;
 mod finding;
+mod follow;
 mod peers;
 mod plan;
 mod resolve;
 
 pub use config::{Backend, ConfigError, Located, TransceiverConfig, TransceiverRuntime, UnknownKey};
 pub use contradiction::{Claim, Contradiction};
+pub use environment::{Environment, EnvironmentError, parse_environment};
 pub use finding::{Finding, Severity, Source};
+pub use follow::{Follow, UnknownRule};
 pub use kvferry_yaml::{FILE_BYTES_MAX, Position, YamlError};
 pub use peers::Peers;
 pub use plan::{Carrier, Credits, Deadlines, Method, NixlBackend, Plan, Resolved};
-pub use resolve::{Environment, Follow, Resolution, resolve};
+pub use resolve::{Resolution, resolve};

@@ -1,28 +1,14 @@
 //! What a configuration and an environment mean together.
 
-use std::collections::BTreeMap;
-
 use serde::Serialize;
 
 use crate::config::{Backend, Located, TransceiverConfig};
 use crate::contradiction::Contradiction;
+use crate::environment::Environment;
 use crate::finding::{Finding, Severity, Source};
+use crate::follow::Follow;
 use crate::peers::{Carried, Peers, Unreachable};
 use crate::plan::{Carrier, Credits, Deadlines, Method, NixlBackend, Plan, Resolved};
-
-/// Variables by name.
-pub type Environment = BTreeMap<String, String>;
-
-/// Whose rule decides what `backend: DEFAULT` means.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Follow {
-    /// TensorRT-LLM's code: variables choose.
-    Trtllm,
-    /// Dynamo's page: variables choose nothing.
-    #[default]
-    Dynamo,
-}
 
 /// A plan, if there can be one, and everything there is to say.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

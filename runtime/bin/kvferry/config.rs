@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Subcommand, ValueEnum};
 use kvferry_trtllm::{
     Contradiction, FILE_BYTES_MAX, Finding, Follow, Peers, Plan, Resolution, Resolved, Severity, TransceiverConfig,
@@ -49,9 +50,10 @@ struct Check {
     #[arg(long, value_name = "FILE")]
     env_file: Option<PathBuf>,
 
-    /// Whose rule says what `backend: DEFAULT` means.
-    #[arg(long, value_enum, default_value_t = Rule::Dynamo)]
-    follow: Rule,
+    /// Whose rule says what `backend: DEFAULT` means: trtllm, its code, where the first TRTLLM_USE_*_KVCACHE=1 chooses, or dynamo, its page, where
+    /// DEFAULT is NIXL whatever variables say.
+    #[arg(long, value_name = "NAME", default_value_t = Follow::default(), value_parser = PossibleValuesParser::new(Follow::ALL.map(Follow::name)).try_map(|name| name.parse::<Follow>()))]
+    follow: Follow,
 
     /// Who is on the other side.
     #[arg(long, value_enum, default_value_t = OtherSide::Kvferry)]
@@ -69,15 +71,6 @@ enum OtherSide {
     Kvferry,
     /// NIXL agents of other programs.
     Nixl,
-}
-
-/// Whose rule is followed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Rule {
-    /// TensorRT-LLM's code: the first TRTLLM_USE_*_KVCACHE=1 chooses.
-    Trtllm,
-    /// Dynamo's page: DEFAULT is NIXL, whatever variables say.
-    Dynamo,
 }
 
 /// What `--json` prints.
@@ -135,22 +128,18 @@ impl Check {
         let text = env_file::read(&self.file, FILE_BYTES_MAX as u64).map_err(|error| error.to_string())?;
         let environment = env_file::environment(self.env_file.as_deref()).map_err(|error| error.to_string())?;
         let config = TransceiverConfig::parse(&text).map_err(|error| format!("{name}:{error}"))?;
-        let follow = match self.follow {
-            Rule::Trtllm => Follow::Trtllm,
-            Rule::Dynamo => Follow::Dynamo,
-        };
         let peers = match self.peers {
             OtherSide::Kvferry => Peers::Kvferry,
             OtherSide::Nixl => Peers::Nixl,
         };
-        let resolution = resolve(&config, &name, &environment, follow, peers);
+        let resolution = resolve(&config, &name, &environment, self.follow, peers);
         let (status, code) = match resolution.severity() {
             Some(Severity::Error) => ("error", 2),
             Some(Severity::Warning) => ("warning", 1),
             _ => ("ok", 0),
         };
         let printed = if self.json {
-            let report = Report { file: name, follow, peers, status, resolution: &resolution };
+            let report = Report { file: name, follow: self.follow, peers, status, resolution: &resolution };
             let json = serde_json::to_string_pretty(&report).map_err(|error| error.to_string())?;
             format!("{json}\n")
         } else {

@@ -2,8 +2,10 @@
 
 mod clock;
 mod driver;
+mod ends;
 mod meeting;
 mod nixl;
+mod questions;
 mod serve;
 mod verify;
 
@@ -21,7 +23,7 @@ use crate::env_file;
 pub(crate) use driver::Child;
 use meeting::Meeting;
 
-/// Bytes of a log that are read; of a longer one, its beginning is what matters.
+/// Bytes of a log that is read; of a longer one, its beginning is what matters.
 const LOG_BYTES_MAX: u64 = 256 << 20;
 
 /// Check one host, a worker's log or Kubernetes manifests for KV transfers over EFA, UCX, libfabric and NVLink; or transfer and see.
@@ -54,7 +56,7 @@ pub(crate) struct Options {
     env_file: Option<PathBuf>,
 
     /// Look below this folder for sys, dev, proc, etc and libraries instead of on the live host. nvidia-smi-q.txt in it, with what `nvidia-smi -q`
-    /// printed, stands for the driver.
+    /// printed, stands for the driver. With --verify or --serve only what is told of EFA devices comes from there.
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
 
@@ -99,7 +101,7 @@ enum Library {
 /// Runs it.
 pub(crate) fn run(options: &Options) -> ExitCode {
     if let Some(address) = &options.meeting.serve {
-        return match serve::run(&options.meeting, address) {
+        return match options.root().and_then(|root| serve::run(&options.meeting, address, &root)) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("kvferry doctor: {error}");
@@ -130,11 +132,11 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 impl Options {
     fn report(&self) -> Result<Report, String> {
         if let Some(peer) = &self.meeting.verify {
-            return verify::run(&self.meeting, peer);
+            return verify::run(&self.meeting, peer, &self.root()?);
         }
         let expect = self.expect.unwrap_or_default();
         if let Some(log) = &self.log {
-            let text = env_file::read_lossy(log, LOG_BYTES_MAX).map_err(|error| error.to_string())?;
+            let text = env_file::read_log(log, LOG_BYTES_MAX).map_err(|error| error.to_string())?;
             return Ok(read_log(&text, &expect, self.block_bytes));
         }
         if let Some(file) = &self.manifest {
@@ -142,16 +144,7 @@ impl Options {
             let text = env_file::read(file, MANIFEST_BYTES_MAX as u64).map_err(|error| error.to_string())?;
             return read_manifest(&text, &name, &expect).map_err(|error| format!("{name}: {error}"));
         }
-        let mut root = match &self.root {
-            Some(folder) if !folder.is_dir() => {
-                return Err(format!(
-                    "--root {}: it is no folder; name one with sys, dev and proc in it",
-                    folder.display()
-                ));
-            }
-            Some(folder) => SysRoot::captured(folder),
-            None => SysRoot::live(),
-        };
+        let mut root = self.root()?;
         if let Some(pid) = self.pid {
             root = root.of_process(pid);
         }
@@ -171,6 +164,17 @@ impl Options {
         // Libraries are looked for on the live host only.
         let abi = if self.root.is_none() { nixl::check(&question) } else { None };
         Ok(report.with(abi))
+    }
+
+    /// Where the host is looked at.
+    fn root(&self) -> Result<SysRoot, String> {
+        match &self.root {
+            Some(folder) if !folder.is_dir() => {
+                Err(format!("--root {}: it is no folder; name one with sys, dev and proc in it", folder.display()))
+            }
+            Some(folder) => Ok(SysRoot::captured(folder)),
+            None => Ok(SysRoot::live()),
+        }
     }
 
     /// A file's, a process's, or this one's; a captured host without a file has none.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod checks;
+mod ends;
 mod expectations;
 mod host;
 mod library;
@@ -19,6 +20,7 @@ mod smi;
 mod verify;
 
 pub use checks::examine;
+pub use ends::{EfaKind, End, EndError};
 pub use expectations::{ExpectationError, Expectations};
 pub use library::{Found as FoundLibrary, find as find_library};
 pub use log::read_log;

@@ -1,5 +1,6 @@
 //! What a transfer with a peer showed, judged.
 
+use crate::ends::{self, End};
 use crate::report::{Check, Report};
 
 /// Clocks that differ by more make logs of two hosts misleading.
@@ -31,6 +32,10 @@ pub struct Transferred {
     pub proof: Option<Proof>,
     /// The peer's clock, if it answered.
     pub clock: Option<ClockSeen>,
+    /// What this end has of EFA.
+    pub here: End,
+    /// What the peer says that it has, if it does.
+    pub there: Option<End>,
 }
 
 /// The way that both ends chose.
@@ -116,6 +121,7 @@ pub fn judge_transfer(transferred: &Transferred) -> Report {
         let fix = "see verify.transfer; the transport shows what it knows once a connection stands";
         checks.push(Check::fail("verify.lanes", "E3: no connection of the transport stood", fix));
     }
+    checks.push(ends::generations(&transferred.here, transferred.there.as_ref()));
     checks.push(clock(transferred.clock));
     Report::of(checks)
 }

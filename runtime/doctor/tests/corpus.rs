@@ -1,15 +1,24 @@
-//! The fuzz target of the log reader over its corpus, and over any text.
+//! The fuzz targets of logs and manifests over their corpora, and over any text.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "this is test code")]
 
-use kvferry_doctor::{Status, read_manifest};
 use proptest::prelude::*;
 
 include!("../../../fuzz/checks/corpus.rs");
-include!("../../../fuzz/checks/log.rs");
+include!("../../../fuzz/checks/manifest.rs");
+
+mod of_logs {
+    include!("../../../fuzz/checks/log.rs");
+
+    pub(super) fn check(bytes: &[u8]) {
+        log(bytes);
+    }
+}
+use of_logs::check as log;
 
 #[test]
 fn the_corpus_is_survived() {
     survive("log", log);
+    survive("manifest", manifest);
 }
 
 /// One line of many megabytes, and as many lines: both end soon, in a verdict of bounded length.
@@ -39,7 +48,7 @@ fn manifests_that_repeat_themselves_end_in_a_short_verdict() {
 proptest! {
     #[test]
     fn any_yaml_is_judged_or_refused(text in "(kind: (DynamoGraphDeployment|Pod|List|ComputeDomain)\n|spec:\n|  services: \\{|  containers: \\[|  components: \\[|items: \\[|\\{name: a, env: |envs: \\[|\\{|\\}|\\[|\\]|, |value: 1|resources: |claims: |a: &a |\\*a|---\n|\\PC){0,40}") {
-        let _ = read_manifest(&text, "-", &Expectations::default());
+        manifest(text.as_bytes());
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub struct Comment {
 
 /// Columns that comments fill.
 const WIDTH: usize = 110;
+/// YAML takes what stands before a colon for a key up to 1,024 characters; a longer one has to be marked.
+const KEY_BYTES_MAX: usize = 1000;
 
 /// One document, in block style, with comments above the entries that they name.
 pub fn write(value: &Value, comments: &[Comment]) -> String {
@@ -41,7 +43,15 @@ impl Writer<'_> {
                 self.comment(&path, indent);
                 self.indent(indent);
             }
-            self.text.push_str(&text(key));
+            let key = text(key);
+            if key.len() > KEY_BYTES_MAX {
+                self.text.push_str("? ");
+            }
+            self.text.push_str(&key);
+            if key.len() > KEY_BYTES_MAX {
+                self.text.push('\n');
+                self.indent(indent);
+            }
             self.text.push(':');
             self.value(value, indent, &path);
         }

@@ -49,6 +49,21 @@ fn values_are_written_as_they_are_read_with_comments_where_they_belong() {
     assert_eq!(read::<Value>(&parse_all(&written).unwrap()[0]).unwrap(), value);
 }
 
+/// Found by fuzzing: what stands before a colon is a key of at most 1,024 characters, escapes counted.
+#[test]
+fn keys_that_are_too_long_for_a_line_are_read_again() {
+    for key in ["\u{e}".repeat(121), "k".repeat(5000), "'".repeat(1001), "k\n".repeat(900)] {
+        let of = |value: Value| Value::Map(vec![(key.clone(), value.clone()), ("b".to_owned(), value)]);
+        let leaf = of(Value::from("word"));
+        let list = Value::List(vec![leaf.clone(), Value::List(vec![leaf.clone()]), Value::Null]);
+        for value in [of(Value::Null), of(leaf), of(list.clone()), of(of(list))] {
+            let written = write(&value, &[]);
+            let again = parse_all(&written).map(|nodes| read::<Value>(&nodes[0]).unwrap());
+            assert_eq!(again.unwrap(), value, "by\n{written}");
+        }
+    }
+}
+
 #[test]
 fn a_wrong_type_is_said_with_its_place() {
     let document = parse_all("a: 1\nb:\n  - c: 2\n  - c: [x]\n").unwrap().remove(0);

@@ -105,11 +105,11 @@ impl Elf {
     /// Reads a file, and of it only the tables that matter.
     pub fn read(path: &Path) -> Result<Elf, ElfError> {
         let unreadable = |error: std::io::Error| ElfError::Unreadable { reason: error.to_string() };
-        let file = File::open(path).map_err(unreadable)?;
-        if !file.metadata().map_err(unreadable)?.is_file() {
+        // Before it is opened: opening a pipe waits for whoever writes it.
+        if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
             return Err(ElfError::Unreadable { reason: "it is no file".to_owned() });
         }
-        Elf::parse(&ReadCache::new(file))
+        Elf::parse(&ReadCache::new(File::open(path).map_err(unreadable)?))
     }
 
     /// Reads bytes.

@@ -62,6 +62,11 @@ fn what_is_no_library_is_refused_with_its_place() {
     let missing = Elf::read(Path::new("/nonexistent")).unwrap_err();
     assert!(matches!(&missing, ElfError::Unreadable { .. }), "{missing}");
     assert!(Elf::read(Path::new("/")).is_err(), "a folder is no library");
+    let pipe = std::env::temp_dir().join(format!("kvferry-elf-pipe-{}", std::process::id()));
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let refused = Elf::read(&pipe).unwrap_err().to_string();
+    std::fs::remove_file(&pipe).unwrap();
+    assert!(refused.contains("it is no file"), "{refused}");
 }
 
 proptest! {

@@ -1,49 +1,28 @@
 //! How far the peer's clock is from this one: questions and answers over UDP, as NTP asks them.
 
-use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kvferry_doctor::ClockSeen;
 
 /// Questions; the fastest answer counts.
-const QUESTIONS: u64 = 16;
+pub(super) const QUESTIONS: u64 = 16;
 const ANSWER_WITHIN: Duration = Duration::from_millis(200);
 /// Unanswered questions in a row after which nobody is asked any more.
 const UNANSWERED_MAX: u32 = 3;
 const MAGIC: &[u8; 8] = b"kvfclock";
 /// The magic, the number of the question, and the peer's clock when it came and when it was answered. A question is as long as an answer: nobody
 /// gets more than he sends.
-const BYTES: usize = 32;
+pub(super) const BYTES: usize = 32;
 
-/// Answers questions until the process ends, on a thread of its own.
-pub(crate) fn answer(socket: UdpSocket) -> std::io::Result<()> {
-    std::thread::Builder::new().name("kvferry-clock".to_owned()).spawn(move || {
-        let mut question = [0; BYTES + 1];
-        loop {
-            match socket.recv_from(&mut question) {
-                Ok((BYTES, asker)) => {
-                    let came = unix_ns();
-                    if let Some(number) = number_of(&question) {
-                        // Whoever asks asks again.
-                        let _ = socket.send_to(&packet(number, came, unix_ns()), asker);
-                    }
-                }
-                Ok(_) => {}
-                // Of an asker that has gone.
-                Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::Interrupted) => {}
-                Err(error) => {
-                    tracing::warn!(%error, "nobody is told the time any more");
-                    return;
-                }
-            }
-        }
-    })?;
-    Ok(())
+/// What is answered to what came at that time; `None` if that is no question of this kind.
+pub(super) fn answer(question: &[u8], came: u64) -> Option<[u8; BYTES]> {
+    let number = number_of(Some(question).filter(|question| question.len() == BYTES)?)?;
+    Some(packet(number, came, unix_ns()))
 }
 
 /// Asks; `None` if nobody answers.
-pub(crate) fn ask(socket: &UdpSocket, peer: SocketAddr) -> Option<ClockSeen> {
+pub(super) fn ask(socket: &UdpSocket, peer: SocketAddr) -> Option<ClockSeen> {
     socket.set_read_timeout(Some(ANSWER_WITHIN)).ok()?;
     let (mut best, mut answers, mut unanswered) = (None, 0, 0);
     for number in 1..=QUESTIONS {
@@ -101,7 +80,8 @@ fn word(packet: &[u8], at: usize) -> Option<u64> {
     packet.get(at..)?.first_chunk::<8>().map(|bytes| u64::from_be_bytes(*bytes))
 }
 
-fn unix_ns() -> u64 {
+/// Nanoseconds since 1970.
+pub(super) fn unix_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -118,18 +98,10 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_answers_and_nonsense_is_not_answered() {
-        let bind = || UdpSocket::bind("127.0.0.1:0").unwrap();
-        let (server, client) = (bind(), bind());
-        let peer = server.local_addr().unwrap();
-        answer(server).unwrap();
-        client.send_to(b"hello", peer).unwrap();
-        client.send_to(&[0; BYTES], peer).unwrap();
-        let seen = ask(&client, peer).unwrap();
-        assert_eq!(seen.answers, QUESTIONS as u32);
-        // One clock: apart by no more than what it took.
-        assert!(seen.offset_ns.unsigned_abs() <= seen.round_trip_ns, "{seen:?}");
-        let silent = bind();
-        assert_eq!(ask(&client, silent.local_addr().unwrap()), None);
+    fn only_questions_are_answered() {
+        assert!(answer(&packet(7, 0, 0), 1).is_some());
+        assert_eq!(answer(&packet(7, 0, 0)[1..], 1), None);
+        assert_eq!(answer(b"hello", 1), None);
+        assert_eq!(answer(&[0; BYTES], 1), None);
     }
 }

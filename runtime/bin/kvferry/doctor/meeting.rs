@@ -13,6 +13,7 @@ use kvferry::{
     EngineCall, Epoch, Format, GroupGeometry, Model, NodeConfig, NodeId, OpenNic, Parallel, Pool, PoolId, PoolLayout,
     TransportKind, WorkerNode,
 };
+use kvferry_doctor::{End, SysRoot};
 use kvferry_synthetic::{Engine, EngineConfig};
 
 use crate::env_file;
@@ -35,13 +36,14 @@ const SECRET_BYTES_MIN: usize = 8;
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Meeting {
     /// Move KV from a peer that runs `kvferry doctor --serve`, compare every byte, and grade what proves the way that it took: E1 device, E2
-    /// provider, E3 lanes, E4 zero-copy, E5 the device's counters. Also tells how far the peer's clock is off.
-    #[arg(long, value_name = "HOST:PORT", group = "meeting", conflicts_with_all = ["role", "multinode", "backend", "expect", "env_file", "root", "pid", "log", "manifest"])]
+    /// provider, E3 lanes, E4 zero-copy, E5 the device's counters. Also tells how far the peer's clock is off, and
+    /// whether both ends have EFA of one generation.
+    #[arg(long, value_name = "HOST:PORT", group = "meeting", conflicts_with_all = ["role", "multinode", "backend", "expect", "env_file", "pid", "log", "manifest"])]
     pub(super) verify: Option<String>,
 
     /// Be the peer of whoever runs `kvferry doctor --verify` with this address, which they reach this host by: its port, the next one and those of the
     /// transport must be open, the first for UDP, too. Serves until it is ended.
-    #[arg(long, value_name = "ADDRESS:PORT", group = "meeting", conflicts_with_all = ["role", "multinode", "backend", "expect", "env_file", "root", "pid", "log", "manifest"])]
+    #[arg(long, value_name = "ADDRESS:PORT", group = "meeting", conflicts_with_all = ["role", "multinode", "backend", "expect", "env_file", "pid", "log", "manifest"])]
     pub(super) serve: Option<String>,
 
     /// How the bytes move. By default shared memory is opened, one RDMA device through UCX and through libfabric where there is one, and TCP, and the best
@@ -164,6 +166,12 @@ pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
         return Err(format!("{text}: give the address by which the peer reaches this host"));
     }
     Ok(address)
+}
+
+/// What this end has of EFA.
+pub(super) fn end(root: &SysRoot) -> Result<End, String> {
+    let environment = env_file::environment(None).map_err(|error| error.to_string())?;
+    Ok(End::read(root, &environment))
 }
 
 /// A node of this process.

@@ -11,27 +11,29 @@ use kvferry::{
     Event, GroupId, GroupView, Policy, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms,
     ThreadOptions, WorkerConfig, WorkerNode,
 };
+use kvferry_doctor::{End, SysRoot};
 use kvferry_synthetic::PrefillEngine;
 use tokio::sync::mpsc;
 
-use super::clock;
 use super::meeting::{self, BLOCKS, HANDOVERS, Meeting, PREFILL, SCHEDULER, TOKENS};
+use super::questions;
 
 /// Longest time that a handover to a verifying peer takes; whoever is gone by then gets no more.
 const HANDOVER_WITHIN: Duration = Duration::from_secs(30);
 
 /// Serves until it is ended, or for as long as it was told to.
-pub(super) fn run(meeting: &Meeting, address: &str) -> Result<(), String> {
+pub(super) fn run(meeting: &Meeting, address: &str, root: &SysRoot) -> Result<(), String> {
     let address = meeting::address(address)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| format!("it has no runtime: {error}"))?;
     runtime.block_on(async {
-        let Some(within) = meeting.within() else { return serve(meeting, address).await };
-        tokio::time::timeout(within, serve(meeting, address)).await.unwrap_or(Ok(()))
+        let own = meeting::end(root)?;
+        let Some(within) = meeting.within() else { return serve(meeting, address, own).await };
+        tokio::time::timeout(within, serve(meeting, address, own)).await.unwrap_or(Ok(()))
     })
 }
 
-async fn serve(meeting: &Meeting, address: SocketAddr) -> Result<(), String> {
+async fn serve(meeting: &Meeting, address: SocketAddr, own: End) -> Result<(), String> {
     let secret = meeting.secret(address)?;
     let nics = meeting.nics(address.ip())?;
     let whom = Whom::default();
@@ -39,7 +41,7 @@ async fn serve(meeting: &Meeting, address: SocketAddr) -> Result<(), String> {
     let scheduler = SchedulerNode::start(config, SchedulerTerms::default(), Box::new(whom.clone())).await;
     let scheduler = scheduler.map_err(|error| error.to_string())?;
     let bound = meeting::address(scheduler.address())?;
-    let clock = UdpSocket::bind(bound).and_then(clock::answer);
+    let clock = UdpSocket::bind(bound).and_then(|socket| questions::answer(socket, own));
     // Known beforehand, so that it can be let through; any, where the first one is any, too.
     let second = SocketAddr::new(address.ip(), if address.port() == 0 { 0 } else { address.port().wrapping_add(1) });
     let geometry = meeting::geometry()?;
@@ -51,8 +53,10 @@ async fn serve(meeting: &Meeting, address: SocketAddr) -> Result<(), String> {
     let threads = ThreadOptions::for_nic_threads(nics.open.len());
     let worker = WorkerNode::start(node, rank, pool, nics.open, threads).await;
     let mut worker = worker.map_err(|error| error.to_string())?;
-    let clock =
-        clock.map_or_else(|error| format!("the clock over UDP does not: {error}"), |()| "UDP tells the clock".into());
+    let clock = clock.map_or_else(
+        |error| format!("the clock over UDP does not: {error}"),
+        |()| "UDP tells the clock and the EFA".into(),
+    );
     say(&format!("serves at {bound} (rank at {}; {clock}); opened {}", worker.address(), nics.names.join(", ")))?;
     for left_out in &nics.left_out {
         say(&format!("left out: {left_out}"))?;

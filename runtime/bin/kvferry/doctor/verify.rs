@@ -9,21 +9,21 @@ use kvferry::{
     Direction, Event, Evidence, FetchCourse, Grade, GroupId, NodeId, Outcome, Rank, Role, ThreadOptions, WorkerConfig,
     WorkerNode,
 };
-use kvferry_doctor::{PathSeen, Proof, Report, Transferred, judge_transfer};
+use kvferry_doctor::{End, PathSeen, Proof, Report, SysRoot, Transferred, judge_transfer};
 use kvferry_synthetic::{DecodeEngine, Engine};
 use tokio::sync::mpsc;
 
-use super::clock;
 use super::meeting::{self, BLOCKS, HANDOVERS, Meeting, PREFILL, SCHEDULER};
+use super::{clock, ends};
 
 const WITHIN: Duration = Duration::from_secs(60);
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
 /// Moves KV from the peer and judges what was seen.
-pub(super) fn run(meeting: &Meeting, peer: &str) -> Result<Report, String> {
+pub(super) fn run(meeting: &Meeting, peer: &str, root: &SysRoot) -> Result<Report, String> {
     let peer = meeting::address(peer)?;
     let secret = meeting.secret(peer)?;
-    let mut seen = Seen::new(meeting.require_rdma);
+    let mut seen = Seen::new(meeting.require_rdma, meeting::end(root)?);
     // Otherwise nothing would say why nobody comes.
     if let Err(error) = TcpStream::connect_timeout(&peer, CONNECT_WITHIN) {
         seen.failures.push(format!("{peer}: {error}; is `kvferry doctor --serve` there, and its port open?"));
@@ -34,7 +34,7 @@ pub(super) fn run(meeting: &Meeting, peer: &str) -> Result<Report, String> {
     let here = here.map_err(|error| format!("{peer}: no way there: {error}"))?;
     drop(local);
     let asker = UdpSocket::bind(SocketAddr::new(here.ip(), 0)).map_err(|error| format!("no UDP socket: {error}"))?;
-    seen.clock = clock::ask(&asker, peer);
+    (seen.clock, seen.there) = (clock::ask(&asker, peer), ends::ask(&asker, peer));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("it has no runtime: {error}"))?;
     runtime.block_on(async {
@@ -125,12 +125,14 @@ struct Seen {
     courses: Vec<FetchCourse>,
     failures: Vec<String>,
     clock: Option<kvferry_doctor::ClockSeen>,
+    here: End,
+    there: Option<End>,
 }
 
 impl Seen {
-    fn new(rdma_required: bool) -> Seen {
+    fn new(rdma_required: bool, here: End) -> Seen {
         let (met, courses, failures) = Default::default();
-        Seen { rdma_required, met, path: None, evidence: None, courses, failures, clock: None }
+        Seen { rdma_required, met, path: None, evidence: None, courses, failures, clock: None, here, there: None }
     }
 
     fn note(&mut self, event: &Event, own: NodeId) {
@@ -195,6 +197,8 @@ impl Seen {
             failures: self.failures,
             path: self.path,
             clock: self.clock,
+            here: self.here,
+            there: self.there,
         }
     }
 }
