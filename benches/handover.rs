@@ -1,12 +1,13 @@
 //! What a handover costs beside its bytes: three nodes in one process, one 4 KiB block, alone and many at once.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use kvferry::{
-    Direction, Event, FetchCourse, GroupId, HandoverId, Metrics, Moment, NodeConfig, Outcome, PathReport, Rank,
-    RequestId, TransportKind, Watch,
+    ControlMessage, Direction, Event, FetchCourse, GroupId, HandoverId, Metrics, Moment, NodeConfig, NodeId, Outcome,
+    PathReport, Rank, RequestId, Standing, TransportKind, Watch,
 };
 use kvferry_benches::{Error, Nodes};
 use tokio::runtime::Builder;
@@ -56,6 +57,8 @@ fn handover(criterion: &mut Criterion) {
 /// Rounds of handovers with and without metrics, in turn, and handovers of each.
 const ROUNDS: usize = 40;
 const HANDOVERS: u32 = 100;
+/// Handovers of which the time in metrics is summed up.
+const SHARED: u32 = 5000;
 
 /// What metrics cost: the same handovers at nodes that are watched and at nodes that are not, in turn. Nodes are made anew for every round: where their
 /// threads run and their memory lies makes more of a difference than metrics do.
@@ -79,6 +82,7 @@ fn metrics(_: &mut Criterion) {
     println!(
         "handover/metrics: {without:?} without, {with:?} with; with / without by round: {middle:.3} ({low:.3}-{high:.3})"
     );
+    runtime.block_on(share()).expect("watched nodes");
     // What a watcher does for one handover, by itself.
     let (metrics, course) = (Metrics::new(), Event::FetchEnded(Box::new(course())));
     let begun = Instant::now();
@@ -86,6 +90,74 @@ fn metrics(_: &mut Criterion) {
         metrics.happened(&course);
     }
     println!("handover/metrics: {:?} for the record of one part", begun.elapsed() / ALONE);
+}
+
+/// Metrics that know how long they took, with the clock's own time.
+#[derive(Debug, Default)]
+struct Timed {
+    metrics: Metrics,
+    nanoseconds: AtomicU64,
+    calls: AtomicU64,
+}
+
+impl Timed {
+    fn time(&self, call: impl FnOnce(&Metrics)) {
+        let begun = Instant::now();
+        call(&self.metrics);
+        self.nanoseconds.fetch_add(begun.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        self.calls.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Watch for Timed {
+    fn stands(&self, node: &Standing) {
+        self.metrics.stands(node);
+    }
+
+    fn happened(&self, event: &Event) {
+        self.time(|metrics| metrics.happened(event));
+    }
+
+    fn said(&self, peer: NodeId, sent: bool, message: &ControlMessage) {
+        self.time(|metrics| metrics.said(peer, sent, message));
+    }
+
+    fn ended(&self) {
+        self.metrics.ended();
+    }
+}
+
+/// How much of a handover's time is spent in the metrics of all three nodes together, as if nothing of it were beside the way.
+async fn share() -> Result<(), Error> {
+    let timed = Arc::new(Timed::default());
+    let watch = |config: &mut NodeConfig| config.watchers.push(Arc::clone(&timed) as Arc<dyn Watch>);
+    let (kind, direction) = (TransportKind::Shm, Direction::Pull);
+    let mut nodes = Nodes::start_watched(GEOMETRY, kind, direction, [None, None], watch).await?;
+    nodes.handovers(BURST, 16).await?;
+    let spent = || (timed.nanoseconds.load(Ordering::Relaxed), timed.calls.load(Ordering::Relaxed));
+    let (before, mut times) = (spent(), Vec::new());
+    for _ in 0..SHARED {
+        let begun = Instant::now();
+        nodes.handover(16).await?;
+        times.push(begun.elapsed());
+    }
+    let after = spent();
+    nodes.shutdown().await;
+    times.sort();
+    let median = times[times.len() / 2].as_secs_f64() * 1e6;
+    let each = |(from, to): (u64, u64)| (to - from) as f64 / f64::from(SHARED);
+    let (taken, calls) = (each((before.0, after.0)) / 1e3, each((before.1, after.1)));
+    // What the clock takes of that.
+    let clock = Timed::default();
+    (0..ALONE).for_each(|_| clock.time(|_| {}));
+    let clock = clock.nanoseconds.load(Ordering::Relaxed) as f64 / f64::from(ALONE) / 1e3 * calls;
+    println!(
+        "handover/metrics: {:.2} us in {calls:.0} calls of three nodes' metrics ({clock:.2} us of the clock beside that), of {median:.1} us for a \
+         handover: {:.2} %",
+        taken - clock,
+        (taken - clock) / median * 100.0
+    );
+    Ok(())
 }
 
 /// The median time of handovers at new nodes.

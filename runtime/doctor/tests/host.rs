@@ -389,6 +389,16 @@ const BROKEN: &[(&str, Break, &str, Status, &str)] = &[
         "FI_EFA_FORK_SAFE has no effect on Linux 6.1",
     ),
     (
+        "fork safety on a kernel that pays for it",
+        |tree, question| {
+            tree.write("proc/sys/kernel/osrelease", "5.10.223-212.873.amzn2.x86_64");
+            set(question, "FI_EFA_FORK_SAFE", "1");
+        },
+        "process.hugepages",
+        Status::Warn,
+        "huge pages off on Linux 5.10",
+    ),
+    (
         "another provider",
         |_, question| set(question, "FI_PROVIDER", "tcp"),
         "variables.provider",

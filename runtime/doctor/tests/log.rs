@@ -149,6 +149,20 @@ fn an_error_of_locked_memory_is_told_from_others() {
     assert!(fix("(-22) RMA address verification failed (4111)").contains("event queue"));
 }
 
+/// Different failures have their own fix each, and a warning is none.
+#[test]
+fn every_failure_has_its_fix() {
+    let unused = "[1] parser.c:2058 UCX  WARN  unused environment variable: UCX_TL (maybe: UCX_TLS?)\n";
+    let warned = check(&log(unused), "log.errors").clone();
+    assert!(warned.status == Status::Warn && warned.fix.contains("variables.unread"), "{warned:?}");
+    let older = "/lib/libfabric.so.1: version `FABRIC_1.10' not found (required by libplugin_LIBFABRIC.so)\n";
+    let both = check(&log(&format!("{unused}{older}{older}")), "log.errors").clone();
+    assert_eq!((both.status, both.evidence.len()), (Status::Fail, 4));
+    assert!(both.fix.contains("/opt/amazon/efa/lib first"), "{both:?}");
+    assert_eq!(both.fix.matches("library.libfabric").count(), 1, "{both:?}");
+    assert!(both.fix.contains("variables.unread"), "{both:?}");
+}
+
 #[test]
 fn devices_that_are_not_there_are_named() {
     let report = log(captured!("ucx_no_such_device"));

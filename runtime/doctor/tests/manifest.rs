@@ -408,3 +408,23 @@ fn the_nodes_of_a_domain_are_those_of_prefill_and_decode() {
     );
     assert!(forgotten.contains("numNodes: 3 is deprecated"), "{forgotten}");
 }
+
+/// A side that forgot the claim is in the domain all the same: what else it lacks is said, too.
+#[test]
+fn nccls_variables_are_missed_on_a_side_that_claims_nothing() {
+    let text = "\
+kind: ComputeDomain
+metadata: {name: d}
+spec: {channel: {resourceClaimTemplate: {name: c}}}
+---
+kind: DynamoGraphDeployment
+metadata: {name: w}
+spec: {services: {Prefill: {subComponentType: prefill}}}
+";
+    let report = judged(text);
+    let nccl = check(&report, "manifest.nccl");
+    assert_eq!(nccl.status, Status::Warn, "{report:#?}");
+    assert!(nccl.evidence.iter().any(|line| line.contains("w/Prefill: NCCL_CUMEM_ENABLE is not set")), "{nccl:?}");
+    let elsewhere = text.split("---\n").nth(1).unwrap();
+    assert_eq!(check(&judged(elsewhere), "manifest.nccl").status, Status::Ok);
+}

@@ -1,6 +1,7 @@
 //! What the process may do: locked memory, huge pages, privileges, other processes' memory.
 
 use super::Subject;
+use super::gpu::kernel;
 use crate::report::Check;
 
 const CAP_IPC_LOCK: u32 = 14;
@@ -49,6 +50,13 @@ fn hugepages(subject: &Subject<'_>) -> Check {
     let asked = subject.question.variable("FI_EFA_USE_HUGE_PAGE").is_some_and(|value| value != "0");
     let fix = "request hugepages-2Mi for the pod and mount an emptyDir with medium: HugePages; host: vm.nr_hugepages";
     match subject.host.hugepages {
+        Some(_)
+            if subject.question.variable("FI_EFA_FORK_SAFE").is_some() && kernel(&subject.host.kernel) < (5, 13) =>
+        {
+            let evidence =
+                format!("FI_EFA_FORK_SAFE turns libfabric's huge pages off on Linux {}", subject.host.kernel);
+            Check::warn(ID, evidence, "unset FI_EFA_FORK_SAFE, or run Linux 5.13 or newer, which needs it no more")
+        }
         Some((total, free)) if free > 0 => Check::ok(ID, format!("{free} of {total} huge pages are free")),
         Some((total, _)) if asked => {
             Check::fail(ID, format!("FI_EFA_USE_HUGE_PAGE asks for huge pages, 0 of {total} are free"), fix)

@@ -76,7 +76,11 @@ fn device_rdma(subject: &Subject<'_>) -> Check {
     let has_efa = subject.host.efa_on_pci().next().is_some();
     match subject.question.variable(NAME) {
         None => Check::ok(ID, format!("{NAME} is not set: current libfabric uses what the hardware has")),
-        Some("1") if has_efa || subject.question.backend == Backend::Ucx => Check::ok(ID, format!("{NAME}=1")),
+        Some("1") if has_efa || subject.question.backend == Backend::Ucx => {
+            let first = subject.host.efa_on_pci().any(|pci| pci.device == 0xefa0);
+            let note = "device 0xefa0: where it cannot read (instances older than p4d), this ends the process; unset, it does not";
+            Check::ok(ID, format!("{NAME}=1")).and(first.then(|| note.to_owned()))
+        }
         Some("1") => Check::fail(
             ID,
             format!("{NAME}=1 without an EFA device ends every process that opens the efa provider"),

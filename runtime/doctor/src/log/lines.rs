@@ -15,6 +15,8 @@ pub(super) struct Failure {
     pub(super) line: usize,
     pub(super) text: String,
     pub(super) fix: &'static str,
+    /// It says that something was probably not meant so, and not that it failed.
+    pub(super) mild: bool,
 }
 
 /// Everything that was found, with numbers of lines from 1.
@@ -36,7 +38,13 @@ pub(super) struct Lines {
 }
 
 /// What lines of failures contain, and what to do.
-const FAILURES: [(&str, &str); 14] = [
+const FAILURES: [(&str, &str); 16] = [
+    (
+        "version `FABRIC_1.",
+        "an older libfabric is loaded than the program was built for: put /opt/amazon/efa/lib first in LD_LIBRARY_PATH, see library.libfabric of \
+         kvferry doctor on the host",
+    ),
+    ("RDMAV_HUGEPAGES_SAFE", "set RDMAV_HUGEPAGES_SAFE=1: the process forks and registers memory on huge pages"),
     ("No zero-copy protocol found", "set UCX_RNDV_THRESH=inf, and see gpu.direct of kvferry doctor on the host"),
     (
         "no usable transports/devices",
@@ -72,6 +80,12 @@ const FAILURES: [(&str, &str); 14] = [
     ("Plugin API version mismatch", "set NIXL_PLUGIN_DIR to the plugins that belong to the NIXL that is loaded"),
 ];
 
+/// What lines contain that only warn, and what to do.
+const WARNINGS: [(&str, &str); 1] = [(
+    "unused environment variable",
+    "correct the names of the variables that the line lists: see variables.unread and variables.ucx of kvferry doctor on the host",
+)];
+
 impl Lines {
     pub(super) fn read(text: &str) -> Lines {
         let mut lines = Lines::default();
@@ -103,10 +117,12 @@ impl Lines {
             return;
         }
         if let Some((_, fix)) = FAILURES.iter().find(|(words, _)| text.contains(words)) {
-            keep(&mut self.errors, Failure { line, text: shown(text), fix });
+            keep(&mut self.errors, Failure { line, text: shown(text), fix, mild: false });
+        } else if let Some((_, fix)) = WARNINGS.iter().find(|(words, _)| text.contains(words)) {
+            keep(&mut self.errors, Failure { line, text: shown(text), fix, mild: true });
         } else if text.contains("network device '") && text.contains("' is not available") {
             let fix = "correct UCX_NET_DEVICES: see variables.ucx and efa.devices of kvferry doctor on the host";
-            keep(&mut self.errors, Failure { line, text: shown(text), fix });
+            keep(&mut self.errors, Failure { line, text: shown(text), fix, mild: false });
         } else if let Some(backend) = after(text, "NixlTransferAgent using NIXL backend:") {
             keep(&mut self.backends, (line, format!("NIXL backend {backend}")));
         } else if text.contains("Amazon EFA(s) were detected, but the UCX backend") {

@@ -141,7 +141,9 @@ fn numbers(subject: &Subject<'_>, domain: &Domain, findings: &mut Findings) {
 
 pub(super) fn nccl(subject: &Subject<'_>) -> Check {
     let mut findings = Findings::new();
-    let in_domain = |workload: &&Workload| !workload.claims().is_empty() && workload.role.is_some();
+    // Whoever forgot the claim is meant to be in it, too.
+    let claimed = |workload: &Workload| !workload.claims().is_empty() || !subject.domains.is_empty();
+    let in_domain = |workload: &&Workload| workload.role.is_some() && claimed(workload);
     for workload in subject.workloads.iter().filter(in_domain) {
         for name in ["NCCL_MNNVL_ENABLE", "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"] {
             match workload.variable(name) {
