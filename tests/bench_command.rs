@@ -78,6 +78,39 @@ fn streams_and_device_are_used() {
 }
 
 #[test]
+fn rails_share_what_moves() {
+    for op in ["pull", "push"] {
+        // 32 MiB an iteration, to an address of the loopback for each rail.
+        let shape = "--layers 8 --blocks 32 --block-bytes 65536 --iters 4";
+        let devices = "--rails 3 --device 127.0.0.2,127.0.0.3,127.0.0.4";
+        let report = json(&format!("--transport tcp --op {op} {shape} {devices}"));
+        assert_eq!(report["verified"], true);
+        assert_eq!(report["device"], "127.0.0.2,127.0.0.3,127.0.0.4");
+        let rails = report["rails"].as_array().unwrap();
+        let names: Vec<&str> = rails.iter().map(|rail| rail["device"].as_str().unwrap()).collect();
+        assert_eq!(names, ["127.0.0.2", "127.0.0.3", "127.0.0.4"]);
+        let carried: Vec<u64> = rails.iter().map(|rail| rail["bytes"].as_u64().unwrap()).collect();
+        assert_eq!(carried.iter().sum::<u64>(), 4 * report["bytes"].as_u64().unwrap(), "each byte once: {carried:?}");
+        assert!(carried.iter().all(|bytes| *bytes > 0), "{carried:?}");
+    }
+    let too_few = run("--transport tcp --rails 2 --device 127.0.0.2");
+    assert_eq!(too_few.status.code(), Some(2), "{}", errors(&too_few));
+    assert!(errors(&too_few).contains("--rails 2") && errors(&too_few).contains("127.0.0.2"), "{}", errors(&too_few));
+}
+
+#[test]
+fn pieces_are_compared_with_what_is_contiguous() {
+    for (transport, op) in [("shm", "pull"), ("tcp", "push")] {
+        let report = json(&format!("--transport {transport} --op {op} --layers 2 --blocks 8 --iters 2 --contiguous"));
+        assert_eq!(report["verified"], true, "{transport}: what it overwrote came again");
+        let (pieces, large) = (report["seconds"]["p50"].as_f64(), report["contiguous_seconds"]["p50"].as_f64());
+        let part = report["of_contiguous"].as_f64().unwrap();
+        assert!((large.unwrap() / pieces.unwrap() - part).abs() < 1e-9, "{report}");
+    }
+    assert!(json("--transport shm --layers 1 --blocks 4 --iters 1").get("of_contiguous").is_none());
+}
+
+#[test]
 fn people_get_a_table() {
     let output = run("--transport shm --layers 1 --blocks 4 --iters 1");
     assert!(output.status.success(), "{}", errors(&output));

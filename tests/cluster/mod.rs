@@ -45,9 +45,24 @@ pub(crate) fn run_bare(options: &[&str]) -> Ran {
     run_now(options)
 }
 
+/// Runs the example on a host of its own: a network namespace that a shell script sets up first, with root, unshare and what the script calls.
+#[allow(dead_code, reason = "not every test needs one")]
+pub(crate) fn run_on_a_host(script: &str, options: &[&str]) -> Ran {
+    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    // Interfaces are looked up in sysfs, which is a namespace's own only when it is mounted there.
+    let script = format!("set -e; mount -t sysfs none /sys; ip link set lo up; {script}; exec \"$0\" \"$@\"");
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--net", "--mount", "sh", "-c", &script]).arg(example());
+    finish(spawn(unshare, options), options)
+}
+
 /// The same, whatever else runs.
 pub(crate) fn run_now(options: &[&str]) -> Ran {
-    let mut child = start(options);
+    finish(start(options), options)
+}
+
+/// Waits for what was started, and for all that it printed.
+fn finish(mut child: Child, options: &[&str]) -> Ran {
     let (mut stdout, mut stderr) = (String::new(), String::new());
     let mut errors = child.stderr.take().expect("stderr is piped");
     let reader = std::thread::spawn(move || {
@@ -79,7 +94,11 @@ pub(crate) fn run_now(options: &[&str]) -> Ran {
 
 /// Starts the example, as the first of a process group of its own.
 pub(crate) fn start(options: &[&str]) -> Child {
-    Command::new(example())
+    spawn(Command::new(example()), options)
+}
+
+fn spawn(mut command: Command, options: &[&str]) -> Child {
+    command
         .args(options)
         .env_remove("RUST_LOG")
         .stdin(Stdio::null())

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
+use kvferry::transport::providers;
 use kvferry::{Direction, TransportKind};
 use kvferry_core::limits::{LAYERS_MAX, TABLE_BLOCKS_MAX};
 
@@ -41,6 +42,8 @@ use way::Way;
 ///
 /// `evidence` is what the destination knows of the path, else the initiator: how far it is proven, over which lanes, and where pieces may
 /// come in two ways, from which length on they are read and why.
+///
+/// With `--rails N` the request moves through N devices of each process at once; `rails` says which carried how much of it.
 ///
 /// With `--transport nixl` the first process is an agent that speaks NIXL's protocol over UCX, and pulls by READ and pushes by WRITE, each followed by a
 /// notification; the second is another one, or with `--nixl-python` NIXL's own. `peer` says what it is, `lacks` what NIXL's protocol does not have.
@@ -72,9 +75,20 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     iters: u32,
 
-    /// The device that both processes open: a network interface for tcp; what UCX's NET_DEVICES takes for nixl. By default the first usable one.
+    /// The device that both processes open: a network interface or an address for tcp; what UCX's NET_DEVICES takes for nixl. By default the first
+    /// usable one. With --rails several, separated by commas.
     #[arg(long)]
     device: Option<String>,
+
+    /// Devices that share the transfer, each opened by both processes. A pull is shared out by what each was seen to carry, a push evenly;
+    /// `rails` says which carried how much.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    rails: u32,
+
+    /// After each timed iteration, also move as many bytes as contiguous as the pools allow, between the same processes over the same connections:
+    /// `contiguous_seconds`, and how near the request's pieces come to that, `of_contiguous`.
+    #[arg(long)]
+    contiguous: bool,
 
     /// TCP streams between the two processes. By default what the transport thinks best.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
@@ -160,7 +174,34 @@ impl Options {
         if (self.tls.is_some() || self.nixl_python.is_some()) && self.transport != Way::Nixl {
             return Err(BenchError::NoNixl);
         }
+        if self.rails > 1 && (self.transport == Way::Nixl || is(TransportKind::Cuda)) {
+            return Err(BenchError::NoRails);
+        }
+        if self.contiguous && self.transport == Way::Nixl {
+            return Err(BenchError::NoContiguous);
+        }
         Ok(())
+    }
+
+    /// The devices that a side opens, each with its name if it has one.
+    fn devices_of(&self, kind: TransportKind, holds: Holds) -> Result<Vec<Option<String>>, BenchError> {
+        let rails = self.rails as usize;
+        let named = self.device_of(holds);
+        if rails == 1 {
+            return Ok(vec![named]);
+        }
+        let list: Vec<String> = match named {
+            Some(named) => named.split(',').map(|name| name.trim().to_owned()).collect(),
+            None => {
+                let provider = providers().into_iter().find(|provider| provider.kind() == kind);
+                let devices = provider.map(|provider| provider.discover()).unwrap_or_default();
+                devices.into_iter().filter(|device| device.unavailable.is_none()).map(|device| device.name).collect()
+            }
+        };
+        if list.len() < rails {
+            return Err(BenchError::TooFewDevices { rails: self.rails, devices: list.join(",") });
+        }
+        Ok(list.into_iter().take(rails).map(Some).collect())
     }
 
     /// The GPU in whose memory a side's pool is to be, if one is named.
@@ -179,10 +220,10 @@ impl Options {
     }
 
     /// What a side's pool is allocated by: the transport that moves such memory best, and its device.
-    fn memory_of(&self, kind: TransportKind, holds: Holds) -> (TransportKind, Option<String>) {
+    fn memory_of(&self, kind: TransportKind, holds: Holds) -> Result<(TransportKind, Option<String>), BenchError> {
         match self.gpu_of(holds) {
-            Some(gpu) => (TransportKind::Cuda, Some(gpu)),
-            None => (kind, self.device_of(holds)),
+            Some(gpu) => Ok((TransportKind::Cuda, Some(gpu))),
+            None => Ok((kind, self.devices_of(kind, holds)?.into_iter().next().flatten())),
         }
     }
 

@@ -156,7 +156,7 @@ impl Backend for Fabric {
     ) -> Result<Reads, TransferError> {
         let own = self.bound.get(&pool.id()).cloned();
         let own = own.ok_or_else(|| TransferError::Refused(format!("{} is not bound here", pool.id())))?;
-        let most = self.domain.info.message_bytes_max();
+        let most = (self.domain.info.message_bytes_max(), self.domain.info.pieces_max());
         Ok(Reads::new((program, range), layout, memory, (pool, own), most))
     }
 

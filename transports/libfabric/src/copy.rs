@@ -7,13 +7,16 @@ use kvferry_core::{Copy, Location, PoolLayout, Program, UnitRange};
 use kvferry_local::{Copying, Step};
 use kvferry_transport::{Pool, TransferError, first_part};
 
+use crate::endpoint::PIECES_MAX;
 use crate::memory::{Lent, Own};
-use crate::reader::Ticket;
+use crate::reader::{Source, Ticket};
 
 /// Reads of one copy that are under way at a time.
 const READS_MAX: usize = 64;
 /// Bytes of one read.
 const READ_BYTES_MAX: u64 = 1 << 20;
+/// Bytes of a read that brings several pieces: longer ones gain nothing by company.
+const GATHERED_BYTES_MAX: u64 = 256 << 10;
 /// What a read costs beside its bytes, in bytes that could be copied in that time.
 const READ_COST: u64 = 1024;
 
@@ -30,6 +33,9 @@ pub(crate) struct Reads {
     pool: Pool,
     own: Rc<Own>,
     read_bytes_max: u64,
+    /// Of one read that brings several pieces.
+    gathered_bytes_max: u64,
+    pieces_max: usize,
     /// Laid out, not asked for yet; the last is next.
     next: Vec<Copy>,
     ticket: Rc<Ticket>,
@@ -42,7 +48,7 @@ impl Reads {
         source: Arc<PoolLayout>,
         memory: Rc<Lent>,
         (pool, own): (Pool, Rc<Own>),
-        message_bytes_max: usize,
+        (message_bytes_max, pieces_max): (usize, usize),
     ) -> Reads {
         let units = program.units();
         let range = UnitRange { start: range.start.min(units), end: range.end.min(units) };
@@ -58,6 +64,8 @@ impl Reads {
             pool,
             own,
             read_bytes_max: READ_BYTES_MAX.min(message_bytes_max as u64).max(1),
+            gathered_bytes_max: GATHERED_BYTES_MAX.min(message_bytes_max as u64),
+            pieces_max: pieces_max.clamp(1, PIECES_MAX),
             next: Vec::new(),
             ticket: Rc::default(),
         }
@@ -67,7 +75,7 @@ impl Reads {
     fn lay_out(&mut self, budget: u64) -> Result<(), TransferError> {
         let (part, bytes) = first_part(&self.program, self.range, self.left, budget);
         let copies = self.program.copies(part, &self.source, self.pool.layout());
-        self.next = copies.collect();
+        self.next = copies.filter(|copy| copy.bytes > 0).collect();
         let laid: u64 = self.next.iter().map(|copy| copy.bytes).sum();
         if laid != bytes {
             let message =
@@ -81,20 +89,49 @@ impl Reads {
         Ok(())
     }
 
-    /// Asks for the beginning of a run, as much as one read may bring. `None`: not now.
-    fn ask(&self, copy: &Copy) -> Result<Option<u64>, TransferError> {
+    /// Asks for the next pieces, as many as one read may bring: several short ones, or as much of a long one. `None`: not now.
+    fn ask(&self) -> Result<Option<u64>, TransferError> {
         let outside = || TransferError::Refused("a block lies outside its pool".into());
-        let bytes = copy.bytes.min(self.read_bytes_max);
-        let length = usize::try_from(bytes).map_err(|_| outside())?;
-        let source = self.memory.source(copy.source, length).ok_or_else(outside)?;
-        let to = self.pool.address(copy.destination, bytes).ok_or_else(outside)?;
-        let into = self.own.region(copy.destination.region).ok_or_else(outside)?;
-        // SAFETY: the range was just found to lie inside the pool's region, which is what is registered; the program writes each of its
+        let nowhere = Source { address: 0, key: 0, bytes: 0 };
+        let mut pieces = [(nowhere, std::ptr::null_mut()); PIECES_MAX];
+        let (mut count, mut bytes, mut region) = (0, 0, None);
+        for (copy, piece) in self.next.iter().rev().zip(pieces.iter_mut().take(self.pieces_max)) {
+            let part = copy.bytes.min(self.read_bytes_max);
+            let fits = part == copy.bytes && bytes + part <= self.gathered_bytes_max;
+            if count > 0 && (region != Some(copy.destination.region) || !fits) {
+                break;
+            }
+            let length = usize::try_from(part).map_err(|_| outside())?;
+            let source = self.memory.source(copy.source, length).ok_or_else(outside)?;
+            let to = self.pool.address(copy.destination, part).ok_or_else(outside)?;
+            *piece = (source, to);
+            (count, bytes, region) = (count + 1, bytes + part, Some(copy.destination.region));
+            if part < copy.bytes {
+                break;
+            }
+        }
+        let into = region.and_then(|region| self.own.region(region)).ok_or_else(outside)?;
+        // SAFETY: the ranges were just found to lie inside the pool's region, which is what is registered; the program writes each of its
         // bytes once.
-        match unsafe { self.memory.reader.read(source, to, into, &self.ticket) } {
+        match unsafe { self.memory.reader.read(pieces.get(..count).unwrap_or_default(), into, &self.ticket) } {
             Ok(true) => Ok(Some(bytes)),
             Ok(false) => Ok(None),
             Err(message) => Err(unread(message)),
+        }
+    }
+
+    /// So many of the next bytes were asked for.
+    fn asked(&mut self, mut bytes: u64) {
+        while bytes > 0 {
+            let Some(mut copy) = self.next.pop() else { return };
+            let part = copy.bytes.min(bytes);
+            bytes -= part;
+            if part < copy.bytes {
+                copy.bytes -= part;
+                copy.source = behind(copy.source, part);
+                copy.destination = behind(copy.destination, part);
+                self.next.push(copy);
+            }
         }
     }
 }
@@ -110,27 +147,15 @@ impl Copying for Reads {
         }
         let mut cost = 0;
         while cost < budget && self.ticket.under_way.get() < READS_MAX {
-            let Some(mut copy) = self.next.pop() else {
+            if self.next.is_empty() {
                 if self.range.start >= self.range.end {
                     break;
                 }
                 self.lay_out(budget - cost)?;
                 continue;
-            };
-            if copy.bytes == 0 {
-                continue;
             }
-            let asked = self.ask(&copy)?;
-            let bytes = asked.unwrap_or(0);
-            if bytes < copy.bytes {
-                copy.bytes -= bytes;
-                copy.source = behind(copy.source, bytes);
-                copy.destination = behind(copy.destination, bytes);
-                self.next.push(copy);
-            }
-            if asked.is_none() {
-                break;
-            }
+            let Some(bytes) = self.ask()? else { break };
+            self.asked(bytes);
             cost += bytes + READ_COST;
         }
         let is_all = self.next.is_empty() && self.range.start >= self.range.end && self.ticket.under_way.get() == 0;

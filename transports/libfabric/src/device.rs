@@ -15,6 +15,11 @@ const LISTED: [&str; 3] = ["efa", "tcp", "shm"];
 /// Providers that may be asked for.
 const KNOWN: [&str; 4] = ["efa", "tcp", "tcp;ofi_rxm", "shm"];
 
+/// A provider that is refused whoever asks for it.
+const SOCKETS: &str = "sockets";
+/// Why.
+const NO_SOCKETS: &str = "libfabric's sockets provider is deprecated, and a transfer over it once waited for ever; tcp does the same and is faster";
+
 /// A device, by its name: the providers that it may be opened with, in order, and its domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Named {
@@ -26,6 +31,9 @@ pub(crate) struct Named {
 pub(crate) fn named(name: &str) -> Result<Named, String> {
     match name.split_once('/') {
         Some((provider, domain)) => {
+            if provider == SOCKETS {
+                return Err(format!("{name:?}: {NO_SOCKETS}; take {domain:?}"));
+            }
             let known = KNOWN.iter().find(|known| **known == provider);
             let provider = known.ok_or_else(|| format!("no provider {provider:?}; there are {}", KNOWN.join(", ")))?;
             Ok(Named { providers: vec![provider], domain: domain.to_owned() })
@@ -105,6 +113,8 @@ mod tests {
         let layered = Named { providers: vec!["tcp;ofi_rxm"], domain: "lo".to_owned() };
         assert_eq!(named("tcp;ofi_rxm/lo"), Ok(layered));
         assert!(named("verbs/mlx5_0").unwrap_err().contains("tcp;ofi_rxm"));
+        let refused = named("sockets/eth0").unwrap_err();
+        assert!(refused.contains("deprecated") && refused.ends_with("take \"eth0\""), "{refused}");
         assert_eq!(called("efa", "rdmap40s0-rdm"), "rdmap40s0");
         assert_eq!((called("tcp;ofi_rxm", "lo"), called("shm", "shm")), ("lo".to_owned(), "shm".to_owned()));
     }

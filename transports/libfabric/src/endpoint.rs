@@ -6,9 +6,10 @@ use std::ptr;
 use std::rc::Rc;
 
 use libfabric_sys::{
-    FI_AV_TABLE, FI_CQ_FORMAT_MSG, FI_EAGAIN, FI_EAVAIL, FI_OPT_EFA_EMULATED_READ, FI_OPT_ENDPOINT, FI_RECV,
-    FI_TRANSMIT, FI_WAIT_FD, FI_WAIT_NONE, Padded, calls, fi_av_attr, fi_cq_attr, fi_cq_err_entry, fi_cq_msg_entry,
-    fi_eq_attr, fi_eq_err_entry, fid, fid_av, fid_cq, fid_ep, fid_eq, version,
+    FI_AV_TABLE, FI_COMPLETION, FI_CQ_FORMAT_MSG, FI_EAGAIN, FI_EAVAIL, FI_OPT_EFA_EMULATED_READ, FI_OPT_ENDPOINT,
+    FI_RECV, FI_TRANSMIT, FI_WAIT_FD, FI_WAIT_NONE, Padded, calls, fi_av_attr, fi_cq_attr, fi_cq_err_entry,
+    fi_cq_msg_entry, fi_eq_attr, fi_eq_err_entry, fi_msg_rma, fi_rma_iov, fid, fid_av, fid_cq, fid_ep, fid_eq, iovec,
+    version,
 };
 
 use crate::domain::Domain;
@@ -16,6 +17,8 @@ use crate::library::Version;
 use crate::operations::Operations;
 use crate::slab::Slab;
 
+/// Pieces that one read brings together, at most.
+pub(crate) const PIECES_MAX: usize = 8;
 /// Completions that are taken at once.
 const BATCH: usize = 32;
 /// Bytes of an endpoint's name.
@@ -226,6 +229,39 @@ impl<T> Endpoint<T> {
         // SAFETY: as in `send`.
         self.post("fi_read", operation, |context| unsafe {
             calls::fi_read(endpoint, buffer.cast(), bytes, desc, from, address, key, context).0
+        })
+    }
+
+    /// Reads several pieces of a peer's memory at once: from `there`, each into the memory beside it in `here`.
+    ///
+    /// # Safety
+    /// As for [`Endpoint::receive`], of every piece of `here`; all lie in the memory that `desc` describes.
+    pub(crate) unsafe fn read_several(
+        &mut self,
+        from: u64,
+        there: &[fi_rma_iov],
+        here: &[iovec],
+        desc: *mut c_void,
+        operation: T,
+    ) -> Posted<T> {
+        let endpoint = self.endpoint.0;
+        let mut descs = [desc; PIECES_MAX];
+        if here.len() > descs.len() || here.len() != there.len() {
+            return Posted::Never(operation, format!("{} pieces are not one read", here.len()));
+        }
+        let mut message = fi_msg_rma {
+            msg_iov: here.as_ptr(),
+            desc: descs.as_mut_ptr(),
+            iov_count: here.len(),
+            addr: from,
+            rma_iov: there.as_ptr(),
+            rma_iov_count: there.len(),
+            ..Default::default()
+        };
+        // SAFETY: as in `send`; what the message points to is read during the call.
+        self.post("fi_readmsg", operation, |context| unsafe {
+            message.context = context;
+            calls::fi_readmsg(endpoint, &message, FI_COMPLETION.into()).0
         })
     }
 

@@ -142,6 +142,17 @@ impl Info {
         unsafe { (*(*self.raw).rx_attr).size }
     }
 
+    /// Pieces that one read may bring together, on either side of it. Providers over TCP are trusted with several: shared memory of 1.17 says that
+    /// it takes several and ends the process over some.
+    pub(crate) fn pieces_max(&self) -> usize {
+        if !self.provider().starts_with("tcp") {
+            return 1;
+        }
+        // SAFETY: as above.
+        let (here, there) = unsafe { ((*(*self.raw).tx_attr).iov_limit, (*(*self.raw).tx_attr).rma_iov_limit) };
+        here.min(there).max(1)
+    }
+
     /// Bytes of one message or one read.
     pub(crate) fn message_bytes_max(&self) -> usize {
         // SAFETY: as above.

@@ -7,9 +7,10 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use kvferry_transport::Pool;
+use libfabric_sys::{fi_rma_iov, iovec};
 
 use crate::domain::{Domain, Registered};
-use crate::endpoint::{Done, Endpoint, Posted};
+use crate::endpoint::{Done, Endpoint, PIECES_MAX, Posted};
 use crate::slab::Slab;
 
 /// Reads that one peer is asked for at a time.
@@ -114,7 +115,8 @@ impl Reader {
         } else if let Some(buffer) = warming.scratch.buffer(0) {
             let keep: Rc<dyn Any> = warming.scratch.clone();
             // SAFETY: the buffer holds a byte, nobody looks at what is written there, and the operation keeps it.
-            match unsafe { self.ask(warming.source, buffer, warming.scratch.desc(), keep, &warming.ticket, false) } {
+            match unsafe { self.ask(&[(warming.source, buffer)], warming.scratch.desc(), keep, &warming.ticket, false) }
+            {
                 Ok(asked) => warming.is_asked = asked,
                 Err(reason) => {
                     tracing::debug!(reason, "the way to a peer's memory is not wired yet");
@@ -128,27 +130,25 @@ impl Reader {
         !is_over
     }
 
-    /// Asks for bytes. `Ok(false)`: not now. An error ends the copy.
+    /// Asks for pieces, at most [`PIECES_MAX`] and no more than the provider takes at once. `Ok(false)`: not now. An error ends the copy.
     ///
     /// # Safety
-    /// `source.bytes` bytes at `to` lie inside the registered memory, and nobody else writes there until the read is over.
+    /// So many bytes as each source has lie inside the registered memory where it goes, and nobody else writes there until the read is over.
     pub(crate) unsafe fn read(
         &self,
-        source: Source,
-        to: *mut u8,
+        pieces: &[(Source, *mut u8)],
         into: &Rc<Registered<Pool>>,
         ticket: &Rc<Ticket>,
     ) -> Result<bool, String> {
-        // SAFETY: the memory is registered and kept by the operation; the caller answers for the range.
-        unsafe { self.ask(source, to, into.desc(), into.clone(), ticket, true) }
+        // SAFETY: the memory is registered and kept by the operation; the caller answers for the ranges.
+        unsafe { self.ask(pieces, into.desc(), into.clone(), ticket, true) }
     }
 
     /// # Safety
     /// As for [`Reader::read`], of memory that `keep` keeps and `desc` describes.
     unsafe fn ask(
         &self,
-        source: Source,
-        to: *mut u8,
+        pieces: &[(Source, *mut u8)],
         desc: *mut c_void,
         keep: Rc<dyn Any>,
         ticket: &Rc<Ticket>,
@@ -157,10 +157,26 @@ impl Reader {
         let mut open = self.open.borrow_mut();
         let Some(Open { endpoint, address, .. }) = open.as_mut() else { return Err(self.why_closed()) };
         ticket.under_way.set(ticket.under_way.get() + 1);
-        let Source { address: at, key, bytes } = source;
-        let read = Read { ticket: ticket.clone(), bytes: if counts { bytes as u64 } else { 0 }, _into: keep };
-        // SAFETY: the operation keeps the memory; the caller answers for the range.
-        match unsafe { endpoint.read(*address, at, key, to, bytes, desc, read) } {
+        let bytes = if counts { pieces.iter().map(|(source, _)| source.bytes as u64).sum() } else { 0 };
+        let read = Read { ticket: ticket.clone(), bytes, _into: keep };
+        let posted = match pieces {
+            [(Source { address: at, key, bytes }, to)] => {
+                // SAFETY: the operation keeps the memory; the caller answers for the range.
+                unsafe { endpoint.read(*address, *at, *key, *to, *bytes, desc, read) }
+            }
+            several => {
+                let (mut there, mut here) = ([fi_rma_iov::default(); PIECES_MAX], [iovec::default(); PIECES_MAX]);
+                for ((there, here), (source, to)) in there.iter_mut().zip(&mut here).zip(several) {
+                    *there = fi_rma_iov { addr: source.address, len: source.bytes, key: source.key };
+                    *here = iovec { iov_base: to.cast(), iov_len: source.bytes };
+                }
+                let count = several.len().min(PIECES_MAX);
+                let (there, here) = (there.get(..count).unwrap_or_default(), here.get(..count).unwrap_or_default());
+                // SAFETY: as above.
+                unsafe { endpoint.read_several(*address, there, here, desc, read) }
+            }
+        };
+        match posted {
             Posted::Yes => {
                 self.is_refused.set(false);
                 Ok(true)
@@ -313,7 +329,7 @@ mod tests {
                     if !is_asked {
                         let source = Source { address, key, bytes: BYTES };
                         // SAFETY: the registered memory, of that length, which nobody else touches.
-                        is_asked = unsafe { reader.read(source, to, &registered, &ticket) }.unwrap();
+                        is_asked = unsafe { reader.read(&[(source, to)], &registered, &ticket) }.unwrap();
                     }
                     reader.progress();
                     owner.poll(&mut Vec::new(), 8).unwrap();
@@ -326,6 +342,58 @@ mod tests {
                 assert!(failed.is_some() && first_byte(&into) == 1, "{name}: success for a key that nobody knows");
             }
             assert_eq!((read(lent.key()), first_byte(&into)), (None, 7), "{name}");
+        }
+    }
+
+    /// Where a provider takes several pieces at once, each comes from its own place and goes to its own, and nothing else is written.
+    #[test]
+    fn several_pieces_of_one_read_go_where_they_belong() {
+        let library = match Library::find() {
+            Ok(library) => library,
+            Err(reason) => return kvferry_transport::conformance::absent("libfabric", &reason),
+        };
+        for name in ["lo", "tcp;ofi_rxm/lo", "shm"] {
+            if name == "shm" && library.version.0 >= libfabric_sys::version(2, 0) {
+                continue;
+            }
+            let open = || Domain::open(library, device::find(library, name).unwrap()).unwrap();
+            let (here, there) = (open(), open());
+            let mut owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
+            let (source, into) = (pool(1, 0), pool(2, 0xee));
+            let pattern: Vec<u8> = (0..BYTES).map(|byte| (byte / 7) as u8).collect();
+            source.write(0, 0, 0, &pattern).unwrap();
+            let base = source.regions()[0].base();
+            let lent = Registered::new(&there, base, BYTES, FI_READ | FI_REMOTE_READ, source.clone()).unwrap();
+            let to = into.regions()[0].base();
+            let registered = Rc::new(Registered::new(&here, to, BYTES, FI_READ, into.clone()).unwrap());
+            let address = if there.mode.addresses { base as u64 } else { 0 };
+            let reader = Reader::open(&here, owner.name()).unwrap();
+            let mut due = vec![0xee; BYTES];
+            // From, to, how many.
+            let moves = [(2048, 0, 1000), (0, 3072, 1024), (4000, 1500, 96), (1024, 1111, 1)];
+            let moves = &moves[..moves.len().min(here.info.pieces_max())];
+            let pieces: Vec<(Source, *mut u8)> = moves
+                .iter()
+                .map(|&(from, at, bytes)| {
+                    due[at..at + bytes].copy_from_slice(&pattern[from..from + bytes]);
+                    (Source { address: address + from as u64, key: lent.key(), bytes }, to.wrapping_add(at))
+                })
+                .collect();
+            let ticket: Rc<Ticket> = Rc::default();
+            let (mut is_asked, until) = (false, Instant::now() + Duration::from_secs(20));
+            while Instant::now() < until && (!is_asked || ticket.under_way.get() > 0) {
+                if !is_asked {
+                    // SAFETY: inside the registered memory, and nobody else touches it.
+                    is_asked = unsafe { reader.read(&pieces, &registered, &ticket) }.unwrap();
+                }
+                reader.progress();
+                owner.poll(&mut Vec::new(), 8).unwrap();
+            }
+            assert!(is_asked && ticket.under_way.get() == 0, "{name}: it does not end");
+            assert_eq!(ticket.failed.borrow_mut().take(), None, "{name}: {} pieces", moves.len());
+            let mut found = vec![0; BYTES];
+            into.read(0, 0, 0, &mut found).unwrap();
+            assert!(found == due, "{name}: {} pieces", moves.len());
         }
     }
 }

@@ -43,6 +43,17 @@ pub(crate) enum BenchError {
     /// No thread or timer for futures.
     #[error("no runtime for futures: {0}")]
     Runtime(#[source] std::io::Error),
+    /// So are rails, of networks.
+    #[error("--rails is for transports that cross a network; leave it out with nixl and cuda")]
+    NoRails,
+    /// So is what pieces are compared with.
+    #[error("--contiguous is for kvferry's transports; leave it out with nixl")]
+    NoContiguous,
+    /// Every rail is a device.
+    #[error(
+        "--rails {rails} needs so many devices, and there are {devices:?}; name them with --device, separated by commas"
+    )]
+    TooFewDevices { rails: u32, devices: String },
     /// There is no memory for a pool.
     #[error(transparent)]
     Allocate(#[from] AllocateError),
@@ -109,6 +120,9 @@ impl BenchError {
                 | BenchError::NoTwoSides
                 | BenchError::NoChoice
                 | BenchError::NoNixl
+                | BenchError::NoRails
+                | BenchError::NoContiguous
+                | BenchError::TooFewDevices { .. }
                 | BenchError::Select(SelectError::UnknownDevice { .. })
                 | BenchError::Geometry(_)
                 | BenchError::Plan(_)

@@ -1,9 +1,11 @@
 //! The first process: it starts the second one, initiates the transfers, and takes the time.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvferry::{BlockTable, PoolId, Tables, TransportKind};
+use kvferry::{BlockTable, Moment, PoolId, Program, RailTerms, Tables, TransportKind};
 use kvferry_core::Evidence;
+use kvferry_core::protocol::{Rails, SharedOut};
 use kvferry_transport::{Event, PeerId, PoolKeys, RemotePool, Transfer};
 
 use super::caches;
@@ -23,9 +25,9 @@ pub(crate) fn measure(options: &Options, kind: TransportKind) -> Result<Report, 
     let deadline = Deadline::of(options);
     let shape = Shape::of(options)?;
     let nic = Nic::open(options, kind, options.op.here())?;
-    let (device, library) = (nic.transport.info().device.clone(), nic.transport.info().library.clone());
+    let (device, library) = (nic.devices(), nic.library());
     let mut peer = PeerProcess::start(options, Some(&device))?;
-    let there = options.device_of(options.op.there()).unwrap_or_else(|| device.clone());
+    let there = options.device_of(options.op.there()).filter(|_| options.rails == 1).unwrap_or_else(|| device.clone());
     let device = if there == device {
         device
     } else {
@@ -62,9 +64,13 @@ pub(crate) struct Measured {
     pub(crate) first: Sample,
     /// The timed ones.
     pub(crate) samples: Vec<Sample>,
+    /// As many bytes in as few pieces as can be, between them.
+    pub(crate) contiguous: Vec<Sample>,
     /// One more, after everything was compared, the destination overwritten and all caches filled with other memory: a connection in use, and memory
     /// as cold as at the first. `None` where the comparison found a difference.
     pub(crate) rested: Option<Sample>,
+    /// Bytes that each device here has carried in the timed ones.
+    pub(crate) carried: Vec<(String, u64)>,
     /// What is known of the path after them.
     pub(crate) evidence: Option<Evidence>,
     /// The first wrong byte.
@@ -75,6 +81,15 @@ pub(crate) struct Measured {
 pub(crate) trait Sides {
     /// Plans the request and moves it once.
     fn iterate(&mut self, handover: u64) -> Result<Sample, BenchError>;
+    /// Bytes that each device here has carried in all iterations but the first.
+    fn carried(&self) -> Vec<(String, u64)> {
+        Vec::new()
+    }
+    /// Moves as many bytes in as few pieces as there can be, and not the request's. `None` where that cannot be.
+    fn contiguous(&mut self, handover: u64) -> Result<Option<Sample>, BenchError> {
+        let _nobody_asked = handover;
+        Ok(None)
+    }
     /// What is known of the path, by whoever knows most.
     fn evidence(&mut self) -> Result<Option<Evidence>, BenchError>;
     /// Compares the destination, wherever it is: the first difference, if any.
@@ -88,11 +103,21 @@ pub(crate) trait Sides {
 /// Moves the request as often as it is wanted, then compares.
 pub(crate) fn compare(options: &Options, mut session: impl Sides) -> Result<Measured, BenchError> {
     let first = session.iterate(0)?;
-    let mut samples = Vec::with_capacity(options.iters as usize);
-    for handover in 1..=u64::from(options.iters) {
+    let iters = u64::from(options.iters);
+    let (mut samples, mut contiguous) = (Vec::with_capacity(options.iters as usize), Vec::new());
+    for handover in 1..=iters {
         samples.push(session.iterate(handover)?);
+        if options.contiguous {
+            contiguous.extend(session.contiguous(iters + 2 + handover)?);
+        }
     }
+    let carried = session.carried();
     let evidence = session.evidence()?;
+    if options.contiguous {
+        // It has overwritten what is compared.
+        session.write()?;
+        session.iterate(iters + 2)?;
+    }
     let mut mismatch = session.verify()?;
     let mut rested = None;
     if mismatch.is_none() {
@@ -100,10 +125,10 @@ pub(crate) fn compare(options: &Options, mut session: impl Sides) -> Result<Meas
         let bytes = caches::bytes_to_fill();
         session.rest_there(bytes)?;
         caches::fill(bytes);
-        rested = Some(session.iterate(u64::from(options.iters) + 1)?);
+        rested = Some(session.iterate(iters + 1)?);
         mismatch = session.verify()?;
     }
-    Ok(Measured { first, samples, rested, evidence, mismatch })
+    Ok(Measured { first, samples, contiguous, rested, carried, evidence, mismatch })
 }
 
 /// Both sides connected, with their pools filled.
@@ -114,8 +139,13 @@ struct Session<'a> {
     /// The peer's table: its blocks where this side touches them, else its shape.
     there: Tables,
     nic: Nic,
-    peer: PeerId,
-    remote: RemotePool,
+    /// The peer and its pool, by rail.
+    peers: Vec<(PeerId, RemotePool)>,
+    /// Who carries how much of a pull.
+    rails: Rails,
+    /// Bytes so far, by rail.
+    carried: Vec<u64>,
+    began: Instant,
     words: &'a mut Words,
     deadline: Deadline,
     events: Vec<Event>,
@@ -132,29 +162,58 @@ impl<'a> Session<'a> {
         let during = "connecting";
         let op = options.op;
         let cache = Cache::allocate(options, shape, op.here(), SEED)?;
-        nic.transport.bind(cache.pool())?;
+        for transport in &mut nic.transports {
+            transport.bind(cache.pool())?;
+        }
         let mut events = Vec::new();
         let hello = hear(&mut nic, words, deadline, "the peer's start", &mut events)?;
         let FromPeer::Hello { address, keys, layout, table } = hello else {
             return Err(unexpected(&hello, during));
         };
-        let peer = nic.transport.connect(&address)?;
-        let remote = nic.transport.import(peer, &PoolKeys(keys.into()), &layout)?;
+        let mut rails = vec![(address, keys)];
+        while rails.len() < nic.transports.len() {
+            match hear(&mut nic, words, deadline, "the peer's rails", &mut events)? {
+                FromPeer::Rail { address, keys } => rails.push((address, keys)),
+                other => return Err(unexpected(&other, during)),
+            }
+        }
+        let mut peers = Vec::new();
+        for (transport, (address, keys)) in nic.transports.iter_mut().zip(rails) {
+            let peer = transport.connect(&address)?;
+            peers.push((peer, transport.import(peer, &PoolKeys(keys.into()), &layout)?));
+        }
         let mut there = Tables { groups: vec![BlockTable::known(0, table)] };
         if op == Op::Push {
             there = there.shapes();
         }
-        let mut session = Session { op, shape, cache, there, nic, peer, remote, words, deadline, events };
-        while !session.turn(during)?.any(|event| matches!(event, Event::Connected { .. })) {}
+        let count = peers.len();
+        let rails = Rails::new(0..count, RailTerms { rails_max: options.rails, ..RailTerms::default() });
+        let carried = vec![0; count];
+        let mut session = Session {
+            op,
+            shape,
+            cache,
+            there,
+            nic,
+            peers,
+            rails,
+            carried,
+            began: Instant::now(),
+            words,
+            deadline,
+            events,
+        };
+        let mut connected = 0;
+        while connected < count {
+            connected += session.turn(during)?.filter(|event| matches!(event, Event::Connected { .. })).count();
+        }
         Ok(session)
     }
 }
 
 impl Sides for Session<'_> {
     fn iterate(&mut self, handover: u64) -> Result<Sample, BenchError> {
-        let during = "a transfer";
         let there_before = self.spent_there(&ToPeer::Begin { handover }, "the start of a transfer")?;
-
         let start = Instant::now();
         let (source, destination) = match self.op {
             Op::Pull => (&self.there, self.cache.tables()),
@@ -162,38 +221,18 @@ impl Sides for Session<'_> {
         };
         let program = self.shape.program(source, destination)?;
         let plan = start.elapsed();
+        let counts = handover > 0;
+        Ok(Sample { plan, ..self.move_it(handover, program, there_before, counts)? })
+    }
 
-        let transfer = Transfer {
-            id: transfer_id(handover),
-            peer: self.peer,
-            direction: self.op.direction(),
-            local: PoolId(0),
-            remote: self.remote,
-            range: program.whole(),
-            program,
-            notice: None,
-        };
-        let here_before = spent();
-        let start = Instant::now();
-        self.nic.transport.post(transfer)?;
-        let moved = 'moving: loop {
-            for event in self.turn(during)? {
-                if let Event::Completed { bytes, .. } = event {
-                    break 'moving bytes;
-                }
-            }
-        };
-        let elapsed = start.elapsed();
-        let here = spent().since(here_before, Spent::default());
+    fn contiguous(&mut self, handover: u64) -> Result<Option<Sample>, BenchError> {
+        let there_before = self.spent_there(&ToPeer::BeginContiguous { handover }, "the start of a large transfer")?;
+        self.move_it(handover, self.shape.contiguous(), there_before, false).map(Some)
+    }
 
-        let there_after = self.spent_there(&ToPeer::End { handover }, "the end of a transfer")?;
-        let due = self.shape.bytes();
-        if moved != due {
-            return Err(BenchError::Short { moved, due });
-        }
-        let Spent { processor, gpu } = there_after.since(there_before, here);
-        let (processor, gpu) = (Duration::from_nanos(processor), Duration::from_nanos(gpu));
-        Ok(Sample { plan, moved: elapsed, processor, gpu })
+    fn carried(&self) -> Vec<(String, u64)> {
+        let names = self.nic.transports.iter().map(|transport| transport.info().device.clone());
+        names.zip(self.carried.iter().copied()).collect()
     }
 
     /// What the destination knows of the path, since it chooses how bytes come; else what is known here.
@@ -232,6 +271,90 @@ impl Sides for Session<'_> {
 }
 
 impl Session<'_> {
+    /// Moves what a program says. Says what that took, without the planning.
+    fn move_it(
+        &mut self,
+        handover: u64,
+        program: Arc<Program>,
+        there_before: Spent,
+        counts: bool,
+    ) -> Result<Sample, BenchError> {
+        let during = "a transfer";
+        let here_before = spent();
+        let start = Instant::now();
+        let mut under_way = self.post(handover, program)?;
+        let mut moved = 0;
+        while under_way > 0 {
+            let ended = self.turn(during)?.filter_map(|event| match event {
+                Event::Completed { id, bytes, .. } => Some((usize::from(id.chunk()), bytes)),
+                _ => None,
+            });
+            for (rail, bytes) in ended.collect::<Vec<_>>() {
+                (under_way, moved) = (under_way - 1, moved + bytes);
+                let now = self.now();
+                self.rails.moved(now, rail, bytes);
+                if let Some(carried) = self.carried.get_mut(rail).filter(|_| counts) {
+                    *carried += bytes;
+                }
+            }
+        }
+        let elapsed = start.elapsed();
+        let here = spent().since(here_before, Spent::default());
+
+        let there_after = self.spent_there(&ToPeer::End { handover }, "the end of a transfer")?;
+        let due = self.shape.bytes();
+        if moved != due {
+            return Err(BenchError::Short { moved, due });
+        }
+        let Spent { processor, gpu } = there_after.since(there_before, here);
+        let (processor, gpu) = (Duration::from_nanos(processor), Duration::from_nanos(gpu));
+        Ok(Sample { plan: Duration::ZERO, moved: elapsed, processor, gpu })
+    }
+
+    /// Posts an iteration's shares. Says how many there are.
+    fn post(&mut self, handover: u64, program: Arc<Program>) -> Result<usize, BenchError> {
+        let now = self.now();
+        let (program, shares) = match self.op {
+            // The peer expects them so.
+            Op::Push => {
+                let ranges = program.split(self.peers.len() as u32);
+                (program, ranges.into_iter().enumerate().collect())
+            }
+            Op::Pull if self.peers.len() > 1 => {
+                let SharedOut { program, shares, .. } = self.rails.share_out(now, Program::clone(&program));
+                (Arc::new(program), shares)
+            }
+            Op::Pull => {
+                let whole = program.whole();
+                (program, vec![(0, whole)])
+            }
+        };
+        let mut posted = 0;
+        for (rail, range) in shares {
+            let (Some((peer, remote)), Some(transport)) = (self.peers.get(rail), self.nic.transports.get_mut(rail))
+            else {
+                continue;
+            };
+            self.rails.posted(now, rail, program.bytes_in(range));
+            transport.post(Transfer {
+                id: transfer_id(handover, rail),
+                peer: *peer,
+                direction: self.op.direction(),
+                local: PoolId(0),
+                remote: *remote,
+                range,
+                program: Arc::clone(&program),
+                notice: None,
+            })?;
+            posted += 1;
+        }
+        Ok(posted)
+    }
+
+    fn now(&self) -> Moment {
+        Moment(u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
     fn spent_there(&mut self, word: &ToPeer, during: &'static str) -> Result<Spent, BenchError> {
         match self.ask(word, during)? {
             FromPeer::Spent(spent) => Ok(spent),

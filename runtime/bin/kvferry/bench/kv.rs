@@ -7,7 +7,7 @@ use kvferry::{
     BlockTable, Dtype, Extent, Format, GroupGeometry, KvPlacement, LayerGroup, Model, Order, PairPlan, Parallel,
     PlanRequest, PlanePlacement, Pool, PoolId, PoolOptions, Program, Rank, Sharding, Tables, Tensor, transport,
 };
-use kvferry_core::PlanError;
+use kvferry_core::{PlanError, Segment, Side};
 use kvferry_transport::write_known;
 
 use super::Options;
@@ -71,6 +71,35 @@ impl Shape {
         let request = PlanRequest { tokens, have: 0, layers: 0..self.layers, source, destination };
         self.plan.program(&request).map(Arc::new)
     }
+
+    /// As many bytes in as few pieces as there can be: the first half of the planes, every block of them in its place.
+    pub(crate) fn contiguous(&self) -> Arc<Program> {
+        let blocks = self.blocks.saturating_mul(2);
+        let side = Side {
+            plane: 0,
+            plane_step: 1,
+            table: 0,
+            first_block: 0,
+            block_tokens: 1,
+            cp: 1,
+            cp_rank: 0,
+            token_pitch: u64::from(self.block_bytes),
+            head_pitch: u64::from(self.block_bytes),
+            offset: 0,
+        };
+        let segment = Segment {
+            source: side,
+            destination: side,
+            planes: self.layers,
+            start: 0,
+            end: blocks.into(),
+            heads: 1,
+            run_bytes: self.block_bytes,
+        };
+        let table: Arc<[u32]> = (0..blocks).collect();
+        let tables = vec![Some(table)];
+        Arc::new(Program { segments: vec![segment], sources: tables.clone(), destinations: tables })
+    }
 }
 
 /// The role of a pool.
@@ -100,7 +129,7 @@ impl Cache {
         let layout = shape.geometry.shard(Rank(0))?.layout(&[count]);
         let pool = match options.transport {
             Way::Transport(kind) => {
-                let (kind, device) = options.memory_of(kind, holds);
+                let (kind, device) = options.memory_of(kind, holds)?;
                 transport::allocate(kind, device.as_deref(), PoolId(0), layout, "kvferry-bench")?
             }
             Way::Nixl => Pool::allocate_private(PoolId(0), layout, &PoolOptions::default())?,

@@ -1,4 +1,4 @@
-//! An opened device, and how either process waits for it.
+//! Opened devices, and how either process waits for them.
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,9 +38,9 @@ fn open_timed(name: Option<&str>, how: &transport::Options) -> Result<Box<dyn Tr
     Ok(provider.open(&device.ok_or(gone)?, how)?)
 }
 
-/// A transport with the waiting of a NIC thread.
+/// Transports, one for each rail, with the waiting of a NIC thread.
 pub(crate) struct Nic {
-    pub(crate) transport: Box<dyn Transport>,
+    pub(crate) transports: Vec<Box<dyn Transport>>,
     spin: Duration,
     worked: Instant,
     /// What was shown last of the path to the other process.
@@ -59,11 +59,24 @@ impl Nic {
             staged_chunks: options.staged_chunks.unwrap_or(defaults.staged_chunks),
             ..defaults
         };
-        let device = options.device_of(holds);
-        let open = transport::select(kind, device.as_deref(), &how)?;
-        let transport = if options.gpu_times { open_timed(device.as_deref(), &how)? } else { open()? };
+        let mut transports = Vec::new();
+        for device in options.devices_of(kind, holds)? {
+            let open = transport::select(kind, device.as_deref(), &how)?;
+            transports.push(if options.gpu_times { open_timed(device.as_deref(), &how)? } else { open()? });
+        }
         let spin = ThreadOptions::for_nic_threads(NIC_THREADS).spin;
-        Ok(Nic { transport, spin, worked: Instant::now(), evidence: None })
+        Ok(Nic { transports, spin, worked: Instant::now(), evidence: None })
+    }
+
+    /// The names of its devices, separated by commas.
+    pub(crate) fn devices(&self) -> String {
+        let names: Vec<&str> = self.transports.iter().map(|transport| transport.info().device.as_str()).collect();
+        names.join(",")
+    }
+
+    /// The native library of its first device.
+    pub(crate) fn library(&self) -> Option<String> {
+        self.transports.first().and_then(|transport| transport.info().library.clone())
     }
 
     /// Polls once; waits when there was nothing to do, at most to the deadline. Says whether `words` can be read, as far as it looked:
@@ -76,7 +89,7 @@ impl Nic {
         events: &mut Vec<Event>,
     ) -> Result<bool, BenchError> {
         let before = events.len();
-        self.transport.poll(events);
+        self.transports.iter_mut().for_each(|transport| transport.poll(events));
         if events.len() > before {
             let shown = |event: &Event| match event {
                 Event::Shown { evidence, .. } => Some(Evidence::clone(evidence)),
@@ -88,19 +101,22 @@ impl Nic {
             self.worked = Instant::now();
             return Ok(false);
         }
-        let wait = self.transport.arm();
-        let left = deadline.left(during)?;
-        let readable = match &wait {
-            Wait::Busy => false,
-            _ if self.worked.elapsed() < self.spin => {
-                std::hint::spin_loop();
-                return Ok(false);
+        let waits: Vec<Wait> = self.transports.iter_mut().map(|transport| transport.arm()).collect();
+        let mut left = deadline.left(during)?;
+        let readable = if waits.iter().any(|wait| matches!(wait, Wait::Busy)) {
+            false
+        } else if self.worked.elapsed() < self.spin {
+            std::hint::spin_loop();
+            return Ok(false);
+        } else {
+            let mut fds = vec![PollFd::from_borrowed_fd(words, PollFlags::IN)];
+            for wait in &waits {
+                match wait {
+                    Wait::Ready(fd) => fds.push(PollFd::new(fd, PollFlags::IN)),
+                    _ => left = left.min(MUST_POLL),
+                }
             }
-            Wait::MustPoll => wait_for(&mut [PollFd::from_borrowed_fd(words, PollFlags::IN)], left.min(MUST_POLL))?,
-            Wait::Ready(fd) => {
-                let mut fds = [PollFd::from_borrowed_fd(words, PollFlags::IN), PollFd::new(fd, PollFlags::IN)];
-                wait_for(&mut fds, left)?
-            }
+            wait_for(&mut fds, left)?
         };
         self.worked = Instant::now();
         Ok(readable)

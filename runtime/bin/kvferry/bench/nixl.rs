@@ -235,7 +235,7 @@ pub(crate) fn serve(options: &Options, deadline: Deadline, words: &mut Words) ->
             ToPeer::Leave => return Ok(()),
             ToPeer::Verify => compared(&side.cache)?,
             ToPeer::Tell => FromPeer::Knows(None),
-            ToPeer::Begin { .. } => FromPeer::Spent(spent()),
+            ToPeer::Begin { .. } | ToPeer::BeginContiguous { .. } => FromPeer::Spent(spent()),
             ToPeer::Write => {
                 side.cache.write()?;
                 FromPeer::Spent(spent())

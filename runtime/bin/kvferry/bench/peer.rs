@@ -3,8 +3,9 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use kvferry::{HandoverId, PoolId, Rank, Tables, TransportKind};
+use kvferry::{HandoverId, PoolId, Program, Rank, Tables, TransportKind};
 use kvferry_core::TransferId;
 use kvferry_transport::{Event, Expected};
 use rustix::time::{ClockId, clock_gettime};
@@ -49,9 +50,10 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     }
 }
 
-/// The name of an iteration's transfer, at both ends.
-pub(crate) fn transfer_id(handover: u64) -> TransferId {
-    TransferId::of(HandoverId(handover), Rank(0), Rank(0), 0)
+/// The name of what one rail moves in an iteration, at both ends.
+pub(crate) fn transfer_id(handover: u64, rail: usize) -> TransferId {
+    let chunk = u16::try_from(rail).unwrap_or(u16::MAX);
+    TransferId::of(HandoverId(handover), Rank(0), Rank(0), 0).with_chunk(chunk)
 }
 
 /// What this process has used so far.
@@ -66,16 +68,18 @@ fn serve(options: &Options, kind: TransportKind, deadline: Deadline, words: &mut
     let holds = options.op.there();
     let cache = Cache::allocate(options, &shape, holds, SEED)?;
     let mut nic = Nic::open(options, kind, holds)?;
-    let keys = nic.transport.bind(cache.pool())?;
-    let hello = FromPeer::Hello {
-        address: nic.transport.address().to_vec(),
-        keys: keys.0.to_vec(),
-        layout: cache.pool().layout().clone(),
-        table: cache.table().to_vec(),
-    };
-    words.say(&hello, deadline)?;
+    for (rail, transport) in nic.transports.iter_mut().enumerate() {
+        let keys = transport.bind(cache.pool())?.0.to_vec();
+        let address = transport.address().to_vec();
+        let (layout, table) = (cache.pool().layout().clone(), cache.table().to_vec());
+        let word = match rail {
+            0 => FromPeer::Hello { address, keys, layout, table },
+            _ => FromPeer::Rail { address, keys },
+        };
+        words.say(&word, deadline)?;
+    }
     let source = cache.tables().shapes();
-    let mut peer = Peer { shape, cache, nic, source, op: options.op, arrived: None, ending: None };
+    let mut peer = Peer { shape, cache, nic, source, op: options.op, arrived: (0, 0), ending: None };
     let mut events = Vec::new();
     loop {
         if peer.nic.turn(words.readable(), deadline, "waiting for the initiator", &mut events)? {
@@ -109,30 +113,25 @@ struct Peer {
     /// The other side's table as far as this one needs it: both have as many blocks.
     source: Tables,
     op: Op,
-    /// The last push that is here.
-    arrived: Option<TransferId>,
+    /// How much of which iteration's push is here.
+    arrived: (u64, u64),
     /// The iteration whose end the initiator waits for.
-    ending: Option<TransferId>,
+    ending: Option<u64>,
 }
 
 impl Peer {
     fn handle(&mut self, word: ToPeer) -> Result<Option<FromPeer>, BenchError> {
         Ok(match word {
             ToPeer::Begin { handover } => {
-                if self.op == Op::Push {
-                    let program = self.shape.program(&self.source, self.cache.tables())?;
-                    let range = program.whole();
-                    self.nic.transport.expect(Expected {
-                        id: transfer_id(handover),
-                        pool: PoolId(0),
-                        program,
-                        range,
-                    })?;
-                }
-                Some(FromPeer::Spent(spent()))
+                let program = self.shape.program(&self.source, self.cache.tables())?;
+                Some(self.begin(handover, &program)?)
+            }
+            ToPeer::BeginContiguous { handover } => {
+                let program = self.shape.contiguous();
+                Some(self.begin(handover, &program)?)
             }
             ToPeer::End { handover } => {
-                self.ending = Some(transfer_id(handover));
+                self.ending = Some(handover);
                 None
             }
             ToPeer::Verify => Some(compared(&self.cache)?),
@@ -149,14 +148,23 @@ impl Peer {
         })
     }
 
+    /// Expects what is pushed, by every rail its share.
+    fn begin(&mut self, handover: u64, program: &Arc<Program>) -> Result<FromPeer, BenchError> {
+        if self.op == Op::Push {
+            self.arrived = (handover, 0);
+            let shares = program.split(self.nic.transports.len() as u32);
+            for (rail, (transport, range)) in self.nic.transports.iter_mut().zip(shares).enumerate() {
+                let (id, program) = (transfer_id(handover, rail), Arc::clone(program));
+                transport.expect(Expected { id, pool: PoolId(0), program, range })?;
+            }
+        }
+        Ok(FromPeer::Spent(spent()))
+    }
+
     fn note(&mut self, event: Event) -> Result<(), BenchError> {
         match event {
-            Event::Arrived { id, bytes, .. } => {
-                let due = self.shape.bytes();
-                if bytes != due {
-                    return Err(BenchError::Short { moved: bytes, due });
-                }
-                self.arrived = Some(id);
+            Event::Arrived { bytes, .. } => {
+                self.arrived.1 += bytes;
                 Ok(())
             }
             Event::Failed { error, .. } => Err(error.into()),
@@ -165,10 +173,10 @@ impl Peer {
         }
     }
 
-    /// The answer to [`ToPeer::End`], once a push has arrived: its completion may be known there a little earlier than here.
+    /// The answer to [`ToPeer::End`], once all of a push has arrived: its completion may be known there a little earlier than here.
     fn ended(&mut self) -> Option<FromPeer> {
         let ending = self.ending?;
-        if self.op == Op::Push && self.arrived != Some(ending) {
+        if self.op == Op::Push && (self.arrived.0 != ending || self.arrived.1 < self.shape.bytes()) {
             return None;
         }
         self.ending = None;

@@ -23,7 +23,7 @@ pub(crate) struct PeerProcess {
 }
 
 impl PeerProcess {
-    /// Starts this program again, on the device that was opened here.
+    /// Starts this program again, on the devices that were opened here.
     pub(crate) fn start(options: &Options, device: Option<&str>) -> Result<PeerProcess, BenchError> {
         let program = std::env::current_exe().map_err(BenchError::Spawn)?;
         PeerProcess::run(PeerProcess::again(Command::new(program), options, device))
@@ -57,6 +57,7 @@ impl PeerProcess {
             ("--blocks", u64::from(options.blocks)),
             ("--block-bytes", u64::from(options.block_bytes)),
             ("--deadline", options.deadline),
+            ("--rails", u64::from(options.rails)),
         ];
         for (name, number) in numbers {
             command.arg(name).arg(number.to_string());

@@ -29,6 +29,12 @@ pub(crate) struct Report {
     /// memory. What the first one is to be compared with. Absent where the comparison found a difference.
     #[serde(skip_serializing_if = "Option::is_none")]
     rested_seconds: Option<f64>,
+    /// With `--contiguous`: as many bytes in as few pieces as there can be, one transfer after each timed one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    contiguous_seconds: Option<Spread>,
+    /// How fast the request's pieces went, of how fast those did: medians.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    of_contiguous: Option<f64>,
     /// `bytes` in the median of `seconds`, in 10⁹ bytes a second.
     gigabytes_per_second: f64,
     /// Median.
@@ -38,6 +44,9 @@ pub(crate) struct Report {
     /// The destination's GPU by CUDA events, with `--gpu-times`.
     #[serde(skip_serializing_if = "Option::is_none")]
     gpu_seconds: Option<Spread>,
+    /// With several rails: bytes of all timed iterations, by device here.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    rails: Vec<Carried>,
     /// What is known of the path, if anything.
     #[serde(skip_serializing_if = "Option::is_none")]
     evidence: Option<Evidence>,
@@ -56,6 +65,12 @@ pub(crate) struct Report {
     pub(crate) mismatch: Option<String>,
 }
 
+#[derive(Clone, Debug, Serialize)]
+struct Carried {
+    device: String,
+    bytes: u64,
+}
+
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Spread {
     min: f64,
@@ -70,10 +85,14 @@ impl Report {
         shape: &Shape,
         measured: Measured,
     ) -> Report {
-        let Measured { first, samples, rested, evidence, mismatch } = measured;
+        let Measured { first, samples, contiguous, rested, carried, evidence, mismatch } = measured;
+        let several = carried.len() > 1;
+        let rails = carried.into_iter().filter(|_| several).map(|(device, bytes)| Carried { device, bytes });
         let spread =
             |part: fn(&Sample) -> Duration| Spread::of(samples.iter().map(|sample| part(sample).as_secs_f64()));
         let seconds = spread(|sample| sample.moved);
+        let contiguous =
+            (!contiguous.is_empty()).then(|| Spread::of(contiguous.iter().map(|sample| sample.moved.as_secs_f64())));
         Report {
             transport: options.transport.name(),
             device,
@@ -84,10 +103,13 @@ impl Report {
             seconds,
             first_seconds: first.moved.as_secs_f64(),
             rested_seconds: rested.map(|rested| rested.moved.as_secs_f64()),
+            contiguous_seconds: contiguous,
+            of_contiguous: contiguous.map(|contiguous| contiguous.p50 / seconds.p50),
             gigabytes_per_second: shape.bytes() as f64 / seconds.p50 / 1e9,
             plan_microseconds: spread(|sample| sample.plan).p50 * 1e6,
             cpu_seconds: spread(|sample| sample.processor).p50,
             gpu_seconds: options.gpu_times.then(|| spread(|sample| sample.gpu)),
+            rails: rails.collect(),
             evidence,
             peer: None,
             lacks: Vec::new(),
@@ -131,13 +153,22 @@ impl Report {
             ("CPU ms", format!("{} in both processes", milliseconds(self.cpu_seconds))),
             ("verified", if self.verified { "every byte".to_owned() } else { "NO".to_owned() }),
         ];
+        let contiguous = self.contiguous_seconds.zip(self.of_contiguous).map(|(Spread { min, p50, max }, part)| {
+            let times = format!("{} median, {} to {}", milliseconds(p50), milliseconds(min), milliseconds(max));
+            ("large ms", format!("{times}; the pieces went at {part:.2} of that speed"))
+        });
         let peer = self.peer.clone().map(|peer| ("peer", peer));
         let lacks = self.lacks.iter().map(|lack| ("lacks", (*lack).to_owned()));
+        let shares = self.rails.iter().map(|Carried { device, bytes }| format!("{device} {bytes}"));
+        let shares = shares.collect::<Vec<_>>().join(", ");
+        let rails = (!shares.is_empty()).then_some(("rails", shares));
         let library = self.library.clone().map(|library| ("library", library));
         let evidence = self.evidence.as_ref().map(|evidence| ("evidence", evidence.to_string()));
         let lines: Vec<String> = rows
             .into_iter()
             .chain(gpu)
+            .chain(contiguous)
+            .chain(rails)
             .chain(library)
             .chain(evidence)
             .chain(peer)

@@ -24,6 +24,8 @@ const READ_BYTES: usize = 64 << 10;
 pub(crate) enum ToPeer {
     /// An iteration starts: expect its push. Answered by [`FromPeer::Spent`].
     Begin { handover: u64 },
+    /// As many bytes follow in as few pieces as can be: expect them. Answered by [`FromPeer::Spent`].
+    BeginContiguous { handover: u64 },
     /// It is over here. Answered by [`FromPeer::Spent`], once it is over there.
     End { handover: u64 },
     /// Compare everything. Answered by [`FromPeer::Compared`].
@@ -43,6 +45,8 @@ pub(crate) enum ToPeer {
 pub(crate) enum FromPeer {
     /// It is there, with everything that the initiator needs.
     Hello { address: Vec<u8>, keys: Vec<u8>, layout: PoolLayout, table: Vec<u32> },
+    /// How to reach another one of its devices, and its pool there: one for each rail beside the first.
+    Rail { address: Vec<u8>, keys: Vec<u8> },
     /// What it was shown last of the path, if anything.
     Knows(Option<Evidence>),
     /// Done; what it has used so far.

@@ -14,7 +14,8 @@ use core::ffi::{c_char, c_int, c_void};
 
 use crate::{
     FI_ENABLE, FI_ENOSYS, FI_GETWAIT, Padded, fi_addr_t, fi_av_attr, fi_cq_attr, fi_cq_err_entry, fi_eq_attr,
-    fi_eq_err_entry, fi_info, fi_mr_attr, fid, fid_av, fid_cq, fid_domain, fid_ep, fid_eq, fid_fabric, fid_mr,
+    fi_eq_err_entry, fi_info, fi_mr_attr, fi_msg_rma, fid, fid_av, fid_cq, fid_domain, fid_ep, fid_eq, fid_fabric,
+    fid_mr,
 };
 
 /// Calls a function of a table, if both are there.
@@ -123,6 +124,9 @@ calls! {
         context: *mut c_void,
     ) -> Size = Size;
         (*endpoint).rma => read(endpoint, buffer, bytes, desc, from, address, key, context);
+    /// Posts a read of several places of a peer's memory into several of ours.
+    fn fi_readmsg(endpoint: *mut fid_ep, message: *const fi_msg_rma, flags: u64) -> Size = Size;
+        (*endpoint).rma => readmsg(endpoint, message, flags);
     /// Reads completions in the queue's format; how many, or an error.
     fn fi_cq_read(queue: *mut fid_cq, entries: *mut c_void, count: usize) -> Size = Size;
         (*queue).ops => read(queue, entries, count);

@@ -1,0 +1,68 @@
+//! The `cluster` example over two devices of UCX or libfabric at once, in a network namespace with interfaces of the test's own.
+//!
+//! Without a library, or where there may be no namespaces, the cases say so and pass, unless `KVFERRY_REQUIRE` names ucx, libfabric or netns.
+
+#[allow(dead_code, reason = "of what other tests use")]
+mod cluster;
+
+use std::collections::BTreeMap;
+use std::process::{Command, Stdio};
+
+use cluster::{Case, run_on_a_host};
+use kvferry_transport::conformance::absent;
+
+/// Two cables, both ends of each on the one host.
+const CABLES: &str = "for i in 0 1; do ip link add rail$i type veth peer name end$i; ip addr add 10.78.$i.1/24 dev rail$i; \
+                      ip link set rail$i up; ip link set end$i up; done";
+/// 16 MiB a request: two rails share that.
+const REQUESTS: [&str; 6] =
+    ["--geometry", "layers=8,kv_heads=8,head_dim=128,dtype=bf16", "--isl", "512", "--requests", "4"];
+
+fn may_have_hosts() -> bool {
+    let mut probe = Command::new("unshare");
+    let script = "mount -t sysfs none /sys && ip link add rail0 type veth peer name end0";
+    probe.args(["--net", "--mount", "sh", "-c", script]).stdout(Stdio::null()).stderr(Stdio::null());
+    let may = probe.status().is_ok_and(|status| status.success());
+    if !may {
+        absent("netns", "unshare --net --mount is not permitted, or ip is not there; it needs root");
+    }
+    may
+}
+
+/// Both devices carry something, and every byte comes once. How much of which request is a matter of rates, which two busy processors make uneven.
+fn over_both(transport: &'static str) {
+    if !may_have_hosts() {
+        return;
+    }
+    for direction in ["pull", "push"] {
+        let case = Case { transport, direction, in_process: false };
+        let rails = ["--devices", "rail0,rail1", "--rails", "2", "--transport", transport, "--direction", direction];
+        let ran = run_on_a_host(CABLES, &[&["--json", "--deadline", "120"][..], &rails, &REQUESTS].concat());
+        ran.check_delivered(&case);
+        let mut carried: BTreeMap<String, u64> = BTreeMap::new();
+        for path in ran.json()["paths"].as_array().expect("paths") {
+            let device = path["device"].as_str().expect("a device").to_owned();
+            *carried.entry(device).or_default() += path["bytes"].as_u64().expect("bytes");
+        }
+        let all: u64 = carried.values().sum();
+        assert_eq!(carried.keys().collect::<Vec<_>>(), ["rail0", "rail1"], "{}", ran.stdout);
+        assert_eq!(all, 4 * (16 << 20), "{direction}: {carried:?}");
+        assert!(carried.values().all(|bytes| bytes * 16 >= all), "{direction}: {carried:?}");
+    }
+}
+
+#[test]
+fn rails_of_ucx() {
+    match kvferry_ucx::UcxProvider::unavailable() {
+        Some(reason) => absent("ucx", &reason),
+        None => over_both("ucx"),
+    }
+}
+
+#[test]
+fn rails_of_libfabric() {
+    match kvferry_libfabric::LibfabricProvider::unavailable() {
+        Some(reason) => absent("libfabric", &reason),
+        None => over_both("libfabric"),
+    }
+}
