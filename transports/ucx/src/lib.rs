@@ -19,6 +19,7 @@ mod inbox;
 mod lanes;
 mod library;
 mod link;
+mod log;
 mod made;
 mod memlock;
 mod posted;

@@ -109,6 +109,7 @@ fn load(name: &str) -> Result<Library, String> {
             "{name} cannot be loaded ({error}); install UCX {OLDEST} or later, or set {VARIABLE} to its libucp.so.0"
         )
     })?;
+    crate::log::redirect(&loaded);
     // SAFETY: the library stays loaded inside `api`, and every function is looked up by its own name and type.
     let api = unsafe { Ucp::from_library(loaded) }.map_err(|error| format!("{name}: {error}"))?;
     let Ok(address) = &api.ucp_get_version else {
