@@ -8,8 +8,9 @@ PROGRAM of --kvferry is the release build of the command; that of --host-limit c
 and prints a JSON object. What is left out is skipped. In every round each program runs once for each shape; tables hold the medians
 of the rounds, and ratios of one round's figures: their median, least and greatest. Run it on an otherwise idle machine.
 
-Processor time is that of both ends. NIXL's script does not tell its own: it is run a second time, for one iteration, and what the whole
-processes took longer for the others is theirs; waiting by polling counts, as it does for kvferry.
+Processor time is that of both ends; waiting by polling counts. NIXL's script does not tell its own: it is run a second time, for so many more
+iterations that they take --cpu-seconds or longer, and what the whole processes took more is theirs. What setting up takes differs by a few tenths of a second from run to
+run, so that this is the figure's error.
 
 Paths are transports, with a device where one is meant: shm,tcp,ucx:memory,ucx:lo; nixl and nixl:tcp are kvferry as the initiator by NIXL's protocol, with
 all of UCX's transports or only tcp, of a NIXL agent that the Python of --nixl runs. For ucx and nixl let KVFERRY_UCX_LIBRARY name the library that NIXL
@@ -18,6 +19,7 @@ brings, so that both use one; UCX_MODULES=^ib keeps both from loading RDMA libra
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -43,6 +45,7 @@ def main():
     parser.add_argument("--nixl", metavar="'PYTHON SCRIPT'")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--iters", type=int, default=7, help="iterations of kvferry and NIXL in one round")
+    parser.add_argument("--cpu-seconds", type=float, default=5, help="about how long NIXL's iterations take by which its processor time is told")
     parser.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="for one run of one program")
     parser.add_argument("--paths", default="shm,tcp", help=f"of {', '.join(LIKE)} [default: shm,tcp]")
     parser.add_argument("--mebibyte", action="store_true", help="pieces of 1 MiB, too")
@@ -54,8 +57,8 @@ def main():
     options.shapes = SHAPES + ([(32, 8, 1 << 20)] if options.mebibyte else [])
     if any(path.startswith("nixl") for path in options.paths) and not options.nixl:
         parser.error("--paths nixl: --nixl must name its Python")
-    if options.rounds < 1 or options.iters < 2:
-        parser.error("--rounds must be at least 1, and --iters 2")
+    if options.rounds < 1 or options.iters < 1 or options.cpu_seconds <= 0:
+        parser.error("--rounds and --iters must be at least 1, and --cpu-seconds more than 0")
 
     rounds = []
     for number in range(options.rounds):
@@ -79,10 +82,11 @@ def one_round(options, shape):
         figures["plan", transport, op] = report["plan_microseconds"]
         figures["cpu", transport, op] = report["cpu_seconds"] / gibibytes(shape)
         if options.nixl:
-            rate, processor = nixl(options, transport, op, shape, options.iters)
-            _, rest = nixl(options, transport, op, shape, 1)
+            rate, seconds, processor = nixl(options, transport, op, shape, options.iters)
+            more = max(options.iters, math.ceil(options.cpu_seconds / seconds))
+            _, _, longer = nixl(options, transport, op, shape, options.iters + more)
             figures["nixl", transport, op] = rate
-            figures["nixl cpu", transport, op] = (processor - rest) / (options.iters - 1) / gibibytes(shape)
+            figures["nixl cpu", transport, op] = (longer - processor) / more / gibibytes(shape)
     return figures
 
 
@@ -107,7 +111,7 @@ def kvferry(options, transport, op, shape):
 
 
 def nixl(options, transport, op, shape, iters):
-    """GB/s, and the processor seconds of the whole run."""
+    """GB/s, the seconds of one iteration, and the processor's of the whole run."""
     command = shlex.split(options.nixl) + [NIXL_OP[op], "UCX", *map(str, shape), str(iters)]
     environment = dict(os.environ, NIXL_LOG_LEVEL="ERROR")
     environment.pop("UCX_TLS", None)
@@ -119,7 +123,8 @@ def nixl(options, transport, op, shape, iters):
     lines = [line for line in output.splitlines() if line.startswith("{")]
     if not lines:
         raise SystemExit(f"no JSON object from {shlex.join(command)}:\n{output}")
-    return json.loads(lines[-1])["gigabytes_per_second"], processor
+    report = json.loads(lines[-1])
+    return report["gigabytes_per_second"], report["seconds"]["p50"], processor
 
 
 def processor_seconds():
