@@ -48,6 +48,31 @@ fn both_directions_are_measured_and_verified_beside_either_agent() {
 }
 
 #[test]
+fn programs_are_measured_and_verified_between_two_agents_of_ours() {
+    let Some(python) = python() else { return };
+    for op in ["pull", "push"] {
+        for (device, tls) in [("memory", &[][..]), ("lo", &["--tls", "tcp"])] {
+            for (layers, blocks, block_bytes) in [(3, 40, 4096), (2, 9, 1001)] {
+                let shape = format!("--layers {layers} --blocks {blocks} --block-bytes {block_bytes} --iters 3");
+                let output = bench(&format!("--op {op} --programs {device} {shape}"), tls);
+                let errors = String::from_utf8_lossy(&output.stderr);
+                assert!(output.status.success(), "{op} {device}: {errors}");
+                let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+                assert_eq!(
+                    (&report["bytes"], &report["verified"]),
+                    (&(2 * layers * blocks * block_bytes).into(), &true.into())
+                );
+                assert!(report["device"].as_str().unwrap().ends_with(&format!("programs by {device}")));
+                // Only that nobody is authenticated.
+                assert_eq!(report["lacks"].as_array().unwrap().len(), 1, "{report}");
+            }
+        }
+    }
+    let output = bench("--layers 1 --blocks 2 --programs memory", &["--nixl-python", &python]);
+    assert_eq!(output.status.code(), Some(2), "NIXL's agents know no programs");
+}
+
+#[test]
 fn a_python_without_nixl_is_an_error_that_says_so() {
     let Some(_) = python() else { return };
     let output = bench("--layers 1 --blocks 2", &["--nixl-python", "/bin/false"]);

@@ -47,6 +47,7 @@ use way::Way;
 ///
 /// With `--transport nixl` the first process is an agent that speaks NIXL's protocol over UCX, and pulls by READ and pushes by WRITE, each followed by a
 /// notification; the second is another one, or with `--nixl-python` NIXL's own. `peer` says what it is, `lacks` what NIXL's protocol does not have.
+/// Two agents of kvferry's also know programs: with `--programs` one message asks for the whole request.
 ///
 /// Exits with 0 when every byte was right, with 1 when one was not or something failed, with 2 when the options make no sense.
 #[derive(Clone, Debug, Args)]
@@ -132,6 +133,11 @@ pub(crate) struct Options {
     #[arg(long, value_name = "PROGRAM")]
     nixl_python: Option<PathBuf>,
 
+    /// Move the request as one program, by this device of kvferry's ucx transport (such as memory or lo), instead of piece by piece (nixl, between two
+    /// agents of kvferry's).
+    #[arg(long, value_name = "DEVICE", conflicts_with = "nixl_python")]
+    programs: Option<String>,
+
     /// Also take the GPU's time of every transfer by CUDA events (cuda), which costs each a few microseconds: `gpu_seconds`.
     #[arg(long)]
     gpu_times: bool,
@@ -171,7 +177,8 @@ impl Options {
         if self.packed_below.is_some() && !is(TransportKind::Ucx) {
             return Err(BenchError::NoChoice);
         }
-        if (self.tls.is_some() || self.nixl_python.is_some()) && self.transport != Way::Nixl {
+        let nixl = self.tls.is_some() || self.nixl_python.is_some() || self.programs.is_some();
+        if nixl && self.transport != Way::Nixl {
             return Err(BenchError::NoNixl);
         }
         if self.rails > 1 && (self.transport == Way::Nixl || is(TransportKind::Cuda)) {
