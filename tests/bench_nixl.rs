@@ -18,7 +18,9 @@ fn python() -> Option<String> {
 fn bench(arguments: &str, more: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvferry"));
     command.args(["bench", "--transport", "nixl", "--json", "--deadline", "60"]);
-    command.args(arguments.split_whitespace()).args(more).env_remove("UCX_TLS").output().unwrap()
+    // Whatever UCX logs, stdout is the report's and the second process's words.
+    command.env("UCX_LOG_LEVEL", "info").env_remove("UCX_LOG_FILE").env_remove("UCX_TLS");
+    command.args(arguments.split_whitespace()).args(more).output().unwrap()
 }
 
 #[test]
@@ -45,6 +47,31 @@ fn both_directions_are_measured_and_verified_beside_either_agent() {
             }
         }
     }
+}
+
+#[test]
+fn programs_are_measured_and_verified_between_two_agents_of_ours() {
+    let Some(python) = python() else { return };
+    for op in ["pull", "push"] {
+        for (device, tls) in [("memory", &[][..]), ("lo", &["--tls", "tcp"])] {
+            for (layers, blocks, block_bytes) in [(3, 40, 4096), (2, 9, 1001)] {
+                let shape = format!("--layers {layers} --blocks {blocks} --block-bytes {block_bytes} --iters 3");
+                let output = bench(&format!("--op {op} --programs {device} {shape}"), tls);
+                let errors = String::from_utf8_lossy(&output.stderr);
+                assert!(output.status.success(), "{op} {device}: {errors}");
+                let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+                assert_eq!(
+                    (&report["bytes"], &report["verified"]),
+                    (&(2 * layers * blocks * block_bytes).into(), &true.into())
+                );
+                assert!(report["device"].as_str().unwrap().ends_with(&format!("programs by {device}")));
+                // Only that nobody is authenticated.
+                assert_eq!(report["lacks"].as_array().unwrap().len(), 1, "{report}");
+            }
+        }
+    }
+    let output = bench("--layers 1 --blocks 2 --programs memory", &["--nixl-python", &python]);
+    assert_eq!(output.status.code(), Some(2), "NIXL's agents know no programs");
 }
 
 #[test]

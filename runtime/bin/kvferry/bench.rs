@@ -13,8 +13,9 @@ mod way;
 mod words;
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -44,6 +45,7 @@ use way::Way;
 ///
 /// With `--transport nixl` the first process is an agent that speaks NIXL's protocol over UCX, and pulls by READ and pushes by WRITE, each followed by a
 /// notification; the second is another one, or with `--nixl-python` NIXL's own. `peer` says what it is, `lacks` what NIXL's protocol does not have.
+/// Two agents of kvferry's also know programs: with `--programs` one message asks for the whole request.
 ///
 /// Exits with 0 when every byte was right, with 1 when one was not or something failed, with 2 when the options make no sense.
 #[derive(Clone, Debug, Args)]
@@ -118,6 +120,11 @@ pub(crate) struct Options {
     #[arg(long, value_name = "PROGRAM")]
     nixl_python: Option<PathBuf>,
 
+    /// Move the request as one program, by this device of kvferry's ucx transport (such as memory or lo), instead of piece by piece (nixl, between two
+    /// agents of kvferry's).
+    #[arg(long, value_name = "DEVICE", conflicts_with = "nixl_python")]
+    programs: Option<String>,
+
     /// Also take the GPU's time of every transfer by CUDA events (cuda), which costs each a few microseconds: `gpu_seconds`.
     #[arg(long)]
     gpu_times: bool,
@@ -157,7 +164,8 @@ impl Options {
         if self.packed_below.is_some() && !is(TransportKind::Ucx) {
             return Err(BenchError::NoChoice);
         }
-        if (self.tls.is_some() || self.nixl_python.is_some()) && self.transport != Way::Nixl {
+        let nixl = self.tls.is_some() || self.nixl_python.is_some() || self.programs.is_some();
+        if nixl && self.transport != Way::Nixl {
             return Err(BenchError::NoNixl);
         }
         Ok(())
@@ -260,12 +268,26 @@ impl Deadline {
     }
 }
 
+/// Where UCX writes its log: stdout by default.
+const UCX_LOG_FILE: &str = "UCX_LOG_FILE";
+
+/// Becomes this program once more, with UCX's log on stderr, unless the caller has said where it goes: the result is on stdout, and what the second
+/// process says on its own. UCX reads that variable when it is loaded, and nothing changes the environment of a process that runs.
+fn keep_stdout(options: &Options) -> Result<(), BenchError> {
+    let logs = options.transport == Way::Nixl || options.transport.is(TransportKind::Ucx);
+    if !logs || std::env::var_os(UCX_LOG_FILE).is_some() {
+        return Ok(());
+    }
+    let program = std::env::current_exe().map_err(BenchError::Spawn)?;
+    Err(BenchError::Spawn(Command::new(program).args(std::env::args_os().skip(1)).env(UCX_LOG_FILE, "stderr").exec()))
+}
+
 /// Runs it and prints the result.
 pub(crate) fn run(options: &Options) -> ExitCode {
     if options.peer {
         return peer::run(options);
     }
-    let measured = options.check().and_then(|()| match options.transport {
+    let measured = options.check().and_then(|()| keep_stdout(options)).and_then(|()| match options.transport {
         Way::Transport(kind) => initiator::measure(options, kind),
         Way::Nixl => nixl::measure(options),
     });

@@ -35,7 +35,7 @@ pub(crate) enum BenchError {
     #[error("--packed-below is for --transport ucx only; leave it out")]
     NoChoice,
     /// So are NIXL's.
-    #[error("--tls and --nixl-python are for --transport nixl only; leave them out")]
+    #[error("--tls, --nixl-python and --programs are for --transport nixl only; leave them out")]
     NoNixl,
     /// NIXL's protocol fails.
     #[error(transparent)]

@@ -1,23 +1,31 @@
 //! `--transport nixl`: the request moves by NIXL's protocol, between an agent here and one in the second process.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvferry::nixl::{Agent, AgentConfig, AgentMetadata, End, Notifications, Operation, PeerKind, Transfer, pieces};
-use kvferry::{BlockTable, Evidence, PoolId, PoolLayout, Tables};
+use kvferry::nixl::{
+    Agent, AgentConfig, AgentError, AgentMetadata, End, Expect, Fetch, Moved, Notifications, Operation, PeerKind, Push,
+    Transfer, pieces,
+};
+use kvferry::{BlockTable, Evidence, PoolId, PoolLayout, Program, Tables, TransportKind, transport};
+use kvferry_core::TransferId;
 use rustix::event::{PollFd, PollFlags};
 use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
 
 use super::caches;
 use super::error::BenchError;
 use super::initiator::{self, Sample, Sides, unexpected};
 use super::kv::{Cache, Holds, Shape};
 use super::nic::wait_for;
-use super::peer::{self, compared, spent};
+use super::peer::{self, compared, spent, transfer_id};
 use super::process::PeerProcess;
 use super::report::Report;
 use super::words::{FromPeer, Spent, ToPeer, Words};
 use super::{Deadline, Op, Options};
 
+/// Either side's only one.
+const POOL: PoolId = PoolId(0);
 /// Says that a transfer is over.
 const DONE: &[u8] = b"done";
 
@@ -39,6 +47,8 @@ pub(crate) fn measure(options: &Options) -> Result<Report, BenchError> {
             peer.finish(deadline)?;
             let devices = options.device.as_deref().unwrap_or("all devices");
             let device = format!("{devices} by {}", options.tls.as_deref().unwrap_or("UCX's choice"));
+            let programs = options.programs.as_ref().map(|nic| format!("{device}, programs by {nic}"));
+            let device = programs.unwrap_or(device);
             Ok(Report::new(options, (device, Some(library)), &shape, measured).beside(kind.to_string(), kind.lacks()))
         }
         Err(error) => Err(peer.explain(error)),
@@ -65,15 +75,39 @@ impl Side {
         if let Some(devices) = &options.device {
             config = config.devices(devices);
         }
-        let (agent, notifications) = runtime.block_on(Agent::start(config))?;
+        let (agent, notifications) = match options.programs.as_deref() {
+            None => runtime.block_on(Agent::start(config))?,
+            Some(device) => {
+                let open = transport::select(TransportKind::Ucx, Some(device), &transport::Options::default())?;
+                runtime.block_on(Agent::start_with(config, open))?
+            }
+        };
         runtime.block_on(agent.register(cache.pool().clone()))?;
         Ok(Side { runtime, agent, notifications, cache })
+    }
+
+    /// Lets the push of an iteration in: the agent has been told when this returns.
+    fn expect(
+        &self,
+        shape: &Shape,
+        handover: u64,
+        deadline: Deadline,
+    ) -> Result<JoinHandle<Result<Moved, AgentError>>, BenchError> {
+        // Of the other side's table both know the shape only: it has as many blocks.
+        let program = shape.program(&self.cache.tables().shapes(), self.cache.tables())?;
+        let expect = Expect::new(transfer_id(handover), POOL, program).within(deadline.left("a transfer")?);
+        let agent = self.agent.clone();
+        let expected = self.runtime.spawn(async move { agent.expect(expect).await });
+        self.runtime.block_on(tokio::task::yield_now());
+        Ok(expected)
     }
 }
 
 /// Both sides, and how to reach the other one's memory.
 struct Session<'a> {
     op: Op,
+    /// As programs, instead of piece by piece.
+    programs: bool,
     shape: &'a Shape,
     cache: Cache,
     runtime: Runtime,
@@ -109,8 +143,12 @@ impl<'a> Session<'a> {
         let peer = runtime.block_on(agent.add_peer(address.into()))?;
         runtime.block_on(agent.connect(&peer.name, Some(deadline.left("connecting")?)))?;
         let there = Tables { groups: vec![BlockTable::known(0, table)] };
+        let programs = options.programs.is_some();
+        // Whoever takes a push has its own blocks.
+        let there = if programs && op == Op::Push { there.shapes() } else { there };
         Ok(Session {
             op,
+            programs,
             shape,
             cache,
             runtime,
@@ -139,34 +177,56 @@ impl<'a> Session<'a> {
     }
 }
 
+/// What is asked of the agent.
+enum Request {
+    Whole(Arc<Program>),
+    Pieces(Transfer),
+}
+
+impl Session<'_> {
+    fn lowered(&self, program: &Program) -> Result<Request, BenchError> {
+        let (local, remote) = (self.cache.pool().layout(), &self.layout);
+        let (operation, end, layouts) = match self.op {
+            Op::Pull => (Operation::Read, End::Destination, (remote, local)),
+            Op::Push => (Operation::Write, End::Source, (local, remote)),
+        };
+        let pieces = pieces(program, end, layouts, &self.bases)?;
+        Ok(Request::Pieces(Transfer { operation, ..Transfer::read(&self.peer, POOL, pieces) }))
+    }
+
+    async fn moved(&self, request: Request, id: TransferId, within: Duration) -> Result<Moved, AgentError> {
+        match (request, self.op) {
+            (Request::Pieces(transfer), _) => self.agent.transfer(transfer.then_notify(DONE).within(within)).await,
+            (Request::Whole(program), Op::Pull) => {
+                let fetch = Fetch::new(&self.peer, POOL, POOL, program);
+                self.agent.fetch(fetch.then_notify(DONE).within(within)).await
+            }
+            (Request::Whole(program), Op::Push) => {
+                let push = Push::new(&self.peer, id, POOL, POOL, program);
+                self.agent.push(push.then_notify(DONE).within(within)).await
+            }
+        }
+    }
+}
+
 impl Sides for Session<'_> {
     fn iterate(&mut self, handover: u64) -> Result<Sample, BenchError> {
         let there_before = self.spent_there(&ToPeer::Begin { handover }, "the start of a transfer")?;
 
         let start = Instant::now();
-        let (here, there) = (self.cache.tables(), &self.there);
-        let (local, remote) = (self.cache.pool().layout(), &self.layout);
-        let (due, pieces) = match self.op {
-            Op::Pull => {
-                let program = self.shape.program(there, here)?;
-                (program.bytes(), pieces(&program, End::Destination, (remote, local), &self.bases)?)
-            }
-            Op::Push => {
-                let program = self.shape.program(here, there)?;
-                (program.bytes(), pieces(&program, End::Source, (local, remote), &self.bases)?)
-            }
+        let (source, destination) = match self.op {
+            Op::Pull => (&self.there, self.cache.tables()),
+            Op::Push => (self.cache.tables(), &self.there),
         };
-        let operation = match self.op {
-            Op::Pull => Operation::Read,
-            Op::Push => Operation::Write,
-        };
+        let program = self.shape.program(source, destination)?;
+        let due = program.bytes();
+        let request = if self.programs { Request::Whole(program) } else { self.lowered(&program)? };
         let plan = start.elapsed();
 
         let left = self.deadline.left("a transfer")?;
-        let transfer = Transfer { operation, ..Transfer::read(&self.peer, PoolId(0), pieces) };
         let here_before = spent();
         let start = Instant::now();
-        let moved = self.runtime.block_on(self.agent.transfer(transfer.then_notify(DONE).within(left)))?;
+        let moved = self.runtime.block_on(self.moved(request, transfer_id(handover), left))?;
         let elapsed = start.elapsed();
         let here = spent().since(here_before, Spent::default());
 
@@ -225,6 +285,8 @@ pub(crate) fn serve(options: &Options, deadline: Deadline, words: &mut Words) ->
     let address = side.runtime.block_on(side.agent.metadata())?.to_vec();
     let (layout, table) = (side.cache.pool().layout().clone(), side.cache.table().to_vec());
     words.say(&FromPeer::Hello { address, keys: Vec::new(), layout, table }, deadline)?;
+    let takes = options.programs.is_some() && options.op == Op::Push;
+    let mut expected = None;
     loop {
         let Some(word) = words.take()? else {
             let left = deadline.left("waiting for the initiator")?;
@@ -235,7 +297,12 @@ pub(crate) fn serve(options: &Options, deadline: Deadline, words: &mut Words) ->
             ToPeer::Leave => return Ok(()),
             ToPeer::Verify => compared(&side.cache)?,
             ToPeer::Tell => FromPeer::Knows(None),
-            ToPeer::Begin { .. } => FromPeer::Spent(spent()),
+            ToPeer::Begin { handover } => {
+                if takes {
+                    expected = Some(side.expect(&shape, handover, deadline)?);
+                }
+                FromPeer::Spent(spent())
+            }
             ToPeer::Write => {
                 side.cache.write()?;
                 FromPeer::Spent(spent())
@@ -246,6 +313,12 @@ pub(crate) fn serve(options: &Options, deadline: Deadline, words: &mut Words) ->
             }
             // Over here, too, once the initiator's agent has said so.
             ToPeer::End { .. } => {
+                if let Some(expected) = expected.take() {
+                    let moved = side.runtime.block_on(expected).map_err(|_| AgentError::Gone)??;
+                    if moved.bytes != shape.bytes() {
+                        return Err(BenchError::Short { moved: moved.bytes, due: shape.bytes() });
+                    }
+                }
                 let during = "the notification after a transfer";
                 let left = deadline.left(during)?;
                 let heard =

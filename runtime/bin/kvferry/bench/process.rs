@@ -47,7 +47,8 @@ impl PeerProcess {
 
     fn again(mut command: Command, options: &Options, device: Option<&str>) -> Command {
         command.args(["bench", "--peer", "--transport", options.transport.name(), "--op", options.op.name()]);
-        for (name, text) in [("--device", device), ("--tls", options.tls.as_deref())] {
+        let programs = ("--programs", options.programs.as_deref());
+        for (name, text) in [("--device", device), ("--tls", options.tls.as_deref()), programs] {
             if let Some(text) = text {
                 command.args([name, text]);
             }
