@@ -37,7 +37,9 @@ impl PeerProcess {
         let default = |name: &str, value: &str| (std::env::var_os(name).is_none(), name.to_owned(), value.to_owned());
         let tls = options.tls.iter().map(|tls| default("UCX_TLS", tls));
         let devices = options.device.iter().map(|devices| default("UCX_NET_DEVICES", devices));
-        for (unset, name, value) in tls.chain(devices).chain([default("NIXL_LOG_LEVEL", "ERROR")]) {
+        // Its UCX logs to stdout by default, where it speaks to this process.
+        let logs = [default("NIXL_LOG_LEVEL", "ERROR"), default("UCX_LOG_FILE", "stderr")];
+        for (unset, name, value) in tls.chain(devices).chain(logs) {
             if unset {
                 command.env(name, value);
             }
