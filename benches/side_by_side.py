@@ -8,9 +8,8 @@ PROGRAM of --kvferry is the release build of the command; that of --host-limit c
 and prints a JSON object. What is left out is skipped. In every round each program runs once for each shape; tables hold the medians
 of the rounds, and ratios of one round's figures: their median, least and greatest. Run it on an otherwise idle machine.
 
-Processor time is that of both ends; waiting by polling counts. NIXL's script does not tell its own: it is run a second time, for so many more
-iterations that they take --cpu-seconds or longer, and what the whole processes took more is theirs. What setting up takes differs by a few tenths of a second from run to
-run, so that this is the figure's error.
+Processor time is that of both ends while an iteration lasts; waiting by polling counts. NIXL's script does not tell its own: its clock, which it
+reads before and behind each transfer, reads the processor clocks of both its processes, too.
 
 Paths are transports, with a device where one is meant: shm,tcp,ucx:memory,ucx:lo; nixl and nixl:tcp are kvferry as the initiator by NIXL's protocol, with
 all of UCX's transports or only tcp, of a NIXL agent that the Python of --nixl runs. For ucx and nixl let KVFERRY_UCX_LIBRARY name the library that NIXL
@@ -19,11 +18,9 @@ brings, so that both use one; UCX_MODULES=^ib keeps both from loading RDMA libra
 
 import argparse
 import json
-import math
 import os
 import platform
 import re
-import resource
 import shlex
 import statistics
 import subprocess
@@ -37,6 +34,29 @@ LIKE = {"shm": "shm", "tcp": "tcp", "ucx:memory": "shm", "ucx:lo": "tcp", "nixl"
 NIXL_OP = {"pull": "READ", "push": "WRITE"}
 LIMIT_LINE = re.compile(r"^(tcp sg|shm copy) n=\d+ bb=\d+ ([0-9.]+) GB/s")
 
+# Runs NIXL's script. It reads its clock three times an iteration: before it prepares a transfer, before it moves it, and behind that.
+CLOCKS = """
+import json, os, runpy, statistics, sys, time
+clock, dumps, calls, began, spent = time.perf_counter, json.dumps, 0, 0, []
+def processor():
+    parent = os.getppid()
+    with open(f"/proc/{parent}/task/{parent}/children") as children:
+        return sum(time.clock_gettime(~int(child) << 3 | 2) for child in children.read().split())
+def read():
+    global calls, began
+    calls += 1
+    if calls % 3 == 2:
+        began = processor()
+    now = clock()
+    if calls % 3 == 0:
+        spent.append(processor() - began)
+    return now
+time.perf_counter = read
+json.dumps = lambda report: dumps(dict(report, cpu_seconds=statistics.median(spent[1:])))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,7 +65,6 @@ def main():
     parser.add_argument("--nixl", metavar="'PYTHON SCRIPT'")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--iters", type=int, default=7, help="iterations of kvferry and NIXL in one round")
-    parser.add_argument("--cpu-seconds", type=float, default=5, help="about how long NIXL's iterations take by which its processor time is told")
     parser.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="for one run of one program")
     parser.add_argument("--paths", default="shm,tcp", help=f"of {', '.join(LIKE)} [default: shm,tcp]")
     parser.add_argument("--mebibyte", action="store_true", help="pieces of 1 MiB, too")
@@ -57,8 +76,8 @@ def main():
     options.shapes = SHAPES + ([(32, 8, 1 << 20)] if options.mebibyte else [])
     if any(path.startswith("nixl") for path in options.paths) and not options.nixl:
         parser.error("--paths nixl: --nixl must name its Python")
-    if options.rounds < 1 or options.iters < 1 or options.cpu_seconds <= 0:
-        parser.error("--rounds and --iters must be at least 1, and --cpu-seconds more than 0")
+    if options.rounds < 1 or options.iters < 1:
+        parser.error("--rounds and --iters must be at least 1")
 
     rounds = []
     for number in range(options.rounds):
@@ -82,11 +101,9 @@ def one_round(options, shape):
         figures["plan", transport, op] = report["plan_microseconds"]
         figures["cpu", transport, op] = report["cpu_seconds"] / gibibytes(shape)
         if options.nixl:
-            rate, seconds, processor = nixl(options, transport, op, shape, options.iters)
-            more = max(options.iters, math.ceil(options.cpu_seconds / seconds))
-            _, _, longer = nixl(options, transport, op, shape, options.iters + more)
+            rate, processor = nixl(options, transport, op, shape)
             figures["nixl", transport, op] = rate
-            figures["nixl cpu", transport, op] = (longer - processor) / more / gibibytes(shape)
+            figures["nixl cpu", transport, op] = processor / gibibytes(shape)
     return figures
 
 
@@ -110,27 +127,19 @@ def kvferry(options, transport, op, shape):
     return report
 
 
-def nixl(options, transport, op, shape, iters):
-    """GB/s, the seconds of one iteration, and the processor's of the whole run."""
-    command = shlex.split(options.nixl) + [NIXL_OP[op], "UCX", *map(str, shape), str(iters)]
+def nixl(options, transport, op, shape):
+    """GB/s, and the processor seconds of an iteration."""
+    python, script = shlex.split(options.nixl)
+    command = [python, "-c", CLOCKS, script, NIXL_OP[op], "UCX", *map(str, shape), str(options.iters)]
     environment = dict(os.environ, NIXL_LOG_LEVEL="ERROR")
     environment.pop("UCX_TLS", None)
     if LIKE[transport] == "tcp":
         environment["UCX_TLS"] = "tcp"
-    before = processor_seconds()
-    output = run(command, options.timeout, environment)
-    processor = processor_seconds() - before
-    lines = [line for line in output.splitlines() if line.startswith("{")]
+    lines = [line for line in run(command, options.timeout, environment).splitlines() if line.startswith("{")]
     if not lines:
-        raise SystemExit(f"no JSON object from {shlex.join(command)}:\n{output}")
+        raise SystemExit(f"no JSON object from {shlex.join(command)}")
     report = json.loads(lines[-1])
-    return report["gigabytes_per_second"], report["seconds"]["p50"], processor
-
-
-def processor_seconds():
-    """Of everything that this process has started and that has ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    return report["gigabytes_per_second"], report["cpu_seconds"]
 
 
 def host_limit(options, pieces, block_bytes):
