@@ -1,6 +1,8 @@
 //! What is known of a device, and how it is opened and waited for.
 
+use std::fmt;
 use std::os::fd::OwnedFd;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -32,7 +34,10 @@ pub struct Options {
     /// Pieces that are shorter than this on average, in bytes, are packed by their source where the destination could also read them one by
     /// one (ucx). By default what earlier transfers took decides.
     pub packed_below_bytes: Option<u64>,
-    /// Bytes of memory that are registered with the device for packed chunks, at most (ucx); what goes beyond is registered as it comes.
+    /// How packed pieces come (ucx). The destination's word counts, unless its source says [`PackedBy::Message`].
+    pub packed_by: PackedBy,
+    /// Bytes of memory that are registered with the device for packed chunks, at most (ucx); what goes beyond is registered as it comes, and
+    /// links that it leaves without staging of their own have their chunks sent as messages.
     pub staging_bytes_max: u64,
     /// Bytes of one chunk of a device's memory that is staged through page-locked host memory (tcp), rounded to whole pages.
     /// Between two H200, pulls of 10,240 × 16 KiB went at 4.4 GB/s by 16 chunks of 512 KiB and at 4.8 GB/s by 16 of 1 MiB, which is also the most
@@ -55,12 +60,54 @@ impl Default for Options {
             poll_bytes_max: 4 << 20,
             thread_blocks: 16,
             packed_below_bytes: None,
+            packed_by: PackedBy::Auto,
             staging_bytes_max: 64 << 20,
             staged_chunk_bytes: 1 << 20,
             staged_chunks: 16,
             unexpected_wait_ms: 5_000,
             two_sided: false,
         }
+    }
+}
+
+/// How pieces that their source packs come to their destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PackedBy {
+    /// As suits the lanes: by reads where a device reads remote memory by itself, else by messages.
+    #[default]
+    Auto,
+    /// As messages.
+    Message,
+    /// The destination reads each chunk out of the source's staging, wherever its lanes can read remote memory, a host's shared memory included.
+    Read,
+}
+
+impl PackedBy {
+    /// All of them.
+    pub const ALL: [PackedBy; 3] = [PackedBy::Auto, PackedBy::Message, PackedBy::Read];
+
+    /// Its name in options: `auto`, `message` or `read`.
+    pub fn name(self) -> &'static str {
+        match self {
+            PackedBy::Auto => "auto",
+            PackedBy::Message => "message",
+            PackedBy::Read => "read",
+        }
+    }
+}
+
+impl fmt::Display for PackedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for PackedBy {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<PackedBy, String> {
+        let found = PackedBy::ALL.into_iter().find(|by| by.name() == word);
+        found.ok_or_else(|| format!("{word:?} is none of {}", PackedBy::ALL.map(PackedBy::name).join(", ")))
     }
 }
 

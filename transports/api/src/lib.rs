@@ -18,7 +18,7 @@ mod transport;
 pub use cursor::{Cursor, Piece};
 pub use device::{Copier, DeviceMemory, DeviceRegion};
 pub use event::{Event, TransferError};
-pub use info::{Device, NicInfo, Options, PoolKeys, Wait};
+pub use info::{Device, NicInfo, Options, PackedBy, PoolKeys, Wait};
 pub use known::{DeviceBlock, KnownBlocks, KnownRun, known_word, write_known};
 pub use kvferry_core::{Direction, Evidence, FenceProof, Grade, LibraryName, TransportKind};
 pub use part::first_part;

@@ -20,7 +20,8 @@ pub(crate) struct Watched {
 
 impl UcxTransport {
     pub(crate) fn costs(&mut self, link: u64) -> Option<&mut Costs> {
-        let (rule, told) = (self.lanes(link)?.rule(), self.options.packed_below_bytes);
+        let is_read_together = self.links.get(&link)?.supply.is_some();
+        let (rule, told) = (self.lanes(link)?.rule(is_read_together), self.options.packed_below_bytes);
         Some(self.links.get_mut(&link)?.costs.get_or_insert_with(|| Costs::new(rule, told)))
     }
 

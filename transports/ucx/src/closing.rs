@@ -46,10 +46,13 @@ impl UcxTransport {
     /// endpoint after it has freed it where one was closed by force with bytes still to send, a peer that had stopped takes them, and closes
     /// its own end in the same moment.
     pub(crate) fn close_link(&mut self, id: u64) {
-        let Some(link) = self.links.remove(&id) else { return };
+        let Some(mut link) = self.links.remove(&id) else { return };
+        // Its keys go before its endpoint; reads that are under way keep them.
+        link.supply = None;
         self.numbers.retain(|_, (_, over)| *over != id);
-        let reads =
-            link.warmth.is_trying() || self.fetches.values().any(|fetch| fetch.link == id && fetch.holds_endpoint());
+        let reads = link.warmth.is_trying()
+            || link.collecting > 0
+            || self.fetches.values().any(|fetch| fetch.link == id && fetch.holds_endpoint());
         // The kernel's copies are made by this thread, inside UCX's progress, and are over when that returns.
         let is_device = self.method.is_rdma();
         let closing = Closing {
@@ -125,7 +128,11 @@ impl UcxTransport {
                 }
             }
             Operation::Drained { link } => self.drained(link),
-            Operation::Sent { .. } | Operation::Received { .. } | Operation::Got { .. } | Operation::Tried { .. } => {}
+            Operation::Sent { .. }
+            | Operation::Received { .. }
+            | Operation::Got { .. }
+            | Operation::Collected { .. }
+            | Operation::Tried { .. } => {}
         }
     }
 

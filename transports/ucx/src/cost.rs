@@ -66,6 +66,8 @@ pub(crate) struct Rule {
     pub(crate) read: Line,
     /// What a packed piece costs beside its bytes.
     pub(crate) packed_piece: f64,
+    /// Nanoseconds that packed transfers take beside their pieces and bytes, where that is known to matter.
+    pub(crate) round: Option<f64>,
 }
 
 impl Rule {
@@ -195,9 +197,10 @@ impl Costs {
         Some((self.read.line(self.rule.read)?, self.packed.line(self.rule.packed())?))
     }
 
-    /// What packing costs beside pieces and bytes, once it is measured: one slow transfer must not stand for it.
+    /// What packing costs beside pieces and bytes, by the rule until it is measured: one slow transfer must not stand for it.
     fn round(&self) -> Option<f64> {
-        (self.rounds.len() >= SAMPLES_MIN).then(|| median(self.rounds.iter().copied())).flatten()
+        let measured = (self.rounds.len() >= SAMPLES_MIN).then(|| median(self.rounds.iter().copied())).flatten();
+        measured.or(self.rule.round)
     }
 
     fn is_poor(&self, other: Manner, piece: f64) -> bool {
@@ -207,10 +210,12 @@ impl Costs {
         })
     }
 
-    /// Whether what packing saves is less than the round that it takes, as far as that is measured.
+    /// Whether what packing saves is less than the round that it takes, as far as that is known.
     fn is_not_worth_a_round(&self, piece: f64, bytes: u64) -> bool {
         let (Some(round), None) = (self.round(), self.told) else { return false };
-        self.lines().is_some_and(|(read, packed)| (read.at(piece) - packed.at(piece)) * (bytes as f64) < round)
+        let ruled = self.rule.round.map(|_| (self.rule.read, self.rule.packed()));
+        let known = self.lines().or(ruled);
+        known.is_some_and(|(read, packed)| (read.at(piece) - packed.at(piece)) * (bytes as f64) < round)
     }
 
     /// Takes another length once it has been better for a while.
@@ -334,7 +339,7 @@ mod tests {
     use super::*;
 
     const RULE: Rule =
-        Rule { piece_bytes_min: 12 << 10, read: Line { piece: 1750.0, byte: 0.28 }, packed_piece: 100.0 };
+        Rule { piece_bytes_min: 12 << 10, read: Line { piece: 1750.0, byte: 0.28 }, packed_piece: 100.0, round: None };
     const BYTES: u64 = 16 << 20;
 
     fn took(line: Line, piece: u64, bytes: u64) -> Duration {

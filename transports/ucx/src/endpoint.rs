@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use ucx_sys::{
     UCP_AM_SEND_FLAG_EAGER, UCP_AM_SEND_FLAG_RNDV, UCP_EP_ATTR_FIELD_TRANSPORTS, UCP_EP_CLOSE_FLAG_FORCE, UCS_OK,
-    ucp_ep_attr_t, ucp_ep_h, ucp_rkey_h, ucp_transport_entry_t, ucp_transports_t,
+    ucp_ep_attr_t, ucp_ep_h, ucp_mem_h, ucp_rkey_h, ucp_transport_entry_t, ucp_transports_t,
 };
 use ucx_text::Lane;
 
@@ -29,6 +29,8 @@ pub(crate) enum Operation {
     Received { link: u64, header: Header, buffer: Buffer },
     /// Bytes on their way into a pool, and what keeps both ends of the copy.
     Got { fetch: u64, _memory: Rc<GetMemory> },
+    /// A chunk that is read out of a peer's staging, which buffer of that it is in, and the key that it is read with.
+    Collected { link: u64, header: Header, place: u32, buffer: Buffer, _keys: Rc<RemoteKeys> },
     /// Bytes on their way into a buffer that nobody looks at, and the key that they are read with.
     Tried { link: u64, buffer: Buffer, _keys: Rc<RemoteKeys> },
     /// An endpoint that is being closed, and what its error handler may still be given.
@@ -99,13 +101,14 @@ impl Endpoint {
     ) -> Begun<Operation> {
         let operation = Operation::Got { fetch, _memory: memory.clone() };
         // SAFETY: the caller vouches for the local range; the operation keeps it and the key until it is over.
-        unsafe { self.read(operation, &memory.keys, region, from, to, bytes) }
+        unsafe { self.read(operation, &memory.keys, region, from, to, bytes, None) }
     }
 
-    /// Reads remote memory.
+    /// Reads remote memory; `memory` is what UCX knows the local bytes by, where that is at hand.
     ///
     /// # Safety
     /// `to` must be `bytes` writable bytes that `operation` keeps, as it must keep the keys.
+    #[expect(clippy::too_many_arguments, reason = "what UCX's own call takes")]
     pub(crate) unsafe fn read(
         &self,
         operation: Operation,
@@ -114,12 +117,13 @@ impl Endpoint {
         from: u64,
         to: *mut u8,
         bytes: usize,
+        memory: Option<ucp_mem_h>,
     ) -> Begun<Operation> {
         let Some(Some(rkey)) = keys.regions.get(region).copied() else {
             return Begun::Over(operation, ucx_sys::UCS_ERR_INVALID_PARAM);
         };
         // SAFETY: as the caller promises.
-        self.worker.operations.start(operation, 0, |params| unsafe {
+        self.worker.operations.start_with(operation, 0, memory, |params| unsafe {
             self.worker.library().api.ucp_get_nbx(self.raw, to.cast(), bytes, from, rkey, params)
         })
     }

@@ -7,6 +7,7 @@ use std::ffi::c_void;
 use kvferry_transport::Cursor;
 use ucx_sys::{UCP_AM_RECV_ATTR_FLAG_RNDV, UCS_INPROGRESS, UCS_OK, ucp_am_recv_param_t, ucp_ep_h, ucs_status_t};
 
+use crate::staging::Buffer;
 use crate::wire::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
 
 /// Chunks of one transfer that came before an earlier one.
@@ -47,15 +48,45 @@ pub(crate) struct Sink {
     left: u64,
     /// The chunk that is put next.
     next: u32,
-    early: BTreeMap<u32, Vec<u8>>,
+    early: BTreeMap<u32, Early>,
+}
+
+/// A chunk's bytes.
+enum Body<'a> {
+    /// UCX's, for the time of a call.
+    Lent(&'a [u8]),
+    Own(Buffer),
+}
+
+impl Body<'_> {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Body::Lent(bytes) => bytes,
+            Body::Own(buffer) => buffer,
+        }
+    }
+
+    fn keep(self) -> Buffer {
+        match self {
+            Body::Lent(bytes) => bytes.to_vec().into(),
+            Body::Own(buffer) => buffer,
+        }
+    }
+}
+
+/// A chunk that came before one that is put ahead of it.
+struct Early {
+    body: Buffer,
+    place: Option<u32>,
 }
 
 /// What came, in order.
 pub(crate) enum Arrival {
     /// A message other than data.
     Message { header: Header, body: Vec<u8> },
-    /// A chunk was taken off the link; whose session, and whether it was its transfer's last.
-    Chunk { session: u64, whole: Option<(Key, u64)> },
+    /// A chunk was taken off the link; whose session, which buffer of the link's staging it was in if it was read, and whether it was its
+    /// transfer's last.
+    Chunk { session: u64, place: Option<u32>, whole: Option<(Key, u64)> },
     /// A chunk was announced.
     Announced(Rendezvous),
     /// A session's peer broke the rules.
@@ -120,7 +151,7 @@ impl Inbox {
         let Ok(mut state) = self.state.try_borrow_mut() else { return };
         let Some((header, body)) = Header::decode(message) else { return };
         match Key::of(&header) {
-            Some(key) => state.chunk(key, header.number, body),
+            Some(key) => state.chunk(key, header.number, Body::Lent(body), None),
             None => state.arrivals.push(Arrival::Message { header, body: body.to_vec() }),
         }
     }
@@ -147,10 +178,10 @@ impl Inbox {
         self.state.borrow().sinks.contains_key(&key)
     }
 
-    /// A chunk that was received by rendezvous, or let be.
-    pub(crate) fn brought(&self, header: Header, body: &[u8]) {
+    /// A chunk that was received by rendezvous, or read out of a buffer of the link's staging.
+    pub(crate) fn brought(&self, header: Header, buffer: Buffer, place: Option<u32>) {
         if let (Some(key), Ok(mut state)) = (Key::of(&header), self.state.try_borrow_mut()) {
-            state.chunk(key, header.number, body);
+            state.chunk(key, header.number, Body::Own(buffer), place);
         }
     }
 
@@ -165,54 +196,63 @@ impl Inbox {
 impl State {
     /// Puts no more bytes of a transfer anywhere. What came early frees its place on the link.
     fn end(&mut self, key: Key) {
-        let early = self.sinks.remove(&key).map_or(0, |sink| sink.early.len());
-        let freed = || Arrival::Chunk { session: key.session, whole: None };
-        self.arrivals.extend(std::iter::repeat_with(freed).take(early));
+        let early = self.sinks.remove(&key).map(|sink| sink.early).unwrap_or_default();
+        let freed = |early: Early| Arrival::Chunk { session: key.session, place: early.place, whole: None };
+        self.arrivals.extend(early.into_values().map(freed));
     }
 
-    fn chunk(&mut self, key: Key, number: u32, body: &[u8]) {
+    fn chunk(&mut self, key: Key, number: u32, body: Body<'_>, place: Option<u32>) {
         let session = key.session;
-        let (mut whole, mut placed) = (None, 1);
         // A chunk of a transfer that has ended here still frees its place on the link.
+        let (mut whole, mut placed) = (None, vec![place]);
         if let Some(sink) = self.sinks.get_mut(&key) {
-            let next = sink.next;
-            match sink.take(number, body) {
-                Ok(bytes) => self.bytes += bytes,
+            match sink.take(number, body, place) {
+                // What came early keeps its place until it is put.
+                Ok((bytes, places)) => {
+                    self.bytes += bytes;
+                    placed = places;
+                }
                 Err(reason) => {
                     self.sinks.remove(&key);
                     self.arrivals.push(Arrival::Breach { session, reason });
                     return;
                 }
             }
-            // What came early keeps its place until it is put.
-            placed = sink.next.wrapping_sub(next);
             if sink.left == 0 && sink.early.is_empty() {
                 whole = Some((key, sink.cursor.pieces()));
                 self.sinks.remove(&key);
             }
         }
-        for left in (0..placed).rev() {
-            let whole = whole.filter(|_| left == 0);
-            self.arrivals.push(Arrival::Chunk { session, whole });
+        let count = placed.len();
+        for (place, number) in placed.into_iter().zip(1..) {
+            let whole = whole.filter(|_| number == count);
+            self.arrivals.push(Arrival::Chunk { session, place, whole });
         }
     }
 }
 
 impl Sink {
-    /// Puts a chunk in place, or keeps it until the ones before it are there. UCX keeps messages in order on one lane, but does not promise it.
-    fn take(&mut self, number: u32, body: &[u8]) -> Result<u64, &'static str> {
+    /// Puts a chunk in place, or keeps it until the ones before it are there: reads end in any order, and UCX does not promise that messages come
+    /// in theirs. Says how many bytes were put, and for each chunk that was which buffer it was in, in order.
+    fn take(
+        &mut self,
+        number: u32,
+        body: Body<'_>,
+        place: Option<u32>,
+    ) -> Result<(u64, Vec<Option<u32>>), &'static str> {
         if number != self.next {
             let ahead = number.checked_sub(self.next).filter(|ahead| (*ahead as usize) < EARLY_MAX);
-            if ahead.is_none() || self.early.insert(number, body.to_vec()).is_some() {
+            if ahead.is_none() || self.early.insert(number, Early { body: body.keep(), place }).is_some() {
                 return Err("a chunk came twice, or far too early");
             }
-            return Ok(0);
+            return Ok((0, Vec::new()));
         }
-        let mut put = self.put(body)?;
-        while let Some(body) = self.early.remove(&self.next) {
+        let (mut put, mut places) = (self.put(body.bytes())?, vec![place]);
+        while let Some(Early { body, place }) = self.early.remove(&self.next) {
             put += self.put(&body)?;
+            places.push(place);
         }
-        Ok(put)
+        Ok((put, places))
     }
 
     fn put(&mut self, mut body: &[u8]) -> Result<u64, &'static str> {
@@ -311,9 +351,10 @@ mod tests {
         Header { kind: Kind::PullData, number, session: KEY.session, tag: KEY.tag }
     }
 
-    fn chunks(inbox: &Inbox) -> Vec<bool> {
+    /// In which buffer each was, and whether it was the last.
+    fn chunks(inbox: &Inbox) -> Vec<(Option<u32>, bool)> {
         let one = |arrival| match arrival {
-            Arrival::Chunk { whole, .. } => Some(whole.is_some()),
+            Arrival::Chunk { place, whole, .. } => Some((place, whole.is_some())),
             _ => None,
         };
         inbox.take().into_iter().filter_map(one).collect()
@@ -324,10 +365,10 @@ mod tests {
         let inbox = Inbox::default();
         let (pool, cursor) = cursor();
         inbox.add_sink(KEY, cursor, 64);
-        inbox.brought(header(1), &[2; 32]);
+        inbox.brought(header(1), vec![2; 32].into(), Some(5));
         assert_eq!((chunks(&inbox), inbox.take_bytes()), (Vec::new(), 0));
-        inbox.brought(header(0), &[1; 32]);
-        assert_eq!((chunks(&inbox), inbox.take_bytes()), (vec![false, true], 64));
+        inbox.brought(header(0), vec![1; 32].into(), None);
+        assert_eq!((chunks(&inbox), inbox.take_bytes()), (vec![(None, false), (Some(5), true)], 64));
         let mut bytes = [0; 32];
         for block in 0..2 {
             pool.read(0, block, 0, &mut bytes).unwrap();
@@ -340,16 +381,16 @@ mod tests {
         for of_session in [false, true] {
             let inbox = Inbox::default();
             inbox.add_sink(KEY, cursor().1, 64);
-            inbox.brought(header(1), &[2; 16]);
-            inbox.brought(header(2), &[3; 16]);
+            inbox.brought(header(1), vec![2; 16].into(), Some(0));
+            inbox.brought(header(2), vec![3; 16].into(), Some(7));
             if of_session {
                 inbox.remove_session(KEY.session)
             } else {
                 inbox.remove_sink(KEY)
             }
-            assert_eq!(chunks(&inbox), [false, false]);
-            inbox.brought(header(0), &[1; 32]);
-            assert_eq!((chunks(&inbox), inbox.take_bytes()), (vec![false], 0), "nobody waits for it");
+            assert_eq!(chunks(&inbox), [(Some(0), false), (Some(7), false)]);
+            inbox.brought(header(0), vec![1; 32].into(), Some(3));
+            assert_eq!((chunks(&inbox), inbox.take_bytes()), (vec![(Some(3), false)], 0), "nobody waits for it");
         }
     }
 }

@@ -9,11 +9,18 @@ const READERS: [&str; 9] = ["cma", "knem", "xpmem", "rc_verbs", "rc_mlx5", "dc_m
 
 /// Those of them that are a system call of this side's kernel each time.
 const KERNEL_READERS: [&str; 3] = ["cma", "knem", "xpmem"];
+/// Those of them that are a network device's.
+const DEVICE_READERS: [&str; 5] = ["rc_verbs", "rc_mlx5", "dc_mlx5", "dc_devx", "srd"];
 /// Where a read is a system call, shorter pieces are sent packed until both ways are measured: through cma 4 KiB pieces came at 1.4 GB/s and 8 KiB ones at 2.0, packed at
 /// 2.6 to 3.2; from 16 KiB on both are equal and reading takes half the processor time (UCX 1.22, one host of two cores).
-const KERNEL: Rule = Rule { piece_bytes_min: 12 << 10, read: Line { piece: 1750.0, byte: 0.28 }, packed_piece: 100.0 };
+const KERNEL: Rule =
+    Rule { piece_bytes_min: 12 << 10, read: Line { piece: 1750.0, byte: 0.28 }, packed_piece: 100.0, round: None };
 /// The hardware takes millions of reads a second, and each costs a descriptor here. Its figures are round ones of 25 GB/s.
-const HARDWARE: Rule = Rule { piece_bytes_min: 1 << 10, read: Line { piece: 150.0, byte: 0.04 }, packed_piece: 50.0 };
+const HARDWARE: Rule =
+    Rule { piece_bytes_min: 1 << 10, read: Line { piece: 150.0, byte: 0.04 }, packed_piece: 50.0, round: None };
+/// Packed bytes are copied at both ends, at 10 GB/s each, and read 1 MiB at a time between: 0.24 ns a byte, which meets single reads at 512 bytes.
+/// A chunk is announced before it is read: a message's way, and a read's there and back.
+const TOGETHER: Rule = Rule { piece_bytes_min: 512, read: HARDWARE.read, packed_piece: 50.0, round: Some(20_000.0) };
 
 /// The lanes of an endpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,11 +41,21 @@ impl Lanes {
         self.printed.iter().any(|lane| lane.is_zero_copy() && READERS.contains(&lane.lane.transport.as_str()))
     }
 
-    /// From which mean length on pieces are taken to be better read one by one than packed at their source and sent.
-    pub(crate) fn rule(&self) -> Rule {
+    /// Whether those reads are a network device's own. It cuts messages up, so that packed bytes are better read by it than sent.
+    pub(crate) fn read_by_device(&self) -> bool {
+        self.printed.iter().any(|lane| lane.is_zero_copy() && DEVICE_READERS.contains(&lane.lane.transport.as_str()))
+    }
+
+    /// From which mean length on pieces are taken to be better read one by one than packed at their source and sent, or read from there
+    /// together.
+    pub(crate) fn rule(&self, is_read_together: bool) -> Rule {
         let kernel =
             |lane: &EndpointLane| lane.is_zero_copy() && KERNEL_READERS.contains(&lane.lane.transport.as_str());
-        if self.printed.iter().any(kernel) { KERNEL } else { HARDWARE }
+        match (self.printed.iter().any(kernel), is_read_together) {
+            (true, _) => KERNEL,
+            (false, true) => TOGETHER,
+            (false, false) => HARDWARE,
+        }
     }
 
     /// Their names, each once, in order.
@@ -71,14 +88,19 @@ mod tests {
         let lanes = parse(text);
         assert_eq!(lanes.names(), ["sysv/memory", "cma/memory"]);
         assert!(lanes.read_remote_memory());
-        assert!(lanes.rule().piece_bytes_min > 8192, "a system call for each");
+        assert!(
+            [false, true].map(|together| lanes.rule(together).piece_bytes_min) == [12 << 10; 2],
+            "a system call for each"
+        );
+        assert!(!lanes.read_by_device(), "the kernel's reads are no device's");
     }
 
     #[test]
     fn devices_with_ports_keep_their_names() {
         let lanes = parse("lane[0]:  0:srd/rdmap0:1.0 md[0] -> md[0]/ib/sysdev[255] seg 4096 rma_bw#0 am keepalive");
         assert_eq!(lanes.names(), ["srd/rdmap0:1"]);
-        assert!(lanes.read_remote_memory());
+        assert!(lanes.read_remote_memory() && lanes.read_by_device());
+        assert_eq!([false, true].map(|together| lanes.rule(together).piece_bytes_min), [1024, 512]);
     }
 
     #[test]
@@ -89,7 +111,7 @@ mod tests {
             "lane[0]:  0:srd/rdmap0:1.0 md[0] -> md[0]/ib/sysdev[255] am keepalive",
             "",
         ] {
-            assert!(!parse(text).read_remote_memory(), "{text}");
+            assert!(!parse(text).read_remote_memory() && !parse(text).read_by_device(), "{text}");
         }
     }
 

@@ -7,8 +7,10 @@
 mod arriving;
 mod choice;
 mod closing;
+mod collecting;
 mod context;
 mod cost;
+mod depot;
 mod device;
 mod endpoint;
 mod fetch;

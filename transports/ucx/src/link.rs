@@ -7,13 +7,14 @@ use kvferry_core::TransferId;
 use kvferry_topology::Way;
 use kvferry_transport::{Cursor, PeerId};
 
+use crate::collecting::Supply;
 use crate::cost::Costs;
+use crate::depot::Depot;
 use crate::endpoint::Endpoint;
-use crate::inbox::Key;
+use crate::inbox::{Flow, Key};
 use crate::lanes::Lanes;
-use crate::staging::Buffer;
 use crate::warming::Warmth;
-use crate::wire::{Header, KEY_BYTES};
+use crate::wire::{Header, KEY_BYTES, Kind};
 
 /// Chunks that may be on a link before its reader has to take some off.
 pub(crate) const CREDITS: u32 = 8;
@@ -49,6 +50,12 @@ pub(crate) struct Link {
     pub(crate) consumed: u32,
     /// Chunks that UCX is bringing by rendezvous: no more than the peer has credits for.
     pub(crate) receiving: u32,
+    /// Where packed chunks for the peer lie, if it reads them.
+    pub(crate) depot: Option<Depot>,
+    /// Where the peer's packed chunks lie, if they are read here.
+    pub(crate) supply: Option<Supply>,
+    /// Chunks that are being read from there, and those whose read failed.
+    pub(crate) collecting: u32,
     pub(crate) warmth: Warmth,
     /// Nobody uses it; it is kept until then, since an endpoint that is made anew while the peer still closes the old one is often reset.
     pub(crate) idle_until: Option<Instant>,
@@ -72,6 +79,9 @@ impl Link {
             sessions: BTreeSet::new(),
             consumed: 0,
             receiving: 0,
+            depot: None,
+            supply: None,
+            collecting: 0,
             warmth: Warmth::default(),
             idle_until: None,
             ended: VecDeque::new(),
@@ -151,22 +161,30 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Packs the next chunk, headed by `header` and at most `bytes_max` long with it, into an empty buffer. Says whether the program gave as many bytes as it should.
-    pub(crate) fn pack(&mut self, header: Header, bytes_max: usize, buffer: &mut Buffer) -> bool {
-        let headed = buffer.append(&header.encode());
-        let room = bytes_max.saturating_sub(buffer.len());
-        let mut wanted = usize::try_from(self.left).map_or(room, |left| left.min(room));
+    /// What heads the next chunk, if it is sent.
+    pub(crate) fn header(&self) -> Header {
+        let kind = match self.key.flow {
+            Flow::Pull => Kind::PullData,
+            Flow::Push => Kind::PushData,
+        };
+        Header { kind, number: self.number, session: self.key.session, tag: self.key.tag }
+    }
+
+    /// Packs the next chunk, at most `room` bytes long: `put` takes its pieces, which lie in a live pool, in order, and says whether there was room.
+    /// Says how long it is; `None` where the program gave fewer bytes than it should, or there was no room.
+    pub(crate) fn pack(&mut self, room: usize, mut put: impl FnMut(*const u8, usize) -> bool) -> Option<usize> {
+        let bytes = usize::try_from(self.left).map_or(room, |left| left.min(room));
+        let mut wanted = bytes;
         self.left -= wanted as u64;
         self.number = self.number.wrapping_add(1);
         while wanted > 0 {
-            let Some(piece) = self.cursor.take(wanted) else { return false };
-            // SAFETY: the piece lies in the cursor's live pool; the buffer is no memory of it.
-            if !unsafe { buffer.append_from(piece.at, piece.bytes) } {
-                return false;
+            let piece = self.cursor.take(wanted)?;
+            if !put(piece.at, piece.bytes) {
+                return None;
             }
             wanted = wanted.saturating_sub(piece.bytes);
         }
-        headed
+        Some(bytes)
     }
 }
 

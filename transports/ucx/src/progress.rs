@@ -6,6 +6,7 @@ use kvferry_transport::codec::decode;
 use kvferry_transport::{Event, Notice, PeerId};
 use ucx_sys::{UCS_OK, ucs_status_t};
 
+use crate::collecting::Supply;
 use crate::endpoint::Operation;
 use crate::inbox::Arrival;
 use crate::link::{CREDITS, Link, Session};
@@ -69,6 +70,9 @@ impl UcxTransport {
                 }
             }
             Operation::Received { link, header, buffer } => self.received(link, header, buffer, status),
+            Operation::Collected { link, header, place, buffer, .. } => {
+                self.collected(link, header, place, buffer, status);
+            }
             Operation::Got { fetch, .. } => self.got(fetch, status),
             Operation::Tried { link, buffer, .. } => self.tried(link, buffer, status),
             Operation::Closed { .. } | Operation::Flushed { .. } | Operation::Drained { .. } => self.closed(operation),
@@ -85,10 +89,13 @@ impl UcxTransport {
     fn arrival(&mut self, arrival: Arrival) {
         match arrival {
             Arrival::Message { header, body } => self.message(header, body),
-            Arrival::Chunk { session, whole } => {
+            Arrival::Chunk { session, place, whole } => {
                 let Some((_, link)) = self.numbers.get(&session) else { return };
                 if let Some(link) = self.links.get_mut(link) {
                     link.consumed += 1;
+                    if let (Some(supply), Some(place)) = (&mut link.supply, place) {
+                        supply.close(place);
+                    }
                 }
                 let Some((key, pieces)) = whole else { return };
                 self.whole(key, pieces);
@@ -131,8 +138,11 @@ impl UcxTransport {
         };
         let said = match (header.kind, peer) {
             // Of the link, whatever has become of the session that said it.
-            (Kind::Credit, _) => self.on_credit(link, header.number),
+            (Kind::Credit, _) => self.on_credit(link, header.number, header.tag),
             (Kind::Warmed, _) => self.on_warmed(link, &body),
+            (Kind::Ask, _) => self.on_ask(link),
+            (Kind::Staged, _) => self.on_staged(link, &body),
+            (Kind::PullParcel | Kind::PushParcel, _) => self.on_parcel(link, header, &body),
             (_, Some(peer)) => self.dispatch(peer, header, body),
             (_, None) => Ok(()),
         };
@@ -174,18 +184,24 @@ impl UcxTransport {
             Kind::Withdrawn => return self.on_withdrawn(peer, &body),
             // Taken before they come here.
             Kind::Hello | Kind::PullData | Kind::PushData | Kind::Credit | Kind::Warmed => {}
+            Kind::Ask | Kind::Staged | Kind::PullParcel | Kind::PushParcel => {}
         }
         Ok(())
     }
 
-    /// The peer has taken chunks off a link.
-    fn on_credit(&mut self, id: u64, chunks: u32) -> Result<(), String> {
+    /// The peer has taken chunks off a link, those in these buffers of its staging among them.
+    fn on_credit(&mut self, id: u64, chunks: u32, buffers: u64) -> Result<(), String> {
         let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
         let credits = link.outgoing.credits.saturating_add(chunks);
         if credits > CREDITS {
             return Err(format!("{chunks} credits for chunks that were not sent"));
         }
         link.outgoing.credits = credits;
+        match &mut link.depot {
+            Some(depot) => depot.give_back(buffers)?,
+            None if buffers != 0 => return Err("it gives buffers back where there are none".to_owned()),
+            None => {}
+        }
         link.warmth.taken = link.warmth.begun;
         self.join(id);
         Ok(())
@@ -253,7 +269,9 @@ impl UcxTransport {
             let consumed =
                 speaker.and_then(|_| self.links.get_mut(&id)).map_or(0, |link| std::mem::take(&mut link.consumed));
             if let Some(peer) = speaker.filter(|_| consumed > 0) {
-                self.say(peer, Kind::Credit, consumed, 0, &[]);
+                let supply = self.links.get_mut(&id).and_then(|link| link.supply.as_mut());
+                let buffers = supply.map_or(0, Supply::give_back);
+                self.say(peer, Kind::Credit, consumed, buffers, &[]);
             }
             self.send_messages(id);
             left = left.saturating_sub(self.send_chunks(id, left));

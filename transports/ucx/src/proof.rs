@@ -57,6 +57,7 @@ impl UcxTransport {
         let library = self.context.library;
         let proven = link.proven.clone();
         let moved = link.moved;
+        let (collects, lends) = (link.supply.is_some(), link.depot.is_some());
         let mut evidence = Evidence {
             library: Some(LibraryName { path: library.path.clone(), version: library.version.to_string() }),
             ..Evidence::connected(lanes)
@@ -65,6 +66,9 @@ impl UcxTransport {
         if reads {
             evidence.grade = Grade::E4;
             evidence = evidence.seen("large reads are zero-copy (rma_bw#)").seen(self.costs(id)?.words());
+            let packed = |by_read| if by_read { "are read 1 MiB at a time (rma_bw#)" } else { "come as messages (am)" };
+            evidence =
+                evidence.seen(format!("packed chunks {} here, at the peer they {}", packed(collects), packed(lends)));
         } else if self.access == Access::TwoSided {
             evidence = evidence.unseen("remote access, which the two-sided method leaves to UCX's rendezvous");
         } else {
@@ -75,7 +79,7 @@ impl UcxTransport {
             let replaced = self.replaced.join(" ");
             evidence = evidence.seen(format!("the environment replaces settings of kvferry's: {replaced}"));
         }
-        let staging = self.staging.bytes();
+        let staging = self.staging.budget().taken();
         if staging > 0 {
             evidence =
                 evidence.seen(format!("packed chunks go through {} KiB that were registered before", staging >> 10));

@@ -3,7 +3,7 @@
 use kvferry_core::{PoolId, PoolLayout};
 use kvferry_topology::Counters;
 use kvferry_transport::{
-    Device, NicInfo, OpenError, Options, Pool, PoolError, PoolOptions, Provider, Transport, TransportKind,
+    Device, NicInfo, OpenError, Options, PackedBy, Pool, PoolError, PoolOptions, Provider, Transport, TransportKind,
 };
 
 use crate::context::Context;
@@ -21,6 +21,7 @@ pub struct UcxProvider {
     root: SysRoot,
     only: Option<String>,
     two_sided: bool,
+    packed: Option<(PackedBy, u64)>,
 }
 
 impl UcxProvider {
@@ -39,6 +40,13 @@ impl UcxProvider {
     /// must do so.
     pub fn two_sided(mut self) -> UcxProvider {
         self.two_sided = true;
+        self
+    }
+
+    /// Pieces that are shorter than `below` bytes on average are packed, and come as `by` says, whatever [`Options::packed_below_bytes`] and
+    /// [`Options::packed_by`] say.
+    pub fn packed(mut self, by: PackedBy, below: u64) -> UcxProvider {
+        self.packed = Some((by, below));
         self
     }
 
@@ -139,8 +147,12 @@ impl UcxProvider {
             library: Some(named),
             bits_per_second: found.bits_per_second,
         };
+        let mut options = options.clone();
+        if let Some((by, below)) = self.packed {
+            (options.packed_by, options.packed_below_bytes) = (by, Some(below));
+        }
         let mut transport =
-            UcxTransport::open(info, found.method, access, worker, staging, options.clone()).map_err(refused)?;
+            UcxTransport::open(info, found.method, access, worker, staging, options).map_err(refused)?;
         transport.replaced = replaced;
         transport.counters = Counters::open(&self.root.0, &found.network);
         Ok(transport)

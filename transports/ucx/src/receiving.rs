@@ -70,8 +70,7 @@ impl UcxTransport {
         if let Some(link) = self.links.get_mut(&link) {
             link.receiving = link.receiving.saturating_sub(1);
         }
-        self.worker.inbox.brought(header, &buffer);
-        drop(buffer);
+        self.worker.inbox.brought(header, buffer, None);
         self.take_arrivals();
     }
 }

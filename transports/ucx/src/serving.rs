@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kvferry_core::{End, Program, UnitRange};
+use kvferry_transport::codec::encode;
 use kvferry_transport::{Cursor, PeerId};
 
 use crate::device::Access;
@@ -12,7 +13,9 @@ use crate::link::{SENDS_MAX, Serving, Source};
 use crate::request::Begun;
 use crate::staging::Buffer;
 use crate::transport::UcxTransport;
-use crate::wire::{Header, Kind, MESSAGE_BYTES_MAX, RENDEZVOUS_BYTES_MAX, Read, Refusal, decode_first};
+use crate::wire::{
+    Header, Kind, MESSAGE_BYTES_MAX, Parcel, RENDEZVOUS_BYTES_MAX, Read, Refusal, decode_first, message,
+};
 
 impl Access {
     /// The longest chunk, with its header.
@@ -31,6 +34,8 @@ impl Access {
 
 /// Pulls that a peer may have served at once.
 const READS_MAX: usize = 4096;
+/// Chunks up to this long are sent even where longer ones are read: a device takes them in one packet or two, and a read is a round.
+const PARCEL_BYTES_MIN: u64 = 8 << 10;
 /// Chunks up to this long are not worth a rendezvous.
 const EAGER_BYTES_MAX: usize = 32 << 10;
 /// Bytes of requests that a peer may make this side hold.
@@ -129,7 +134,6 @@ impl UcxTransport {
 
     /// Sends chunks over a link, up to about `budget` bytes; says how many.
     pub(crate) fn send_chunks(&mut self, id: u64, budget: u64) -> u64 {
-        let bytes_max = self.access.chunk_bytes_max();
         let mut sent = 0;
         while sent < budget
             && let Some(link) = self.links.get_mut(&id)
@@ -137,20 +141,23 @@ impl UcxTransport {
             && link.outgoing.in_flight < SENDS_MAX
             && let Some(mut source) = link.outgoing.sources.pop_front()
         {
-            let kind = match source.key.flow {
-                Flow::Pull => Kind::PullData,
-                Flow::Push => Kind::PushData,
+            let header = source.header();
+            let worth_a_read = source.left > PARCEL_BYTES_MIN;
+            let depot = link.depot.as_mut().filter(|_| worth_a_read);
+            let packed = if let Some((depot, idle)) = depot.and_then(|depot| depot.idle().map(|idle| (depot, idle))) {
+                let parcel = depot.load(idle, &mut source);
+                parcel.map(|parcel| (named(header, parcel).into(), u64::from(parcel.bytes)))
+            } else {
+                pack_message(&mut source, header, self.access.chunk_bytes_max(), self.staging.buffer())
             };
-            let header = Header { kind, number: source.number, session: source.key.session, tag: source.key.tag };
-            let mut buffer = self.staging.buffer();
-            if !source.pack(header, bytes_max, &mut buffer) {
+            let Some((buffer, bytes)) = packed else {
                 // Excluded by the program's validation.
                 let words = "a program ended before its bytes";
                 tracing::error!(words);
                 self.lose_link(id, words);
                 return sent;
-            }
-            sent += buffer.len() as u64;
+            };
+            sent += bytes;
             if source.left > 0 {
                 link.outgoing.sources.push_back(source);
             } else {
@@ -187,4 +194,22 @@ impl UcxTransport {
             }
         }
     }
+}
+
+/// The message that names a chunk which lies in the staging of a link.
+fn named(header: Header, parcel: Parcel) -> Vec<u8> {
+    let kind = if header.kind == Kind::PullData { Kind::PullParcel } else { Kind::PushParcel };
+    message(Header { kind, ..header }, &encode(&parcel))
+}
+
+/// A chunk behind its header, and how long both are; `None` where the program gave fewer bytes than it should.
+fn pack_message(source: &mut Source, header: Header, bytes_max: usize, mut buffer: Buffer) -> Option<(Buffer, u64)> {
+    if !buffer.append(&header.encode()) {
+        return None;
+    }
+    let room = bytes_max.saturating_sub(buffer.len());
+    // SAFETY: the piece lies in a live pool; the buffer is no memory of it.
+    source.pack(room, |from, bytes| unsafe { buffer.append_from(from, bytes) })?;
+    let bytes = buffer.len() as u64;
+    Some((buffer, bytes))
 }

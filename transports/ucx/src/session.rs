@@ -237,6 +237,8 @@ impl UcxTransport {
         self.lose_sessions(id, but);
         if let Some(link) = self.links.get_mut(&id) {
             (link.outgoing.credits, link.consumed, link.warmth) = (CREDITS, 0, link.warmth.anew());
+            // What its earlier end was told of may be read still, and is withdrawn.
+            (link.depot, link.supply) = (None, None);
             for number in std::mem::take(&mut link.ended) {
                 self.numbers.remove(&number);
             }
@@ -301,7 +303,7 @@ mod tests {
     use kvferry_core::{Direction, PoolId, TransferId};
     use kvferry_transport::codec::encode;
     use kvferry_transport::conformance::{absent, block_planes, whole_blocks};
-    use kvferry_transport::{Expected, Options, Pool, PoolKeys, PoolOptions, Provider, Transfer, Transport};
+    use kvferry_transport::{Expected, Options, PackedBy, Pool, PoolKeys, PoolOptions, Provider, Transfer, Transport};
 
     use super::*;
     use crate::UcxProvider;
@@ -321,6 +323,8 @@ mod tests {
         lanes: Vec<(u64, Lanes)>,
         /// Pools that are registered.
         registered: usize,
+        /// Bytes of staging.
+        staged: u64,
         /// Sessions that are up.
         sessions: usize,
         /// Whether a chunk went out over every link and was taken.
@@ -334,6 +338,7 @@ mod tests {
                 endpoints: transport.made.total(),
                 lanes: transport.links.iter().map(|(id, link)| (*id, lanes(link))).collect(),
                 registered: transport.pools.values().filter(|bound| bound.mapped.is_some()).count(),
+                staged: transport.staging.budget().taken(),
                 sessions: transport.sessions.values().filter(|session| session.there.is_some()).count(),
                 warm: transport.links.values().all(|link| link.warmth.is_whole() && link.outgoing.credits == CREDITS),
             }
@@ -365,9 +370,17 @@ mod tests {
         if let Some(reason) = UcxProvider::unavailable() {
             return absent("ucx", &reason);
         }
-        for (device, two_sided) in [("memory", false), ("lo", false), ("memory", true), ("lo", true)] {
+        let (auto, read) = ((PackedBy::Auto, None), (PackedBy::Read, Some(u64::MAX)));
+        let ways = [
+            ("memory", false, auto),
+            ("lo", false, auto),
+            ("memory", true, auto),
+            ("lo", true, auto),
+            ("memory", false, read),
+        ];
+        for (device, two_sided, (packed_by, packed_below_bytes)) in ways {
             for direction in [Direction::Pull, Direction::Push] {
-                let options = Options { two_sided, ..Options::default() };
+                let options = Options { two_sided, packed_by, packed_below_bytes, ..Options::default() };
                 let pool = |id| {
                     let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
                     Pool::allocate_with(PoolId(id), block_planes(1, BLOCKS, BLOCK_BYTES), "wired", &options).unwrap()
@@ -395,7 +408,11 @@ mod tests {
                     events.iter().any(|event| matches!(event, Event::Completed { .. }))
                         && parties.iter().all(|party| Wired::of(party).warm)
                 });
-                assert_eq!([Wired::of(&a), Wired::of(&b)], joined, "{device}, two-sided {two_sided}, {direction:?}");
+                assert_eq!(
+                    [Wired::of(&a), Wired::of(&b)],
+                    joined,
+                    "{device}, two-sided {two_sided}, {packed_by}, {direction:?}"
+                );
             }
         }
     }

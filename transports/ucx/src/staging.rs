@@ -31,7 +31,7 @@ struct Shared {
     context: Rc<Context>,
     buffer_bytes: usize,
     slab_bytes: u64,
-    slabs_max: u64,
+    budget: Rc<Budget>,
     slabs: RefCell<Vec<Slab>>,
     idle: RefCell<Vec<Place>>,
     /// No more are tried for.
@@ -41,6 +41,45 @@ struct Shared {
 /// Kept until the last buffer of it is.
 struct Slab {
     _registered: Mapped,
+    _share: Share,
+}
+
+/// What all staging of one transport may take, registered as it is.
+pub(crate) struct Budget {
+    bytes_max: u64,
+    taken: Cell<u64>,
+}
+
+/// A part of it, which is given back with this.
+pub(crate) struct Share {
+    budget: Rc<Budget>,
+    bytes: u64,
+}
+
+impl Budget {
+    fn has(&self, bytes: u64) -> bool {
+        bytes <= self.bytes_max.saturating_sub(self.taken.get())
+    }
+
+    /// `None` where so much is not left.
+    pub(crate) fn take(self: &Rc<Budget>, bytes: u64) -> Option<Share> {
+        if !self.has(bytes) {
+            return None;
+        }
+        self.taken.set(self.taken.get().saturating_add(bytes));
+        Some(Share { budget: self.clone(), bytes })
+    }
+
+    /// Bytes that are taken.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken.get()
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.budget.taken.set(self.budget.taken.get().saturating_sub(self.bytes));
+    }
 }
 
 /// One buffer's memory.
@@ -53,27 +92,42 @@ struct Place {
 impl Staging {
     /// The first buffers, of `buffer_bytes` bytes each; all together take no more than `bytes_max`.
     pub(crate) fn new(context: &Rc<Context>, buffer_bytes: usize, bytes_max: u64) -> Result<Staging, String> {
+        let budget = Rc::new(Budget { bytes_max, taken: Cell::new(0) });
+        let staging = Staging::within(budget, context, buffer_bytes);
+        if staging.shared.can_grow() {
+            staging.shared.grow()?;
+        }
+        Ok(staging)
+    }
+
+    /// Buffers of another length under the same limit; none of them is made yet.
+    pub(crate) fn beside(&self, buffer_bytes: usize) -> Staging {
+        Staging::within(self.shared.budget.clone(), &self.shared.context, buffer_bytes)
+    }
+
+    fn within(budget: Rc<Budget>, context: &Rc<Context>, buffer_bytes: usize) -> Staging {
         let slab_bytes = stride(buffer_bytes).saturating_mul(SLAB_BUFFERS.into());
         let shared = Shared {
             context: context.clone(),
             buffer_bytes,
             slab_bytes,
-            slabs_max: bytes_max / slab_bytes.max(1),
+            budget,
             slabs: RefCell::default(),
             idle: RefCell::default(),
             refused: Cell::new(false),
         };
-        if shared.slabs_max > 0 {
-            shared.grow()?;
-        }
-        Ok(Staging { shared: Rc::new(shared) })
+        Staging { shared: Rc::new(shared) }
+    }
+
+    /// What limits it.
+    pub(crate) fn budget(&self) -> &Rc<Budget> {
+        &self.shared.budget
     }
 
     /// Has buffers ready for so many links, as far as the limit goes: when peers join, not when they transfer.
     pub(crate) fn provide(&self, links: usize) {
         let shared = &self.shared;
-        let wanted = (links as u64).min(shared.slabs_max);
-        while shared.made() < wanted && !shared.refused.get() {
+        while shared.made() < links as u64 && shared.can_grow() && !shared.refused.get() {
             if let Err(reason) = shared.grow() {
                 shared.refused.set(true);
                 tracing::warn!(
@@ -92,11 +146,6 @@ impl Staging {
             None => Buffer::Plain(Vec::with_capacity(self.shared.buffer_bytes)),
         }
     }
-
-    /// Bytes of registered memory so far.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.shared.made() * self.shared.slab_bytes
-    }
 }
 
 impl Shared {
@@ -104,7 +153,12 @@ impl Shared {
         self.slabs.borrow().len() as u64
     }
 
+    fn can_grow(&self) -> bool {
+        self.budget.has(self.slab_bytes)
+    }
+
     fn grow(&self) -> Result<(), String> {
+        let share = self.budget.take(self.slab_bytes).ok_or("no more is allowed")?;
         let stride = stride(self.buffer_bytes);
         let plane = Plane {
             region: 0,
@@ -125,7 +179,7 @@ impl Shared {
             (0..u64::from(SLAB_BUFFERS)).map(move |number| base.wrapping_add((number * stride) as usize))
         });
         self.idle.borrow_mut().extend(places.map(|at| Place { at, handle }));
-        self.slabs.borrow_mut().push(Slab { _registered: registered });
+        self.slabs.borrow_mut().push(Slab { _registered: registered, _share: share });
         Ok(())
     }
 }
@@ -276,13 +330,13 @@ mod tests {
     fn no_more_is_made_than_is_allowed_and_the_rest_is_plain() {
         let Some(none) = staging(0) else { return };
         none.provide(100);
-        assert_eq!(none.bytes(), 0);
+        assert_eq!(none.budget().taken(), 0);
         let mut plain = none.buffer();
         assert!(!is_staged(&plain) && plain.handle().is_none() && plain.append(&[7; BYTES]) && plain.len() == BYTES);
         let staging = staging(3).unwrap();
-        assert_eq!(staging.bytes(), staging.shared.slab_bytes);
+        assert_eq!(staging.budget().taken(), staging.shared.slab_bytes);
         staging.provide(100);
-        assert_eq!(staging.bytes(), 3 * staging.shared.slab_bytes);
+        assert_eq!(staging.budget().taken(), 3 * staging.shared.slab_bytes);
     }
 
     #[test]

@@ -32,7 +32,7 @@ use crate::receiving::Receiving;
 use crate::remote::{Bound, Remote, Withdrawing};
 use crate::staging::Staging;
 use crate::warming::Sample;
-use crate::wire::{Address, Keys, RegionKey};
+use crate::wire::{Address, Keys, PARCEL_BYTES_MAX, RegionKey};
 use crate::worker::Worker;
 
 /// A device with its worker, peers and transfers.
@@ -81,6 +81,8 @@ pub(crate) struct UcxTransport {
     pub(crate) sample: Option<Sample>,
     /// Where packed chunks are put together, and received by rendezvous.
     pub(crate) staging: Staging,
+    /// Where those are read to that lie in a peer's staging.
+    pub(crate) landing: Staging,
 }
 
 struct Waiting {
@@ -139,6 +141,7 @@ impl UcxTransport {
             next_deadline: None,
             receiving: Receiving::default(),
             sample,
+            landing: staging.beside(PARCEL_BYTES_MAX),
             staging,
         })
     }
@@ -186,7 +189,7 @@ impl UcxTransport {
             // The kernel copies while UCX makes progress, and announces nothing.
             || (self.method == Method::Memory
                 && (self.receiving.in_flight > 0 || self.fetches.values().any(|fetch| fetch.in_flight > 0)
-                    || self.links.values().any(|link| link.warmth.is_trying())))
+                    || self.links.values().any(|link| link.collecting > 0 || link.warmth.is_trying())))
             || self.closing.values().any(|closing| !closing.is_draining())
             || !self.fences.is_empty()
             || self.pools.values().any(|bound| bound.leaving.is_some() && self.is_idle(bound.pool.id()))

@@ -48,6 +48,8 @@ pub(crate) struct Warmth {
     pub(crate) taken: bool,
     /// The peer's has come, and all that it said of itself.
     heard: bool,
+    /// It was asked where it puts packed chunks, and has not said so.
+    pub(crate) asking: bool,
     /// Reads of the peer's sample that are under way.
     trying: u32,
 }
@@ -65,7 +67,7 @@ impl Warmth {
 
     /// Whether a transfer would find nothing to wait for.
     pub(crate) fn is_whole(self) -> bool {
-        self.begun && self.taken && self.heard && self.trying == 0
+        self.begun && self.taken && self.heard && !self.asking && self.trying == 0
     }
 }
 
@@ -79,6 +81,10 @@ impl UcxTransport {
         self.staging.provide(ways * self.links.len());
         let Some(link) = self.links.get_mut(&id) else { return };
         if std::mem::replace(&mut link.warmth.begun, true) {
+            // Unasked where nobody stood who could ask.
+            if link.warmth.heard {
+                self.ask_for_staging(id);
+            }
             return;
         }
         let header = Header { kind: Kind::PushData, number: 0, session: there, tag: WARMING_TAG };
@@ -108,6 +114,7 @@ impl UcxTransport {
             sample.check()?;
             self.try_read(id, &sample);
         }
+        self.ask_for_staging(id);
         self.join(id);
         Ok(())
     }
@@ -123,9 +130,10 @@ impl UcxTransport {
         };
         let Some(to) = buffer.lay_open(bytes).filter(|_| bytes > 0) else { return };
         link.warmth.trying += 1;
+        let memory = buffer.handle();
         let operation = Operation::Tried { link: id, buffer, _keys: keys.clone() };
         // SAFETY: the operation owns the buffer, which was laid open for so many bytes.
-        let begun = unsafe { link.endpoint.read(operation, &keys, 0, sample.base, to, bytes) };
+        let begun = unsafe { link.endpoint.read(operation, &keys, 0, sample.base, to, bytes, memory) };
         if let Begun::Over(operation, status) = begun {
             self.finished(operation, status);
         }

@@ -22,6 +22,8 @@ const CHECK_BYTES: usize = 16;
 pub(crate) const MESSAGE_BYTES_MAX: usize = 252 << 10;
 /// Bytes of a chunk that is sent by rendezvous, and its header.
 pub(crate) const RENDEZVOUS_BYTES_MAX: usize = (1 << 20) + HEADER_BYTES;
+/// Bytes of a chunk that its destination reads.
+pub(crate) const PARCEL_BYTES_MAX: usize = 1 << 20;
 /// The tag of what warms a link up: of no transfer, since theirs begin with one.
 pub(crate) const WARMING_TAG: u64 = 0;
 /// Bytes of a message that came in parts.
@@ -60,7 +62,7 @@ pub(crate) enum Kind {
     PullData = 8,
     /// Bytes that follow a `Go`.
     PushData = 9,
-    /// `number` chunks were taken off the link.
+    /// `number` chunks were taken off the link; of those that were read, the bits of `tag` say which buffers are the source's again.
     Credit = 10,
     /// Destination → initiator of a push: every byte is visible; a [`Done`].
     Done = 11,
@@ -80,17 +82,25 @@ pub(crate) enum Kind {
     Withdrawn = 18,
     /// What a link begins with, after one chunk of no transfer; a [`Warmed`].
     Warmed = 19,
+    /// Destination → source: put packed chunks where I can read them.
+    Ask = 20,
+    /// The answer, once a link: a [`Staged`].
+    Staged = 21,
+    /// Of the bytes that answer a `Read`, this chunk is to be read: a [`Parcel`].
+    PullParcel = 22,
+    /// The same of the bytes that follow a `Go`.
+    PushParcel = 23,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
         use Kind::{
-            Borrow, Bye, Cancel, Credit, Done, Go, Hello, Lend, Notice, Part, PullData, PushData, Read, Refuse, Warmed,
-            Welcome, Withdraw, Withdrawn, Write,
+            Ask, Borrow, Bye, Cancel, Credit, Done, Go, Hello, Lend, Notice, Part, PullData, PullParcel, PushData,
+            PushParcel, Read, Refuse, Staged, Warmed, Welcome, Withdraw, Withdrawn, Write,
         };
         [
             Hello, Welcome, Bye, Part, Read, Write, Go, PullData, PushData, Credit, Done, Refuse, Cancel, Notice,
-            Borrow, Lend, Withdraw, Withdrawn, Warmed,
+            Borrow, Lend, Withdraw, Withdrawn, Warmed, Ask, Staged, PullParcel, PushParcel,
         ]
         .into_iter()
         .find(|kind| *kind as u8 == byte)
@@ -98,13 +108,22 @@ impl Kind {
 
     /// Whether it is what a peer's message made this side say.
     pub(crate) fn is_answer(self) -> bool {
-        use Kind::{Credit, Done, Go, Lend, Refuse, Warmed, Welcome, Withdrawn};
-        matches!(self, Welcome | Warmed | Go | Credit | Done | Refuse | Lend | Withdrawn)
+        use Kind::{Ask, Credit, Done, Go, Lend, Refuse, Staged, Warmed, Welcome, Withdrawn};
+        matches!(self, Welcome | Warmed | Ask | Staged | Go | Credit | Done | Refuse | Lend | Withdrawn)
     }
 
     /// Whether it may be longer than one message.
     pub(crate) fn may_be_long(self) -> bool {
         matches!(self, Kind::Read | Kind::Write | Kind::Lend)
+    }
+}
+
+/// What a chunk that is to be read would be if it had been sent.
+pub(crate) fn data_of(parcel: Kind) -> Option<Kind> {
+    match parcel {
+        Kind::PullParcel => Some(Kind::PullData),
+        Kind::PushParcel => Some(Kind::PushData),
+        _ => None,
     }
 }
 
@@ -163,7 +182,7 @@ pub(crate) struct Address {
 }
 
 impl Address {
-    const MARK: [u8; 4] = *b"kuA\x03";
+    const MARK: [u8; 4] = *b"kuA\x04";
 
     /// With a check behind it: UCX itself takes what it is given, and may end the process.
     pub(crate) fn seal(&self) -> Bytes {
@@ -306,6 +325,21 @@ pub(crate) struct Welcome {
 pub(crate) struct Warmed {
     /// Memory of the sender's that holds nothing and may be read, where its method reads memory.
     pub(crate) sample: Option<RegionKey>,
+}
+
+/// Staging of the sender's, for this link only: as many buffers of [`PARCEL_BYTES_MAX`] bytes as there are credits; none where it sends messages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Staged {
+    pub(crate) staging: Option<RegionKey>,
+}
+
+/// A chunk that waits in the sender's staging.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Parcel {
+    /// In which buffer; it is the reader's until a credit gives it back.
+    pub(crate) buffer: u32,
+    /// How long it is.
+    pub(crate) bytes: u32,
 }
 
 /// Asks the owner of a source pool for its bytes.

@@ -22,3 +22,11 @@ mod memory_two_sided {
 mod tcp_two_sided {
     kvferry_transport::conformance!(if super::usable() => kvferry_ucx::UcxProvider::new().only("lo").two_sided());
 }
+
+/// Everything is packed, and read out of its source's staging: as over a device that cuts messages up.
+mod memory_packed_read {
+    kvferry_transport::conformance!(
+        if super::usable() =>
+        kvferry_ucx::UcxProvider::new().only("memory").packed(kvferry_transport::PackedBy::Read, u64::MAX)
+    );
+}

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::{Direction, FenceProof, PoolId, TransferId};
 use kvferry_transport::conformance::{Party, until};
-use kvferry_transport::{Event, ImportError, Options, PoolKeys, Transfer};
+use kvferry_transport::{Event, ImportError, Options, PackedBy, PoolKeys, Transfer};
 use kvferry_ucx::UcxProvider;
 use support::{
     BLOCK_BYTES, WAYS, Way, begin, cycle, descriptors, fill, pool, program, resident_kib, try_cycle, turn, verify,
@@ -24,7 +24,9 @@ fn connecting_and_letting_go_holds_nothing() {
     for way in WAYS {
         // As `Options` say it, for once.
         let provider = UcxProvider::new().only(way.device);
-        let options = Options { two_sided: way.two_sided, ..Options::default() };
+        let (packed_by, packed_below_bytes) =
+            if way.packed_read { (PackedBy::Read, Some(u64::MAX)) } else { (PackedBy::Auto, None) };
+        let options = Options { two_sided: way.two_sided, packed_by, packed_below_bytes, ..Options::default() };
         let mut a = Party::open(&provider, &options);
         let mut b = Party::open(&provider, &options);
         let (source, destination) = (pool(1, BLOCKS), pool(2, BLOCKS));

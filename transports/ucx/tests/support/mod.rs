@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvferry_core::{Direction, PoolId, PoolLayout, Program, TransferId};
 use kvferry_transport::conformance::{Party, absent, block_planes, until, whole_blocks};
-use kvferry_transport::{Expected, PeerId, Pool, PoolKeys, PoolOptions, Transfer};
+use kvferry_transport::{Expected, PackedBy, PeerId, Pool, PoolKeys, PoolOptions, Transfer};
 use kvferry_ucx::UcxProvider;
 
 pub(crate) const BLOCK_BYTES: u64 = 64 << 10;
@@ -16,26 +16,34 @@ pub(crate) const BLOCK_BYTES: u64 = 64 << 10;
 pub(crate) struct Way {
     pub(crate) device: &'static str,
     pub(crate) two_sided: bool,
+    /// Everything is packed, and read out of its source's staging where lanes can.
+    pub(crate) packed_read: bool,
 }
 
 /// All of them that need no hardware.
-pub(crate) const WAYS: [Way; 4] = [
-    Way { device: "memory", two_sided: false },
-    Way { device: "lo", two_sided: false },
-    Way { device: "memory", two_sided: true },
-    Way { device: "lo", two_sided: true },
+pub(crate) const WAYS: [Way; 5] = [
+    Way { device: "memory", two_sided: false, packed_read: false },
+    Way { device: "lo", two_sided: false, packed_read: false },
+    Way { device: "memory", two_sided: true, packed_read: false },
+    Way { device: "lo", two_sided: true, packed_read: false },
+    Way { device: "memory", two_sided: false, packed_read: true },
 ];
 
 impl Way {
     pub(crate) fn provider(self) -> UcxProvider {
         let provider = UcxProvider::new().only(self.device);
-        if self.two_sided { provider.two_sided() } else { provider }
+        match self {
+            Way { two_sided: true, .. } => provider.two_sided(),
+            Way { packed_read: true, .. } => provider.packed(PackedBy::Read, u64::MAX),
+            Way { .. } => provider,
+        }
     }
 }
 
 impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, {}", self.device, if self.two_sided { "two-sided" } else { "one-sided" })
+        let sides = if self.two_sided { "two-sided" } else { "one-sided" };
+        write!(f, "{}, {sides}{}", self.device, if self.packed_read { ", packed and read" } else { "" })
     }
 }
 
