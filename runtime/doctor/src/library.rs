@@ -1,12 +1,11 @@
 //! Which shared library the loader would take, without loading it.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::question::Environment;
-use crate::root::{SysRoot, names, text};
+use crate::root::{SysRoot, bytes_up_to, names, text};
 
 const DEFAULT_FOLDERS: [&str; 8] = [
     "/lib/x86_64-linux-gnu",
@@ -78,8 +77,7 @@ pub(crate) struct Libfabric {
 
 impl Libfabric {
     pub(crate) fn read(file: &Path) -> Option<Libfabric> {
-        let mut bytes = Vec::new();
-        File::open(file).ok()?.take(SEARCHED_MAX).read_to_end(&mut bytes).ok()?;
+        let bytes = bytes_up_to(file, SEARCHED_MAX)?;
         const VERSION: &[u8] = b"FABRIC_1.";
         let mut abi = 0;
         let mut efa = false;
@@ -110,8 +108,7 @@ impl Libfabric {
 /// Which generation of providers a libibverbs loads: `N` of the `-rdmavN.so` with which it completes their names.
 pub(crate) fn verbs_generation(file: &Path) -> Option<u32> {
     const SUFFIX: &[u8] = b"-rdmav";
-    let mut bytes = Vec::new();
-    File::open(file).ok()?.take(SEARCHED_MAX).read_to_end(&mut bytes).ok()?;
+    let bytes = bytes_up_to(file, SEARCHED_MAX)?;
     let at = bytes.windows(SUFFIX.len()).position(|window| window == SUFFIX)?;
     let digits = bytes.iter().skip(at + SUFFIX.len()).take(4).take_while(|byte| byte.is_ascii_digit());
     let number = digits.fold(0, |number, digit| number * 10 + u32::from(digit - b'0'));

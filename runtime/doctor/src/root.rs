@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-pub(crate) use kvferry_topology::sysfs::names;
+pub(crate) use kvferry_topology::sysfs::{bytes_up_to, names};
 use kvferry_topology::sysfs::text_up_to;
 
 /// Files of /sys and /proc are small; whatever is longer is cut.

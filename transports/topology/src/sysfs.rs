@@ -16,9 +16,17 @@ pub(crate) fn text(path: &Path) -> Option<String> {
 
 /// A file's text without the blanks around it; what is not UTF-8 in it is replaced, and what is longer is cut.
 pub fn text_up_to(path: &Path, bytes_max: u64) -> Option<String> {
+    Some(String::from_utf8_lossy(&bytes_up_to(path, bytes_max)?).trim().to_owned())
+}
+
+/// A file's first bytes. What is no plain file, as a pipe in a tree that somebody captured, is as good as absent: it might never end, or begin.
+pub fn bytes_up_to(path: &Path, bytes_max: u64) -> Option<Vec<u8>> {
+    if !fs::metadata(path).ok()?.is_file() {
+        return None;
+    }
     let mut bytes = Vec::new();
     File::open(path).ok()?.take(bytes_max).read_to_end(&mut bytes).ok()?;
-    Some(String::from_utf8_lossy(&bytes).trim().to_owned())
+    Some(bytes)
 }
 
 /// What a folder holds, in order; of a very long one not all.
@@ -33,4 +41,24 @@ pub fn names(folder: &Path) -> Vec<String> {
 /// A number such as `0x1d0f`.
 pub(crate) fn hexadecimal(path: &Path) -> Option<u32> {
     u32::from_str_radix(text(path)?.trim_start_matches("0x"), 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_plain_files_are_read_and_no_more_of_them_than_is_asked_for() {
+        let folder = std::env::temp_dir().join(format!("kvferry-sysfs-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let (file, pipe) = (folder.join("file"), folder.join("pipe"));
+        fs::write(&file, "twelve bytes").unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        assert_eq!(bytes_up_to(&file, 6).as_deref(), Some(&b"twelve"[..]));
+        assert_eq!(text_up_to(&file, 7).as_deref(), Some("twelve"));
+        for other in [&pipe, &folder, &folder.join("nothing")] {
+            assert_eq!(bytes_up_to(other, 6), None, "{}", other.display());
+        }
+        fs::remove_dir_all(&folder).unwrap();
+    }
 }
