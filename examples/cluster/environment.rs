@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use kvferry_trtllm::parse_environment;
+use kvferry_trtllm::{parse_environment, text_of};
 
 use crate::error::UsageError;
 
@@ -19,8 +19,10 @@ const BYTES_MAX: u64 = 1 << 20;
 /// Becomes this program with the same arguments but that one, in that environment and no other: every rank inherits it. Returns only errors.
 pub(crate) fn enter(file: &Path) -> Result<Infallible, UsageError> {
     let unreadable = |source| UsageError::EnvironmentFile { file: file.to_owned(), source };
-    let mut text = String::new();
-    File::open(file).map_err(unreadable)?.take(BYTES_MAX + 1).read_to_string(&mut text).map_err(unreadable)?;
+    let mut bytes = Vec::new();
+    File::open(file).map_err(unreadable)?.take(BYTES_MAX + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    let text =
+        text_of(bytes).map_err(|error| unreadable(std::io::Error::other(format!("line {}: {error}", error.line))))?;
     if text.len() as u64 > BYTES_MAX {
         return Err(unreadable(std::io::Error::other(format!("it has more than {BYTES_MAX} bytes"))));
     }

@@ -14,6 +14,7 @@ mod follow;
 mod peers;
 mod plan;
 mod resolve;
+mod text;
 
 pub use config::{Backend, ConfigError, Located, TransceiverConfig, TransceiverRuntime, UnknownKey};
 pub use contradiction::{Claim, Contradiction};
@@ -24,3 +25,4 @@ pub use kvferry_yaml::{FILE_BYTES_MAX, Position, YamlError};
 pub use peers::Peers;
 pub use plan::{Carrier, Credits, Deadlines, Method, NixlBackend, Plan, Resolved};
 pub use resolve::{Resolution, resolve};
+pub use text::{NotText, text_of};

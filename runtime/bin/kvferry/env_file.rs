@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use kvferry_trtllm::{Environment, EnvironmentError, parse_environment};
+use kvferry_trtllm::{Environment, EnvironmentError, NotText, parse_environment, text_of};
 use thiserror::Error;
 
 /// More than any environment has.
@@ -20,8 +20,8 @@ pub(crate) enum FileError {
     TooLong { file: PathBuf, limit: u64 },
     #[error("{}: it has more than {limit} bytes; give its beginning: head -c {limit} {} | kvferry doctor --log -", file.display(), file.display())]
     LongLog { file: PathBuf, limit: u64 },
-    #[error("{}:{line}: byte {at} is not UTF-8 text; name another file", file.display())]
-    NotText { file: PathBuf, line: usize, at: usize },
+    #[error("{}:{}: {source}; name another file", file.display(), source.line)]
+    NotText { file: PathBuf, source: NotText },
     #[error("{}:{source}", file.display())]
     Line { file: PathBuf, source: EnvironmentError },
 }
@@ -39,11 +39,7 @@ pub(crate) fn environment(file: Option<&Path>) -> Result<Environment, FileError>
 
 /// A whole text file of at most `limit` bytes; `-` is standard input.
 pub(crate) fn read(file: &Path, limit: u64) -> Result<String, FileError> {
-    String::from_utf8(bytes(file, limit)?).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        let line = 1 + error.as_bytes().iter().take(at).filter(|byte| **byte == b'\n').count();
-        FileError::NotText { file: file.to_owned(), line, at }
-    })
+    text_of(bytes(file, limit)?).map_err(|source| FileError::NotText { file: file.to_owned(), source })
 }
 
 /// The same for a log, of any encoding: what is not UTF-8 is replaced.

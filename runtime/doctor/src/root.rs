@@ -5,8 +5,8 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-pub(crate) use kvferry_topology::sysfs::{bytes_up_to, names};
 use kvferry_topology::sysfs::text_up_to;
+pub(crate) use kvferry_topology::sysfs::{bytes_up_to, names};
 
 /// Files of /sys and /proc are small; whatever is longer is cut.
 const TEXT_MAX: u64 = 4 << 20;
