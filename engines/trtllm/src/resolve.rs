@@ -433,7 +433,8 @@ impl Resolver<'_> {
         };
         if let Some((tokens, source)) = self.given(self.config.max_tokens_in_buffer) {
             let message = format!(
-                "max_tokens_in_buffer: {tokens} limits TensorRT-LLM's buffers; kvferry has none, so longer prompts move, too"
+                "max_tokens_in_buffer: {tokens} sizes TensorRT-LLM's buffers; kvferry has none: blocks go from pool to pool, those of longer \
+                 prompts, too, and what is under way is bounded by the node's credits for handovers and blocks"
             );
             self.say(Severity::Note, "no-buffer", source, message, None);
         }
