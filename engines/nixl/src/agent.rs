@@ -10,13 +10,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvferry_core::{PoolId, PoolLayout};
 use kvferry_transport::Pool;
+use kvferry_ucx::raw::Ending;
 use tokio::sync::oneshot;
 
 use crate::driver::{self, Command};
 use crate::wake::Wake;
 use crate::{AgentConfig, AgentError, Expect, Fetch, Lease, Notification, OpenNic, Piece, Push, Ticket, Transfer};
 
-/// An agent that NIXL agents take for one of theirs. Cheap to clone; its thread ends when the last clone is dropped or at [`Agent::shutdown`].
+/// An agent that NIXL agents take for one of theirs. Cheap to clone; its thread ends when the last clone is dropped or at [`Agent::shutdown`]; a process
+/// that ends meanwhile waits for that, up to six and a half seconds.
 #[derive(Clone, Debug)]
 pub struct Agent {
     shared: Arc<Shared>,
@@ -33,7 +35,7 @@ struct Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         // The thread finds the channel closed; should it be gone, nothing is lost.
-        let _ended = self.commands.send(Command::Shutdown { done: None });
+        let _ended = self.commands.send(Command::Shutdown { done: None, ending: Ending::begin() });
         self.wake.wake();
     }
 }
@@ -248,7 +250,7 @@ impl Agent {
     /// Closes every connection and ends the thread; what was said last gets a second to arrive, transfers under way fail then. Registered memory is free afterwards, unless UCX does not let go of it within five seconds: then
     /// a warning says so.
     pub async fn shutdown(&self) {
-        let _ended = self.ask(|done| Command::Shutdown { done: Some(done) }).await;
+        let _ended = self.ask(|done| Command::Shutdown { done: Some(done), ending: Ending::begin() }).await;
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, AgentError> {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvferry_core::PoolId;
 use kvferry_transport::{Pool, Wait};
-use kvferry_ucx::raw::{RawEvent, RawMemory, RawWait, RawWorker};
+use kvferry_ucx::raw::{Ending, RawEvent, RawMemory, RawWait, RawWorker};
 use tokio::sync::oneshot;
 
 use crate::agent::{Moved, Peer, Queue};
@@ -62,7 +62,7 @@ pub(crate) enum Command {
     Lend { reply: Reply<Ticket> },
     EndLease { ticket: Ticket, reply: Option<Reply<()>> },
     Notify { peer: String, message: Bytes, within: Option<Duration>, reply: Reply<Moved> },
-    Shutdown { done: Option<oneshot::Sender<()>> },
+    Shutdown { done: Option<oneshot::Sender<()>>, ending: Ending },
 }
 
 /// What the thread knows.
@@ -122,7 +122,8 @@ pub(crate) fn run(
     if ready.send(Ok((driver.name.clone(), format!("{path} {version}")))).is_err() {
         return;
     }
-    let mut done = driver.serve(&commands, wake);
+    // Held until everything of UCX's is gone.
+    let (mut done, _ending) = driver.serve(&commands, wake);
     driver.say_farewell(wake);
     if !driver.is_idle() {
         tracing::warn!(transfers = driver.flights.len(), "UCX still holds operations; their memory stays registered");
@@ -187,17 +188,21 @@ impl Driver {
         })
     }
 
-    /// Until it is shut down; who waits for that.
-    fn serve(&mut self, commands: &mpsc::Receiver<Command>, wake: &Wake) -> Option<oneshot::Sender<()>> {
+    /// Until it is shut down; who waits for that, and what has the process's end wait, too.
+    fn serve(
+        &mut self,
+        commands: &mpsc::Receiver<Command>,
+        wake: &Wake,
+    ) -> (Option<oneshot::Sender<()>>, Option<Ending>) {
         let mut busy_until = now();
         loop {
             let mut active = false;
             loop {
                 match commands.try_recv() {
-                    Ok(Command::Shutdown { done }) => return done,
+                    Ok(Command::Shutdown { done, ending }) => return (done, Some(ending)),
                     Ok(command) => self.command(command),
                     Err(mpsc::TryRecvError::Empty) => break,
-                    Err(mpsc::TryRecvError::Disconnected) => return None,
+                    Err(mpsc::TryRecvError::Disconnected) => return (None, None),
                 }
                 active = true;
             }

@@ -172,9 +172,12 @@ impl Server {
         let _slower = stream.set_nodelay(true);
         loop {
             idle_since.store(began.elapsed().as_millis() as u64, Ordering::Relaxed);
-            // Between frames it may be silent for as long as it likes.
-            if let Err(error) = stream.readable().await {
-                return tracing::debug!(%from, %error, "a connection for metadata ended");
+            // Between frames it may be silent for as long as it likes. What is there is looked at: `readable` still holds after a frame that was
+            // read to its last byte, and no further.
+            match stream.peek(&mut [0]).await {
+                Ok(0) => return,
+                Ok(_) => {}
+                Err(error) => return tracing::debug!(%from, %error, "a connection for metadata ended"),
             }
             idle_since.store(BUSY, Ordering::Relaxed);
             match self.turn(&mut stream, from).await {

@@ -28,6 +28,18 @@ fn scattered(count: u64, bytes: u64, remote: u64) -> Vec<Piece> {
     (0..count).map(piece).collect()
 }
 
+/// What is written from here: other bytes than a peer begins with, and no piece like its neighbours.
+fn labelled() -> Vec<u8> {
+    (0..SIZE).map(|at| ((at * 11 + at / 251 + 5) % 241) as u8).collect()
+}
+
+/// All of a peer's memory.
+fn dump(peer: &mut Peer) -> Vec<u8> {
+    let said = peer.ask(&json!({"do": "dump"}));
+    let text = said.as_str().unwrap().as_bytes();
+    text.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+}
+
 /// How an agent of ours is set up for a NIXL agent that was started with the same list.
 fn over(tls: &str) -> AgentConfig {
     let config = AgentConfig::new("kvferry");
@@ -61,13 +73,17 @@ fn read_and_write(tls: &str) {
             assert!(here[(count * bytes) as usize..].iter().all(|byte| *byte == 0xEE), "nothing beside it");
             assert_eq!(peer.heard(), [(agent.name().to_owned(), b"read".to_vec())]);
 
-            local.write(0, 0, 0, &vec![0x5A; SIZE as usize]).unwrap();
+            local.write(0, 0, 0, &labelled()).unwrap();
             agent.transfer(Transfer::write("nixl", PoolId(1), pieces).then_notify("written")).await.unwrap();
             assert_eq!(peer.heard(), [(agent.name().to_owned(), b"written".to_vec())]);
-            let digest = |bytes: u64| json!({"do": "digest", "at": 0, "bytes": bytes});
-            let there = peer.ask(&digest(count * bytes));
-            peer.ask(&json!({"do": "fill", "byte": 0x5A}));
-            assert_eq!(there, peer.ask(&digest(count * bytes)), "every byte was written before it was said");
+            let (there, source) = (dump(&mut peer), labelled());
+            for (at, byte) in (0..SIZE).zip(there) {
+                let (index, within) = (at / bytes, at % bytes);
+                let written = index < count;
+                let expected =
+                    if written { source[((count - 1 - index) * bytes + within) as usize] } else { pattern(at) };
+                assert_eq!(byte, expected, "byte {at} of {count} times {bytes}, said to be written");
+            }
             agent.shutdown().await;
         });
     }
@@ -80,31 +96,37 @@ fn a_nixl_agent_reads_and_writes_our_memory_while_nobody_polls_here() {
 }
 
 fn be_read_and_written(tls: &str) {
-    let mut peer = Peer::start("nixl", SIZE as usize, tls);
-    run(async {
-        let (agent, mut notifications, local) = with(over(tls), SIZE, 0x11).await;
-        let added = peer.ask(&json!({"do": "add", "metadata": hex(&agent.metadata().await.unwrap())}));
-        assert_eq!(added, agent.name());
-        let pieces: Vec<(u64, u64, u64)> =
-            (0..64).map(|i| (i * 4096, address(&local) + (63 - i) * 4096, 4096)).collect();
-        let order = |op: &str| json!({"do": "transfer", "op": op, "peer": agent.name(), "pieces": pieces, "notify": hex(op.as_bytes())});
-        assert_eq!(peer.ask(&order("WRITE")), "DONE");
-        let said = tokio::time::timeout(Duration::from_secs(10), notifications.next()).await.unwrap().unwrap();
-        assert_eq!((said.from.as_str(), &said.message[..]), ("nixl", &b"WRITE"[..]));
-        let here = contents(&local);
-        for (from, to, bytes) in &pieces {
-            let offset = (to - address(&local)) as usize;
-            let expected = (*from..from + bytes).map(pattern);
-            assert!(here[offset..offset + 4096].iter().copied().eq(expected), "from {from}");
-        }
-        local.write(0, 0, 0, &vec![0x77; SIZE as usize]).unwrap();
-        assert_eq!(peer.ask(&order("READ")), "DONE");
-        let said = tokio::time::timeout(Duration::from_secs(10), notifications.next()).await.unwrap().unwrap();
-        assert_eq!(&said.message[..], b"READ");
-        let got = peer.ask(&json!({"do": "digest", "at": 0, "bytes": 64 * 4096}));
-        peer.ask(&json!({"do": "fill", "byte": 0x77}));
-        assert_eq!(got, peer.ask(&json!({"do": "digest", "at": 0, "bytes": 64 * 4096})));
-    });
+    for (count, bytes) in [(1, SIZE), (1, 1), (256, 4096), (20_000, 48)] {
+        let mut peer = Peer::start("nixl", SIZE as usize, tls);
+        run(async {
+            let (agent, mut notifications, local) = with(over(tls), SIZE, 0x11).await;
+            let added = peer.ask(&json!({"do": "add", "metadata": hex(&agent.metadata().await.unwrap())}));
+            assert_eq!(added, agent.name());
+            // Backwards, so that none follows another at both ends.
+            let pieces: Vec<(u64, u64, u64)> =
+                (0..count).map(|i| (i * bytes, address(&local) + (count - 1 - i) * bytes, bytes)).collect();
+            let order = |op: &str| json!({"do": "transfer", "op": op, "peer": agent.name(), "pieces": pieces, "notify": hex(op.as_bytes())});
+            let opposite = |at: u64| (count - 1 - at / bytes) * bytes + at % bytes;
+            let is_moved = |at: u64| at < count * bytes;
+            assert_eq!(peer.ask(&order("WRITE")), "DONE");
+            let said = tokio::time::timeout(Duration::from_secs(10), notifications.next()).await.unwrap().unwrap();
+            assert_eq!((said.from.as_str(), &said.message[..]), ("nixl", &b"WRITE"[..]));
+            for (at, byte) in (0..SIZE).zip(contents(&local)) {
+                let expected = if is_moved(at) { pattern(opposite(at)) } else { 0x11 };
+                assert_eq!(byte, expected, "byte {at} of {count} times {bytes}, written by NIXL");
+            }
+            local.write(0, 0, 0, &labelled()).unwrap();
+            assert_eq!(peer.ask(&order("READ")), "DONE");
+            let said = tokio::time::timeout(Duration::from_secs(10), notifications.next()).await.unwrap().unwrap();
+            assert_eq!(&said.message[..], b"READ");
+            let source = labelled();
+            for (at, byte) in (0..SIZE).zip(dump(&mut peer)) {
+                let expected = if is_moved(at) { source[opposite(at) as usize] } else { pattern(at) };
+                assert_eq!(byte, expected, "byte {at} of {count} times {bytes}, read by NIXL");
+            }
+            agent.shutdown().await;
+        });
+    }
 }
 
 #[test]
@@ -255,11 +277,47 @@ fn a_stopped_peer_costs_a_deadline_and_is_met_again() {
 #[test]
 fn a_peer_that_is_killed_or_stopped_in_the_middle_fails_the_transfer_in_time() {
     let Some(_turn) = turn() else { return };
-    for (signal, tls) in [(Signal::KILL, "tcp"), (Signal::KILL, ""), (Signal::STOP, "tcp")] {
-        // Whether it was in the middle is known afterwards.
-        let in_the_middle = (0..10).any(|_| interrupted(signal, tls));
-        assert!(in_the_middle, "{signal:?} {tls:?}: ten transfers were over before it came");
+    for (signal, tls) in [(Signal::KILL, "tcp"), (Signal::KILL, ""), (Signal::STOP, "tcp"), (Signal::STOP, "")] {
+        // Whether it was in the middle is known afterwards. The kernel reads and writes the memory of a process that is stopped.
+        let goes_on = (signal, tls) == (Signal::STOP, "");
+        let in_the_middle = (0..if goes_on { 1 } else { 10 }).any(|_| interrupted(signal, tls));
+        assert!(in_the_middle || goes_on, "{signal:?} {tls:?}: ten reads were over before it came");
+        let in_the_middle = (0..if goes_on { 1 } else { 10 }).any(|_| write_interrupted(signal, tls));
+        assert!(in_the_middle || goes_on, "{signal:?} {tls:?}: ten writes were over before it came");
     }
+}
+
+/// Writes to a peer and sends it a signal soon after; false if it was all said to be written.
+fn write_interrupted(signal: Signal, tls: &str) -> bool {
+    const BYTES: u64 = 64 << 20;
+    let peer = Peer::start("nixl", BYTES as usize, tls);
+    run(async {
+        let (agent, _notifications) = Agent::start(over(tls).in_flight_max(8)).await.unwrap();
+        agent.register(pool(1, BYTES, 0xEE)).await.unwrap();
+        agent.add_peer(peer.metadata.clone()).await.unwrap();
+        agent.connect("nixl", None).await.unwrap();
+        let write = Transfer::write("nixl", PoolId(1), scattered(BYTES / 4096, 4096, peer.address));
+        let write = write.then_notify("written").within(Duration::from_secs(3));
+        let mut transfer = std::pin::pin!(agent.transfer(write));
+        let begun = std::future::poll_fn(|context| Poll::Ready(transfer.as_mut().poll(context))).await;
+        assert!(begun.is_pending());
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_millis(2) {
+            std::hint::spin_loop();
+        }
+        rustix::process::kill_process(peer.pid(), signal).unwrap();
+        let result = transfer.await;
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        if signal == Signal::STOP {
+            rustix::process::kill_process(peer.pid(), Signal::CONT).unwrap();
+        }
+        match result {
+            Ok(moved) => assert_eq!(moved.bytes, BYTES),
+            Err(AgentError::Failed { .. } | AgentError::Deadline { .. }) => return true,
+            Err(error) => panic!("{error}"),
+        }
+        false
+    })
 }
 
 /// Reads from a peer and sends it a signal once the first piece is here; false if the last one was by then.

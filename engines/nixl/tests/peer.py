@@ -74,6 +74,8 @@ def answer(order):
             return taken
         case "digest":
             return hashlib.sha256(memory[order["at"] : order["at"] + order["bytes"]].tobytes()).hexdigest()
+        case "dump":
+            return memory.tobytes().hex()
         case "fill":
             memory[...] = order["byte"]
     return None

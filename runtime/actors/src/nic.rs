@@ -168,7 +168,8 @@ impl Nic {
     /// When it has to be pumped even if nothing happens: a peer is to be tried again that posts wait for.
     pub fn due(&self) -> Option<Moment> {
         let waiting = self.backlog.iter().filter_map(|command| match command {
-            NicCommand::Post { node, .. } => self.absences.until(*node),
+            // What waits for a fence goes on with its proof, which is an event.
+            NicCommand::Post { node, .. } if !self.is_fencing(*node) => self.absences.until(*node),
             _ => None,
         });
         if self.absences.is_empty() { None } else { waiting.min() }

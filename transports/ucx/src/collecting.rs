@@ -90,7 +90,13 @@ impl UcxTransport {
         if link.depot.is_some() {
             return Err("it asks for staging a second time".to_owned());
         }
-        let Some(peer) = self.speaker(link) else { return Ok(()) };
+        let Some(peer) = self.speaker(link) else {
+            // Whoever asked waits: the next session answers.
+            if let Some(link) = self.links.get_mut(&id) {
+                link.owes_staging = true;
+            }
+            return Ok(());
+        };
         let mut depot = None;
         if self.method.registers(self.access) && self.options.packed_by != PackedBy::Message {
             match Depot::new(&self.context, self.staging.budget()) {
@@ -106,7 +112,7 @@ impl UcxTransport {
         }
         let staging = depot.as_ref().map(|depot| depot.key().clone());
         if let Some(link) = self.links.get_mut(&id) {
-            link.depot = depot;
+            (link.depot, link.owes_staging) = (depot, false);
         }
         self.say(peer, Kind::Staged, 0, 0, &encode(&Staged { staging }));
         Ok(())
@@ -366,6 +372,28 @@ mod tests {
                 assert!(link.supply.is_none() && link.depot.is_none() && link.moved.is_none(), "{ours} {theirs}");
             }
         }
+    }
+
+    /// Its sessions were over when it was asked: the next one answers.
+    #[test]
+    fn who_asked_when_nobody_stood_is_answered_by_the_next_session() {
+        let Some(mut pair) = Pair::new(PackedBy::Read, PackedBy::Read) else { return };
+        let (link, theirs) = (pair.link(), *pair.there.links.keys().next().unwrap());
+        pair.here.links.get_mut(&link).unwrap().supply = None;
+        pair.there.links.get_mut(&theirs).unwrap().depot = None;
+        for session in pair.there.sessions.keys().copied().collect::<Vec<_>>() {
+            pair.there.lose_session(session, "over");
+        }
+        pair.here.ask_for_staging(link);
+        assert!(pair.here.links.get(&link).unwrap().warmth.asking);
+        pair.until(|pair| ends_of(pair)[1].owes_staging);
+        let begun = Instant::now();
+        pair.events[0].clear();
+        pair.here.connect(&pair.there.address()).unwrap();
+        let connected = |event: &Event| matches!(event, Event::Connected { .. });
+        pair.until(|pair| pair.events[0].iter().any(connected));
+        assert!(begun.elapsed() < Duration::from_secs(3), "it waited for an answer that nobody owed any more");
+        assert!(ends_of(&pair)[0].supply.is_some() && ends_of(&pair)[1].depot.is_some());
     }
 
     /// Of a budget that does not allow them: chunks are sent, and nothing is lost.

@@ -52,6 +52,8 @@ pub(crate) struct Link {
     pub(crate) receiving: u32,
     /// Where packed chunks for the peer lie, if it reads them.
     pub(crate) depot: Option<Depot>,
+    /// The peer has asked for that when nobody stood who could answer.
+    pub(crate) owes_staging: bool,
     /// Where the peer's packed chunks lie, if they are read here.
     pub(crate) supply: Option<Supply>,
     /// Chunks that are being read from there, and those whose read failed.
@@ -80,6 +82,7 @@ impl Link {
             consumed: 0,
             receiving: 0,
             depot: None,
+            owes_staging: false,
             supply: None,
             collecting: 0,
             warmth: Warmth::default(),

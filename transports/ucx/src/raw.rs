@@ -10,12 +10,14 @@
 
 mod address;
 mod batch;
+mod ending;
 mod inbox;
 mod key;
 mod peer;
 mod worker;
 
 pub use address::WorkerAddress;
+pub use ending::Ending;
 pub use key::PackedKey;
 pub use peer::{RawBegun, RawKey, RawPeer, RawPiece, RawRange, RawWay};
 pub use worker::{RawEvent, RawMemory, RawSettings, RawWait, RawWorker};

@@ -238,7 +238,7 @@ impl UcxTransport {
         if let Some(link) = self.links.get_mut(&id) {
             (link.outgoing.credits, link.consumed, link.warmth) = (CREDITS, 0, link.warmth.anew());
             // What its earlier end was told of may be read still, and is withdrawn.
-            (link.depot, link.supply) = (None, None);
+            (link.depot, link.supply, link.owes_staging) = (None, None, false);
             for number in std::mem::take(&mut link.ended) {
                 self.numbers.remove(&number);
             }

@@ -81,9 +81,13 @@ impl UcxTransport {
         self.staging.provide(ways * self.links.len());
         let Some(link) = self.links.get_mut(&id) else { return };
         if std::mem::replace(&mut link.warmth.begun, true) {
-            // Unasked where nobody stood who could ask.
-            if link.warmth.heard {
+            // Unasked where nobody stood who could ask, and unanswered where nobody could answer.
+            let (asks, owes) = (link.warmth.heard, std::mem::take(&mut link.owes_staging));
+            if asks {
                 self.ask_for_staging(id);
+            }
+            if owes && let Err(reason) = self.on_ask(id) {
+                self.lose_link(id, &reason);
             }
             return;
         }

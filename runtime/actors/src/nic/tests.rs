@@ -318,3 +318,17 @@ fn what_waits_for_a_peer_that_leaves_fails() {
     fixture.command(command);
     assert!(matches!(fixture.nic.outgoing.as_slice(), [NicEvent::Failed { id: TransferId(7), .. }]));
 }
+
+#[test]
+fn a_fence_is_waited_for_and_not_the_time_of_the_next_try() {
+    let mut fixture = Fixture::new();
+    fixture.connect(5);
+    fixture.happens(Event::PeerLost { peer: PeerId(1), reason: "nobody".into() });
+    assert_eq!(fixture.post(5), Vec::<String>::new());
+    assert_eq!(fixture.nic.due(), Some(Moment(50_000_000)));
+    assert_eq!(fixture.fence(5), ["connect there", "fence 2"]);
+    assert_eq!(fixture.passes(60), Vec::<String>::new());
+    assert_eq!(fixture.nic.due(), None, "it would be pumped for nothing, again and again");
+    assert_eq!(fixture.happens(fenced(2)).1, proved(5));
+    assert_eq!(fixture.passes(0), ["connect there", "post to 3"]);
+}
