@@ -476,40 +476,4 @@ mod tests {
         let lost = a.events.iter().filter(|event| matches!(event, Event::PeerLost { .. })).count();
         assert_eq!(lost, 1, "{:?}", a.events);
     }
-
-    fn descriptors() -> usize {
-        std::fs::read_dir("/proc/self/fd").unwrap().count()
-    }
-
-    /// As of a peer that was killed: its worker's port is closed.
-    #[test]
-    fn an_endpoint_to_nobody_fails_by_an_event_and_leaves_no_socket() {
-        if let Some(reason) = UcxProvider::unavailable() {
-            return absent("ucx", &reason);
-        }
-        let (mut a, b) = (open("lo", &Options::default()), open("lo", &Options::default()));
-        let address = b.address();
-        drop(b);
-        let mut before = None;
-        for round in 0..12 {
-            let peer = a.connect(&address).expect("nothing is waited for in the call");
-            let mut events = Vec::new();
-            let until = Instant::now() + Duration::from_secs(30);
-            let is_lost = |event: &Event| matches!(event, Event::PeerLost { peer: lost, .. } if *lost == peer);
-            while !events.iter().any(is_lost) || !a.closing.is_empty() {
-                assert!(Instant::now() < until, "{events:?}");
-                a.poll(&mut events);
-            }
-            if round == 3 {
-                before = Some(descriptors());
-            }
-        }
-        // Other tests of this process open and close some meanwhile, but not for ever one more a round.
-        let (before, until) = (before.unwrap(), Instant::now() + Duration::from_secs(20));
-        while descriptors() > before + 2 && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let after = descriptors();
-        assert!(after <= before + 2, "{before} descriptors after 4 rounds, {after} after 12");
-    }
 }
