@@ -300,100 +300,106 @@ mod tests {
         byte[0]
     }
 
+    /// Two domains over one provider, with a source that is lent and a destination that is registered.
+    struct Pair {
+        name: &'static str,
+        here: Rc<Domain>,
+        owner: Endpoint<()>,
+        lent: Registered<Pool>,
+        /// Where the source begins for who reads it.
+        address: u64,
+        into: Pool,
+        to: *mut u8,
+        registered: Rc<Registered<Pool>>,
+    }
+
+    impl Pair {
+        /// One for each provider that works here; none, and a word, without the library.
+        fn all(source: impl Fn() -> Pool, into: impl Fn() -> Pool) -> Vec<Pair> {
+            let library = match Library::find() {
+                Ok(library) => library,
+                Err(reason) => {
+                    kvferry_transport::conformance::absent("libfabric", &reason);
+                    return Vec::new();
+                }
+            };
+            let works = |name: &&str| *name != "shm" || library.version.0 < libfabric_sys::version(2, 0);
+            let pair = |name| {
+                let open = || Domain::open(library, device::find(library, name).unwrap()).unwrap();
+                let (here, there) = (open(), open());
+                let owner = Endpoint::open(&there, 8).unwrap();
+                let (source, into) = (source(), into());
+                let base = source.regions()[0].base();
+                let lent = Registered::new(&there, base, BYTES, FI_READ | FI_REMOTE_READ, source).unwrap();
+                let to = into.regions()[0].base();
+                let registered = Rc::new(Registered::new(&here, to, BYTES, FI_READ, into.clone()).unwrap());
+                let address = if there.mode.addresses { base as u64 } else { 0 };
+                Pair { name, here, owner, lent, address, into, to, registered }
+            };
+            ["lo", "tcp;ofi_rxm/lo", "shm"].into_iter().filter(works).map(pair).collect()
+        }
+
+        /// Reads to the end, through an endpoint of its own: what went wrong.
+        fn read(&mut self, pieces: &[(Source, *mut u8)]) -> Option<String> {
+            let reader = Reader::open(&self.here, self.owner.name()).unwrap();
+            let ticket: Rc<Ticket> = Rc::default();
+            let (mut is_asked, until) = (false, Instant::now() + Duration::from_secs(20));
+            while Instant::now() < until && (!is_asked || ticket.under_way.get() > 0) {
+                if !is_asked {
+                    // SAFETY: inside the registered memory, which nobody else touches.
+                    is_asked = unsafe { reader.read(pieces, &self.registered, &ticket) }.unwrap();
+                }
+                reader.progress();
+                self.owner.poll(&mut Vec::new(), 8).unwrap();
+            }
+            assert!(is_asked && ticket.under_way.get() == 0, "{}: it does not end", self.name);
+            ticket.failed.borrow_mut().take()
+        }
+    }
+
     /// A key that nobody knows: the read that used it ends in an error with nothing read, and so does nothing else; the process and the
     /// owner's endpoint go on, and the right key works through another endpoint. Shared memory does not look at keys at all.
     #[test]
     fn a_bad_key_ends_its_own_read_only() {
-        let library = match Library::find() {
-            Ok(library) => library,
-            Err(reason) => return kvferry_transport::conformance::absent("libfabric", &reason),
-        };
-        for name in ["lo", "tcp;ofi_rxm/lo", "shm"] {
-            if name == "shm" && library.version.0 >= libfabric_sys::version(2, 0) {
-                continue;
-            }
-            let open = || Domain::open(library, device::find(library, name).unwrap()).unwrap();
-            let (here, there) = (open(), open());
-            let mut owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
-            let (source, into) = (pool(1, 7), pool(2, 1));
-            let base = source.regions()[0].base();
-            let lent = Registered::new(&there, base, BYTES, FI_READ | FI_REMOTE_READ, source.clone()).unwrap();
-            let to = into.regions()[0].base();
-            let registered = Rc::new(Registered::new(&here, to, BYTES, FI_READ, into.clone()).unwrap());
-            let address = if there.mode.addresses { base as u64 } else { 0 };
-            let mut read = |key: u64| {
-                let reader = Reader::open(&here, owner.name()).unwrap();
-                let ticket: Rc<Ticket> = Rc::default();
-                let (mut is_asked, until) = (false, Instant::now() + Duration::from_secs(20));
-                while Instant::now() < until && (!is_asked || ticket.under_way.get() > 0) {
-                    if !is_asked {
-                        let source = Source { address, key, bytes: BYTES };
-                        // SAFETY: the registered memory, of that length, which nobody else touches.
-                        is_asked = unsafe { reader.read(&[(source, to)], &registered, &ticket) }.unwrap();
-                    }
-                    reader.progress();
-                    owner.poll(&mut Vec::new(), 8).unwrap();
-                }
-                assert!(is_asked && ticket.under_way.get() == 0, "{name}: it does not end");
-                ticket.failed.borrow_mut().take()
-            };
-            let failed = read(!lent.key());
+        for mut pair in Pair::all(|| pool(1, 7), || pool(2, 1)) {
+            let piece = |pair: &Pair, key| [(Source { address: pair.address, key, bytes: BYTES }, pair.to)];
+            let (name, key) = (pair.name, pair.lent.key());
+            let wrong = piece(&pair, !key);
+            let failed = pair.read(&wrong);
             if name != "shm" {
-                assert!(failed.is_some() && first_byte(&into) == 1, "{name}: success for a key that nobody knows");
+                assert!(failed.is_some() && first_byte(&pair.into) == 1, "{name}: success for a key that nobody knows");
             }
-            assert_eq!((read(lent.key()), first_byte(&into)), (None, 7), "{name}");
+            let right = piece(&pair, key);
+            assert_eq!((pair.read(&right), first_byte(&pair.into)), (None, 7), "{name}");
         }
     }
 
     /// Where a provider takes several pieces at once, each comes from its own place and goes to its own, and nothing else is written.
     #[test]
     fn several_pieces_of_one_read_go_where_they_belong() {
-        let library = match Library::find() {
-            Ok(library) => library,
-            Err(reason) => return kvferry_transport::conformance::absent("libfabric", &reason),
-        };
-        for name in ["lo", "tcp;ofi_rxm/lo", "shm"] {
-            if name == "shm" && library.version.0 >= libfabric_sys::version(2, 0) {
-                continue;
-            }
-            let open = || Domain::open(library, device::find(library, name).unwrap()).unwrap();
-            let (here, there) = (open(), open());
-            let mut owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
-            let (source, into) = (pool(1, 0), pool(2, 0xee));
-            let pattern: Vec<u8> = (0..BYTES).map(|byte| (byte / 7) as u8).collect();
+        let pattern: Vec<u8> = (0..BYTES).map(|byte| (byte / 7) as u8).collect();
+        let source = || {
+            let source = pool(1, 0);
             source.write(0, 0, 0, &pattern).unwrap();
-            let base = source.regions()[0].base();
-            let lent = Registered::new(&there, base, BYTES, FI_READ | FI_REMOTE_READ, source.clone()).unwrap();
-            let to = into.regions()[0].base();
-            let registered = Rc::new(Registered::new(&here, to, BYTES, FI_READ, into.clone()).unwrap());
-            let address = if there.mode.addresses { base as u64 } else { 0 };
-            let reader = Reader::open(&here, owner.name()).unwrap();
+            source
+        };
+        for mut pair in Pair::all(source, || pool(2, 0xee)) {
             let mut due = vec![0xee; BYTES];
             // From, to, how many.
             let moves = [(2048, 0, 1000), (0, 3072, 1024), (4000, 1500, 96), (1024, 1111, 1)];
-            let moves = &moves[..moves.len().min(here.info.pieces_max())];
+            let moves = &moves[..moves.len().min(pair.here.info.pieces_max())];
+            let key = pair.lent.key();
             let pieces: Vec<(Source, *mut u8)> = moves
                 .iter()
                 .map(|&(from, at, bytes)| {
                     due[at..at + bytes].copy_from_slice(&pattern[from..from + bytes]);
-                    (Source { address: address + from as u64, key: lent.key(), bytes }, to.wrapping_add(at))
+                    (Source { address: pair.address + from as u64, key, bytes }, pair.to.wrapping_add(at))
                 })
                 .collect();
-            let ticket: Rc<Ticket> = Rc::default();
-            let (mut is_asked, until) = (false, Instant::now() + Duration::from_secs(20));
-            while Instant::now() < until && (!is_asked || ticket.under_way.get() > 0) {
-                if !is_asked {
-                    // SAFETY: inside the registered memory, and nobody else touches it.
-                    is_asked = unsafe { reader.read(&pieces, &registered, &ticket) }.unwrap();
-                }
-                reader.progress();
-                owner.poll(&mut Vec::new(), 8).unwrap();
-            }
-            assert!(is_asked && ticket.under_way.get() == 0, "{name}: it does not end");
-            assert_eq!(ticket.failed.borrow_mut().take(), None, "{name}: {} pieces", moves.len());
+            assert_eq!(pair.read(&pieces), None, "{}: {} pieces", pair.name, moves.len());
             let mut found = vec![0; BYTES];
-            into.read(0, 0, 0, &mut found).unwrap();
-            assert!(found == due, "{name}: {} pieces", moves.len());
+            pair.into.read(0, 0, 0, &mut found).unwrap();
+            assert!(found == due, "{}: {} pieces", pair.name, moves.len());
         }
     }
 }
