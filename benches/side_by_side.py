@@ -76,6 +76,8 @@ def main():
     options.shapes = SHAPES + ([(32, 8, 1 << 20)] if options.mebibyte else [])
     if any(path.startswith("nixl") for path in options.paths) and not options.nixl:
         parser.error("--paths nixl: --nixl must name its Python")
+    if options.nixl and len(shlex.split(options.nixl)) < 2:
+        parser.error("--nixl must name a Python and NIXL's script")
     if options.rounds < 1 or options.iters < 1:
         parser.error("--rounds and --iters must be at least 1")
 
@@ -129,15 +131,16 @@ def kvferry(options, transport, op, shape):
 
 def nixl(options, transport, op, shape):
     """GB/s, and the processor seconds of an iteration."""
-    python, script = shlex.split(options.nixl)
-    command = [python, "-c", CLOCKS, script, NIXL_OP[op], "UCX", *map(str, shape), str(options.iters)]
+    *python, script = shlex.split(options.nixl)
+    command = [*python, "-c", CLOCKS, script, NIXL_OP[op], "UCX", *map(str, shape), str(options.iters)]
     environment = dict(os.environ, NIXL_LOG_LEVEL="ERROR")
     environment.pop("UCX_TLS", None)
     if LIKE[transport] == "tcp":
         environment["UCX_TLS"] = "tcp"
-    lines = [line for line in run(command, options.timeout, environment).splitlines() if line.startswith("{")]
+    output = run(command, options.timeout, environment)
+    lines = [line for line in output.splitlines() if line.startswith("{")]
     if not lines:
-        raise SystemExit(f"no JSON object from {shlex.join(command)}")
+        raise SystemExit(f"no JSON object from {options.nixl} {shlex.join(command[-6:])}:\n{output}")
     report = json.loads(lines[-1])
     return report["gigabytes_per_second"], report["cpu_seconds"]
 

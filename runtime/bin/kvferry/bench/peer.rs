@@ -79,7 +79,7 @@ fn serve(options: &Options, kind: TransportKind, deadline: Deadline, words: &mut
         words.say(&word, deadline)?;
     }
     let source = cache.tables().shapes();
-    let mut peer = Peer { shape, cache, nic, source, op: options.op, arrived: (0, 0), ending: None };
+    let mut peer = Peer { shape, cache, nic, source, op: options.op, arrived: Arrived::default(), ending: None };
     let mut events = Vec::new();
     loop {
         if peer.nic.turn(words.readable(), deadline, "waiting for the initiator", &mut events)? {
@@ -113,10 +113,18 @@ struct Peer {
     /// The other side's table as far as this one needs it: both have as many blocks.
     source: Tables,
     op: Op,
-    /// How much of which iteration's push is here.
-    arrived: (u64, u64),
+    /// What is here of the present iteration's push.
+    arrived: Arrived,
     /// The iteration whose end the initiator waits for.
     ending: Option<u64>,
+}
+
+/// Shares of a push that are here, and their bytes.
+#[derive(Default)]
+struct Arrived {
+    handover: u64,
+    shares: usize,
+    bytes: u64,
 }
 
 impl Peer {
@@ -151,7 +159,7 @@ impl Peer {
     /// Expects what is pushed, by every rail its share.
     fn begin(&mut self, handover: u64, program: &Arc<Program>) -> Result<FromPeer, BenchError> {
         if self.op == Op::Push {
-            self.arrived = (handover, 0);
+            self.arrived = Arrived { handover, ..Arrived::default() };
             let shares = program.split(self.nic.transports.len() as u32);
             for (rail, (transport, range)) in self.nic.transports.iter_mut().zip(shares).enumerate() {
                 let (id, program) = (transfer_id(handover, rail), Arc::clone(program));
@@ -164,8 +172,13 @@ impl Peer {
     fn note(&mut self, event: Event) -> Result<(), BenchError> {
         match event {
             Event::Arrived { bytes, .. } => {
-                self.arrived.1 += bytes;
-                Ok(())
+                let (arrived, due) = (&mut self.arrived, self.shape.bytes());
+                (arrived.shares, arrived.bytes) = (arrived.shares + 1, arrived.bytes + bytes);
+                let is_all = arrived.shares == self.nic.transports.len();
+                match arrived.bytes {
+                    moved if moved > due || (is_all && moved < due) => Err(BenchError::Short { moved, due }),
+                    _ => Ok(()),
+                }
             }
             Event::Failed { error, .. } => Err(error.into()),
             // When the initiator leaves, stdin says so too.
@@ -176,7 +189,7 @@ impl Peer {
     /// The answer to [`ToPeer::End`], once all of a push has arrived: its completion may be known there a little earlier than here.
     fn ended(&mut self) -> Option<FromPeer> {
         let ending = self.ending?;
-        if self.op == Op::Push && (self.arrived.0 != ending || self.arrived.1 < self.shape.bytes()) {
+        if self.op == Op::Push && (self.arrived.handover != ending || self.arrived.bytes < self.shape.bytes()) {
             return None;
         }
         self.ending = None;
