@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::PoolId;
-use kvferry_nixl::{Agent, AgentConfig, AgentError, AgentMetadata, PeerKind, Piece, Transfer};
+use kvferry_nixl::{Agent, AgentConfig, AgentError, AgentMetadata, Notifications, PeerKind, Piece, Transfer};
+use kvferry_transport::Pool;
 use kvferry_ucx::raw::{PackedKey, WorkerAddress};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -287,16 +288,26 @@ fn a_peer_that_is_killed_or_stopped_in_the_middle_fails_the_transfer_in_time() {
     }
 }
 
+/// Memory of a transfer that a signal comes into.
+const INTERRUPTED_BYTES: u64 = 64 << 20;
+
+/// An agent with pool 1, of `INTERRUPTED_BYTES` of 0xEE, joined to the peer.
+async fn beside(peer: &Peer, tls: &str) -> (Agent, Notifications, Pool) {
+    let (agent, notifications) = Agent::start(over(tls).in_flight_max(8)).await.unwrap();
+    let local = pool(1, INTERRUPTED_BYTES, 0xEE);
+    agent.register(local.clone()).await.unwrap();
+    agent.add_peer(peer.metadata.clone()).await.unwrap();
+    agent.connect("nixl", None).await.unwrap();
+    (agent, notifications, local)
+}
+
 /// Writes to a peer and sends it a signal soon after; false if it was all said to be written.
 fn write_interrupted(signal: Signal, tls: &str) -> bool {
-    const BYTES: u64 = 64 << 20;
-    let peer = Peer::start("nixl", BYTES as usize, tls);
+    let peer = Peer::start("nixl", INTERRUPTED_BYTES as usize, tls);
     run(async {
-        let (agent, _notifications) = Agent::start(over(tls).in_flight_max(8)).await.unwrap();
-        agent.register(pool(1, BYTES, 0xEE)).await.unwrap();
-        agent.add_peer(peer.metadata.clone()).await.unwrap();
-        agent.connect("nixl", None).await.unwrap();
-        let write = Transfer::write("nixl", PoolId(1), scattered(BYTES / 4096, 4096, peer.address));
+        let (agent, _notifications, _) = beside(&peer, tls).await;
+        let pieces = scattered(INTERRUPTED_BYTES / 4096, 4096, peer.address);
+        let write = Transfer::write("nixl", PoolId(1), pieces);
         let write = write.then_notify("written").within(Duration::from_secs(3));
         let mut transfer = std::pin::pin!(agent.transfer(write));
         let begun = std::future::poll_fn(|context| Poll::Ready(transfer.as_mut().poll(context))).await;
@@ -312,7 +323,7 @@ fn write_interrupted(signal: Signal, tls: &str) -> bool {
             rustix::process::kill_process(peer.pid(), Signal::CONT).unwrap();
         }
         match result {
-            Ok(moved) => assert_eq!(moved.bytes, BYTES),
+            Ok(moved) => assert_eq!(moved.bytes, INTERRUPTED_BYTES),
             Err(AgentError::Failed { .. } | AgentError::Deadline { .. }) => return true,
             Err(error) => panic!("{error}"),
         }
@@ -322,15 +333,10 @@ fn write_interrupted(signal: Signal, tls: &str) -> bool {
 
 /// Reads from a peer and sends it a signal once the first piece is here; false if the last one was by then.
 fn interrupted(signal: Signal, tls: &str) -> bool {
-    const BYTES: u64 = 64 << 20;
-    let peer = Peer::start("nixl", BYTES as usize, tls);
+    let peer = Peer::start("nixl", INTERRUPTED_BYTES as usize, tls);
     run(async {
-        let (agent, _notifications) = Agent::start(over(tls).in_flight_max(8)).await.unwrap();
-        let local = pool(1, BYTES, 0xEE);
-        agent.register(local.clone()).await.unwrap();
-        agent.add_peer(peer.metadata.clone()).await.unwrap();
-        agent.connect("nixl", None).await.unwrap();
-        let count = BYTES / 4096;
+        let (agent, _notifications, local) = beside(&peer, tls).await;
+        let count = INTERRUPTED_BYTES / 4096;
         let is_here = |piece: u64| {
             let mut byte = [0];
             local.read(0, 0, (count - 1 - piece) * 4096 + 1, &mut byte).unwrap();
@@ -349,10 +355,10 @@ fn interrupted(signal: Signal, tls: &str) -> bool {
         let result = transfer.await;
         assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
         match result {
-            Ok(moved) => assert_eq!(moved.bytes, BYTES),
+            Ok(moved) => assert_eq!(moved.bytes, INTERRUPTED_BYTES),
             Err(AgentError::Failed { .. } | AgentError::Deadline { .. }) if !over => {
                 // Nothing of it comes any more.
-                local.write(0, 0, 0, &vec![0xCC; BYTES as usize]).unwrap();
+                local.write(0, 0, 0, &vec![0xCC; INTERRUPTED_BYTES as usize]).unwrap();
                 if signal == Signal::STOP {
                     rustix::process::kill_process(peer.pid(), Signal::CONT).unwrap();
                 }
