@@ -174,11 +174,13 @@ fn what_cannot_be_resolved_exits_with_two_and_says_where() {
     let folder = Folder::new("refused")
         .with("mpi.yaml", "cache_transceiver_config:\n  backend: MPI\n")
         .with("lower.yaml", "cache_transceiver_config:\n  backend: ucx\n")
+        .with("marked.yaml", "\u{feff}cache_transceiver_config:\n  backend: ucx\n")
         .with("torn.yaml", "cache_transceiver_config: {backend: [\n")
         .with("bad.env", "A=1\nnonsense\n");
     for (arguments, words) in [
         ("mpi.yaml", ["the MPI backend is deprecated", "do: use `backend: UCX`"]),
         ("lower.yaml", ["lower.yaml:2:12: backend is `ucx`", "in capitals"]),
+        ("marked.yaml", ["marked.yaml:2:12: backend is `ucx`", "in capitals"]),
         ("torn.yaml", ["torn.yaml:2:1: not YAML", "correct the line"]),
         ("none.yaml", ["none.yaml: it cannot be read", "readable file"]),
         ("mpi.yaml --env-file bad.env", ["bad.env:2: `nonsense`", "NAME=value"]),
@@ -222,6 +224,12 @@ fn the_cluster_runs_the_plan_over_a_transport_that_it_has() {
     let off = folder.cluster(&format!("--config off.yaml {quick}"), &[]);
     assert_eq!(off.status.code(), Some(2));
     assert!(text(&off.stderr).contains("cache_transceiver_config is not in the file"), "{}", text(&off.stderr));
+    std::fs::write(folder.0.join("no.text"), b"A=1\nB=\xff\n").unwrap();
+    for arguments in ["--config no.text", "--config e.yaml --env-file no.text"] {
+        let ran = folder.cluster(&format!("{arguments} {quick}"), &[]);
+        assert_eq!(ran.status.code(), Some(2), "{arguments}");
+        assert!(text(&ran.stderr).contains("line 2: byte 6 is not UTF-8 text"), "{arguments}: {}", text(&ran.stderr));
+    }
     let missing = folder.cluster(&format!("--config none.yaml {quick}"), &[]);
     assert_eq!(missing.status.code(), Some(2));
     assert!(text(&missing.stderr).contains("--config none.yaml: it cannot be read"), "{}", text(&missing.stderr));

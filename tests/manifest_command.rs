@@ -94,9 +94,13 @@ fn page_efa_is_requested_and_limited_alike() {
     assert_eq!(plain.matches(amount).count(), 4);
     // Dynamo's own schema knows it below `custom` only.
     assert!(has(&manifest(&["--efa", "8"]), &["custom:", "vpc.amazonaws.com/efa: \"8\""]));
-    let (status, evidence) = judged(&plain.replacen(amount, "memory: 1Gi", 1), "manifest.efa-resources");
-    assert_eq!(status, "fail");
-    assert!(evidence.contains("limit 4 without a request"), "{evidence}");
+    let theirs = plain.replacen(amount, "memory: 1Gi", 1);
+    // Some editors begin a file with a mark.
+    for theirs in [theirs.clone(), format!("\u{feff}{theirs}")] {
+        let (status, evidence) = judged(&theirs, "manifest.efa-resources");
+        assert_eq!(status, "fail");
+        assert!(evidence.contains("limit 4 without a request"), "{evidence}");
+    }
 }
 
 /// "Required environment variables for EFA workers (set on both prefill and decode)"

@@ -1,21 +1,16 @@
 //! What `--config` means, as `kvferry config check` resolves it.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
-use kvferry_trtllm::{Environment, FILE_BYTES_MAX, Follow, Peers, Plan, Severity, TransceiverConfig, resolve, text_of};
+use kvferry_trtllm::{Environment, FILE_BYTES_MAX, Follow, Peers, Plan, Severity, TransceiverConfig, resolve};
 
+use crate::environment::text;
 use crate::error::UsageError;
 
 /// The plan of a TensorRT-LLM YAML in this process's environment, which `--env-file` has made. What is doubtful about it goes to standard error.
 pub(crate) fn plan(file: &Path, follow: Follow) -> Result<Plan, UsageError> {
     let unreadable = |source| UsageError::ConfigFile { file: file.to_owned(), source };
-    let mut bytes = Vec::new();
-    let limit = FILE_BYTES_MAX as u64 + 1;
-    File::open(file).map_err(unreadable)?.take(limit).read_to_end(&mut bytes).map_err(unreadable)?;
-    let text =
-        text_of(bytes).map_err(|error| unreadable(std::io::Error::other(format!("line {}: {error}", error.line))))?;
+    let text = text(file, FILE_BYTES_MAX as u64).map_err(unreadable)?;
     let config =
         TransceiverConfig::parse(&text).map_err(|source| UsageError::Config { file: file.to_owned(), source })?;
     let environment: Environment = std::env::vars_os()

@@ -19,10 +19,7 @@ const BYTES_MAX: u64 = 1 << 20;
 /// Becomes this program with the same arguments but that one, in that environment and no other: every rank inherits it. Returns only errors.
 pub(crate) fn enter(file: &Path) -> Result<Infallible, UsageError> {
     let unreadable = |source| UsageError::EnvironmentFile { file: file.to_owned(), source };
-    let mut bytes = Vec::new();
-    File::open(file).map_err(unreadable)?.take(BYTES_MAX + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-    let text =
-        text_of(bytes).map_err(|error| unreadable(std::io::Error::other(format!("line {}: {error}", error.line))))?;
+    let text = text(file, BYTES_MAX).map_err(unreadable)?;
     if text.len() as u64 > BYTES_MAX {
         return Err(unreadable(std::io::Error::other(format!("it has more than {BYTES_MAX} bytes"))));
     }
@@ -32,6 +29,13 @@ pub(crate) fn enter(file: &Path) -> Result<Infallible, UsageError> {
     let mut command = Command::new(program);
     command.args(without(std::env::args_os().skip(1))).env_clear().envs(environment);
     Err(unreadable(command.exec()))
+}
+
+/// A text file of the user's; of one that is longer than so many bytes, one byte more, so that whoever takes it sees that.
+pub(crate) fn text(file: &Path, bytes_max: u64) -> std::io::Result<String> {
+    let mut bytes = Vec::new();
+    File::open(file)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+    text_of(bytes).map_err(|error| std::io::Error::other(format!("line {}: {error}", error.line)))
 }
 
 /// The arguments without `--env-file FILE` and `--env-file=FILE`.

@@ -21,6 +21,8 @@ pub struct EnvironmentError {
 /// last counts.
 pub fn parse_environment(text: &str) -> Result<Environment, EnvironmentError> {
     let mut environment = Environment::new();
+    // As in YAML: an editor's mark of UTF-8 is no part of the first name.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     for (index, line) in text.lines().enumerate() {
         let line = line.trim();
         if line.is_empty() || line.starts_with('#') {
@@ -57,6 +59,7 @@ mod tests {
         let read = parse_environment(text).unwrap();
         let pairs: Vec<(&str, &str)> = read.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         assert_eq!(pairs, [("A", "b c"), ("B", "d"), ("C", ""), ("D", "x=y"), ("FI_PROVIDER", "efa")]);
+        assert_eq!(parse_environment(&format!("\u{feff}{text}")), Ok(read), "an editor's mark");
         for wrong in ["FI_PROVIDER", "=x", "9A=x", "A B=x", "- name: FI_PROVIDER", "A=b\0c"] {
             let error = parse_environment(&format!("X=1\n{wrong}\n")).unwrap_err();
             assert_eq!((error.line, error.found.as_str()), (2, wrong));

@@ -211,6 +211,7 @@ fn what_changes_nothing_here_is_said() {
     for word in [
         "transceiver_runtime: auto",
         "max_tokens_in_buffer: 8448",
+        "bounded by the node's credits",
         "kv_cache_bounce_size_mb: 64",
         "enable_pipelined_transfer",
         "kv_transfer_poll_interval_ms: 5000",

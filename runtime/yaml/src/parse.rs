@@ -222,6 +222,8 @@ fn documents(text: &str, limit: usize) -> Result<Vec<Rc<Node>>, YamlError> {
     if text.len() > FILE_BYTES_MAX {
         return Err(YamlError::TooLong { bytes: text.len() });
     }
+    // An editor's mark of UTF-8 is no part of the first key.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut open: Vec<Open> = Vec::new();
     let mut anchors: BTreeMap<usize, Rc<Node>> = BTreeMap::new();
     let mut roots: Vec<Rc<Node>> = Vec::new();

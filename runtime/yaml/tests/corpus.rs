@@ -65,6 +65,14 @@ fn keys_that_are_too_long_for_a_line_are_read_again() {
 }
 
 #[test]
+fn an_editors_mark_of_utf_8_is_no_part_of_the_first_key() {
+    let text = "a: 1\n---\nb: 2\n";
+    let read =
+        |text: &str| parse_all(text).unwrap().iter().map(|node| read::<Value>(node).unwrap()).collect::<Vec<_>>();
+    assert_eq!(read(&format!("\u{feff}{text}")), read(text));
+}
+
+#[test]
 fn a_wrong_type_is_said_with_its_place() {
     let document = parse_all("a: 1\nb:\n  - c: 2\n  - c: [x]\n").unwrap().remove(0);
     #[derive(serde::Deserialize, Debug)]
