@@ -114,6 +114,7 @@ fn wrong_options_say_what_to_do() {
     for (arguments, words) in [
         (&["--expect", "nic=4"][..], ["nic=4", "efa=4,gpu=8"]),
         (&["--root", "/nonexistent"], ["--root /nonexistent", "sys, dev and proc"]),
+        (&["--root", "/usr/share"], ["--root /usr/share", "it is no host's"]),
         (&["--log", "/nonexistent"], ["/nonexistent", "readable file"]),
         (
             &["--log", "/dev/zero"],

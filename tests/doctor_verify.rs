@@ -100,6 +100,9 @@ fn memory_and_tcp_are_graded_by_what_they_can_show() {
     assert!(said(&report, "verify.zero-copy").contains("not to be had over TCP"), "{report:#}");
     let report = read(&peer.verify(&["--transport", "tcp", "--require-rdma"]), 2);
     assert!(said(&report, "verify.transfer").contains("RDMA"), "{report:#}");
+    let of = |check: &&serde_json::Value| check["id"] == "verify.transfer";
+    let fix = report["checks"].as_array().unwrap().iter().find(of).unwrap()["fix"].to_string();
+    assert!(fix.contains("do without --require-rdma") && !fix.contains("secret"), "{fix}");
 }
 
 /// A captured host with one EFA device, of which a process can use the node.

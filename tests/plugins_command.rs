@@ -169,6 +169,56 @@ fn what_cannot_be_judged_is_said_with_a_remedy() {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
+/// A pipe is not waited for, and whoever loads a plugin that hangs ends with who asked.
+#[test]
+fn what_hangs_keeps_nobody() {
+    let folder = std::env::temp_dir().join(format!("kvferry-hanging-plugins-{}", std::process::id()));
+    let fake = Fake { folder: folder.clone() };
+    std::fs::create_dir_all(folder.join("plugins")).unwrap();
+    let pipe = folder.join("plugins/libplugin_PIPE.so");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    // It says who it is, and stays.
+    let (mark, stays) = (folder.join("mark"), "extern \"C\" int getpid(void); extern \"C\" int pause(void);");
+    let hang = format!(
+        "#include <cstdio>\n{stays} __attribute__((constructor)) void hang() {{ FILE *f = fopen(\"{}\", \"w\"); fprintf(f, \"%d\", getpid()); \
+         fclose(f); for (;;) pause(); }}",
+        mark.display()
+    );
+    if !(fake.build("libnixl.so", "int nixl;", 1) && fake.build("plugins/libplugin_HANG.so", &hang, 1)) {
+        let _ = std::fs::remove_dir_all(&folder);
+        return absent("c++", "there is no C++ compiler");
+    }
+    let core = folder.to_str().unwrap();
+    let begun = std::time::Instant::now();
+    let report = told(&["--core", core, "--only", "PIPE"]);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(10), "it was waited for");
+    assert_eq!(report["plugins"][0]["verdict"], "incompatible", "{report:#}");
+    assert!(reasons(&report["plugins"][0]).contains("it is no file"), "{report:#}");
+
+    let mut asks = Command::new(env!("CARGO_BIN_EXE_kvferry"))
+        .args(["plugins", "--core", core, "--only", "HANG"])
+        .env_clear()
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let loads = || std::fs::read_to_string(&mark).ok()?.parse::<i32>().ok();
+    let wait = |what: &str, done: &dyn Fn() -> bool| {
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(15);
+        while !done() {
+            assert!(std::time::Instant::now() < until, "{what}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    };
+    wait("nobody loads it", &|| loads().is_some());
+    asks.kill().unwrap();
+    asks.wait().unwrap();
+    let status = format!("/proc/{}/stat", loads().unwrap());
+    // Gone, or waiting for an init that takes its time.
+    let ended = || std::fs::read_to_string(&status).map_or(true, |stat| stat.contains(") Z ") || stat.contains(") X "));
+    wait("it outlives who asked", &ended);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
 /// Plugins that crash, hang up, or claim another interface: the process that loads them is not this one.
 #[test]
 fn a_plugin_that_ends_its_process_is_a_verdict() {

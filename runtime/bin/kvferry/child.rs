@@ -65,6 +65,12 @@ pub(crate) fn ask<T: DeserializeOwned>(arguments: &[&OsStr], environment: &Envir
     })
 }
 
+/// The other end, before anything is loaded: it ends with whoever waits for its answer, whatever keeps it.
+pub(crate) fn begin() {
+    // Where the kernel does not know that, it is ended after [`SECONDS_MAX`] all the same, if somebody is there to do that.
+    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+}
+
 /// The other end: says it and ends the process, without the libraries' farewells.
 pub(crate) fn tell(answer: &impl Serialize) -> ExitCode {
     let line = serde_json::to_string(answer).unwrap_or_default();

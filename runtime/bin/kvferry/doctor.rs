@@ -172,6 +172,10 @@ impl Options {
             Some(folder) if !folder.is_dir() => {
                 Err(format!("--root {}: it is no folder; name one with sys, dev and proc in it", folder.display()))
             }
+            // Where there is nothing to look at, nothing would be found to be wrong.
+            Some(folder) if !["sys", "proc"].iter().any(|name| folder.join(name).is_dir()) => {
+                Err(format!("--root {}: it is no host's; name a folder with sys, dev and proc in it", folder.display()))
+            }
             Some(folder) => Ok(SysRoot::captured(folder)),
             None => Ok(SysRoot::live()),
         }

@@ -1,7 +1,6 @@
 //! Which shared library the loader would take, without loading it.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::question::Environment;
@@ -36,7 +35,7 @@ pub fn find(root: &SysRoot, environment: &Environment, soname: &str, named_by: &
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     let mut consider = |path: PathBuf, by: String| {
-        let Ok(real) = fs::canonicalize(&path) else { return };
+        let Some(real) = root.real(&path) else { return };
         if seen.insert(real.clone()) {
             found.push(Found { path, real, by });
         }

@@ -109,12 +109,15 @@ fn lanes(lines: &Lines, expect: &Expectations) -> Check {
     if peers.is_empty() {
         let fix =
             "look for an `inter-node` line after the first transfer to another host, and at the hardware counters";
-        return Check::warn(
-            ID,
-            "every endpoint is `self`: that shows that the device works, not that peers use it",
-            fix,
-        )
-        .and(shown);
+        let mut own = lines.lanes.iter().flat_map(|(_, lanes)| lanes.lanes()).peekable();
+        let is_tcp = own.peek().is_some() && own.all(|lane| lane.transport == "tcp");
+        let evidence = match is_tcp {
+            true => {
+                "every endpoint is `self`, with TCP lanes only: UCX has found no RDMA device and will fall back without a word"
+            }
+            false => "every endpoint is `self`: that shows that the device works, not that peers use it",
+        };
+        return Check::warn(ID, evidence, fix).and(shown);
     }
     let uses = |transport: &str| peers.iter().flatten().any(|lane| lane.transport == transport);
     let only_tcp = |lanes: &&Vec<&Lane>| !lanes.is_empty() && lanes.iter().all(|lane| lane.transport == "tcp");

@@ -1,15 +1,19 @@
 //! Where the host is read: live, or from a captured tree.
 
+use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use kvferry_topology::sysfs::text_up_to;
 pub(crate) use kvferry_topology::sysfs::{bytes_up_to, names};
 
 /// Files of /sys and /proc are small; whatever is longer is cut.
 const TEXT_MAX: u64 = 4 << 20;
+/// Links that one path may lead through, as the kernel has it.
+const LINKS_MAX: u32 = 40;
 
 /// The folders that stand for `/sys`, `/dev`, `/proc` and `/`.
 #[derive(Clone, Debug)]
@@ -79,6 +83,43 @@ impl SysRoot {
         self.files.join(absolute.trim_start_matches('/'))
     }
 
+    /// The file behind links, if there is one. In a captured tree an absolute link is one of that tree's: this host's files are none of it.
+    pub(crate) fn real(&self, path: &Path) -> Option<PathBuf> {
+        if !self.captured {
+            return fs::canonicalize(path).ok();
+        }
+        let mut left: VecDeque<OsString> = parts(path.strip_prefix(&self.files).ok()?);
+        let (mut real, mut links) = (self.files.clone(), 0);
+        while let Some(part) = left.pop_front() {
+            if part == ".." {
+                if real != self.files {
+                    real.pop();
+                }
+                continue;
+            }
+            let next = real.join(&part);
+            let Ok(target) = fs::read_link(&next) else {
+                real = next;
+                continue;
+            };
+            links += 1;
+            if links > LINKS_MAX {
+                return None;
+            }
+            let target = if target.is_absolute() {
+                real = self.files.clone();
+                // Whoever made the tree may have made its links for where it lies.
+                target.strip_prefix(&self.files).unwrap_or(&target).to_owned()
+            } else {
+                target
+            };
+            let mut ahead = parts(&target);
+            ahead.append(&mut left);
+            left = ahead;
+        }
+        real.exists().then_some(real)
+    }
+
     /// The absolute path of a file below the root, for messages.
     pub(crate) fn shown(&self, path: &Path) -> String {
         match path.strip_prefix(&self.files) {
@@ -88,10 +129,14 @@ impl SysRoot {
     }
 
     pub(crate) fn device_node(&self, name: &str) -> DeviceNode {
-        let path = self.dev.join(name);
+        let Some(path) = self.real(&self.dev.join(name)) else { return DeviceNode::Missing };
         let Ok(metadata) = fs::metadata(&path) else { return DeviceNode::Missing };
-        if !metadata.file_type().is_char_device() && !self.captured {
-            return DeviceNode::NotDevice;
+        match (metadata.file_type().is_char_device(), self.captured) {
+            // The tree's node may be this host's device: opening one has effects.
+            (true, true) => return DeviceNode::Usable,
+            (false, true) if metadata.is_file() => {}
+            (false, _) => return DeviceNode::NotDevice,
+            (true, false) => {}
         }
         match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(_) => DeviceNode::Usable,
@@ -101,7 +146,70 @@ impl SysRoot {
     }
 }
 
+/// The names that a path goes by.
+fn parts(path: &Path) -> VecDeque<OsString> {
+    let part = |component| match component {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        Component::Prefix(_) | Component::RootDir | Component::CurDir => None,
+    };
+    path.components().filter_map(part).collect()
+}
+
 /// A file's text without the blanks around it; what is not UTF-8 in it is replaced.
 pub(crate) fn text(path: &Path) -> Option<String> {
     text_up_to(path, TEXT_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn links_of_a_captured_tree_stay_in_it() {
+        let folder = std::env::temp_dir().join(format!("kvferry-root-{}", std::process::id()));
+        let root = SysRoot::captured(&folder);
+        fs::create_dir_all(folder.join("opt/lib")).unwrap();
+        fs::write(folder.join("opt/lib/real.so"), "").unwrap();
+        let link = |to: &str, name: &str| symlink(to, folder.join(name)).unwrap();
+        link("/opt/lib/real.so", "opt/lib/absolute.so");
+        link("real.so", "opt/lib/relative.so");
+        link("../../../../opt/lib/absolute.so", "opt/lib/above.so");
+        link("/etc/hostname", "opt/lib/out.so");
+        link("loop.so", "opt/lib/loop.so");
+        link("/opt", "usr");
+        link(folder.join("opt/lib/real.so").to_str().unwrap(), "opt/lib/placed.so");
+        let real = |name: &str| root.real(&folder.join(name)).map(|real| root.shown(&real));
+        for name in ["absolute.so", "relative.so", "above.so", "placed.so", "real.so"] {
+            assert_eq!(real(&format!("opt/lib/{name}")).as_deref(), Some("/opt/lib/real.so"), "{name}");
+        }
+        assert_eq!(real("usr/lib/absolute.so").as_deref(), Some("/opt/lib/real.so"));
+        assert!(Path::new("/etc/hostname").exists(), "of the live host, which is not asked");
+        for name in ["out.so", "loop.so", "none.so"] {
+            assert_eq!(real(&format!("opt/lib/{name}")), None, "{name}");
+        }
+        fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_captured_node_is_not_opened_where_that_has_effects() {
+        let folder = std::env::temp_dir().join(format!("kvferry-nodes-{}", std::process::id()));
+        let root = SysRoot::captured(&folder);
+        fs::create_dir_all(folder.join("dev/folder")).unwrap();
+        fs::write(folder.join("dev/copy"), "").unwrap();
+        symlink("/dev/null", folder.join("dev/linked")).unwrap();
+        let pipe = std::process::Command::new("mkfifo").arg(folder.join("dev/pipe")).status().unwrap();
+        assert!(pipe.success() && Path::new("/dev/null").exists());
+        for (name, node) in [
+            ("copy", DeviceNode::Usable),
+            ("linked", DeviceNode::Missing),
+            ("pipe", DeviceNode::NotDevice),
+            ("folder", DeviceNode::NotDevice),
+        ] {
+            assert_eq!(root.device_node(name), node, "{name}");
+        }
+        fs::remove_dir_all(&folder).unwrap();
+    }
 }

@@ -32,6 +32,8 @@ pub struct Transferred {
     pub proof: Option<Proof>,
     /// The peer's clock, if it answered.
     pub clock: Option<ClockSeen>,
+    /// A way that is no RDMA was refused, since RDMA is required.
+    pub rdma_refused: bool,
     /// What this end has of EFA.
     pub here: End,
     /// What the peer says that it has, if it does.
@@ -142,6 +144,11 @@ fn moved(transferred: &Transferred) -> Check {
         let fix = "run it again, with a larger --within: what is not compared is not verified";
         return Check::fail(ID, format!("{verified_bytes} of {bytes} bytes were compared; {evidence}"), fix)
             .and(failures.iter().cloned());
+    }
+    if transferred.rdma_refused {
+        let fix = "RDMA is required, and this way has none: run kvferry doctor on both hosts (efa.nodes, library.ucx, variables.ucx) and name the device \
+                   on both sides, or do without --require-rdma";
+        return Check::fail(ID, evidence, fix).and(failures.iter().cloned());
     }
     if delivered < wanted || !failures.is_empty() {
         let fix = "see that the peer runs `kvferry doctor --serve` of the same build with the same secret, that its port, the next one and those of the \
@@ -311,6 +318,7 @@ mod tests {
         ("no lanes", |t| t.proof.iter_mut().for_each(|proof| proof.lanes.clear()), &[("verify.lanes", Status::Warn)]),
         ("no connection", |t| t.proof = None, &[("verify.lanes", Status::Fail)]),
         ("not RDMA", |t| shortfall(t, false), &[("verify.path", Status::Warn)]),
+        ("refused", |t| (t.delivered, t.rdma_refused) = (0, true), &[("verify.transfer", Status::Fail)]),
         ("not RDMA where it must be", |t| shortfall(t, true), &[("verify.path", Status::Fail)]),
         ("no clock", |t| t.clock = None, &[("verify.clock", Status::Warn)]),
         (

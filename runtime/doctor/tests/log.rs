@@ -41,6 +41,28 @@ fn page_the_expected_lines_and_what_they_do_not_prove() {
     assert!(check(&report, "log.address").evidence[0].contains("control"));
 }
 
+#[test]
+fn a_worker_that_finds_no_rdma_device_shows_it_to_itself() {
+    let lanes = log("ucp_context_2 self cfg#1 rma_am(tcp/eth0) am(tcp/eth0)\n");
+    let evidence = &check(&lanes, "log.lanes").evidence[0];
+    assert!(evidence.contains("`self`") && evidence.contains("TCP lanes only"), "{evidence}");
+}
+
+/// Workers write in colours, and whoever writes to a log must not command the terminal that shows it.
+#[test]
+fn colours_and_commands_to_terminals_are_no_part_of_a_line() {
+    let coloured = "\u{1b}[32mINFO\u{1b}[0m \u{1b}[1;38;5;208mNixlTransferAgent\u{1b}[0m using NIXL backend: \u{1b}[33mUCX\u{1b}[m\u{7}\n\
+        \u{1b}]0;title\u{7}ucp_\u{1b}[2Jcontext\u{1b}[ self cfg#1 rma_am(srd/rdmap40s0:1\u{8}) am(srd/\u{1b}[31mrdmap62s0:1\u{1b}[0m)\n";
+    let report = log(coloured);
+    assert_eq!(check(&report, "log.backend").evidence[1], "line 1: NIXL backend UCX");
+    assert!(
+        check(&report, "log.devices").evidence[0].starts_with("2 EFA devices seen: rdmap40s0 rdmap62s0"),
+        "{report:#?}"
+    );
+    let said = report.checks.iter().flat_map(|check| &check.evidence);
+    assert!(said.flat_map(|text| text.chars()).all(|letter| !letter.is_control()), "{report:#?}");
+}
+
 /// "Without it, workers fail with NCCL error 'unhandled system error' during model loading."
 #[test]
 fn page_nccls_error_without_a_compute_domain() {

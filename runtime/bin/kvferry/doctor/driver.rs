@@ -23,6 +23,7 @@ pub(crate) struct Child {
 impl Child {
     /// Runs it; never returns once the library is loaded.
     pub(crate) fn run(&self) -> ExitCode {
+        child::begin();
         child::tell(&kvferry_nvml::query(&self.library).map_err(|error| error.to_string()))
     }
 }

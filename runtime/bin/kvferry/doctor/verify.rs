@@ -6,8 +6,8 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use kvferry::{
-    Direction, Event, Evidence, FetchCourse, Grade, GroupId, NodeId, Outcome, Rank, Role, ThreadOptions, WorkerConfig,
-    WorkerNode,
+    Direction, Event, Evidence, FailReason, FetchCourse, Grade, GroupId, NodeId, Outcome, Rank, Role, ThreadOptions,
+    WorkerConfig, WorkerNode,
 };
 use kvferry_doctor::{End, PathSeen, Proof, Report, SysRoot, Transferred, judge_transfer};
 use kvferry_synthetic::{DecodeEngine, Engine};
@@ -124,6 +124,7 @@ struct Seen {
     evidence: Option<Evidence>,
     courses: Vec<FetchCourse>,
     failures: Vec<String>,
+    rdma_refused: bool,
     clock: Option<kvferry_doctor::ClockSeen>,
     here: End,
     there: Option<End>,
@@ -132,7 +133,19 @@ struct Seen {
 impl Seen {
     fn new(rdma_required: bool, here: End) -> Seen {
         let (met, courses, failures) = Default::default();
-        Seen { rdma_required, met, path: None, evidence: None, courses, failures, clock: None, here, there: None }
+        let rdma_refused = false;
+        Seen {
+            rdma_required,
+            met,
+            path: None,
+            evidence: None,
+            courses,
+            failures,
+            rdma_refused,
+            clock: None,
+            here,
+            there: None,
+        }
     }
 
     fn note(&mut self, event: &Event, own: NodeId) {
@@ -156,6 +169,8 @@ impl Seen {
             }
             Event::FetchEnded(course) => {
                 if let Outcome::Failed { reason } = &course.outcome {
+                    // Both ends are of one build and of one layout.
+                    self.rdma_refused |= self.rdma_required && matches!(reason, FailReason::Mismatch(_));
                     self.failures.push(format!("{}: {reason}", course.handover));
                 }
                 self.courses.push(FetchCourse::clone(course));
@@ -197,6 +212,7 @@ impl Seen {
             failures: self.failures,
             path: self.path,
             clock: self.clock,
+            rdma_refused: self.rdma_refused,
             here: self.here,
             there: self.there,
         }

@@ -19,12 +19,17 @@ pub(crate) struct Child {
 impl Child {
     /// Runs it; never returns once a library is loaded.
     pub(crate) fn run(&self) -> ExitCode {
+        child::begin();
         child::tell(&kvferry_plugin::read(&self.core, &self.plugin))
     }
 }
 
 /// Starts this program again to load `plugin` beside `core`.
 pub(crate) fn probe(core: &Path, plugin: &Path, environment: &Environment) -> Probe {
+    // Opening a pipe waits for whoever writes it.
+    if std::fs::metadata(plugin).is_ok_and(|metadata| !metadata.is_file()) {
+        return Probe::NotRun("it is no file".to_owned());
+    }
     let answer = std::path::absolute(plugin)
         .and_then(|plugin| child::ask(&["load-plugin".as_ref(), core.as_ref(), plugin.as_ref()], environment));
     match answer {

@@ -1,5 +1,7 @@
 //! The lines that mean something.
 
+use std::borrow::Cow;
+
 use ucx_text::{EndpointLane, LaneLine, ProtocolReader, ProtocolRow};
 
 /// Lines of one kind that are kept; a log has few of each, a hostile one must not fill the memory.
@@ -93,7 +95,7 @@ impl Lines {
         for (index, line) in text.lines().enumerate() {
             let cut = line.char_indices().map(|(at, _)| at).take_while(|at| *at <= LINE_MAX).last();
             let line = if line.len() > LINE_MAX { line.get(..cut.unwrap_or(0)).unwrap_or_default() } else { line };
-            lines.take(line, index + 1, &mut tables);
+            lines.take(&plain(line), index + 1, &mut tables);
         }
         lines
     }
@@ -165,6 +167,24 @@ impl Lines {
     }
 }
 
+/// A line without colours and other control characters: they stand between its words, and a terminal must not obey what a log says.
+fn plain(line: &str) -> Cow<'_, str> {
+    if !line.contains(|letter: char| letter.is_control() && letter != '\t') {
+        return Cow::Borrowed(line);
+    }
+    let (mut kept, mut letters) = (String::with_capacity(line.len()), line.chars().peekable());
+    while let Some(letter) = letters.next() {
+        if letter == '\u{1b}' && letters.next_if_eq(&'[').is_some() {
+            // Parameters, then one letter (ECMA-48 §5.4).
+            while letters.next_if(|next| (' '..='?').contains(next)).is_some() {}
+            letters.next_if(|next| ('@'..='~').contains(next));
+        } else if !letter.is_control() || letter == '\t' {
+            kept.push(letter);
+        }
+    }
+    Cow::Owned(kept)
+}
+
 fn keep<T>(kept: &mut Vec<T>, more: T) {
     if kept.len() < KEPT_MAX {
         kept.push(more);
@@ -177,5 +197,5 @@ fn after(text: &str, words: &str) -> Option<String> {
 }
 
 fn shown(text: &str) -> String {
-    text.trim().chars().take(SHOWN_MAX).filter(|letter| !letter.is_control()).collect()
+    text.trim().chars().take(SHOWN_MAX).collect()
 }
