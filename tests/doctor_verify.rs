@@ -137,9 +137,10 @@ impl Captured {
         Captured(root)
     }
 
-    /// Nothing of it is left.
+    /// No device of it is left.
     fn without(&self) {
         std::fs::remove_dir_all(self.0.join("sys")).unwrap();
+        std::fs::create_dir(self.0.join("sys")).unwrap();
     }
 
     fn path(&self) -> &str {

@@ -52,7 +52,7 @@ fn a_worker_that_finds_no_rdma_device_shows_it_to_itself() {
 #[test]
 fn colours_and_commands_to_terminals_are_no_part_of_a_line() {
     let coloured = "\u{1b}[32mINFO\u{1b}[0m \u{1b}[1;38;5;208mNixlTransferAgent\u{1b}[0m using NIXL backend: \u{1b}[33mUCX\u{1b}[m\u{7}\n\
-        \u{1b}]0;title\u{7}ucp_\u{1b}[2Jcontext\u{1b}[ self cfg#1 rma_am(srd/rdmap40s0:1\u{8}) am(srd/\u{1b}[31mrdmap62s0:1\u{1b}[0m)\n";
+        \u{1b}]0;title\u{7}ucp_\u{1b}[2Jcontext self cfg#1 rma_am(srd/rdmap40s0:1\u{8}) am(srd/\u{1b}[31mrdmap62s0:1\u{1b}[0m)\n";
     let report = log(coloured);
     assert_eq!(check(&report, "log.backend").evidence[1], "line 1: NIXL backend UCX");
     assert!(

@@ -178,6 +178,9 @@ fn plain(line: &str) -> Cow<'_, str> {
             // Parameters, then one letter (ECMA-48 §5.4).
             while letters.next_if(|next| (' '..='?').contains(next)).is_some() {}
             letters.next_if(|next| ('@'..='~').contains(next));
+        } else if letter == '\u{1b}' && letters.next_if_eq(&']').is_some() {
+            // A title or a link, up to its end.
+            while letters.next_if(|next| !next.is_control()).is_some() {}
         } else if !letter.is_control() || letter == '\t' {
             kept.push(letter);
         }
