@@ -47,6 +47,7 @@ fn this_host_is_told_truthfully_and_fails_only_what_was_expected() {
 fn a_captured_host_and_an_environment_from_a_file() {
     let folder: PathBuf = std::env::temp_dir().join(format!("kvferry-doctor-command-{}", std::process::id()));
     std::fs::create_dir_all(folder.join("proc/self")).unwrap();
+    std::fs::create_dir_all(folder.join("sys/class/net")).unwrap();
     std::fs::write(folder.join("proc/self/limits"), "Max locked memory unlimited unlimited bytes\n").unwrap();
     std::fs::write(folder.join("worker.env"), "FI_EFA_MTU_SIZE=4096\n").unwrap();
     let root = folder.to_str().unwrap();
@@ -115,6 +116,8 @@ fn wrong_options_say_what_to_do() {
         (&["--expect", "nic=4"][..], ["nic=4", "efa=4,gpu=8"]),
         (&["--root", "/nonexistent"], ["--root /nonexistent", "sys, dev and proc"]),
         (&["--root", "/usr/share"], ["--root /usr/share", "it is no host's"]),
+        // It has a folder `sys`, of another kind.
+        (&["--root", "/proc"], ["--root /proc", "it is no host's"]),
         (&["--log", "/nonexistent"], ["/nonexistent", "readable file"]),
         (
             &["--log", "/dev/zero"],

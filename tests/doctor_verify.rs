@@ -105,6 +105,18 @@ fn memory_and_tcp_are_graded_by_what_they_can_show() {
     assert!(fix.contains("do without --require-rdma") && !fix.contains("secret"), "{fix}");
 }
 
+/// Whoever has nothing in common with the peer is told that, RDMA or not.
+#[test]
+fn ends_without_a_common_transport_are_told_so() {
+    let peer = Peer::serve(&["--transport", "shm"]);
+    for more in [&[][..], &["--require-rdma"]] {
+        let report = read(&peer.verify(&[&["--transport", "tcp"], more].concat()), 2);
+        let of = |check: &&serde_json::Value| check["id"] == "verify.transfer";
+        let fix = report["checks"].as_array().unwrap().iter().find(of).unwrap()["fix"].to_string();
+        assert!(fix.contains("the same --transport on both sides") && !fix.contains("secret"), "{report:#}");
+    }
+}
+
 /// A captured host with one EFA device, of which a process can use the node.
 struct Captured(PathBuf);
 
@@ -120,6 +132,7 @@ impl Captured {
             (format!("{rdma}/ports/1/rate"), "100 Gb/sec (4X EDR)"),
             ("sys/class/infiniband_verbs/uverbs0/ibdev".to_owned(), "rdmap65s0"),
             ("dev/infiniband/uverbs0".to_owned(), ""),
+            ("proc/meminfo".to_owned(), ""),
         ] {
             let file = root.join(file);
             std::fs::create_dir_all(file.parent().unwrap()).unwrap();
@@ -140,7 +153,7 @@ impl Captured {
     /// No device of it is left.
     fn without(&self) {
         std::fs::remove_dir_all(self.0.join("sys")).unwrap();
-        std::fs::create_dir(self.0.join("sys")).unwrap();
+        std::fs::create_dir_all(self.0.join("sys/class/net")).unwrap();
     }
 
     fn path(&self) -> &str {

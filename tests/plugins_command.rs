@@ -195,6 +195,13 @@ fn what_hangs_keeps_nobody() {
     assert_eq!(report["plugins"][0]["verdict"], "incompatible", "{report:#}");
     assert!(reasons(&report["plugins"][0]).contains("it is no file"), "{report:#}");
 
+    // Who asked may be gone before whoever loads it can ask the kernel to be ended with them.
+    let late = Command::new(env!("CARGO_BIN_EXE_kvferry"))
+        .args(["load-plugin", &format!("{core}/libnixl.so"), &format!("{core}/plugins/libplugin_HANG.so")])
+        .env("KVFERRY_ASKED_BY", "1")
+        .status();
+    assert!(!late.unwrap().success() && !mark.exists(), "it has loaded it for nobody");
+
     let mut asks = Command::new(env!("CARGO_BIN_EXE_kvferry"))
         .args(["plugins", "--core", core, "--only", "HANG"])
         .env_clear()

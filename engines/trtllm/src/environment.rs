@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use kvferry_yaml::{shorten, unmarked};
 use thiserror::Error;
 
 /// Variables by name.
@@ -21,9 +22,7 @@ pub struct EnvironmentError {
 /// last counts.
 pub fn parse_environment(text: &str) -> Result<Environment, EnvironmentError> {
     let mut environment = Environment::new();
-    // As in YAML: an editor's mark of UTF-8 is no part of the first name.
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    for (index, line) in text.lines().enumerate() {
+    for (index, line) in unmarked(text).lines().enumerate() {
         let line = line.trim();
         if line.is_empty() || line.starts_with('#') {
             continue;
@@ -31,7 +30,7 @@ pub fn parse_environment(text: &str) -> Result<Environment, EnvironmentError> {
         let assignment = line.strip_prefix("export ").unwrap_or(line).trim_start();
         let name_and_value = assignment.split_once('=').filter(|(name, _)| is_name(name));
         let Some((name, value)) = name_and_value.filter(|(_, value)| !value.contains('\0')) else {
-            let found = line.chars().take(60).collect();
+            let found = shorten(line);
             return Err(EnvironmentError { line: index + 1, found });
         };
         let quoted = |quote: char| value.strip_prefix(quote).and_then(|rest| rest.strip_suffix(quote));
@@ -62,8 +61,8 @@ mod tests {
         assert_eq!(parse_environment(&format!("\u{feff}{text}")), Ok(read), "an editor's mark");
         for wrong in ["FI_PROVIDER", "=x", "9A=x", "A B=x", "- name: FI_PROVIDER", "A=b\0c"] {
             let error = parse_environment(&format!("X=1\n{wrong}\n")).unwrap_err();
-            assert_eq!((error.line, error.found.as_str()), (2, wrong));
             assert!(error.to_string().starts_with("2: `"), "{error}");
+            assert_eq!((error.line, error.found), (2, shorten(wrong)));
         }
     }
 }

@@ -179,8 +179,10 @@ impl Resolver<'_> {
                         "{name}=1 makes DEFAULT mean {} by TensorRT-LLM's rule; by Dynamo's it stays NIXL",
                         backend.name()
                     );
-                    let remedy =
-                        format!("set `backend: {}` in the file, which means the same everywhere", backend.name());
+                    let remedy = match backend {
+                        Backend::Ucx => "set `backend: UCX` in the file, which means the same everywhere".to_owned(),
+                        other => format!("unset it: kvferry takes the place of {}", other.name()),
+                    };
                     self.say(Severity::Warning, "default-by-variable", variable.clone(), message, Some(remedy));
                     self.but(Contradiction::DEFAULT_AND_VARIABLES);
                 }

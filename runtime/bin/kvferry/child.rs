@@ -2,12 +2,13 @@
 
 use std::ffi::OsStr;
 use std::io::{Read, Write};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
 use kvferry_doctor::Environment;
+use rustix::process::{Pid, Signal, getppid, kill_process_group, set_parent_process_death_signal};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -18,6 +19,8 @@ const LOOK: Duration = Duration::from_millis(5);
 const OUTPUT_MAX: u64 = 64 << 10;
 /// Begins the line that is meant for us: libraries may print, too.
 const MARK: &str = "kvferry-child ";
+/// Tells the child who asks.
+const ASKED_BY: &str = "KVFERRY_ASKED_BY";
 
 /// What came of it.
 pub(crate) enum Answer<T> {
@@ -32,7 +35,9 @@ pub(crate) enum Answer<T> {
 /// Starts it with these arguments and this environment.
 pub(crate) fn ask<T: DeserializeOwned>(arguments: &[&OsStr], environment: &Environment) -> std::io::Result<Answer<T>> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(arguments).env_clear().envs(environment);
+    command.args(arguments).env_clear().envs(environment).env(ASKED_BY, std::process::id().to_string());
+    // Whom it starts in turn belongs to its group, and ends with it.
+    command.process_group(0);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     let looks = SECONDS_MAX * 1000 / LOOK.as_millis() as u64;
     let mut ended = None;
@@ -43,8 +48,11 @@ pub(crate) fn ask<T: DeserializeOwned>(arguments: &[&OsStr], environment: &Envir
         }
         sleep(LOOK);
     }
+    if let Some(group) = Pid::from_raw(child.id() as i32) {
+        // If nobody of it is left, that is well, too; numbers are given out in turn, so it is nobody else's yet.
+        let _ = kill_process_group(group, Signal::KILL);
+    }
     if ended.is_none() {
-        child.kill()?;
         child.wait()?;
     }
     let mut output = Vec::new();
@@ -68,7 +76,12 @@ pub(crate) fn ask<T: DeserializeOwned>(arguments: &[&OsStr], environment: &Envir
 /// The other end, before anything is loaded: it ends with whoever waits for its answer, whatever keeps it.
 pub(crate) fn begin() {
     // Where the kernel does not know that, it is ended after [`SECONDS_MAX`] all the same, if somebody is there to do that.
-    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    let _ = set_parent_process_death_signal(Some(Signal::KILL));
+    // Who asked may have ended before that.
+    let asked_by = std::env::var(ASKED_BY).ok().and_then(|number| number.parse().ok());
+    if asked_by.is_some_and(|number: i32| Pid::as_raw(getppid()) != number) {
+        kvferry_plugin::leave(1);
+    }
 }
 
 /// The other end: says it and ends the process, without the libraries' farewells.

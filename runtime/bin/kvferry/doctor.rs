@@ -172,11 +172,16 @@ impl Options {
             Some(folder) if !folder.is_dir() => {
                 Err(format!("--root {}: it is no folder; name one with sys, dev and proc in it", folder.display()))
             }
-            // Where there is nothing to look at, nothing would be found to be wrong.
-            Some(folder) if !["sys", "proc"].iter().any(|name| folder.join(name).is_dir()) => {
-                Err(format!("--root {}: it is no host's; name a folder with sys, dev and proc in it", folder.display()))
+            Some(folder) => {
+                let root = SysRoot::captured(folder);
+                match root.flaw() {
+                    Some(flaw) => Err(format!(
+                        "--root {}: {flaw}: it is no host's; name a folder with a host's sys, dev and proc in it",
+                        folder.display()
+                    )),
+                    None => Ok(root),
+                }
             }
-            Some(folder) => Ok(SysRoot::captured(folder)),
             None => Ok(SysRoot::live()),
         }
     }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use kvferry_doctor::Environment;
+use kvferry_doctor::{Environment, plain};
 use kvferry_nixl_plugins::{Inspector, PluginReport, Probe, Verdict, find_core, plugins_in};
 use serde::Serialize;
 
@@ -96,7 +96,8 @@ impl Options {
         let text = if self.json {
             serde_json::to_string_pretty(&report).map_err(|error| error.to_string())? + "\n"
         } else {
-            table(&report)
+            // Names of files and what is in them are not ours.
+            table(&report).lines().flat_map(|line| [plain(line), "\n".into()]).collect()
         };
         Ok((text, verdict))
     }
@@ -122,7 +123,14 @@ impl Options {
         files.retain(wanted);
         if files.is_empty() {
             let folders: Vec<String> = named.iter().map(|path| path.display().to_string()).collect();
-            return Err(format!("no plugin in {}; name a folder with libplugin_*.so", folders.join(", ")));
+            let folders = folders.join(", ");
+            return Err(match &self.only[..] {
+                [] => format!("no plugin in {folders}; name a folder with libplugin_*.so"),
+                only => format!(
+                    "no libplugin_{}.so in {folders}; --only takes the name as it stands in the file's, such as UCX",
+                    only.join(".so or libplugin_")
+                ),
+            });
         }
         Ok(files)
     }

@@ -1,7 +1,6 @@
 //! What Linux shows of a host, read once.
 
 use std::collections::BTreeMap;
-use std::fs;
 
 use kvferry_topology::{Pci, Topology};
 
@@ -67,9 +66,10 @@ pub(crate) struct ImexDaemon {
 
 impl ImexDaemon {
     fn read(root: &SysRoot) -> ImexDaemon {
-        let processes = names(&root.proc).into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+        let processes =
+            names(&root.file("/proc")).into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
         let running = processes
-            .filter_map(|process| text(&root.proc.join(process).join("comm")))
+            .filter_map(|process| text(&root.file(&format!("/proc/{process}/comm"))))
             .any(|name| name == "nvidia-imex");
         let nodes = text(&root.file("/etc/nvidia-imex/config.cfg")).map(|configuration| {
             let named = configuration.lines().find_map(|line| line.trim().strip_prefix("IMEX_NODE_CONFIG_FILE="));
@@ -95,40 +95,40 @@ const WATCHED: [&str; 7] = ["libibverbs", "libefa", "libucp", "libucs", "libuct"
 impl Host {
     pub(crate) fn read(root: &SysRoot) -> Host {
         let topology = Topology::read(&root.files);
-        let rdma = names(&root.sys.join("class/infiniband"));
+        let rdma = names(&root.file("/sys/class/infiniband"));
         let verbs = verbs(root);
         let efa = rdma.iter().filter_map(|name| efa_device(root, name, &topology.pci, &verbs)).collect();
-        let memory = text(&root.proc.join("meminfo")).unwrap_or_default();
+        let memory = text(&root.file("/proc/meminfo")).unwrap_or_default();
         let pages = |name: &str| field(&memory, name).and_then(|value| value.split_whitespace().next()?.parse().ok());
         let status = text(&root.own("status")).unwrap_or_default();
-        let channels = names(&root.dev.join("nvidia-caps-imex-channels"));
+        let channels = names(&root.file("/dev/nvidia-caps-imex-channels"));
         let channels = channels.into_iter().filter(|name| name.starts_with("channel"));
         Host {
             efa,
             rdma,
-            efa_module: root.sys.join("module/efa").exists(),
+            efa_module: root.file("/sys/module/efa").exists(),
             peer_memory: PEER_MEMORY
                 .iter()
-                .filter(|(file, _)| root.sys.join(file).exists())
+                .filter(|(file, _)| root.file(&format!("/sys/{file}")).exists())
                 .map(|(_, name)| *name)
                 .collect(),
-            kernel: text(&root.proc.join("sys/kernel/osrelease")).unwrap_or_default(),
+            kernel: text(&root.file("/proc/sys/kernel/osrelease")).unwrap_or_default(),
             memlock: text(&root.own("limits")).and_then(|limits| memlock(&limits)),
             capabilities: field(&status, "CapEff").and_then(|hex| u64::from_str_radix(hex, 16).ok()),
             rootless: text(&root.own("uid_map")).is_some_and(|map| !map.is_empty() && !maps_all(&map)),
             seccomp: field(&status, "Seccomp").and_then(|mode| mode.parse().ok()),
             hugepages: pages("HugePages_Total").zip(pages("HugePages_Free")),
-            nvidia_driver: text(&root.proc.join("driver/nvidia/version")),
-            ptrace_scope: text(&root.proc.join("sys/kernel/yama/ptrace_scope")).and_then(|text| text.parse().ok()),
+            nvidia_driver: text(&root.file("/proc/driver/nvidia/version")),
+            ptrace_scope: text(&root.file("/proc/sys/kernel/yama/ptrace_scope")).and_then(|text| text.parse().ok()),
             imex_channels: channels
                 .map(|name| {
                     let node = root.device_node(&format!("nvidia-caps-imex-channels/{name}"));
                     (name, node)
                 })
                 .collect(),
-            imex_driver: text(&root.proc.join("devices"))
+            imex_driver: text(&root.file("/proc/devices"))
                 .map(|devices| devices.lines().any(|line| line.trim_end().ends_with(" nvidia-caps-imex-channels"))),
-            imex_count: text(&root.proc.join("driver/nvidia/params"))
+            imex_count: text(&root.file("/proc/driver/nvidia/params"))
                 .and_then(|params| field(&params, "ImexChannelCount")?.parse().ok()),
             imex_daemon: ImexDaemon::read(root),
             smi: if root.captured { text(&root.file(SMI_FILE)) } else { None },
@@ -177,17 +177,17 @@ fn memlock(limits: &str) -> Option<Option<u64>> {
 
 /// Device name to `uverbsN`.
 fn verbs(root: &SysRoot) -> BTreeMap<String, String> {
-    let folder = root.sys.join("class/infiniband_verbs");
-    let of = |name: String| Some((text(&folder.join(&name).join("ibdev"))?, name));
+    let folder = root.file("/sys/class/infiniband_verbs");
+    let of = |name: String| Some((text(&root.inside(&folder.join(&name).join("ibdev")))?, name));
     names(&folder).into_iter().filter(|name| name.starts_with("uverbs")).filter_map(of).collect()
 }
 
 fn efa_device(root: &SysRoot, name: &str, pci: &[Pci], verbs: &BTreeMap<String, String>) -> Option<Efa> {
-    let folder = root.sys.join("class/infiniband").join(name);
-    let device = fs::canonicalize(folder.join("device")).ok()?;
+    let folder = root.file("/sys/class/infiniband").join(name);
+    let device = root.real(&folder.join("device"))?;
     let address = device.file_name()?.to_string_lossy().into_owned();
     let pci = pci.iter().find(|pci| pci.address == address && pci.is_efa())?.clone();
-    let port = folder.join("ports/1");
+    let port = root.inside(&folder.join("ports/1"));
     let counters = port.join("hw_counters");
     let read = |name: String| Some((text(&counters.join(&name))?.parse().ok()?, name));
     let verbs = verbs.get(name).cloned();

@@ -35,23 +35,23 @@ pub fn find(root: &SysRoot, environment: &Environment, soname: &str, named_by: &
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     let mut consider = |path: PathBuf, by: String| {
-        let Some(real) = root.real(&path) else { return };
+        let Some(real) = root.real(&path).filter(|real| real.is_file()) else { return };
         if seen.insert(real.clone()) {
             found.push(Found { path, real, by });
         }
     };
     if let Some(named) = environment.get(named_by).filter(|path| path.starts_with('/')) {
-        consider(root.file(named), named_by.to_owned());
+        consider(root.at(named), named_by.to_owned());
     }
     let folders = environment.get("LD_LIBRARY_PATH").map(String::as_str).unwrap_or_default();
     for (index, folder) in folders.split([':', ';']).enumerate().filter(|(_, folder)| folder.starts_with('/')) {
-        consider(root.file(folder).join(soname), format!("LD_LIBRARY_PATH, entry {}", index + 1));
+        consider(root.at(folder).join(soname), format!("LD_LIBRARY_PATH, entry {}", index + 1));
     }
     for folder in configured(root) {
-        consider(root.file(&folder).join(soname), "ld.so.conf".to_owned());
+        consider(root.at(&folder).join(soname), "ld.so.conf".to_owned());
     }
     for folder in DEFAULT_FOLDERS {
-        consider(root.file(folder).join(soname), "the loader's default folders".to_owned());
+        consider(root.at(folder).join(soname), "the loader's default folders".to_owned());
     }
     found
 }
@@ -60,7 +60,7 @@ pub fn find(root: &SysRoot, environment: &Environment, soname: &str, named_by: &
 fn configured(root: &SysRoot) -> Vec<String> {
     let mut files = vec![root.file("/etc/ld.so.conf")];
     let more = root.file("/etc/ld.so.conf.d");
-    files.extend(names(&more).iter().filter(|name| name.ends_with(".conf")).map(|name| more.join(name)));
+    files.extend(names(&more).iter().filter(|name| name.ends_with(".conf")).map(|name| root.inside(&more.join(name))));
     let lines = files.iter().filter_map(|file| text(file)).collect::<Vec<_>>().join("\n");
     lines.lines().map(str::trim).filter(|line| line.starts_with('/')).map(str::to_owned).collect()
 }

@@ -8,6 +8,7 @@ use ucx_text::{EndpointLane, Lane, Locality};
 
 use crate::expectations::Expectations;
 use crate::report::{Check, Report};
+use crate::verify::RDMA_LANES;
 use lines::Lines;
 
 /// Judges a worker's log (UCX with `UCX_LOG_LEVEL=info`, `UCX_PROTO_INFO=used`, or what `ucp_ep_print_info` writes; NIXL's and libfabric's
@@ -109,28 +110,21 @@ fn lanes(lines: &Lines, expect: &Expectations) -> Check {
     if peers.is_empty() {
         let fix =
             "look for an `inter-node` line after the first transfer to another host, and at the hardware counters";
-        let mut own = lines.lanes.iter().flat_map(|(_, lanes)| lanes.lanes()).peekable();
-        let is_tcp = own.peek().is_some() && own.all(|lane| lane.transport == "tcp");
-        let evidence = match is_tcp {
-            true => {
-                "every endpoint is `self`, with TCP lanes only: UCX has found no RDMA device and will fall back without a word"
-            }
-            false => "every endpoint is `self`: that shows that the device works, not that peers use it",
-        };
-        return Check::warn(ID, evidence, fix).and(shown);
+        let is_rdma = |lane: &Lane| RDMA_LANES.iter().any(|begin| lane.transport.starts_with(begin));
+        let mut own = lines.lanes.iter().flat_map(|(_, lanes)| lanes.lanes());
+        if own.any(is_rdma) {
+            let evidence = "every endpoint is `self`: that shows that the device works, not that peers use it";
+            return Check::warn(ID, evidence, fix).and(shown);
+        }
+        let evidence = "every endpoint is `self`, and no lane is RDMA's: UCX has found no such device and will fall back without a word";
+        return no_rdma(expect, evidence.to_owned()).and(shown);
     }
     let uses = |transport: &str| peers.iter().flatten().any(|lane| lane.transport == transport);
     let only_tcp = |lanes: &&Vec<&Lane>| !lanes.is_empty() && lanes.iter().all(|lane| lane.transport == "tcp");
     let fallen = peers.iter().filter(only_tcp).count();
     if fallen > 0 {
         let evidence = format!("endpoints with TCP lanes only: {fallen}; UCX falls back without a word");
-        let fix = "run kvferry doctor on the host (efa.nodes, library.ucx, variables.ucx); UCX_TLS=srd,cuda_copy,cuda_ipc,sm,self makes it an error";
-        let expected = expect.efa.is_some_and(|count| count > 0);
-        return if expected {
-            Check::fail(ID, evidence, fix).and(shown)
-        } else {
-            Check::warn(ID, evidence, fix).and(shown)
-        };
+        return no_rdma(expect, evidence).and(shown);
     }
     if uses("srd") {
         let note = "endpoints to peers have SRD lanes over EFA (`rma_am` is always printed so for SRD and proves nothing; `intra-node` and \
@@ -138,6 +132,16 @@ fn lanes(lines: &Lines, expect: &Expectations) -> Check {
         return Check::ok(ID, note).and(shown);
     }
     Check::ok(ID, "endpoints to peers have lanes other than TCP").and(shown)
+}
+
+/// UCX does without RDMA: a failure where EFA is expected.
+fn no_rdma(expect: &Expectations, evidence: String) -> Check {
+    const ID: &str = "log.lanes";
+    let fix = "run kvferry doctor on the host (efa.nodes, library.ucx, variables.ucx); UCX_TLS=srd,cuda_copy,cuda_ipc,sm,self makes it an error";
+    match expect.efa.is_some_and(|count| count > 0) {
+        true => Check::fail(ID, evidence, fix),
+        false => Check::warn(ID, evidence, fix),
+    }
 }
 
 fn devices(lines: &Lines, expect: &Expectations) -> Check {

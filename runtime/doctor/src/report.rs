@@ -1,6 +1,10 @@
 //! What a check says.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
+
+use crate::plain::plain;
 
 /// How it stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -74,7 +78,13 @@ impl Report {
         Report::of(self.checks.into_iter().chain(more).collect())
     }
 
-    pub(crate) fn of(checks: Vec<Check>) -> Report {
+    pub(crate) fn of(mut checks: Vec<Check>) -> Report {
+        // Names of devices, files and objects are not ours.
+        for said in checks.iter_mut().flat_map(|check| check.evidence.iter_mut().chain([&mut check.fix])) {
+            if let Cow::Owned(plain) = plain(said) {
+                *said = plain;
+            }
+        }
         let status = checks.iter().map(|check| check.status).max().unwrap_or(Status::Ok);
         Report { status, checks }
     }

@@ -14,13 +14,12 @@ pub(crate) use kvferry_topology::sysfs::{bytes_up_to, names};
 const TEXT_MAX: u64 = 4 << 20;
 /// Links that one path may lead through, as the kernel has it.
 const LINKS_MAX: u32 = 40;
+/// Where a loop of links leads.
+const NOWHERE: &str = ".nowhere";
 
-/// The folders that stand for `/sys`, `/dev`, `/proc` and `/`.
+/// The folder that stands for `/`.
 #[derive(Clone, Debug)]
 pub struct SysRoot {
-    pub(crate) sys: PathBuf,
-    pub(crate) dev: PathBuf,
-    pub(crate) proc: PathBuf,
     /// Under which absolute paths are looked up.
     pub(crate) files: PathBuf,
     /// Whose limits, capabilities and maps are read: a number, or `self`.
@@ -43,22 +42,23 @@ pub(crate) enum DeviceNode {
 impl SysRoot {
     /// This host.
     pub fn live() -> SysRoot {
-        let at = |path: &str| PathBuf::from(path);
-        SysRoot {
-            sys: at("/sys"),
-            dev: at("/dev"),
-            proc: at("/proc"),
-            files: at("/"),
-            process: "self".to_owned(),
-            captured: false,
-        }
+        SysRoot { files: PathBuf::from("/"), process: "self".to_owned(), captured: false }
     }
 
     /// A copy of a host's `/sys`, `/dev`, `/proc` and libraries below `folder`.
     pub fn captured(folder: &Path) -> SysRoot {
-        let at = |name: &str| folder.join(name);
-        let process = "self".to_owned();
-        SysRoot { sys: at("sys"), dev: at("dev"), proc: at("proc"), files: folder.to_owned(), process, captured: true }
+        // However it is called: links may have been made for where it lies.
+        let files = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
+        SysRoot { files, process: "self".to_owned(), captured: true }
+    }
+
+    /// Why it is no copy of a host, if it is none: where there is nothing to look at, nothing would be found to be wrong.
+    pub fn flaw(&self) -> Option<&'static str> {
+        let is_plain = fs::symlink_metadata(self.at("/sys")).is_ok_and(|metadata| metadata.is_dir());
+        if !is_plain || !["/sys/bus", "/sys/class"].iter().any(|folder| !names(&self.file(folder)).is_empty()) {
+            return Some("it has no sys with buses and classes of devices");
+        }
+        names(&self.file("/proc")).is_empty().then_some("it has no proc")
     }
 
     /// Looks at another process's limits, capabilities and loaded libraries.
@@ -75,20 +75,32 @@ impl SysRoot {
     }
 
     pub(crate) fn own(&self, file: &str) -> PathBuf {
-        self.proc.join(&self.process).join(file)
+        self.file(&format!("/proc/{}/{file}", self.process))
     }
 
-    /// Where an absolute path lies.
-    pub(crate) fn file(&self, absolute: &str) -> PathBuf {
+    /// By which name an absolute path is known, its links not followed.
+    pub(crate) fn at(&self, absolute: &str) -> PathBuf {
         self.files.join(absolute.trim_start_matches('/'))
     }
 
-    /// The file behind links, if there is one. In a captured tree an absolute link is one of that tree's: this host's files are none of it.
+    /// Where an absolute path lies; what is read there is of this root.
+    pub(crate) fn file(&self, absolute: &str) -> PathBuf {
+        self.inside(&self.at(absolute))
+    }
+
+    /// The file behind links, if there is one.
     pub(crate) fn real(&self, path: &Path) -> Option<PathBuf> {
         if !self.captured {
             return fs::canonicalize(path).ok();
         }
-        let mut left: VecDeque<OsString> = parts(path.strip_prefix(&self.files).ok()?);
+        Some(self.inside(path)).filter(|path| path.exists())
+    }
+
+    /// A path below the root without links. In a captured tree an absolute link is one of that tree's: this host's files are none of it.
+    pub(crate) fn inside(&self, path: &Path) -> PathBuf {
+        let below = path.strip_prefix(&self.files).ok().filter(|_| self.captured);
+        let Some(below) = below else { return path.to_owned() };
+        let mut left: VecDeque<OsString> = parts(below);
         let (mut real, mut links) = (self.files.clone(), 0);
         while let Some(part) = left.pop_front() {
             if part == ".." {
@@ -104,7 +116,7 @@ impl SysRoot {
             };
             links += 1;
             if links > LINKS_MAX {
-                return None;
+                return self.files.join(NOWHERE);
             }
             let target = if target.is_absolute() {
                 real = self.files.clone();
@@ -117,7 +129,7 @@ impl SysRoot {
             ahead.append(&mut left);
             left = ahead;
         }
-        real.exists().then_some(real)
+        real
     }
 
     /// The absolute path of a file below the root, for messages.
@@ -129,7 +141,7 @@ impl SysRoot {
     }
 
     pub(crate) fn device_node(&self, name: &str) -> DeviceNode {
-        let Some(path) = self.real(&self.dev.join(name)) else { return DeviceNode::Missing };
+        let Some(path) = self.real(&self.at("/dev").join(name)) else { return DeviceNode::Missing };
         let Ok(metadata) = fs::metadata(&path) else { return DeviceNode::Missing };
         match (metadata.file_type().is_char_device(), self.captured) {
             // The tree's node may be this host's device: opening one has effects.

@@ -7,7 +7,7 @@ use crate::report::{Check, Report};
 const OFFSET_MAX_NS: u64 = 50_000_000;
 
 /// What lanes over RDMA devices begin with.
-const RDMA_LANES: [&str; 7] = ["srd", "rc", "dc", "ud_", "gga", "gda", "efa/"];
+pub(crate) const RDMA_LANES: [&str; 7] = ["srd", "rc", "dc", "ud_", "gga", "gda", "efa/"];
 
 /// What a transfer with a peer showed. Whoever made it fills this in; nothing here transfers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,12 +32,21 @@ pub struct Transferred {
     pub proof: Option<Proof>,
     /// The peer's clock, if it answered.
     pub clock: Option<ClockSeen>,
-    /// A way that is no RDMA was refused, since RDMA is required.
-    pub rdma_refused: bool,
+    /// The two ends refused each other.
+    pub misfit: Option<Misfit>,
     /// What this end has of EFA.
     pub here: End,
     /// What the peer says that it has, if it does.
     pub there: Option<End>,
+}
+
+/// Why two ends refuse each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misfit {
+    /// RDMA is required, and the way has none.
+    NoRdma,
+    /// They have no transport or no devices in common.
+    Ends,
 }
 
 /// The way that both ends chose.
@@ -145,9 +154,16 @@ fn moved(transferred: &Transferred) -> Check {
         return Check::fail(ID, format!("{verified_bytes} of {bytes} bytes were compared; {evidence}"), fix)
             .and(failures.iter().cloned());
     }
-    if transferred.rdma_refused {
-        let fix = "RDMA is required, and this way has none: run kvferry doctor on both hosts (efa.nodes, library.ucx, variables.ucx) and name the device \
-                   on both sides, or do without --require-rdma";
+    if let Some(misfit) = transferred.misfit {
+        let fix = match misfit {
+            Misfit::NoRdma => {
+                "RDMA is required, and this way has none: run kvferry doctor on both hosts (efa.nodes, library.ucx, variables.ucx) and name the \
+                 device on both sides, or do without --require-rdma"
+            }
+            Misfit::Ends => {
+                "give the same --transport on both sides, and devices that reach each other, as the lines below say"
+            }
+        };
         return Check::fail(ID, evidence, fix).and(failures.iter().cloned());
     }
     if delivered < wanted || !failures.is_empty() {
@@ -318,7 +334,8 @@ mod tests {
         ("no lanes", |t| t.proof.iter_mut().for_each(|proof| proof.lanes.clear()), &[("verify.lanes", Status::Warn)]),
         ("no connection", |t| t.proof = None, &[("verify.lanes", Status::Fail)]),
         ("not RDMA", |t| shortfall(t, false), &[("verify.path", Status::Warn)]),
-        ("refused", |t| (t.delivered, t.rdma_refused) = (0, true), &[("verify.transfer", Status::Fail)]),
+        ("refused", |t| (t.delivered, t.misfit) = (0, Some(Misfit::NoRdma)), &[("verify.transfer", Status::Fail)]),
+        ("apart", |t| (t.delivered, t.misfit) = (0, Some(Misfit::Ends)), &[("verify.transfer", Status::Fail)]),
         ("not RDMA where it must be", |t| shortfall(t, true), &[("verify.path", Status::Fail)]),
         ("no clock", |t| t.clock = None, &[("verify.clock", Status::Warn)]),
         (

@@ -63,6 +63,64 @@ fn a_healthy_p5_has_nothing_wrong() {
     }
 }
 
+/// A captured tree's absolute links are its own: what they name on this host is not looked at.
+#[test]
+fn a_tree_with_absolute_links_is_read_within_itself() {
+    let tree = Tree::p5("linked");
+    for (from, to) in [
+        ("usr/local/lib/ucx", "opt/hpc/ucx"),
+        ("usr/local/lib/pkgconfig", "opt/hpc/pkgconfig"),
+        ("opt/amazon/ofi-nccl", "opt/amazon/ofi-nccl-1.2"),
+        ("usr/lib/x86_64-linux-gnu/libibverbs", "opt/ibv"),
+        ("etc/ld.so.conf.d/ofi.conf", "etc/alternatives/ofi"),
+        ("etc", "data/etc"),
+        ("proc/meminfo", "data/meminfo"),
+        ("proc/self", "proc/42"),
+        ("dev", "data/dev"),
+    ] {
+        let to = tree.path().join(to);
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::rename(tree.path().join(from), &to).unwrap();
+        let absolute = std::path::Path::new("/").join(to.strip_prefix(tree.path()).unwrap());
+        std::os::unix::fs::symlink(absolute, tree.path().join(from)).unwrap();
+    }
+    let report = examine(&SysRoot::captured(tree.path()), &page());
+    assert_eq!(wrong(&report), [], "{report:#?}");
+    // A folder that only this host has.
+    let elsewhere = std::env::temp_dir().join(format!("kvferry-live-plugins-{}", std::process::id()));
+    fs::create_dir_all(&elsewhere).unwrap();
+    fs::write(elsewhere.join("libplugin_UCX.so"), "").unwrap();
+    std::os::unix::fs::symlink(&elsewhere, tree.path().join("opt/leak")).unwrap();
+    for folder in ["/opt/leak".to_owned(), format!("/../../../../../..{}", elsewhere.display())] {
+        let mut question = page();
+        set(&mut question, "NIXL_PLUGIN_DIR", &folder);
+        let report = examine(&SysRoot::captured(tree.path()), &question);
+        assert_eq!(wrong(&report), [("nixl.plugins", Status::Fail)], "{folder}: {report:#?}");
+    }
+    fs::remove_dir_all(&elsewhere).unwrap();
+}
+
+#[test]
+fn what_is_no_copy_of_a_host_is_told() {
+    let tree = Tree::p5("copy");
+    let flaw = || SysRoot::captured(tree.path()).flaw();
+    assert_eq!(flaw(), None);
+    fs::rename(tree.path().join("proc"), tree.path().join("was-proc")).unwrap();
+    assert_eq!(flaw(), Some("it has no proc"));
+    fs::create_dir(tree.path().join("proc")).unwrap();
+    assert_eq!(flaw(), Some("it has no proc"));
+    fs::write(tree.path().join("proc/meminfo"), "").unwrap();
+    assert_eq!(flaw(), None);
+    fs::rename(tree.path().join("sys"), tree.path().join("was-sys")).unwrap();
+    let no_sys = Some("it has no sys with buses and classes of devices");
+    assert_eq!(flaw(), no_sys);
+    fs::create_dir(tree.path().join("sys")).unwrap();
+    assert_eq!(flaw(), no_sys);
+    fs::remove_dir(tree.path().join("sys")).unwrap();
+    std::os::unix::fs::symlink("/sys", tree.path().join("sys")).unwrap();
+    assert_eq!(flaw(), no_sys, "this host's");
+}
+
 #[test]
 fn a_healthy_p4d_has_nothing_wrong() {
     let tree = Tree::p4d("p4d");

@@ -43,16 +43,22 @@ fn page_the_expected_lines_and_what_they_do_not_prove() {
 
 #[test]
 fn a_worker_that_finds_no_rdma_device_shows_it_to_itself() {
-    let lanes = log("ucp_context_2 self cfg#1 rma_am(tcp/eth0) am(tcp/eth0)\n");
-    let evidence = &check(&lanes, "log.lanes").evidence[0];
-    assert!(evidence.contains("`self`") && evidence.contains("TCP lanes only"), "{evidence}");
+    for lanes in ["rma_am(tcp/eth0) am(tcp/eth0)", "tag(self/memory cma/memory tcp/eth0)", "am(sysv/memory)"] {
+        let text = format!("ucp_context_2 self cfg#1 {lanes}\n");
+        let report = log(&text);
+        let judged = check(&report, "log.lanes");
+        assert!(judged.evidence[0].contains("`self`, and no lane is RDMA's"), "{judged:?}");
+        assert!(judged.status == Status::Warn && judged.fix.contains("kvferry doctor"), "{judged:?}");
+        let expect = Expectations { efa: Some(4), ..Expectations::default() };
+        assert_eq!(check(&read_log(&text, &expect, 4096), "log.lanes").status, Status::Fail);
+    }
 }
 
 /// Workers write in colours, and whoever writes to a log must not command the terminal that shows it.
 #[test]
 fn colours_and_commands_to_terminals_are_no_part_of_a_line() {
     let coloured = "\u{1b}[32mINFO\u{1b}[0m \u{1b}[1;38;5;208mNixlTransferAgent\u{1b}[0m using NIXL backend: \u{1b}[33mUCX\u{1b}[m\u{7}\n\
-        \u{1b}]0;title\u{7}ucp_\u{1b}[2Jcontext self cfg#1 rma_am(srd/rdmap40s0:1\u{8}) am(srd/\u{1b}[31mrdmap62s0:1\u{1b}[0m)\n";
+        \u{1b}]0;title\u{7}\u{1b}]8;;http://x\u{1b}\\ucp_\u{1b}[2Jcontext self cfg#1 rma_am(srd/rdmap40s0:1\u{8}) am(srd/\u{1b}[31mrdmap62s0:1\u{1b}[0m)\n";
     let report = log(coloured);
     assert_eq!(check(&report, "log.backend").evidence[1], "line 1: NIXL backend UCX");
     assert!(

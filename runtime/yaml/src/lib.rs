@@ -9,7 +9,7 @@ mod serialize;
 mod value;
 mod write;
 
-pub use parse::{Entry, FILE_BYTES_MAX, Node, NodeValue, Position, YamlError, parse, parse_all, shorten};
+pub use parse::{Entry, FILE_BYTES_MAX, Node, NodeValue, Position, YamlError, parse, parse_all, shorten, unmarked};
 pub use read::{ReadError, read};
 pub use serialize::{ValueError, to_value};
 pub use value::Value;

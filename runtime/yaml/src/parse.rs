@@ -1,6 +1,7 @@
 //! YAML as a tree that knows where each value stands, bounded in size, depth and number of values.
 
 use core::fmt;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -159,6 +160,15 @@ impl Node {
     }
 }
 
+/// A text without the marks of UTF-8 that editors put before a file, also where such files were put together: they are no part of a first key.
+pub fn unmarked(text: &str) -> Cow<'_, str> {
+    const MARK: char = '\u{feff}';
+    if !text.contains(MARK) {
+        return Cow::Borrowed(text);
+    }
+    text.split_inclusive('\n').map(|line| line.trim_start_matches(MARK)).collect()
+}
+
 /// The first characters of what somebody wrote, for messages.
 pub fn shorten(text: &str) -> String {
     const SHOWN: usize = 60;
@@ -222,8 +232,7 @@ fn documents(text: &str, limit: usize) -> Result<Vec<Rc<Node>>, YamlError> {
     if text.len() > FILE_BYTES_MAX {
         return Err(YamlError::TooLong { bytes: text.len() });
     }
-    // An editor's mark of UTF-8 is no part of the first key.
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let text = &unmarked(text)[..];
     let mut open: Vec<Open> = Vec::new();
     let mut anchors: BTreeMap<usize, Rc<Node>> = BTreeMap::new();
     let mut roots: Vec<Rc<Node>> = Vec::new();

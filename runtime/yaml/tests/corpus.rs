@@ -69,7 +69,11 @@ fn an_editors_mark_of_utf_8_is_no_part_of_the_first_key() {
     let text = "a: 1\n---\nb: 2\n";
     let read =
         |text: &str| parse_all(text).unwrap().iter().map(|node| read::<Value>(node).unwrap()).collect::<Vec<_>>();
-    assert_eq!(read(&format!("\u{feff}{text}")), read(text));
+    for marked in
+        ["\u{feff}a: 1\n---\nb: 2\n", "\u{feff}\u{feff}a: 1\n---\n\u{feff}b: 2\n", "a: 1\n\u{feff}---\nb: 2\n"]
+    {
+        assert_eq!(read(marked), read(text), "{marked:?}");
+    }
 }
 
 #[test]

@@ -2,6 +2,14 @@
 
 use std::ffi::CStr;
 
+/// Says why a library that is named by its path will not be loaded; the loader would wait for ever at a pipe.
+pub fn check_file(name: &str) -> Result<(), String> {
+    match std::fs::metadata(name) {
+        Ok(metadata) if name.contains('/') && !metadata.is_file() => Err("it is no file".to_owned()),
+        _ => Ok(()),
+    }
+}
+
 /// The file that an address of this process was loaded from.
 pub fn file_of(address: usize) -> Option<String> {
     let mut info = libc::Dl_info {

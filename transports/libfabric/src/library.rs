@@ -4,7 +4,7 @@ use std::ffi::{CStr, OsStr};
 use std::fmt;
 use std::sync::Mutex;
 
-use kvferry_transport::native::file_of;
+use kvferry_transport::native::{check_file, file_of};
 use libfabric_sys::libloading::os::unix::{Library as Loaded, RTLD_LOCAL, RTLD_NOW};
 use libfabric_sys::{Fabric, asked_version, version};
 
@@ -89,6 +89,7 @@ impl fmt::Debug for Library {
 }
 
 fn load(name: &str) -> Result<Library, String> {
+    check_file(name).map_err(|reason| format!("{name} cannot be loaded: {reason}; correct {VARIABLE}"))?;
     // SAFETY: loading runs the initialisers of libfabric and what it needs; whoever names another library answers for it.
     let loaded = unsafe { Loaded::open(Some(OsStr::new(name)), RTLD_NOW | RTLD_LOCAL) };
     let loaded = loaded.map_err(|error| {

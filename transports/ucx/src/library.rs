@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Mutex;
 
-use kvferry_transport::native::file_of;
+use kvferry_transport::native::{check_file, file_of};
 use ucx_sys::libloading::os::unix::{Library as Loaded, RTLD_LOCAL, RTLD_NOW};
 use ucx_sys::{Ucp, ucs_status_t};
 
@@ -102,6 +102,7 @@ impl fmt::Debug for Library {
 }
 
 fn load(name: &str) -> Result<Library, String> {
+    check_file(name).map_err(|reason| format!("{name} cannot be loaded: {reason}; correct {VARIABLE}"))?;
     // SAFETY: loading runs the initialisers of UCX and what it needs; whoever names another library answers for it.
     let loaded = unsafe { Loaded::open(Some(OsStr::new(name)), RTLD_NOW | RTLD_LOCAL) };
     let loaded = loaded.map_err(|error| {

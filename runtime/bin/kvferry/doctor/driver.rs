@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use kvferry_doctor::{DriverSaid, Environment};
+use kvferry_transport::native::check_file;
 
 use crate::child::{self, Answer, SECONDS_MAX};
 
@@ -35,6 +36,9 @@ pub(super) fn ask(environment: &Environment) -> DriverSaid {
         return DriverSaid::Nothing;
     }
     let library = named.map_or(LIBRARY, String::as_str);
+    if let Err(reason) = check_file(library) {
+        return DriverSaid::Refused(format!("{library} cannot be loaded: {reason}; correct {NAMED_BY}"));
+    }
     match child::ask::<Result<String, String>>(&["load-nvml".as_ref(), library.as_ref()], environment) {
         Ok(Answer::Told(Ok(text))) => DriverSaid::Told(text),
         Ok(Answer::Told(Err(reason))) => DriverSaid::Refused(reason),

@@ -60,7 +60,7 @@ pub(crate) struct Meeting {
     secret_file: Option<PathBuf>,
 
     /// Anything but RDMA, or memory of one host, is a failure.
-    #[arg(long, requires = "verify")]
+    #[arg(long, requires = "verify", conflicts_with = "serve")]
     pub(super) require_rdma: bool,
 
     /// Give up, or stop serving, after so many seconds. [default: 60 to verify, never to serve]

@@ -9,7 +9,7 @@ use kvferry::{
     Direction, Event, Evidence, FailReason, FetchCourse, Grade, GroupId, NodeId, Outcome, Rank, Role, ThreadOptions,
     WorkerConfig, WorkerNode,
 };
-use kvferry_doctor::{End, PathSeen, Proof, Report, SysRoot, Transferred, judge_transfer};
+use kvferry_doctor::{End, Misfit, PathSeen, Proof, Report, SysRoot, Transferred, judge_transfer};
 use kvferry_synthetic::{DecodeEngine, Engine};
 use tokio::sync::mpsc;
 
@@ -124,7 +124,7 @@ struct Seen {
     evidence: Option<Evidence>,
     courses: Vec<FetchCourse>,
     failures: Vec<String>,
-    rdma_refused: bool,
+    misfit: Option<Misfit>,
     clock: Option<kvferry_doctor::ClockSeen>,
     here: End,
     there: Option<End>,
@@ -133,7 +133,6 @@ struct Seen {
 impl Seen {
     fn new(rdma_required: bool, here: End) -> Seen {
         let (met, courses, failures) = Default::default();
-        let rdma_refused = false;
         Seen {
             rdma_required,
             met,
@@ -141,7 +140,7 @@ impl Seen {
             evidence: None,
             courses,
             failures,
-            rdma_refused,
+            misfit: None,
             clock: None,
             here,
             there: None,
@@ -169,8 +168,12 @@ impl Seen {
             }
             Event::FetchEnded(course) => {
                 if let Outcome::Failed { reason } = &course.outcome {
-                    // Both ends are of one build and of one layout.
-                    self.rdma_refused |= self.rdma_required && matches!(reason, FailReason::Mismatch(_));
+                    if let FailReason::Mismatch(words) = reason {
+                        self.misfit = Some(match words.contains("require_rdma") {
+                            true => Misfit::NoRdma,
+                            false => Misfit::Ends,
+                        });
+                    }
                     self.failures.push(format!("{}: {reason}", course.handover));
                 }
                 self.courses.push(FetchCourse::clone(course));
@@ -212,7 +215,7 @@ impl Seen {
             failures: self.failures,
             path: self.path,
             clock: self.clock,
-            rdma_refused: self.rdma_refused,
+            misfit: self.misfit,
             here: self.here,
             there: self.there,
         }

@@ -1,7 +1,5 @@
 //! Which libfabric and UCX would be loaded, and whether they can use EFA; NIXL's plugins; copies that get in each other's way.
 
-use std::path::Path;
-
 use super::Subject;
 use crate::library::{self, Found, Libfabric};
 use crate::question::{Backend, Role};
@@ -46,7 +44,7 @@ fn libfabric(subject: &Subject<'_>) -> Check {
     };
     let evidence = format!("its newest ABI is FABRIC_1.{}, which releases {} have", library.abi, library.releases());
     // NCCL's plugin uses it, too.
-    let amazon = subject.root.file(AMAZON_FOLDER).join("libfabric.so.1");
+    let amazon = subject.root.at(AMAZON_FOLDER).join("libfabric.so.1");
     let shadowed = subject.root.real(&amazon).is_some_and(|amazon| amazon != first.real);
     if shadowed {
         return Check::fail(ID, format!("not Amazon's libfabric: {evidence}"), fix).and(list);
@@ -256,7 +254,7 @@ fn plugins_in(subject: &Subject<'_>, folder: &str) -> Check {
     const ID: &str = "nixl.plugins";
     let path = subject.root.file(folder);
     let wanted = format!("libplugin_{}.so", subject.question.backend.name());
-    if Path::new(&path).join(&wanted).exists() {
+    if subject.root.real(&path.join(&wanted)).is_some() {
         return Check::ok(
             ID,
             format!("{folder}/{wanted} is there; whether it fits the NIXL that loads it, `kvferry plugins` tells"),

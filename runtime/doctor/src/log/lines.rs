@@ -1,8 +1,8 @@
 //! The lines that mean something.
 
-use std::borrow::Cow;
-
 use ucx_text::{EndpointLane, LaneLine, ProtocolReader, ProtocolRow};
+
+use crate::plain::plain;
 
 /// Lines of one kind that are kept; a log has few of each, a hostile one must not fill the memory.
 const KEPT_MAX: usize = 4096;
@@ -165,27 +165,6 @@ impl Lines {
             && self.endpoints.is_empty()
             && self.efa_selected.is_none()
     }
-}
-
-/// A line without colours and other control characters: they stand between its words, and a terminal must not obey what a log says.
-fn plain(line: &str) -> Cow<'_, str> {
-    if !line.contains(|letter: char| letter.is_control() && letter != '\t') {
-        return Cow::Borrowed(line);
-    }
-    let (mut kept, mut letters) = (String::with_capacity(line.len()), line.chars().peekable());
-    while let Some(letter) = letters.next() {
-        if letter == '\u{1b}' && letters.next_if_eq(&'[').is_some() {
-            // Parameters, then one letter (ECMA-48 §5.4).
-            while letters.next_if(|next| (' '..='?').contains(next)).is_some() {}
-            letters.next_if(|next| ('@'..='~').contains(next));
-        } else if letter == '\u{1b}' && letters.next_if_eq(&']').is_some() {
-            // A title or a link, up to its end.
-            while letters.next_if(|next| !next.is_control()).is_some() {}
-        } else if !letter.is_control() || letter == '\t' {
-            kept.push(letter);
-        }
-    }
-    Cow::Owned(kept)
 }
 
 fn keep<T>(kept: &mut Vec<T>, more: T) {
