@@ -329,8 +329,8 @@ proptest! {
             }
             for (nic, rail) in rails.rails.iter().enumerate() {
                 let under_way: Vec<u64> = flying.iter().filter(|(on, _)| *on == nic).map(|(_, bytes)| *bytes).collect();
-                prop_assert_eq!(rail.posted as usize, under_way.len());
-                prop_assert!(!rail.on_trial || rail.posted > 0, "nothing is under way that could end the trial");
+                prop_assert_eq!(rail.pace.under_way() as usize, under_way.len());
+                prop_assert!(!rail.on_trial || rail.pace.under_way() > 0, "nothing is under way that could end the trial");
                 prop_assert_eq!(rail.outstanding, under_way.iter().sum::<u64>());
             }
         }

@@ -1,0 +1,216 @@
+//! How fast a rail is, as seen by who posts to it: from when transfers begin and end, and nothing else.
+
+use core::time::Duration;
+
+use super::SLOW;
+use crate::Moment;
+
+/// What a rail has shown, by rounds.
+///
+/// Only time counts in which something was under way, and once, however many transfers share it. A round is over when nothing is under way any
+/// more, or when more transfers have ended in it than were under way at its beginning: then one has both begun and ended in it. So it lasts as
+/// long as a transfer does, and those that end together are one observation, not one that took all the time and others that took none.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pace {
+    under_way: u32,
+    /// Up to when the round's sums are counted.
+    since: Moment,
+    /// How many were under way when the round began.
+    begun_with: u32,
+    round: Sums,
+}
+
+/// Of one round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Sums {
+    bytes: u64,
+    transfers: u32,
+    /// Nanoseconds in which anything was under way.
+    busy: u64,
+    /// Nanoseconds that transfers were under way, all together.
+    waited: u128,
+}
+
+/// What one round, or several on average, say of a rail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Speed {
+    /// Bytes per second: those that came ÷ the time in which anything was under way.
+    pub(super) rate: u64,
+    /// How long a transfer was under way: the time of all of them together ÷ how many ended (Little's law).
+    pub(super) wait: Duration,
+    /// Bytes of a transfer.
+    pub(super) bytes: u64,
+    /// The time in which anything was under way.
+    pub(super) busy: Duration,
+}
+
+impl Pace {
+    /// How many transfers are under way.
+    pub(super) fn under_way(&self) -> u32 {
+        self.under_way
+    }
+
+    /// A transfer begins.
+    pub(super) fn began(&mut self, now: Moment) {
+        self.count(now);
+        self.under_way = self.under_way.saturating_add(1);
+        if self.round == Sums::default() {
+            self.begun_with = self.under_way;
+        }
+    }
+
+    /// So many bytes have come. Returns what the round says if it is over and has at least `telling` bytes.
+    pub(super) fn came(&mut self, now: Moment, bytes: u64, telling: u64) -> Option<Speed> {
+        self.count(now);
+        self.under_way = self.under_way.saturating_sub(1);
+        self.round.bytes = self.round.bytes.saturating_add(bytes);
+        self.round.transfers = self.round.transfers.saturating_add(1);
+        let is_over = self.under_way == 0 || self.round.transfers > self.begun_with;
+        (is_over && self.round.bytes >= telling).then(|| {
+            let speed = self.round.speed();
+            self.restart(now);
+            speed
+        })
+    }
+
+    /// A transfer ended otherwise. Nobody knows how much of it came, so the round says nothing.
+    pub(super) fn ended(&mut self, now: Moment) {
+        self.under_way = self.under_way.saturating_sub(1);
+        self.restart(now);
+    }
+
+    /// Begins a round, with what is under way.
+    pub(super) fn restart(&mut self, now: Moment) {
+        (self.since, self.begun_with, self.round) = (now, self.under_way, Sums::default());
+    }
+
+    fn count(&mut self, now: Moment) {
+        if self.under_way > 0 {
+            let nanos = u64::try_from(now.since(self.since).as_nanos()).unwrap_or(u64::MAX);
+            self.round.busy = self.round.busy.saturating_add(nanos);
+            let waited = u128::from(nanos) * u128::from(self.under_way);
+            self.round.waited = self.round.waited.saturating_add(waited);
+        }
+        self.since = now;
+    }
+}
+
+impl Sums {
+    fn speed(&self) -> Speed {
+        let (nanos, transfers) = (u128::from(self.busy.max(1)), self.transfers.max(1));
+        let whole = |value: u128| u64::try_from(value).unwrap_or(u64::MAX);
+        Speed {
+            rate: whole(u128::from(self.bytes) * 1_000_000_000 / nanos).max(1),
+            wait: Duration::from_nanos(whole(self.waited / u128::from(transfers))),
+            bytes: self.bytes / u64::from(transfers),
+            busy: Duration::from_nanos(self.busy),
+        }
+    }
+}
+
+impl Speed {
+    /// Halfway to a later one.
+    pub(super) fn towards(self, later: Speed) -> Speed {
+        Speed {
+            rate: (self.rate / 2).saturating_add(later.rate / 2).max(1),
+            wait: (self.wait / 2).saturating_add(later.wait / 2),
+            bytes: (self.bytes / 2).saturating_add(later.bytes / 2),
+            busy: later.busy,
+        }
+    }
+
+    /// Whether it is so slow that the other had better go on without it.
+    pub(super) fn is_slow_beside(&self, best: &Speed) -> bool {
+        self.rate.saturating_mul(SLOW) < best.rate
+    }
+
+    /// Whether it ended no later than what others carry does there on average, longer for being larger: then nobody had to wait for it.
+    pub(super) fn is_in_time_for(&self, others: &Speed) -> bool {
+        let [took, wait] = [self.busy, others.wait].map(|time| time.as_nanos());
+        // Both sides times the others' bytes.
+        let size = u128::from(others.bytes.max(1));
+        took.saturating_mul(size) <= wait.saturating_mul(size.max(u128::from(self.bytes)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(micros: u64) -> Moment {
+        Moment(micros * 1_000)
+    }
+
+    #[test]
+    fn transfers_that_end_together_are_one_observation() {
+        let mut pace = Pace::default();
+        for _ in 0..8 {
+            pace.began(at(0));
+        }
+        let all: Vec<_> = (0..8).filter_map(|which| pace.came(at(4_000 + which), 1_000, 1)).collect();
+        let [one] = all[..] else { panic!("{all:?}") };
+        assert!(one.rate.abs_diff(2_000_000) < 10_000, "{one:?}");
+        assert!(one.bytes == 1_000 && one.wait.as_micros().abs_diff(4_000) < 10, "{one:?}");
+    }
+
+    #[test]
+    fn an_unbroken_stream_is_seen_at_its_rate() {
+        // A wire of 1 MB/s, always with four transfers of 1,000 bytes on it, one after the other or all at once in turns of four.
+        for together in [1, 4] {
+            let mut pace = Pace::default();
+            (0..4).for_each(|_| pace.began(at(0)));
+            let mut seen = Vec::new();
+            for group in 1..64u64 {
+                let end = group * together * 1_000;
+                for which in 0..together {
+                    seen.extend(pace.came(at(end + which), 1_000, 1));
+                    pace.began(at(end + which));
+                }
+            }
+            assert!(seen.len() >= 12, "{seen:?}");
+            assert!(seen.iter().all(|speed| (500_000..=2_000_000).contains(&speed.rate)), "{seen:?}");
+            let later = seen.iter().skip(2);
+            assert!(later.clone().all(|speed| speed.rate.abs_diff(1_000_000) < 300_000), "{seen:?}");
+            assert!(later.clone().all(|speed| speed.wait.as_micros().abs_diff(4_000) < 1_300), "{seen:?}");
+        }
+    }
+
+    #[test]
+    fn idle_time_does_not_count_and_small_rounds_wait_for_more() {
+        let mut pace = Pace::default();
+        for start in [0, 50_000, 900_000] {
+            pace.began(at(start));
+            assert_eq!(pace.came(at(start + 100), 100, 400), None);
+        }
+        pace.began(at(1_000_000));
+        let speed = pace.came(at(1_000_100), 100, 400).expect("enough");
+        assert_eq!(
+            (speed.rate, speed.bytes, speed.wait.as_micros(), speed.busy.as_micros()),
+            (1_000_000, 100, 100, 400)
+        );
+    }
+
+    #[test]
+    fn what_ended_otherwise_says_nothing() {
+        let mut pace = Pace::default();
+        pace.began(at(0));
+        pace.began(at(0));
+        pace.ended(at(1_000_000));
+        let speed = pace.came(at(1_000_100), 100, 1).expect("nothing is under way");
+        assert_eq!((speed.rate, pace.under_way()), (1_000_000, 0));
+    }
+
+    #[test]
+    fn a_part_of_a_share_is_in_time_when_it_takes_no_longer_than_a_share() {
+        let speed = |bytes, micros| Speed {
+            rate: 1,
+            wait: Duration::from_micros(micros),
+            bytes,
+            busy: Duration::from_micros(micros),
+        };
+        let others = speed(16_000, 400);
+        assert!(speed(1_000, 400).is_in_time_for(&others), "most of it latency");
+        assert!(!speed(1_000, 401).is_in_time_for(&others));
+        assert!(speed(32_000, 800).is_in_time_for(&others) && !speed(32_000, 900).is_in_time_for(&others));
+    }
+}
