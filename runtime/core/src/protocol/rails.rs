@@ -40,7 +40,7 @@ pub struct RailTerms {
     pub slack: u32,
     /// Rate assumed before any was observed, in bytes per second.
     pub initial_bytes_per_second: u64,
-    /// How long a rail rests that failed or is slow, before it may try again; doubled with every trial that fails.
+    /// How long a rail rests that failed or is slow, before it may try again; doubled every time until it has carried its share well again.
     pub rest: Duration,
     /// The longest rest.
     pub rest_max: Duration,
