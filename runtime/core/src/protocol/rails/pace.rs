@@ -135,6 +135,8 @@ impl Speed {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn at(micros: u64) -> Moment {
@@ -213,5 +215,33 @@ mod tests {
         assert!(speed(1_000, 400).is_in_time_for(&others), "most of it latency");
         assert!(!speed(1_000, 401).is_in_time_for(&others));
         assert!(speed(32_000, 800).is_in_time_for(&others) && !speed(32_000, 900).is_in_time_for(&others));
+    }
+
+    proptest! {
+        #[test]
+        fn every_byte_and_every_busy_moment_is_in_one_round(
+            transfers in prop::collection::vec((0..5_000u64, 1..2_000u64, 0..1_000u64), 1..40),
+        ) {
+            let begins = transfers.iter().map(|(start, ..)| (*start, 0, 0));
+            let ends = transfers.iter().map(|(start, took, bytes)| (start + took, 1, *bytes));
+            let mut events: Vec<(u64, u32, u64)> = begins.chain(ends).collect();
+            events.sort_unstable();
+            let (mut pace, mut rounds) = (Pace::default(), Vec::new());
+            for (now, kind, bytes) in events {
+                match kind {
+                    0 => pace.began(at(now)),
+                    _ => rounds.extend(pace.came(at(now), bytes, 0)),
+                }
+            }
+            let is_busy = |micro: &u64| transfers.iter().any(|(start, took, _)| (*start..start + took).contains(micro));
+            let busy = (0..7_000).filter(is_busy).count() as u128;
+            prop_assert_eq!(rounds.iter().map(|round| round.busy.as_micros()).sum::<u128>(), busy);
+            let came: u128 = rounds.iter().map(|round| u128::from(round.rate) * round.busy.as_nanos()).sum();
+            let bytes: u64 = transfers.iter().map(|(.., bytes)| bytes).sum();
+            // Rates are whole numbers, and one at least.
+            let exact = u128::from(bytes) * 1_000_000_000;
+            prop_assert!(came.abs_diff(exact) <= busy * 1_000, "{} for {}", came, exact);
+            prop_assert_eq!(pace.under_way(), 0);
+        }
     }
 }
