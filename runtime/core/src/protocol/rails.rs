@@ -249,7 +249,7 @@ impl Rails {
         let (was, was_on_trial) = (rail.health, rail.on_trial);
         let is_tried = was_on_trial && was == RailHealth::Slow;
         let round = rail.pace.came(now, bytes, if is_tried { 0 } else { terms.share_bytes_min });
-        rail.on_trial &= is_tried && round.is_none();
+        rail.on_trial &= is_tried && round.is_none() && !rail.is_idle();
         match (was, round, best) {
             (RailHealth::Up, Some(round), _) => {
                 rail.learn(round, &terms);

@@ -7,15 +7,18 @@ use crate::Moment;
 
 /// What a rail has shown, by rounds.
 ///
-/// Only time counts in which something was under way, and once, however many transfers share it. A round is over when nothing is under way any
-/// more, or when more transfers have ended in it than were under way at its beginning: then one has both begun and ended in it. So it lasts as
-/// long as a transfer does, and those that end together are one observation, not one that took all the time and others that took none.
+/// Only time counts in which something was under way, and once, however many transfers share it. A round is over when more transfers have ended in
+/// it than were under way at its beginning: then one has both begun and ended in it, so it lasts as long as a transfer does. Those that end together
+/// are one observation, not one that took all the time and others that took none. Those that begin with a round count as under way before, until
+/// nothing is under way any more.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Pace {
     under_way: u32,
     /// Up to when the round's sums are counted.
     since: Moment,
-    /// How many were under way when the round began.
+    /// How many were under way before the round began.
+    carried: u32,
+    /// And with those that began with it.
     begun_with: u32,
     round: Sums,
 }
@@ -65,7 +68,8 @@ impl Pace {
         self.under_way = self.under_way.saturating_sub(1);
         self.round.bytes = self.round.bytes.saturating_add(bytes);
         self.round.transfers = self.round.transfers.saturating_add(1);
-        let is_over = self.under_way == 0 || self.round.transfers > self.begun_with;
+        let before = if self.under_way == 0 { self.carried } else { self.begun_with };
+        let is_over = self.round.transfers > before;
         (is_over && self.round.bytes >= telling).then(|| {
             let speed = self.round.speed();
             self.restart(now);
@@ -81,7 +85,8 @@ impl Pace {
 
     /// Begins a round, with what is under way.
     pub(super) fn restart(&mut self, now: Moment) {
-        (self.since, self.begun_with, self.round) = (now, self.under_way, Sums::default());
+        (self.since, self.round) = (now, Sums::default());
+        (self.carried, self.begun_with) = (self.under_way, self.under_way);
     }
 
     fn count(&mut self, now: Moment) {
@@ -179,6 +184,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_left_of_a_stream_is_no_round_of_its_own() {
+        let mut pace = Pace::default();
+        pace.began(at(0));
+        pace.began(at(10));
+        pace.began(at(20));
+        // A round of two, and one that was under way all the time ends a moment later.
+        let seen = [4_000, 4_000, 4_001].map(|now| pace.came(at(now), 1_000, 1));
+        assert_eq!(seen.map(|speed| speed.is_some()), [false, true, false], "{seen:?}");
+        pace.began(at(10_000));
+        let speed = pace.came(at(14_000), 1_000, 1).expect("one began and ended in it");
+        assert!(speed.rate < 500_000, "{speed:?}");
+    }
+
+    #[test]
     fn idle_time_does_not_count_and_small_rounds_wait_for_more() {
         let mut pace = Pace::default();
         for start in [0, 50_000, 900_000] {
@@ -235,11 +254,15 @@ mod tests {
             }
             let is_busy = |micro: &u64| transfers.iter().any(|(start, took, _)| (*start..start + took).contains(micro));
             let busy = (0..7_000).filter(is_busy).count() as u128;
-            prop_assert_eq!(rounds.iter().map(|round| round.busy.as_micros()).sum::<u128>(), busy);
+            let shortest = transfers.iter().map(|(_, took, _)| u128::from(*took)).min().unwrap_or(0);
+            prop_assert!(rounds.iter().all(|round| round.busy.as_micros() >= shortest), "{:?}", rounds);
+            // What came last may be too little for a round. Rates are whole numbers, and one at least.
+            let left = pace.round;
+            let in_rounds: u128 = rounds.iter().map(|round| round.busy.as_micros()).sum();
+            prop_assert_eq!(in_rounds + u128::from(left.busy / 1_000), busy);
             let came: u128 = rounds.iter().map(|round| u128::from(round.rate) * round.busy.as_nanos()).sum();
             let bytes: u64 = transfers.iter().map(|(.., bytes)| bytes).sum();
-            // Rates are whole numbers, and one at least.
-            let exact = u128::from(bytes) * 1_000_000_000;
+            let exact = u128::from(bytes - left.bytes) * 1_000_000_000;
             prop_assert!(came.abs_diff(exact) <= busy * 1_000, "{} for {}", came, exact);
             prop_assert_eq!(pace.under_way(), 0);
         }
