@@ -218,7 +218,9 @@ mod tests {
         pace.began(at(0));
         pace.began(at(0));
         pace.ended(at(1_000_000));
-        let speed = pace.came(at(1_000_100), 100, 1).expect("nothing is under way");
+        assert_eq!(pace.came(at(1_000_100), 100, 1), None, "it began before");
+        pace.began(at(2_000_000));
+        let speed = pace.came(at(2_000_100), 100, 1).expect("one began and ended in it");
         assert_eq!((speed.rate, pace.under_way()), (1_000_000, 0));
     }
 
