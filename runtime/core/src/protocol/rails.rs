@@ -6,16 +6,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Moment, Program, UnitRange};
 
+mod pace;
+
+use pace::{Pace, Speed};
+
 /// A rail that is so many times slower than the best one is left alone, but for a trial now and then.
 const SLOW: u64 = 4;
 /// What differs less from the best is noise: such rails share evenly.
 const ALIKE: u64 = 2;
-/// A rail on trial gets this part of what the others get together.
+/// A rail's first trial gets this part of what the others get together, and every one that is in time is followed by one of twice as much.
 const TRIAL_PART: u64 = 16;
 /// A unit larger than this part of a share is cut, or shares would differ by more.
 const UNITS_PER_SHARE: u64 = 16;
-/// Observations without which nothing is called slow: the first have connections and registrations in them.
+/// Observations without which nothing is called slow, or gets less: the first have connections and registrations in them.
 const SEEN_MIN: u32 = 3;
+/// How many of those a rail has to show again that was slow: what brought it back was less than its share.
+const SHOWN_AGAIN: u32 = 2;
 /// How often a share is posted at most, for every rail that there is.
 const TRIES_PER_RAIL: u32 = 2;
 /// Weights are parts of this many.
@@ -34,7 +40,7 @@ pub struct RailTerms {
     pub slack: u32,
     /// Rate assumed before any was observed, in bytes per second.
     pub initial_bytes_per_second: u64,
-    /// How long a rail rests that failed or is slow, before it may try again; doubled with every trial that fails.
+    /// How long a rail rests that failed or is slow, before it may try again; doubled every time until it has carried its share well again.
     pub rest: Duration,
     /// The longest rest.
     pub rest_max: Duration,
@@ -107,22 +113,19 @@ struct Rail {
     /// When it may try again; only of one that is not up.
     rests_until: Moment,
     on_trial: bool,
-    /// Rests without a good trial between them.
+    /// Which part of what the others get together its next trial is.
+    part: u64,
+    /// Rests since it carried its share for as long as it takes to know it.
     rests: u32,
-    /// Bytes per second, as observed.
-    rate: Option<u64>,
+    /// As observed.
+    speed: Option<Speed>,
     /// How often.
     seen: u32,
+    pace: Pace,
     /// Bytes that were posted and have not ended.
     outstanding: u64,
-    posted: u32,
     /// Bytes that it got by turns, beyond who got the fewest.
     given: u64,
-    /// Since when `busy` counts on.
-    since: Moment,
-    /// For how long bytes were under way since the rate was observed last, and how many have come.
-    busy: Duration,
-    moved: u64,
 }
 
 impl Rails {
@@ -133,15 +136,13 @@ impl Rails {
             health: RailHealth::Up,
             rests_until: Moment::default(),
             on_trial: false,
+            part: TRIAL_PART,
             rests: 0,
-            rate: None,
+            speed: None,
             seen: 0,
+            pace: Pace::default(),
             outstanding: 0,
-            posted: 0,
             given: 0,
-            since: Moment::default(),
-            busy: Duration::ZERO,
-            moved: 0,
         };
         Rails { terms, rails: nics.into_iter().map(rail).collect(), turn: 0 }
     }
@@ -170,7 +171,7 @@ impl Rails {
 
     /// Whether the next post at that NIC tries what failed, with nothing else under way there: then its connection may as well be made anew.
     pub fn begins_anew(&self, nic: usize) -> bool {
-        let is_idle = |rail: &Rail| rail.nic == nic && rail.health == RailHealth::Down && rail.posted == 0;
+        let is_idle = |rail: &Rail| rail.nic == nic && rail.health == RailHealth::Down && rail.is_idle();
         self.are_several() && self.rails.iter().any(is_idle)
     }
 
@@ -222,12 +223,14 @@ impl Rails {
     pub fn posted(&mut self, now: Moment, nic: usize, bytes: u64) -> Duration {
         let terms = self.terms;
         let Some(rail) = self.rail(nic) else { return terms.silent_after };
-        if rail.posted == 0 {
-            rail.since = now;
+        if rail.health == RailHealth::Slow && rail.is_idle() {
+            // What it did before is no part of its trial.
+            rail.pace.restart(now);
+            rail.on_trial = true;
         }
-        rail.posted = rail.posted.saturating_add(1);
+        rail.on_trial |= rail.health == RailHealth::Down;
+        rail.pace.began(now);
         rail.outstanding = rail.outstanding.saturating_add(bytes);
-        rail.on_trial |= rail.health != RailHealth::Up;
         rail.patience(&terms)
     }
 
@@ -239,22 +242,26 @@ impl Rails {
 
     /// Bytes that were posted to that NIC have moved. Returns what the rail is from now on, where that is something else than before.
     pub fn moved(&mut self, now: Moment, nic: usize, bytes: u64) -> Option<RailHealth> {
-        let (telling, long) = (self.terms.share_bytes_min, self.terms.silent_after);
+        let terms = self.terms;
+        let best = self.best_but(nic);
         let rail = self.rail(nic)?;
-        let was_on_trial = core::mem::take(&mut rail.on_trial);
-        rail.ended(now, bytes);
-        rail.moved = rail.moved.saturating_add(bytes);
-        // Of a few bytes mostly the way there and back is seen: whoever is back by those is as good as the others until more is known.
-        if rail.moved >= telling || (was_on_trial && rail.health == RailHealth::Slow) {
-            let is_long = rail.busy >= long;
-            rail.observe(was_on_trial, is_long);
+        rail.outstanding = rail.outstanding.saturating_sub(bytes);
+        let (was, was_on_trial) = (rail.health, rail.on_trial);
+        let is_tried = was_on_trial && was == RailHealth::Slow;
+        let round = rail.pace.came(now, bytes, if is_tried { 0 } else { terms.share_bytes_min });
+        rail.on_trial &= is_tried && round.is_none() && !rail.is_idle();
+        match (was, round, best) {
+            (RailHealth::Up, Some(round), _) => {
+                rail.learn(round, &terms);
+                rail.judge(now, &terms, best)
+            }
+            // Of a few bytes mostly the way there and back is seen: it is back, and how fast it is shows from now on.
+            (RailHealth::Down, ..) if was_on_trial => rail.is_up(0),
+            // There is nothing faster.
+            (RailHealth::Slow, _, None) => rail.is_up(0),
+            (RailHealth::Slow, Some(round), Some(best)) if is_tried => rail.tried(now, &terms, round, best),
+            _ => None,
         }
-        if was_on_trial && rail.health == RailHealth::Down {
-            // It is back; how fast it is shows from now on.
-            (rail.health, rail.rests) = (RailHealth::Up, 0);
-            return Some(self.judge(now, nic).unwrap_or(RailHealth::Up));
-        }
-        self.judge(now, nic)
     }
 
     /// What was posted to that NIC ended otherwise, and nobody can say that the rail is to blame for it.
@@ -275,15 +282,15 @@ impl Rails {
         let was = rail.health;
         rail.rest(now, &terms, RailHealth::Down);
         // What it did before says nothing of what it will do.
-        (rail.rate, rail.seen, rail.busy, rail.moved, rail.since) = (None, 0, Duration::ZERO, 0, now);
+        (rail.speed, rail.seen) = (None, 0);
+        rail.pace.restart(now);
         (was != RailHealth::Down).then_some(RailHealth::Down)
     }
 
     /// Which NICs carry something of a program of so many bytes, each with its weight, in the order of the rails.
     fn bearers(&mut self, now: Moment, bytes: u64) -> Vec<(usize, u32)> {
         let up: Vec<usize> = self.indices(|rail| rail.health == RailHealth::Up);
-        let fit = |rail: &Rail| rail.health != RailHealth::Up && !rail.on_trial && now >= rail.rests_until;
-        let trial = self.indices(fit).first().copied();
+        let trial = self.indices(|rail| rail.may_be_tried(now)).first().copied();
         let least = self.terms.share_bytes_min.max(1);
         let shares = usize::try_from(bytes / least).unwrap_or(usize::MAX);
         if up.is_empty() {
@@ -292,9 +299,11 @@ impl Rails {
             return first.map(|rail| (rail.nic, 1)).into_iter().collect();
         }
         if shares < 2 {
-            // A trial of a slow rail has to say something of its rate.
-            let trial = trial
-                .filter(|index| bytes >= least || self.at(*index).is_some_and(|rail| rail.health == RailHealth::Down));
+            // A trial of a slow rail has to be something beside what the others carry.
+            let usual = self.best(&up).map_or(0, |best| best.bytes);
+            let tells = bytes >= least || bytes.saturating_mul(SLOW) >= usual;
+            let is_down = |index: &usize| self.at(*index).is_some_and(|rail| rail.health == RailHealth::Down);
+            let trial = trial.filter(|index| tells || is_down(index));
             let turn = self.take_turns(&up, 1, bytes);
             return trial
                 .or_else(|| turn.first().copied())
@@ -303,8 +312,9 @@ impl Rails {
                 .collect();
         }
         let chosen = self.take_turns(&up, shares, bytes);
-        let best = chosen.iter().filter_map(|index| self.at(*index)?.rate).max();
-        let weight = |index: usize| match (self.at(index).and_then(|rail| rail.rate), best) {
+        let best = self.best(&chosen).map(|best| best.rate);
+        let rate = |index: usize| self.at(index)?.speed_if_known().map(|speed| speed.rate);
+        let weight = |index: usize| match (rate(index), best) {
             (Some(rate), Some(best)) if rate.saturating_mul(ALIKE) < best => {
                 u32::try_from(u128::from(rate) * WHOLE / u128::from(best)).unwrap_or(1).max(1)
             }
@@ -313,7 +323,8 @@ impl Rails {
         let mut weights: Vec<(usize, u32)> = chosen.iter().map(|index| (*index, weight(*index))).collect();
         if let Some(trial) = trial {
             let together: u64 = weights.iter().map(|(_, weight)| u64::from(*weight)).sum();
-            weights.push((trial, u32::try_from(together / TRIAL_PART).unwrap_or(u32::MAX).max(1)));
+            let part = self.at(trial).map_or(TRIAL_PART, |rail| rail.part).max(1);
+            weights.push((trial, u32::try_from(together / part).unwrap_or(u32::MAX).max(1)));
         }
         weights.sort_unstable();
         weights.into_iter().filter_map(|(index, weight)| Some((self.at(index)?.nic, weight))).collect()
@@ -344,33 +355,14 @@ impl Rails {
         chosen
     }
 
-    /// Compares a rail with the others, now that something of its rate is known.
-    fn judge(&mut self, now: Moment, nic: usize) -> Option<RailHealth> {
-        let terms = self.terms;
-        let others = self.rails.iter().filter(|rail| rail.nic != nic && rail.health == RailHealth::Up);
-        let best = others.filter_map(|rail| rail.rate).max();
-        let rail = self.rail(nic)?;
-        let is_slow = rail
-            .rate
-            .filter(|_| rail.seen >= SEEN_MIN)
-            .zip(best)
-            .is_some_and(|(rate, best)| rate.saturating_mul(SLOW) < best);
-        match (rail.health, is_slow) {
-            (RailHealth::Up, true) => {
-                rail.rest(now, &terms, RailHealth::Slow);
-                Some(RailHealth::Slow)
-            }
-            // A trial that went badly; what was still under way when it was found slow is none.
-            (RailHealth::Slow, true) if now >= rail.rests_until => {
-                rail.rest(now, &terms, RailHealth::Slow);
-                None
-            }
-            (RailHealth::Slow, false) => {
-                (rail.health, rail.rests) = (RailHealth::Up, 0);
-                Some(RailHealth::Up)
-            }
-            _ => None,
-        }
+    /// What the fastest of some rails has shown.
+    fn best(&self, among: &[usize]) -> Option<Speed> {
+        among.iter().filter_map(|index| self.at(*index)?.speed).max_by_key(|speed| speed.rate)
+    }
+
+    /// What the fastest of the others that are up has shown.
+    fn best_but(&self, nic: usize) -> Option<Speed> {
+        self.best(&self.indices(|rail| rail.nic != nic && rail.health == RailHealth::Up))
     }
 
     fn indices(&self, which: impl Fn(&Rail) -> bool) -> Vec<usize> {
@@ -387,39 +379,78 @@ impl Rails {
 }
 
 impl Rail {
+    fn is_idle(&self) -> bool {
+        self.pace.under_way() == 0
+    }
+
+    /// Whether it has rested. What is left of when it was up would be a slow one's trial, and is over some day; a dead one's may never be.
+    fn may_be_tried(&self, now: Moment) -> bool {
+        let is_free = self.is_idle() || self.health == RailHealth::Down;
+        self.health != RailHealth::Up && !self.on_trial && is_free && now >= self.rests_until
+    }
+
     fn rest(&mut self, now: Moment, terms: &RailTerms, health: RailHealth) {
         let longer = terms.rest.saturating_mul(1 << self.rests.min(16)).min(terms.rest_max);
         self.rests = self.rests.saturating_add(1);
         self.rests_until = now + longer;
-        (self.health, self.on_trial) = (health, false);
+        (self.health, self.on_trial, self.part) = (health, false, TRIAL_PART);
+    }
+
+    /// It carries its share from now on, and has been seen so often. What it rested counts until it has shown itself.
+    fn is_up(&mut self, seen: u32) -> Option<RailHealth> {
+        (self.health, self.seen, self.on_trial) = (RailHealth::Up, seen, false);
+        Some(RailHealth::Up)
     }
 
     fn ended(&mut self, now: Moment, bytes: u64) {
-        if self.posted > 0 {
-            self.busy = self.busy.saturating_add(now.since(self.since));
-            self.since = now;
-        }
-        self.posted = self.posted.saturating_sub(1);
+        self.pace.ended(now);
         self.outstanding = self.outstanding.saturating_sub(bytes);
         // However the trial ended: nothing tells of it any more, and the rail may be tried again.
-        self.on_trial &= self.posted > 0;
+        self.on_trial &= !self.is_idle();
     }
 
-    /// Takes in the rate since it was observed last. A trial says what is so now, whatever was before; so does what took long, when no burst of
-    /// others explains it: a cable that became slow is left alone after one handover that suffered from it.
-    fn observe(&mut self, afresh: bool, is_long: bool) {
-        let nanos = self.busy.as_nanos().max(1);
-        let rate = u64::try_from(u128::from(self.moved) * 1_000_000_000 / nanos).unwrap_or(u64::MAX).max(1);
-        (self.rate, self.seen) = match self.rate.filter(|_| !afresh) {
-            Some(_) if is_long => (Some(rate), self.seen.saturating_add(1)),
-            Some(before) => (Some((before / 2).saturating_add(rate / 2).max(1)), self.seen.saturating_add(1)),
-            None => (Some(rate), if afresh { SEEN_MIN } else { 1 }),
-        };
-        (self.busy, self.moved) = (Duration::ZERO, 0);
+    fn speed_if_known(&self) -> Option<Speed> {
+        self.speed.filter(|_| self.seen >= SEEN_MIN)
+    }
+
+    /// Takes in what a round has shown: halfway, for others share its NICs, and come in bursts; what took as long as a silence says by itself what
+    /// is so now, so a cable that became slow is left alone after one handover that suffered from it.
+    fn learn(&mut self, round: Speed, terms: &RailTerms) {
+        let before = self.speed.filter(|_| round.busy < terms.silent_after);
+        self.speed = Some(before.map_or(round, |before| before.towards(round)));
+        self.seen = self.seen.saturating_add(1);
+    }
+
+    /// Compares it with the best of the others, now that more of it is known.
+    fn judge(&mut self, now: Moment, terms: &RailTerms, best: Option<Speed>) -> Option<RailHealth> {
+        let known = self.speed_if_known()?;
+        if best.is_some_and(|best| known.is_slow_beside(&best)) {
+            self.rest(now, terms, RailHealth::Slow);
+            return Some(RailHealth::Slow);
+        }
+        self.rests = 0;
+        None
+    }
+
+    /// Its trial is over. It is back if it is not slow even so, for latency weighs more in a trial than in a share; or once one that says as much
+    /// as a share was in time for the others'. Until then every trial that was is followed by a larger one.
+    fn tried(&mut self, now: Moment, terms: &RailTerms, round: Speed, best: Speed) -> Option<RailHealth> {
+        self.speed = Some(round);
+        let is_slow = round.is_slow_beside(&best);
+        if is_slow && !round.is_in_time_for(&best) {
+            self.rest(now, terms, RailHealth::Slow);
+            return None;
+        }
+        let says_enough = self.part <= SLOW || round.bytes.saturating_mul(SLOW) >= best.bytes;
+        if !is_slow || says_enough {
+            return self.is_up(SEEN_MIN - SHOWN_AGAIN);
+        }
+        (self.part, self.rests_until) = (self.part / 2, now);
+        None
     }
 
     fn patience(&self, terms: &RailTerms) -> Duration {
-        let rate = self.rate.unwrap_or(terms.initial_bytes_per_second).max(1);
+        let rate = self.speed.map_or(terms.initial_bytes_per_second, |speed| speed.rate).max(1);
         let nanos = u128::from(self.outstanding) * 1_000_000_000 / u128::from(rate) * u128::from(terms.slack);
         terms.silent_after.saturating_add(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
     }

@@ -163,6 +163,125 @@ fn a_rail_that_becomes_slow_costs_one_long_handover() {
     assert_eq!(move_all(&mut rails, &mut now, &[10_000_000, 1_000_000]), []);
 }
 
+/// Moves a program of so many bytes, each rail at its rate in bytes per millisecond after so many milliseconds. Returns how long it took.
+fn hand_over(rails: &mut Rails, now: &mut u64, bytes: u64, latency: u64, rates: &[u64]) -> u64 {
+    let mut ends: Vec<(u64, usize, u64)> = Vec::new();
+    for (nic, bytes) in shares(rails, at(*now), bytes) {
+        rails.posted(at(*now), nic, bytes);
+        ends.push((*now + latency + bytes / rates[nic], nic, bytes));
+    }
+    ends.sort_unstable();
+    for (end, nic, bytes) in &ends {
+        rails.moved(at(*end), *nic, *bytes);
+    }
+    let last = ends.last().map_or(*now, |(end, ..)| *end);
+    let took = last - *now;
+    *now = last;
+    took
+}
+
+#[test]
+fn a_mended_rail_has_its_share_again_after_three_trials_even_where_latency_is_most_of_them() {
+    for (latency, bytes) in [(50, 4 * MIB), (5, 64 * MIB), (0, 64 * MIB)] {
+        let mut rails = Rails::new([0, 1], terms());
+        let mut now = 0;
+        while rails.health(1) != Some(RailHealth::Slow) {
+            hand_over(&mut rails, &mut now, bytes, latency, &[100_000, 2_000]);
+            assert!(now < 60_000, "it is never found slow");
+        }
+        now += 1_000;
+        let mut trials = 0;
+        while rails.health(1) == Some(RailHealth::Slow) {
+            trials += 1;
+            assert!(trials <= 3, "latency {latency}: {rails:?}");
+            hand_over(&mut rails, &mut now, bytes, latency, &[100_000, 100_000]);
+        }
+        for _ in 0..8 {
+            let all = shares(&mut rails, at(now), bytes);
+            assert!(all.len() == 2 && all[0].1.abs_diff(all[1].1) * 8 <= bytes, "latency {latency}: {all:?}");
+            hand_over(&mut rails, &mut now, bytes, latency, &[100_000, 100_000]);
+        }
+    }
+}
+
+#[test]
+fn a_rail_that_stays_slow_is_left_alone_and_its_trials_cost_little() {
+    for latency in [0, 5, 100] {
+        let mut rails = Rails::new([0, 1, 2], terms());
+        let mut now = 0;
+        let rates = [100_000, 10_000, 100_000];
+        while rails.health(1) != Some(RailHealth::Slow) {
+            hand_over(&mut rails, &mut now, 64 * MIB, latency, &rates);
+            assert!(now < 60_000, "it is never found slow");
+        }
+        let usual = hand_over(&mut rails, &mut now, 64 * MIB, latency, &rates);
+        for _ in 0..100 {
+            let took = hand_over(&mut rails, &mut now, 64 * MIB, latency, &rates);
+            assert!(took * 10 <= usual * 17, "latency {latency}: {took} ms instead of {usual}: {rails:?}");
+            assert_eq!(rails.health(1), Some(RailHealth::Slow), "latency {latency}");
+            now += 20;
+        }
+        assert_eq!(rails.rails[1].rests_until.0.min(at(now + 1_000).0), rails.rails[1].rests_until.0);
+        assert!(rails.rails[1].rests >= 5, "every trial that costs time doubles its rest: {rails:?}");
+    }
+}
+
+#[test]
+fn what_ends_together_is_no_faster_than_what_ends_in_turn() {
+    let mut rails = Rails::new([0, 1], terms());
+    let mut now = 0;
+    for _ in 0..8 {
+        for (nic, bytes) in (0..8).flat_map(|_| [(0, MIB), (1, MIB)]) {
+            rails.posted(at(now), nic, bytes);
+        }
+        // As much in the same time: one after the other, or all at once in its last moment.
+        for which in 1..=8 {
+            assert_eq!(rails.moved(at(now + which * 10), 1, MIB), None);
+        }
+        for _ in 0..8 {
+            assert_eq!(rails.moved(at(now + 80), 0, MIB), None, "{rails:?}");
+        }
+        now += 100;
+        let all = shares(&mut rails, at(now), 64 * MIB);
+        assert!(all.len() == 2 && all.iter().all(|(_, bytes)| bytes.abs_diff(32 * MIB) < MIB), "{all:?}");
+    }
+}
+
+#[test]
+fn what_is_left_of_before_is_no_trial() {
+    let mut rails = Rails::new([0, 1], terms());
+    let mut now = 0;
+    rails.posted(at(now), 1, MIB);
+    while rails.health(1) != Some(RailHealth::Slow) {
+        move_all(&mut rails, &mut now, &[100_000, 5_000]);
+        assert!(now < 600_000, "it is never found slow");
+    }
+    now += 1_000;
+    assert_eq!(shares(&mut rails, at(now), 64 * MIB), [(0, 64 * MIB)], "something of it is still under way");
+    assert_eq!(rails.moved(at(now), 1, MIB), None);
+    assert_eq!(shares(&mut rails, at(now), 64 * MIB).len(), 2, "now its trial is all there is");
+}
+
+#[test]
+fn a_rail_that_is_back_has_to_show_itself_before_its_rests_are_forgotten() {
+    let mut rails = Rails::new([0, 1], terms());
+    let mut now = 0;
+    for rests in 1..4 {
+        rails.posted(at(now), 1, MIB);
+        rails.failed(at(now), 1);
+        rails.ended(at(now), 1, MIB);
+        assert_eq!(rails.rails[1].rests, rests, "it failed again as soon as it was back");
+        now += 2_000;
+        rails.posted(at(now), 1, MIB);
+        assert_eq!(rails.moved(at(now + 1), 1, MIB), Some(RailHealth::Up));
+    }
+    for _ in 0..SEEN_MIN {
+        now += 1;
+        move_all(&mut rails, &mut now, &[100_000, 100_000]);
+    }
+    assert_eq!(rails.rails[1].rests, 0);
+}
+
 #[test]
 fn a_rail_that_failed_rests_longer_every_time_and_comes_back_by_a_trial() {
     let mut rails = Rails::new([0, 1], terms());
@@ -244,6 +363,9 @@ fn patience_grows_with_what_is_under_way() {
     assert!(rails.posted(at(0), 0, 100 * MIB) > first * 19 / 10);
     assert_eq!(rails.patience(1), silent_after);
     rails.moved(at(10), 0, 100 * MIB);
+    assert!(rails.patience(0) > silent_after * 9, "the other one may say something else");
+    rails.moved(at(20), 0, 100 * MIB);
+    rails.posted(at(30), 0, 100 * MIB);
     assert!(rails.patience(0) < silent_after + Duration::from_millis(100), "its rate is known");
 }
 
@@ -329,8 +451,8 @@ proptest! {
             }
             for (nic, rail) in rails.rails.iter().enumerate() {
                 let under_way: Vec<u64> = flying.iter().filter(|(on, _)| *on == nic).map(|(_, bytes)| *bytes).collect();
-                prop_assert_eq!(rail.posted as usize, under_way.len());
-                prop_assert!(!rail.on_trial || rail.posted > 0, "nothing is under way that could end the trial");
+                prop_assert_eq!(rail.pace.under_way() as usize, under_way.len());
+                prop_assert!(!rail.on_trial || rail.pace.under_way() > 0, "nothing is under way that could end the trial");
                 prop_assert_eq!(rail.outstanding, under_way.iter().sum::<u64>());
             }
         }
