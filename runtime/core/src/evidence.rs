@@ -62,7 +62,15 @@ pub struct Evidence {
 impl Evidence {
     /// A connection stands over these lanes, and nothing more is known of it.
     pub fn connected(lanes: Vec<String>) -> Evidence {
-        Evidence { grade: Grade::E3, lanes, library: None, seen: Vec::new(), unseen: Vec::new(), emulated: false, staged: false }
+        Evidence {
+            grade: Grade::E3,
+            lanes,
+            library: None,
+            seen: Vec::new(),
+            unseen: Vec::new(),
+            emulated: false,
+            staged: false,
+        }
     }
 
     /// With something that was seen.

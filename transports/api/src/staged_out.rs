@@ -105,6 +105,11 @@ impl<K: Clone + PartialEq> StagedOut<K> {
         self.ahead.is_empty() && self.shares.front().is_some_and(|leaving| leaving.staged.stage.left(End::Source) == 0)
     }
 
+    /// Takes the chunk back that [`StagedOut::next`] gave last.
+    pub fn put_back(&mut self, chunk: StagedChunk<K>) {
+        self.ahead.push_front(chunk);
+    }
+
     /// Gives up the slots that are filled ahead: the device will fill others with the same bytes.
     pub fn shed(&mut self) {
         while let Some(chunk) = self.ahead.pop_back() {
@@ -115,17 +120,15 @@ impl<K: Clone + PartialEq> StagedOut<K> {
         }
     }
 
-    /// Has the device fill the next slot of the next share, with at most `most` bytes, of which `most` is told how many the share lacks; none where
-    /// it says so. Says whether it did. A share whose copy cannot be started is told of in `failed`, and goes no further.
-    pub fn refill(&mut self, most: impl FnOnce(u64) -> Option<usize>, failed: &mut Vec<(K, String)>) -> bool {
+    /// Has the device fill the next slot of the next share, with as many bytes as `most` makes of what the share lacks. Says whether it did. A share whose copy cannot be started is told of in `failed`, and goes no further.
+    pub fn refill(&mut self, most: impl FnOnce(u64) -> usize, failed: &mut Vec<(K, String)>) -> bool {
         if self.ahead.len() >= STAGED_AHEAD {
             return false;
         }
         let Some(leaving) = self.shares.front_mut() else { return false };
-        let Some(most) = most(leaving.left) else { return false };
         let Some(slot) = leaving.staged.stage.take(End::Source) else { return false };
         let (key, before) = (leaving.key.clone(), leaving.clone());
-        let most = slot.bytes().min(most);
+        let most = slot.bytes().min(most(leaving.left));
         let bytes = usize::try_from(leaving.left).map_or(most, |left| left.min(most));
         let staged = &mut leaving.staged;
         let bytes = match slot.start(&staged.program, &mut staged.strips, 0, bytes) {

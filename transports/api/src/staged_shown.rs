@@ -34,7 +34,7 @@ impl Stage {
         let wire = bytes as f64 / took.as_secs_f64().max(1e-9);
         let (kibibytes, slots) = (self.slot_bytes() >> 10, self.slots());
         let copies = self.speed().map_or("an unknown speed".to_owned(), |speed| format!("{:.1} GB/s", speed / 1e9));
-        evidence.seen(format!(
+        Evidence { staged: true, ..evidence }.seen(format!(
             "staged through page-locked host memory: chunks of {kibibytes} KiB, {slots} of them for both directions; the device copies at {copies}, \
              a whole transfer went at {:.2} GB/s",
             wire / 1e9

@@ -333,7 +333,7 @@ impl Stream {
     /// Has the device fill slots while there are some, the shares in turn.
     fn refill(&mut self, signals: &mut Vec<Signal>) {
         let mut failed = Vec::new();
-        while self.outgoing.refill(|_| Some(DATA_BYTES_MAX as usize), &mut failed) {}
+        while self.outgoing.refill(|_| DATA_BYTES_MAX as usize, &mut failed) {}
         break_off(failed, signals);
     }
 

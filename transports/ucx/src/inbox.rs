@@ -1,12 +1,13 @@
 //! What comes in: active messages are taken off UCX's hands at once, bytes of transfers straight into blocks.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
 
-use kvferry_transport::Cursor;
+use kvferry_transport::{Cursor, StagedIn};
 use ucx_sys::{UCP_AM_RECV_ATTR_FLAG_RNDV, UCS_INPROGRESS, UCS_OK, ucp_am_recv_param_t, ucp_ep_h, ucs_status_t};
 
+use crate::share::Share;
 use crate::staging::Buffer;
 use crate::wire::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
 
@@ -31,6 +32,15 @@ impl Key {
         };
         Some(Key { session: header.session, flow, tag: header.tag })
     }
+
+    /// What heads its data.
+    pub(crate) fn header(self, number: u32) -> Header {
+        let kind = match self.flow {
+            Flow::Pull => Kind::PullData,
+            Flow::Push => Kind::PushData,
+        };
+        Header { kind, number, session: self.session, tag: self.tag }
+    }
 }
 
 /// Which way a transfer's data goes.
@@ -43,12 +53,28 @@ pub(crate) enum Flow {
 }
 
 /// Where a transfer is put.
-pub(crate) struct Sink {
-    cursor: Cursor,
+struct Sink {
+    way: Way,
     left: u64,
     /// The chunk that is put next.
     next: u32,
     early: BTreeMap<u32, Early>,
+}
+
+enum Way {
+    /// Into blocks, by this thread.
+    Direct(Box<Cursor>),
+    /// Into slots of a stage, which the device empties.
+    Staged(Box<StagedIn>),
+}
+
+/// What ends a transfer that is being put.
+#[derive(Debug, PartialEq, Eq)]
+enum Wrong {
+    /// Its peer broke the rules.
+    Breach(&'static str),
+    /// The device does not copy.
+    Device(String),
 }
 
 /// A chunk's bytes.
@@ -74,9 +100,11 @@ impl Body<'_> {
     }
 }
 
-/// A chunk that came before one that is put ahead of it.
+/// A chunk that came before one that is put ahead of it, or that lacks room.
 struct Early {
     body: Buffer,
+    /// Bytes of it that were put.
+    put: usize,
     place: Option<u32>,
 }
 
@@ -84,9 +112,12 @@ struct Early {
 pub(crate) enum Arrival {
     /// A message other than data.
     Message { header: Header, body: Vec<u8> },
-    /// A chunk was taken off the link; whose session, which buffer of the link's staging it was in if it was read, and whether it was its
-    /// transfer's last.
-    Chunk { session: u64, place: Option<u32>, whole: Option<(Key, u64)> },
+    /// A chunk was taken off the link; whose session, and which buffer of the link's staging it was in if it was read.
+    Chunk { session: u64, place: Option<u32> },
+    /// Every byte of a transfer is in place; in how many pieces.
+    Whole { key: Key, pieces: u64 },
+    /// The device fails to copy a transfer, of which no more is put.
+    Uncopied { key: Key, reason: String },
     /// A chunk was announced.
     Announced(Rendezvous),
     /// A session's peer broke the rules.
@@ -112,13 +143,30 @@ pub(crate) struct Inbox {
 struct State {
     arrivals: Vec<Arrival>,
     sinks: BTreeMap<Key, Sink>,
+    /// Those that a device empties.
+    staged: BTreeSet<Key>,
     bytes: u64,
 }
 
 impl Inbox {
-    pub(crate) fn add_sink(&self, key: Key, cursor: Cursor, bytes: u64) {
-        let sink = Sink { cursor, left: bytes, next: 0, early: BTreeMap::new() };
-        self.state.borrow_mut().sinks.insert(key, sink);
+    pub(crate) fn add_sink(&self, key: Key, share: Share, bytes: u64) {
+        let mut state = self.state.borrow_mut();
+        let way = match share {
+            Share::Direct(cursor) => Way::Direct(cursor),
+            Share::Staged(staged) => {
+                state.staged.insert(key);
+                Way::Staged(Box::new(StagedIn::new(staged)))
+            }
+        };
+        state.sinks.insert(key, Sink { way, left: bytes, next: 0, early: BTreeMap::new() });
+    }
+
+    /// Goes on where a device has emptied slots, and has it empty those that were filled since.
+    pub(crate) fn settle(&self) {
+        let mut state = self.state.borrow_mut();
+        for key in state.staged.iter().copied().collect::<Vec<_>>() {
+            state.go_on(key);
+        }
     }
 
     /// Puts no more bytes of a transfer anywhere; later ones are discarded.
@@ -196,84 +244,167 @@ impl Inbox {
 impl State {
     /// Puts no more bytes of a transfer anywhere. What came early frees its place on the link.
     fn end(&mut self, key: Key) {
+        self.staged.remove(&key);
         let early = self.sinks.remove(&key).map(|sink| sink.early).unwrap_or_default();
-        let freed = |early: Early| Arrival::Chunk { session: key.session, place: early.place, whole: None };
+        let freed = |early: Early| Arrival::Chunk { session: key.session, place: early.place };
         self.arrivals.extend(early.into_values().map(freed));
     }
 
     fn chunk(&mut self, key: Key, number: u32, body: Body<'_>, place: Option<u32>) {
-        let session = key.session;
-        // A chunk of a transfer that has ended here still frees its place on the link.
-        let (mut whole, mut placed) = (None, vec![place]);
-        if let Some(sink) = self.sinks.get_mut(&key) {
-            match sink.take(number, body, place) {
-                // What came early keeps its place until it is put.
-                Ok((bytes, places)) => {
-                    self.bytes += bytes;
-                    placed = places;
-                }
-                Err(reason) => {
-                    self.sinks.remove(&key);
-                    self.arrivals.push(Arrival::Breach { session, reason });
-                    return;
-                }
+        let mut freed = Vec::new();
+        let put = match self.sinks.get_mut(&key) {
+            Some(sink) => sink.take(number, body, place, &mut freed),
+            // A chunk of a transfer that has ended here still frees its place on the link.
+            None => {
+                freed.push(place);
+                Ok(0)
             }
-            if sink.left == 0 && sink.early.is_empty() {
-                whole = Some((key, sink.cursor.pieces()));
+        };
+        self.note(key, freed, put);
+        // A device has to empty the slots first.
+        if self.sinks.get(&key).is_some_and(|sink| matches!(sink.way, Way::Direct(_)) && sink.is_put()) {
+            self.whole(key);
+        }
+    }
+
+    /// Goes on with a transfer that waits for a device.
+    fn go_on(&mut self, key: Key) {
+        let Some(sink) = self.sinks.get_mut(&key) else { return };
+        let mut freed = Vec::new();
+        let put = sink.go_on(&mut freed).and_then(|put| Ok((put, sink.settle()?)));
+        let is_whole = put.as_ref().is_ok_and(|(_, is_settled)| *is_settled);
+        self.note(key, freed, put.map(|(put, _)| put));
+        if is_whole {
+            self.whole(key);
+        }
+    }
+
+    /// Tells what came of putting bytes.
+    fn note(&mut self, key: Key, freed: Vec<Option<u32>>, put: Result<u64, Wrong>) {
+        let session = key.session;
+        self.arrivals.extend(freed.into_iter().map(|place| Arrival::Chunk { session, place }));
+        match put {
+            Ok(bytes) => self.bytes += bytes,
+            Err(Wrong::Breach(reason)) => {
+                self.staged.remove(&key);
                 self.sinks.remove(&key);
+                self.arrivals.push(Arrival::Breach { session, reason });
+            }
+            Err(Wrong::Device(reason)) => {
+                self.end(key);
+                self.arrivals.push(Arrival::Uncopied { key, reason });
             }
         }
-        let count = placed.len();
-        for (place, number) in placed.into_iter().zip(1..) {
-            let whole = whole.filter(|_| number == count);
-            self.arrivals.push(Arrival::Chunk { session, place, whole });
+    }
+
+    fn whole(&mut self, key: Key) {
+        self.staged.remove(&key);
+        if let Some(sink) = self.sinks.remove(&key) {
+            self.arrivals.push(Arrival::Whole { key, pieces: sink.pieces() });
         }
     }
 }
 
 impl Sink {
     /// Puts a chunk in place, or keeps it until the ones before it are there: reads end in any order, and UCX does not promise that messages come
-    /// in theirs. Says how many bytes were put, and for each chunk that was which buffer it was in, in order.
+    /// in theirs. Says how many bytes were put; for each chunk that was, which buffer it was in goes to `freed`, in order.
     fn take(
         &mut self,
         number: u32,
         body: Body<'_>,
         place: Option<u32>,
-    ) -> Result<(u64, Vec<Option<u32>>), &'static str> {
-        if number != self.next {
+        freed: &mut Vec<Option<u32>>,
+    ) -> Result<u64, Wrong> {
+        // The next one is kept, too, where it lacks room.
+        if number != self.next || self.early.contains_key(&number) {
             let ahead = number.checked_sub(self.next).filter(|ahead| (*ahead as usize) < EARLY_MAX);
-            if ahead.is_none() || self.early.insert(number, Early { body: body.keep(), place }).is_some() {
-                return Err("a chunk came twice, or far too early");
+            if ahead.is_none() || self.early.insert(number, Early { body: body.keep(), put: 0, place }).is_some() {
+                return Err(Wrong::Breach("a chunk came twice, or far too early"));
             }
-            return Ok((0, Vec::new()));
+            return Ok(0);
         }
-        let (mut put, mut places) = (self.put(body.bytes())?, vec![place]);
-        while let Some(Early { body, place }) = self.early.remove(&self.next) {
-            put += self.put(&body)?;
-            places.push(place);
+        let put = self.put(body.bytes()).inspect_err(|_| freed.push(place))?;
+        if put < body.bytes().len() {
+            self.early.insert(number, Early { body: body.keep(), put, place });
+            return Ok(put as u64);
         }
-        Ok((put, places))
+        self.next = self.next.wrapping_add(1);
+        freed.push(place);
+        Ok(put as u64 + self.go_on(freed)?)
     }
 
-    fn put(&mut self, mut body: &[u8]) -> Result<u64, &'static str> {
+    /// Puts what was kept and is next, as far as there is room.
+    fn go_on(&mut self, freed: &mut Vec<Option<u32>>) -> Result<u64, Wrong> {
+        let mut all = 0;
+        while let Some(mut next) = self.early.remove(&self.next) {
+            let rest = next.body.get(next.put..).unwrap_or_default();
+            let lacks = rest.len();
+            let put = self.put(rest).inspect_err(|_| freed.push(next.place))?;
+            all += put as u64;
+            if put < lacks {
+                next.put += put;
+                self.early.insert(self.next, next);
+                break;
+            }
+            self.next = self.next.wrapping_add(1);
+            freed.push(next.place);
+        }
+        Ok(all)
+    }
+
+    /// Puts bytes of the chunk that is next; says how many there was room for.
+    fn put(&mut self, body: &[u8]) -> Result<usize, Wrong> {
         let bytes = body.len() as u64;
         if bytes > self.left || (bytes == 0 && self.left > 0) {
-            return Err("a chunk does not fit the transfer that it is of");
+            return Err(Wrong::Breach("a chunk does not fit the transfer that it is of"));
         }
-        while !body.is_empty() {
-            let Some(piece) = self.cursor.take(body.len()) else {
-                return Err("a program ended before the bytes that came for it");
-            };
-            let (now, rest) = body.split_at(piece.bytes.min(body.len()));
-            // SAFETY: the piece lies in the cursor's pool, which the cursor keeps alive, and has as many bytes; `now` is a message of UCX's
-            // or ours, never pool memory. No reference covers the piece.
-            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), piece.at, now.len()) };
-            body = rest;
-        }
-        self.left -= bytes;
-        self.next = self.next.wrapping_add(1);
-        Ok(bytes)
+        let put = match &mut self.way {
+            Way::Direct(cursor) => put_straight(cursor, body)?,
+            Way::Staged(staged) => staged.put(body).map_err(Wrong::Device)?,
+        };
+        self.left -= put as u64;
+        Ok(put)
     }
+
+    /// Has the device empty what is filled. Says whether every byte of the transfer is in place.
+    fn settle(&mut self) -> Result<bool, Wrong> {
+        let is_put = self.is_put();
+        match &mut self.way {
+            Way::Direct(_) => Ok(is_put),
+            Way::Staged(staged) => {
+                staged.flush().map_err(Wrong::Device)?;
+                Ok(staged.settle().map_err(Wrong::Device)? && is_put)
+            }
+        }
+    }
+
+    /// Whether every chunk came and was put. One without bytes is a transfer's only one.
+    fn is_put(&self) -> bool {
+        self.left == 0 && self.early.is_empty() && self.next > 0
+    }
+
+    fn pieces(&self) -> u64 {
+        match &self.way {
+            Way::Direct(cursor) => cursor.pieces(),
+            Way::Staged(staged) => staged.chunks(),
+        }
+    }
+}
+
+/// Puts all bytes of a chunk into blocks.
+fn put_straight(cursor: &mut Cursor, mut body: &[u8]) -> Result<usize, Wrong> {
+    let bytes = body.len();
+    while !body.is_empty() {
+        let Some(piece) = cursor.take(body.len()) else {
+            return Err(Wrong::Breach("a program ended before the bytes that came for it"));
+        };
+        let (now, rest) = body.split_at(piece.bytes.min(body.len()));
+        // SAFETY: the piece lies in the cursor's pool, which the cursor keeps alive, and has as many bytes; `now` is a message of UCX's
+        // or ours, never pool memory. No reference covers the piece.
+        unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), piece.at, now.len()) };
+        body = rest;
+    }
+    Ok(bytes)
 }
 
 /// UCX's callback for every active message.
@@ -338,26 +469,31 @@ mod tests {
     const KEY: Key = Key { session: 5, flow: Flow::Pull, tag: 9 };
 
     /// Two blocks of 32 bytes, and a cursor over both.
-    fn cursor() -> (Pool, Cursor) {
+    fn cursor() -> (Pool, Share) {
         let layout = block_planes(1, 2, 32);
         let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
         let pool = Pool::allocate_with(PoolId(1), layout.clone(), "inbox", &options).unwrap();
         let program = whole_blocks(1, 16, 32, 0..2, 0..2);
         let range = program.whole();
-        (pool.clone(), Cursor::new(pool, Arc::new(layout), Arc::new(program), End::Destination, range))
+        let cursor = Cursor::new(pool.clone(), Arc::new(layout), Arc::new(program), End::Destination, range);
+        (pool, Share::Direct(Box::new(cursor)))
     }
 
     fn header(number: u32) -> Header {
         Header { kind: Kind::PullData, number, session: KEY.session, tag: KEY.tag }
     }
 
-    /// In which buffer each was, and whether it was the last.
-    fn chunks(inbox: &Inbox) -> Vec<(Option<u32>, bool)> {
-        let one = |arrival| match arrival {
-            Arrival::Chunk { place, whole, .. } => Some((place, whole.is_some())),
-            _ => None,
-        };
-        inbox.take().into_iter().filter_map(one).collect()
+    /// In which buffer each was, and how many transfers are whole.
+    fn chunks(inbox: &Inbox) -> (Vec<Option<u32>>, usize) {
+        let (mut places, mut whole) = (Vec::new(), 0);
+        for arrival in inbox.take() {
+            match arrival {
+                Arrival::Chunk { place, .. } => places.push(place),
+                Arrival::Whole { .. } => whole += 1,
+                _ => {}
+            }
+        }
+        (places, whole)
     }
 
     #[test]
@@ -366,9 +502,9 @@ mod tests {
         let (pool, cursor) = cursor();
         inbox.add_sink(KEY, cursor, 64);
         inbox.brought(header(1), vec![2; 32].into(), Some(5));
-        assert_eq!((chunks(&inbox), inbox.take_bytes()), (Vec::new(), 0));
+        assert_eq!((chunks(&inbox), inbox.take_bytes()), ((Vec::new(), 0), 0));
         inbox.brought(header(0), vec![1; 32].into(), None);
-        assert_eq!((chunks(&inbox), inbox.take_bytes()), (vec![(None, false), (Some(5), true)], 64));
+        assert_eq!((chunks(&inbox), inbox.take_bytes()), ((vec![None, Some(5)], 1), 64));
         let mut bytes = [0; 32];
         for block in 0..2 {
             pool.read(0, block, 0, &mut bytes).unwrap();
@@ -388,9 +524,9 @@ mod tests {
             } else {
                 inbox.remove_sink(KEY)
             }
-            assert_eq!(chunks(&inbox), [(Some(0), false), (Some(7), false)]);
+            assert_eq!(chunks(&inbox), (vec![Some(0), Some(7)], 0));
             inbox.brought(header(0), vec![1; 32].into(), Some(3));
-            assert_eq!((chunks(&inbox), inbox.take_bytes()), (vec![(Some(3), false)], 0), "nobody waits for it");
+            assert_eq!((chunks(&inbox), inbox.take_bytes()), ((vec![Some(3)], 0), 0), "nobody waits for it");
         }
     }
 }

@@ -35,6 +35,8 @@ mod request;
 mod serving;
 mod session;
 mod settings;
+mod share;
+mod staged;
 mod staging;
 mod transport;
 mod warming;
