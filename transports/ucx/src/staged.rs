@@ -172,3 +172,6 @@ impl UcxTransport {
 fn uncopied(message: String) -> TransferError {
     TransferError::Io { context: "copying between the device and host memory", message }
 }
+
+#[cfg(test)]
+mod tests;
