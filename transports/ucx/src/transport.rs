@@ -184,6 +184,7 @@ impl UcxTransport {
     fn has_work(&self) -> bool {
         !self.events.is_empty()
             || !self.worker.inbox.is_empty()
+            || self.worker.inbox.can_settle()
             || self.worker.operations.has_done()
             || !self.turns.is_empty()
             || self.links.values().any(|link| {
