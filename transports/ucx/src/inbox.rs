@@ -4,15 +4,12 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
 
-use kvferry_transport::{Cursor, StagedIn};
 use ucx_sys::{UCP_AM_RECV_ATTR_FLAG_RNDV, UCS_INPROGRESS, UCS_OK, ucp_am_recv_param_t, ucp_ep_h, ucs_status_t};
 
 use crate::share::Share;
+use crate::sink::{Body, Early, Sink, Wrong};
 use crate::staging::Buffer;
 use crate::wire::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
-
-/// Chunks of one transfer that came before an earlier one.
-const EARLY_MAX: usize = 64;
 
 /// Which transfer of which session bytes belong to: pulls and pushes are counted by different ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,62 +47,6 @@ pub(crate) enum Flow {
     Pull,
     /// From the initiator to the responder.
     Push,
-}
-
-/// Where a transfer is put.
-struct Sink {
-    way: Way,
-    left: u64,
-    /// The chunk that is put next.
-    next: u32,
-    early: BTreeMap<u32, Early>,
-}
-
-enum Way {
-    /// Into blocks, by this thread.
-    Direct(Box<Cursor>),
-    /// Into slots of a stage, which the device empties.
-    Staged(Box<StagedIn>),
-}
-
-/// What ends a transfer that is being put.
-#[derive(Debug, PartialEq, Eq)]
-enum Wrong {
-    /// Its peer broke the rules.
-    Breach(&'static str),
-    /// The device does not copy.
-    Device(String),
-}
-
-/// A chunk's bytes.
-enum Body<'a> {
-    /// UCX's, for the time of a call.
-    Lent(&'a [u8]),
-    Own(Buffer),
-}
-
-impl Body<'_> {
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Body::Lent(bytes) => bytes,
-            Body::Own(buffer) => buffer,
-        }
-    }
-
-    fn keep(self) -> Buffer {
-        match self {
-            Body::Lent(bytes) => bytes.to_vec().into(),
-            Body::Own(buffer) => buffer,
-        }
-    }
-}
-
-/// A chunk that came before one that is put ahead of it, or that lacks room.
-struct Early {
-    body: Buffer,
-    /// Bytes of it that were put.
-    put: usize,
-    place: Option<u32>,
 }
 
 /// What came, in order.
@@ -151,14 +92,10 @@ struct State {
 impl Inbox {
     pub(crate) fn add_sink(&self, key: Key, share: Share, bytes: u64) {
         let mut state = self.state.borrow_mut();
-        let way = match share {
-            Share::Direct(cursor) => Way::Direct(cursor),
-            Share::Staged(staged) => {
-                state.staged.insert(key);
-                Way::Staged(Box::new(StagedIn::new(staged)))
-            }
-        };
-        state.sinks.insert(key, Sink { way, left: bytes, next: 0, early: BTreeMap::new() });
+        if matches!(share, Share::Staged(_)) {
+            state.staged.insert(key);
+        }
+        state.sinks.insert(key, Sink::new(share, bytes));
     }
 
     /// Goes on where a device has emptied slots, and has it empty those that were filled since.
@@ -251,9 +188,9 @@ impl State {
     /// Puts no more bytes of a transfer anywhere. What came early frees its place on the link.
     fn end(&mut self, key: Key) {
         self.staged.remove(&key);
-        let early = self.sinks.remove(&key).map(|sink| sink.early).unwrap_or_default();
+        let early = self.sinks.remove(&key).map(Sink::into_early);
         let freed = |early: Early| Arrival::Chunk { session: key.session, place: early.place };
-        self.arrivals.extend(early.into_values().map(freed));
+        self.arrivals.extend(early.into_iter().flatten().map(freed));
     }
 
     fn chunk(&mut self, key: Key, number: u32, body: Body<'_>, place: Option<u32>) {
@@ -268,7 +205,7 @@ impl State {
         };
         self.note(key, freed, put);
         // A device has to empty the slots first.
-        if self.sinks.get(&key).is_some_and(|sink| matches!(sink.way, Way::Direct(_)) && sink.is_put()) {
+        if self.sinks.get(&key).is_some_and(|sink| !self.staged.contains(&key) && sink.is_put()) {
             self.whole(key);
         }
     }
@@ -309,118 +246,6 @@ impl State {
             self.arrivals.push(Arrival::Whole { key, pieces: sink.pieces() });
         }
     }
-}
-
-impl Sink {
-    /// Puts a chunk in place, or keeps it until the ones before it are there: reads end in any order, and UCX does not promise that messages come
-    /// in theirs. Says how many bytes were put; for each chunk that was, which buffer it was in goes to `freed`, in order.
-    fn take(
-        &mut self,
-        number: u32,
-        body: Body<'_>,
-        place: Option<u32>,
-        freed: &mut Vec<Option<u32>>,
-    ) -> Result<u64, Wrong> {
-        // The next one is kept, too, where it lacks room.
-        if number != self.next || self.early.contains_key(&number) {
-            let ahead = number.checked_sub(self.next).filter(|ahead| (*ahead as usize) < EARLY_MAX);
-            if ahead.is_none() || self.early.insert(number, Early { body: body.keep(), put: 0, place }).is_some() {
-                return Err(Wrong::Breach("a chunk came twice, or far too early"));
-            }
-            return Ok(0);
-        }
-        let put = self.put(body.bytes()).inspect_err(|_| freed.push(place))?;
-        if put < body.bytes().len() {
-            self.early.insert(number, Early { body: body.keep(), put, place });
-            return Ok(put as u64);
-        }
-        self.next = self.next.wrapping_add(1);
-        freed.push(place);
-        Ok(put as u64 + self.go_on(freed)?)
-    }
-
-    /// Puts what was kept and is next, as far as there is room.
-    fn go_on(&mut self, freed: &mut Vec<Option<u32>>) -> Result<u64, Wrong> {
-        let mut all = 0;
-        while let Some(mut next) = self.early.remove(&self.next) {
-            let rest = next.body.get(next.put..).unwrap_or_default();
-            let lacks = rest.len();
-            let put = self.put(rest).inspect_err(|_| freed.push(next.place))?;
-            all += put as u64;
-            if put < lacks {
-                next.put += put;
-                self.early.insert(self.next, next);
-                break;
-            }
-            self.next = self.next.wrapping_add(1);
-            freed.push(next.place);
-        }
-        Ok(all)
-    }
-
-    /// Puts bytes of the chunk that is next; says how many there was room for.
-    fn put(&mut self, body: &[u8]) -> Result<usize, Wrong> {
-        let bytes = body.len() as u64;
-        if bytes > self.left || (bytes == 0 && self.left > 0) {
-            return Err(Wrong::Breach("a chunk does not fit the transfer that it is of"));
-        }
-        let put = match &mut self.way {
-            Way::Direct(cursor) => put_straight(cursor, body)?,
-            Way::Staged(staged) => staged.put(body).map_err(Wrong::Device)?,
-        };
-        self.left -= put as u64;
-        Ok(put)
-    }
-
-    /// Has the device empty what is filled. Says whether every byte of the transfer is in place.
-    fn settle(&mut self) -> Result<bool, Wrong> {
-        let is_put = self.is_put();
-        match &mut self.way {
-            Way::Direct(_) => Ok(is_put),
-            Way::Staged(staged) => {
-                staged.flush().map_err(Wrong::Device)?;
-                Ok(staged.settle().map_err(Wrong::Device)? && is_put)
-            }
-        }
-    }
-
-    /// Whether a chunk that was kept could be put, or a slot be let go of.
-    fn can_go_on(&self) -> bool {
-        match &self.way {
-            Way::Direct(_) => false,
-            Way::Staged(staged) => {
-                staged.has_settled() || (self.early.contains_key(&self.next) && !staged.is_stalled())
-            }
-        }
-    }
-
-    /// Whether every chunk came and was put. One without bytes is a transfer's only one.
-    fn is_put(&self) -> bool {
-        self.left == 0 && self.early.is_empty() && self.next > 0
-    }
-
-    fn pieces(&self) -> u64 {
-        match &self.way {
-            Way::Direct(cursor) => cursor.pieces(),
-            Way::Staged(staged) => staged.chunks(),
-        }
-    }
-}
-
-/// Puts all bytes of a chunk into blocks.
-fn put_straight(cursor: &mut Cursor, mut body: &[u8]) -> Result<usize, Wrong> {
-    let bytes = body.len();
-    while !body.is_empty() {
-        let Some(piece) = cursor.take(body.len()) else {
-            return Err(Wrong::Breach("a program ended before the bytes that came for it"));
-        };
-        let (now, rest) = body.split_at(piece.bytes.min(body.len()));
-        // SAFETY: the piece lies in the cursor's pool, which the cursor keeps alive, and has as many bytes; `now` is a message of UCX's
-        // or ours, never pool memory. No reference covers the piece.
-        unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), piece.at, now.len()) };
-        body = rest;
-    }
-    Ok(bytes)
 }
 
 /// UCX's callback for every active message.
@@ -473,171 +298,4 @@ pub(crate) unsafe extern "C" fn on_error(mark: *mut c_void, _endpoint: ucp_ep_h,
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use kvferry_core::{End, PoolId, TransportKind};
-    use kvferry_transport::conformance::{OnDevice, block_planes, whole_blocks};
-    use kvferry_transport::{Device, Options, Pool, PoolOptions, Provider, Stage, Staged};
-
-    use super::*;
-
-    const KEY: Key = Key { session: 5, flow: Flow::Pull, tag: 9 };
-
-    /// Two blocks of 32 bytes, and a cursor over both.
-    fn cursor() -> (Pool, Share) {
-        let layout = block_planes(1, 2, 32);
-        let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
-        let pool = Pool::allocate_with(PoolId(1), layout.clone(), "inbox", &options).unwrap();
-        let program = whole_blocks(1, 16, 32, 0..2, 0..2);
-        let range = program.whole();
-        let cursor = Cursor::new(pool.clone(), Arc::new(layout), Arc::new(program), End::Destination, range);
-        (pool, Share::Direct(Box::new(cursor)))
-    }
-
-    fn header(number: u32) -> Header {
-        Header { kind: Kind::PullData, number, session: KEY.session, tag: KEY.tag }
-    }
-
-    /// In which buffer each was, and how many transfers are whole.
-    fn chunks(inbox: &Inbox) -> (Vec<Option<u32>>, usize) {
-        let (mut places, mut whole) = (Vec::new(), 0);
-        for arrival in inbox.take() {
-            match arrival {
-                Arrival::Chunk { place, .. } => places.push(place),
-                Arrival::Whole { .. } => whole += 1,
-                _ => {}
-            }
-        }
-        (places, whole)
-    }
-
-    #[test]
-    fn a_chunk_keeps_its_place_on_the_link_until_it_is_put() {
-        let inbox = Inbox::default();
-        let (pool, cursor) = cursor();
-        inbox.add_sink(KEY, cursor, 64);
-        inbox.brought(header(1), vec![2; 32].into(), Some(5));
-        assert_eq!((chunks(&inbox), inbox.take_bytes()), ((Vec::new(), 0), 0));
-        inbox.brought(header(0), vec![1; 32].into(), None);
-        assert_eq!((chunks(&inbox), inbox.take_bytes()), ((vec![None, Some(5)], 1), 64));
-        let mut bytes = [0; 32];
-        for block in 0..2 {
-            pool.read(0, block, 0, &mut bytes).unwrap();
-            assert_eq!(bytes, [1 + block as u8; 32]);
-        }
-    }
-
-    #[test]
-    fn what_came_early_for_a_transfer_that_ends_frees_its_place() {
-        for of_session in [false, true] {
-            let inbox = Inbox::default();
-            inbox.add_sink(KEY, cursor().1, 64);
-            inbox.brought(header(1), vec![2; 16].into(), Some(0));
-            inbox.brought(header(2), vec![3; 16].into(), Some(7));
-            if of_session {
-                inbox.remove_session(KEY.session)
-            } else {
-                inbox.remove_sink(KEY)
-            }
-            assert_eq!(chunks(&inbox), (vec![Some(0), Some(7)], 0));
-            inbox.brought(header(0), vec![1; 32].into(), Some(3));
-            assert_eq!((chunks(&inbox), inbox.take_bytes()), ((vec![Some(3)], 0), 0), "nobody waits for it");
-        }
-    }
-
-    fn all(_: PoolId) -> bool {
-        true
-    }
-
-    /// Two blocks of 32 KiB in a device's memory, with one slot of a page for what comes.
-    fn staged() -> (Pool, Stage, Share) {
-        let device = Device { kind: TransportKind::Ucx, name: "memory".to_owned(), unavailable: None };
-        let memory = OnDevice::new(crate::UcxProvider::new(), all, 4096, 2);
-        let pool = memory.allocate(&device, PoolId(1), block_planes(1, 2, BLOCK), "inbox").unwrap();
-        let options = Options { staged_chunk_bytes: 4096, staged_chunks: 2, ..Options::default() };
-        let stage = Stage::open(&pool, &options).unwrap();
-        let program = Arc::new(whole_blocks(1, 16, BLOCK, 0..2, 0..2));
-        let share = Share::Staged(Staged::new(&stage, &program, program.whole()));
-        (pool, stage, share)
-    }
-
-    const BLOCK: u64 = 32 << 10;
-
-    fn breaches(inbox: &Inbox) -> usize {
-        inbox.take().iter().filter(|arrival| matches!(arrival, Arrival::Breach { .. })).count()
-    }
-
-    #[test]
-    fn a_chunk_that_lacks_room_keeps_its_place_until_the_device_has_emptied_slots() {
-        let inbox = Inbox::default();
-        let (pool, stage, share) = staged();
-        inbox.add_sink(KEY, share, 2 * BLOCK);
-        inbox.brought(header(1), vec![2; BLOCK as usize].into(), Some(1));
-        inbox.brought(header(0), vec![1; BLOCK as usize].into(), Some(0));
-        assert_eq!((chunks(&inbox), inbox.take_bytes()), ((Vec::new(), 0), 4096), "one slot is there");
-        let (mut places, mut whole, mut bytes) = (Vec::new(), 0, 4096);
-        while whole == 0 {
-            stage.poll();
-            inbox.settle();
-            let (more, is_whole) = chunks(&inbox);
-            places.extend(more);
-            bytes += inbox.take_bytes();
-            whole += is_whole;
-            assert!(whole == 0 || !stage.is_busy().0, "whole before the last copy's end");
-            // Whoever sleeps while no copy runs would sleep for ever.
-            assert!(whole > 0 || stage.is_busy().0 || inbox.can_settle());
-        }
-        assert_eq!((places, bytes), (vec![Some(0), Some(1)], 2 * BLOCK));
-        let mut bytes = vec![0; BLOCK as usize];
-        for block in 0..2 {
-            pool.read(0, block, 0, &mut bytes).unwrap();
-            assert!(bytes.iter().all(|byte| *byte == 1 + block as u8));
-        }
-    }
-
-    #[test]
-    fn a_peer_that_sends_what_it_has_no_place_for_is_a_breach_while_slots_lack_too() {
-        let again = |inbox: &Inbox| inbox.brought(header(0), vec![1; BLOCK as usize].into(), None);
-        let far = |inbox: &Inbox| inbox.brought(header(EARLY_MAX as u32), vec![1; 10].into(), None);
-        let none = |inbox: &Inbox| {
-            inbox.brought(header(1), Vec::new().into(), None);
-        };
-        let long = |inbox: &Inbox| inbox.brought(header(1), vec![1; BLOCK as usize + 1].into(), None);
-        for (what, act) in [again as fn(&Inbox), far, none, long].into_iter().enumerate() {
-            let inbox = Inbox::default();
-            let (_pool, stage, share) = staged();
-            inbox.add_sink(KEY, share, 2 * BLOCK);
-            inbox.brought(header(0), vec![1; BLOCK as usize].into(), None);
-            act(&inbox);
-            let mut found = breaches(&inbox);
-            while found == 0 {
-                stage.poll();
-                inbox.settle();
-                found = breaches(&inbox);
-                assert!(found > 0 || inbox.has_sinks(), "act {what} passed");
-            }
-            assert!(!inbox.has_sinks(), "act {what}");
-            while stage.left(End::Destination) == 0 {
-                stage.poll();
-            }
-        }
-    }
-
-    #[test]
-    fn what_came_for_a_device_and_is_not_wanted_any_more_frees_its_places_and_slots() {
-        let inbox = Inbox::default();
-        let (_pool, stage, share) = staged();
-        inbox.add_sink(KEY, share, 2 * BLOCK);
-        inbox.brought(header(0), vec![1; BLOCK as usize].into(), Some(4));
-        inbox.settle();
-        inbox.remove_sink(KEY);
-        assert_eq!(chunks(&inbox), (vec![Some(4)], 0));
-        assert!(stage.left(End::Destination) == 0 && stage.is_busy().0, "a copy runs in it");
-        while stage.left(End::Destination) == 0 {
-            stage.poll();
-        }
-        inbox.settle();
-        assert_eq!(chunks(&inbox), (Vec::new(), 0));
-    }
-}
+mod tests;

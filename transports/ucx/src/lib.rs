@@ -36,6 +36,7 @@ mod serving;
 mod session;
 mod settings;
 mod share;
+mod sink;
 mod staged;
 mod staging;
 mod transport;
