@@ -202,6 +202,8 @@ fn list(known: &[NicChoice]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
 
     #[test]
@@ -210,5 +212,15 @@ mod tests {
         assert!(auto(1, nvlink).is_ok());
         assert!(auto(2, nvlink).unwrap_err().contains("2 hosts"));
         assert_eq!(auto(1, || Err("no driver".to_owned())), Err("no driver".to_owned()));
+    }
+
+    #[test]
+    fn tcp_and_ucx_move_the_memory_of_gpus_and_others_say_that_they_do_not() {
+        let options = crate::options::Options::parse_from(["cluster", "--gpus", "0,1", "--devices", "lo"]);
+        for transport in ["tcp", "ucx"] {
+            assert_eq!(wanted(&options, transport, 2).unwrap(), (transport, Some("lo".to_owned())));
+        }
+        let refused = wanted(&options, "libfabric", 2).unwrap_err().to_string();
+        assert!(refused.contains("tcp or ucx"), "{refused}");
     }
 }

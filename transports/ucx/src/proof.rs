@@ -65,9 +65,11 @@ impl UcxTransport {
         };
         let is_rdma = self.method.is_rdma();
         if reads {
-            // What goes by way of a stage is copied on it, whatever the lanes could do.
-            evidence.grade = if is_staged { Grade::E3 } else { Grade::E4 };
-            evidence = evidence.seen("large reads are zero-copy (rma_bw#)").seen(self.costs(id)?.words());
+            // What goes by way of a stage is copied on it, whatever the lanes could do, and all of it is packed.
+            if !is_staged {
+                evidence.grade = Grade::E4;
+                evidence = evidence.seen("large reads are zero-copy (rma_bw#)").seen(self.costs(id)?.words());
+            }
             let packed = |by_read| if by_read { "are read 1 MiB at a time (rma_bw#)" } else { "come as messages (am)" };
             evidence =
                 evidence.seen(format!("packed chunks {} here, at the peer they {}", packed(collects), packed(lends)));
