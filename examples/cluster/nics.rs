@@ -11,6 +11,9 @@ const AUTO: [(&str, &str); 2] = [("shm", "memory"), ("tcp", "lo")];
 /// The device of each transport that surely reaches every rank of this machine.
 const LOCAL: [(&str, &str); 4] = [("shm", "memory"), ("tcp", "lo"), ("ucx", "memory"), ("libfabric", "lo")];
 
+/// What moves GPU memory by way of host memory.
+const STAGED: [&str; 2] = ["tcp", "ucx"];
+
 /// A device that every rank opens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct NicChoice {
@@ -32,8 +35,8 @@ impl NicChoice {
     }
 }
 
-/// The transport, and the devices that are named for it: `--transport` and `--devices`, or `--gpus` in their place. With tcp, GPUs only say
-/// where pools are ([`memories`]).
+/// The transport, and the devices that are named for it: `--transport` and `--devices`, or `--gpus` in their place. With tcp and ucx,
+/// GPUs only say where pools are ([`memories`]).
 ///
 /// `auto` takes named GPUs where they reach each other and all ranks are on one host; else pools are in host memory, and it is said why.
 pub(crate) fn wanted<'a>(
@@ -56,7 +59,7 @@ pub(crate) fn wanted<'a>(
                 Ok(("auto", options.devices.clone()))
             }
         },
-        "tcp" => Ok(("tcp", options.devices.clone())),
+        staged if STAGED.contains(&staged) => Ok((staged, options.devices.clone())),
         _ => Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: transport.to_owned() }),
     }
 }
@@ -71,7 +74,7 @@ fn auto(hosts: u32, joined: impl FnOnce() -> Result<String, String>) -> Result<S
 
 /// The GPUs in whose memory pools are to be though another transport carries them, dealt to the ranks in turn.
 pub(crate) fn memories(options: &crate::options::Options, transport: &str) -> Result<Vec<String>, UsageError> {
-    let gpus = options.gpus.as_deref().filter(|_| transport == TransportKind::Tcp.name());
+    let gpus = options.gpus.as_deref().filter(|_| STAGED.contains(&transport));
     let names: Vec<String> = gpus.into_iter().flat_map(gpu_names).collect();
     if !names.is_empty() {
         // Names are checked here, not in every rank.
@@ -199,6 +202,8 @@ fn list(known: &[NicChoice]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
 
     #[test]
@@ -207,5 +212,15 @@ mod tests {
         assert!(auto(1, nvlink).is_ok());
         assert!(auto(2, nvlink).unwrap_err().contains("2 hosts"));
         assert_eq!(auto(1, || Err("no driver".to_owned())), Err("no driver".to_owned()));
+    }
+
+    #[test]
+    fn tcp_and_ucx_move_the_memory_of_gpus_and_others_say_that_they_do_not() {
+        let options = crate::options::Options::parse_from(["cluster", "--gpus", "0,1", "--devices", "lo"]);
+        for transport in ["tcp", "ucx"] {
+            assert_eq!(wanted(&options, transport, 2).unwrap(), (transport, Some("lo".to_owned())));
+        }
+        let refused = wanted(&options, "libfabric", 2).unwrap_err().to_string();
+        assert!(refused.contains("tcp or ucx"), "{refused}");
     }
 }

@@ -95,16 +95,16 @@ pub(crate) struct Options {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     streams: Option<u32>,
 
-    /// Whose memory the bytes come from (cuda, tcp): the number of a GPU, in both processes the same. With tcp it is staged through host memory;
-    /// without, the pool is in host memory.
+    /// Whose memory the bytes come from (cuda, tcp, ucx): the number of a GPU, in both processes the same. With tcp and ucx it is staged through host
+    /// memory; without, the pool is in host memory.
     #[arg(long, value_name = "N")]
     from_gpu: Option<u32>,
 
-    /// Whose memory they go to (cuda, tcp).
+    /// Whose memory they go to (cuda, tcp, ucx).
     #[arg(long, value_name = "N")]
     to_gpu: Option<u32>,
 
-    /// Bytes of one chunk of a GPU's memory that is staged (tcp). By default what the transport thinks best.
+    /// Bytes of one chunk of a GPU's memory that is staged (tcp, ucx). By default what the transport thinks best.
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(4096..=64 << 20))]
     staged_chunk: Option<u32>,
 
@@ -165,10 +165,11 @@ impl Options {
         if (self.gpu_times || self.thread_blocks.is_some()) && !is(TransportKind::Cuda) {
             return Err(BenchError::NoLaunches);
         }
-        if self.staged().is_some() && !is(TransportKind::Tcp) {
+        let stages = is(TransportKind::Tcp) || is(TransportKind::Ucx);
+        if self.staged().is_some() && !stages {
             return Err(BenchError::NoGpus);
         }
-        if (self.staged_chunk, self.staged_chunks) != (None, None) && !is(TransportKind::Tcp) {
+        if (self.staged_chunk, self.staged_chunks) != (None, None) && !stages {
             return Err(BenchError::NoStages);
         }
         if self.two_sided && !is(TransportKind::Ucx) {

@@ -55,12 +55,22 @@ pub struct Evidence {
     pub unseen: Vec<String>,
     /// Remote memory is not read by the device though it could be: bytes go in messages that a processor unpacks.
     pub emulated: bool,
+    /// A pool at either end is in a device's memory, which these lanes do not reach: bytes go by way of host memory, which a processor copies, too.
+    pub staged: bool,
 }
 
 impl Evidence {
     /// A connection stands over these lanes, and nothing more is known of it.
     pub fn connected(lanes: Vec<String>) -> Evidence {
-        Evidence { grade: Grade::E3, lanes, library: None, seen: Vec::new(), unseen: Vec::new(), emulated: false }
+        Evidence {
+            grade: Grade::E3,
+            lanes,
+            library: None,
+            seen: Vec::new(),
+            unseen: Vec::new(),
+            emulated: false,
+            staged: false,
+        }
     }
 
     /// With something that was seen.

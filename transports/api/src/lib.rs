@@ -13,6 +13,10 @@ mod part;
 mod pool;
 mod region;
 mod stage;
+mod staged_events;
+mod staged_in;
+mod staged_out;
+mod staged_shown;
 mod transport;
 
 pub use cursor::{Cursor, Piece};
@@ -25,6 +29,10 @@ pub use part::first_part;
 pub use pool::{Pool, PoolError, PoolOptions};
 pub use region::Region;
 pub use stage::{Slot, Stage};
+pub use staged_events::StagedEvents;
+pub use staged_in::StagedIn;
+pub use staged_out::{STAGED_AHEAD, Staged, StagedChunk, StagedOut};
+pub use staged_shown::StagedShown;
 pub use transport::{
     BindError, ConnectError, DeviceEvent, Expected, ImportError, Notice, OpenError, PeerId, PostError, Provider,
     RemotePool, Transfer, Transport,

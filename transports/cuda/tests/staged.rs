@@ -1,53 +1,95 @@
-//! The suite over TCP with pools in GPU memory, staged through page-locked host memory: `cargo test -p kvferry-cuda -- --ignored`.
+//! The suite over TCP and UCX with pools in GPU memory, staged through page-locked host memory: `cargo test -p kvferry-cuda -- --ignored`.
 
 use kvferry_core::{PoolId, PoolLayout, TransportKind};
 use kvferry_cuda::{Allocate, allocate};
 use kvferry_tcp::TcpProvider;
-use kvferry_transport::{Device, OpenError, Options, Pool, PoolError, Provider, Transport};
+use kvferry_transport::{Device, OpenError, Options, PackedBy, Pool, PoolError, Provider, Transport};
+use kvferry_ucx::UcxProvider;
 
-/// TCP between pools on the first GPU, in chunks so small that most transfers take several.
-struct Staged {
-    tcp: TcpProvider,
+/// A transport between pools on the first GPU, in chunks so small that most transfers take several.
+struct Staged<P> {
+    provider: P,
     which: fn(PoolId) -> bool,
 }
 
-impl Staged {
-    fn new(which: fn(PoolId) -> bool) -> Staged {
-        Staged { tcp: TcpProvider::new(), which }
+impl<P> Staged<P> {
+    fn new(provider: P, which: fn(PoolId) -> bool) -> Staged<P> {
+        Staged { provider, which }
     }
 }
 
-impl Provider for Staged {
+impl<P: Provider> Provider for Staged<P> {
     fn kind(&self) -> TransportKind {
-        self.tcp.kind()
+        self.provider.kind()
     }
 
     fn discover(&self) -> Vec<Device> {
-        self.tcp.discover()
+        self.provider.discover()
     }
 
     fn allocate(&self, device: &Device, id: PoolId, layout: PoolLayout, name: &str) -> Result<Pool, PoolError> {
         if (self.which)(id) {
             return allocate(0, id, layout, Allocate::Best);
         }
-        self.tcp.allocate(device, id, layout, name)
+        self.provider.allocate(device, id, layout, name)
     }
 
     fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError> {
         let staged = Options { staged_chunk_bytes: 64 << 10, staged_chunks: 8, ..options.clone() };
-        self.tcp.open(device, &staged)
+        self.provider.open(device, &staged)
     }
 }
 
-mod both {
-    kvferry_transport::conformance!(super::Staged::new(|_| true); #[ignore = "needs a GPU"]);
+fn all(_: PoolId) -> bool {
+    true
 }
 
 // The suite's sources have odd numbers, its destinations even ones.
+fn odd(pool: PoolId) -> bool {
+    !pool.0.is_multiple_of(2)
+}
+
+fn even(pool: PoolId) -> bool {
+    pool.0.is_multiple_of(2)
+}
+
+/// Chunks come as messages over TCP's lanes, or are read through shared memory.
+fn ucx(by: PackedBy) -> UcxProvider {
+    let device = if by == PackedBy::Read { "memory" } else { "lo" };
+    UcxProvider::new().only(device).packed(by, u64::MAX)
+}
+
+mod both {
+    use super::*;
+    kvferry_transport::conformance!(Staged::new(TcpProvider::new(), all); #[ignore = "needs a GPU"]);
+}
+
 mod source {
-    kvferry_transport::conformance!(super::Staged::new(|pool| !pool.0.is_multiple_of(2)); #[ignore = "needs a GPU"]);
+    use super::*;
+    kvferry_transport::conformance!(Staged::new(TcpProvider::new(), odd); #[ignore = "needs a GPU"]);
 }
 
 mod destination {
-    kvferry_transport::conformance!(super::Staged::new(|pool| pool.0.is_multiple_of(2)); #[ignore = "needs a GPU"]);
+    use super::*;
+    kvferry_transport::conformance!(Staged::new(TcpProvider::new(), even); #[ignore = "needs a GPU"]);
+}
+
+mod ucx_message {
+    use super::*;
+    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Message), all); #[ignore = "needs a GPU and UCX"]);
+}
+
+mod ucx_read {
+    use super::*;
+    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Read), all); #[ignore = "needs a GPU and UCX"]);
+}
+
+mod ucx_source {
+    use super::*;
+    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Read), odd); #[ignore = "needs a GPU and UCX"]);
+}
+
+mod ucx_destination {
+    use super::*;
+    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Read), even); #[ignore = "needs a GPU and UCX"]);
 }

@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvferry_core::{End, PoolId, PoolLayout, Program, TransferId, UnitRange};
-use kvferry_transport::{Direction, Evidence, Expected, Notice, PeerId, Pool, Stage};
+use kvferry_transport::{Direction, Evidence, Expected, Notice, PeerId, Pool, Stage, StagedShown};
 
 use crate::address::KEY_BYTES;
 use crate::frame::WriteRequest;
 use crate::share::Share;
-use crate::staging::Told;
 use crate::stream::{Flow, Key, Stream};
 
 /// Transfers shorter than this stay on one stream.
@@ -49,7 +48,7 @@ pub(crate) struct Connection {
     pub(crate) reads: BTreeMap<u64, Serving>,
     /// Pushes that are arriving or held, by the peer's tag.
     pub(crate) writes: BTreeMap<u64, TransferId>,
-    pub(crate) told: Told,
+    pub(crate) told: StagedShown,
 }
 
 impl Connection {
@@ -66,7 +65,7 @@ impl Connection {
             posts: BTreeMap::new(),
             reads: BTreeMap::new(),
             writes: BTreeMap::new(),
-            told: Told::default(),
+            told: StagedShown::default(),
         }
     }
 

@@ -4,12 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpStream;
 
 use crate::frame::{HEADER_BYTES, Header, Kind};
-use crate::incoming::Incoming;
 use crate::scatter::Scatter;
 use crate::share::Share;
 use crate::socket::{self, Moved};
 use crate::stream::{Flow, Key};
-use kvferry_transport::Cursor;
+use kvferry_transport::{Cursor, StagedIn};
 
 /// Bytes that one call discards at most.
 const DISCARD_BYTES: usize = 64 << 10;
@@ -37,7 +36,7 @@ pub(crate) struct Sink {
 
 enum Place {
     Direct(Box<Cursor>),
-    Staged(Incoming),
+    Staged(StagedIn),
 }
 
 impl Sink {
@@ -45,7 +44,7 @@ impl Sink {
     pub(crate) fn new(share: Share, left: u64) -> Sink {
         let place = match share {
             Share::Direct(cursor) => Place::Direct(cursor),
-            Share::Staged(staged) => Place::Staged(Incoming::new(staged)),
+            Share::Staged(staged) => Place::Staged(StagedIn::new(staged)),
         };
         Sink { place, left }
     }
@@ -57,14 +56,14 @@ impl Sink {
         }
     }
 
-    fn incoming(&self) -> Option<&Incoming> {
+    fn incoming(&self) -> Option<&StagedIn> {
         match &self.place {
             Place::Direct(_) => None,
             Place::Staged(incoming) => Some(incoming),
         }
     }
 
-    fn incoming_mut(&mut self) -> Option<&mut Incoming> {
+    fn incoming_mut(&mut self) -> Option<&mut StagedIn> {
         match &mut self.place {
             Place::Direct(_) => None,
             Place::Staged(incoming) => Some(incoming),
@@ -130,7 +129,7 @@ impl Receiver {
         let Reading::Data { key, .. } = &self.reading else {
             return false;
         };
-        self.sinks.get(key).and_then(Sink::incoming).is_some_and(Incoming::is_stalled)
+        self.sinks.get(key).and_then(Sink::incoming).is_some_and(StagedIn::is_stalled)
     }
 
     /// Whether anything waits for a device.
@@ -141,14 +140,14 @@ impl Receiver {
     /// Whether [`Receiver::settle`] would get anywhere.
     pub(crate) fn has_settled(&self) -> bool {
         let incoming = |key| self.sinks.get(key).or_else(|| self.ending.get(key)).and_then(Sink::incoming);
-        self.emptying.iter().filter_map(incoming).any(Incoming::has_settled)
+        self.emptying.iter().filter_map(incoming).any(StagedIn::has_settled)
     }
 
     /// Lets go of slots that the device has emptied, and ends the shares that were the last ones.
     pub(crate) fn settle(&mut self, signals: &mut Vec<Signal>) {
         for key in self.emptying.iter().copied().collect::<Vec<_>>() {
             let sink = self.sinks.get_mut(&key).or_else(|| self.ending.get_mut(&key));
-            match sink.and_then(Sink::incoming_mut).map_or(Ok(true), Incoming::settle) {
+            match sink.and_then(Sink::incoming_mut).map_or(Ok(true), StagedIn::settle) {
                 Ok(false) => {}
                 Ok(true) => {
                     self.emptying.remove(&key);
@@ -230,10 +229,11 @@ impl Receiver {
             Reading::Data { key, left } => {
                 let place = self.sinks.get_mut(key).map(|sink| &mut sink.place);
                 if let Some(Place::Staged(incoming)) = place {
-                    let Some(body) = incoming.room(*left) else {
+                    let Some(room) = incoming.room(*left) else {
                         // Whoever calls has asked `is_stalled`.
                         return Ok((Moved::Bytes(0), 0));
                     };
+                    let body = libc::iovec { iov_base: room.at.cast(), iov_len: room.bytes };
                     let both = &mut [body, tail];
                     let entries = if body.iov_len == *left { &mut both[..] } else { &mut both[..1] };
                     let wanted = entries.iter().map(|entry| entry.iov_len).sum();

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use kvferry_core::{End, Program, Strips, UnitRange};
-use kvferry_transport::{Cursor, Stage};
+use kvferry_core::{End, Program, UnitRange};
+use kvferry_transport::{Cursor, Staged};
 
 use crate::connection::Bound;
 
@@ -15,16 +15,6 @@ pub(crate) enum Share {
     Staged(Staged),
 }
 
-/// A share that the device copies, chunk by chunk.
-#[derive(Clone)]
-pub(crate) struct Staged {
-    pub(crate) stage: Stage,
-    pub(crate) program: Arc<Program>,
-    pub(crate) strips: Strips,
-    /// Copies of the device so far.
-    pub(crate) chunks: u64,
-}
-
 impl Bound {
     /// The share of one stream. The program was validated against the pool's layout at that end.
     pub(crate) fn share(&self, program: &Arc<Program>, end: End, part: UnitRange) -> Share {
@@ -33,12 +23,7 @@ impl Bound {
                 let (pool, layout) = (self.pool.clone(), self.layout.clone());
                 Share::Direct(Box::new(Cursor::new(pool, layout, program.clone(), end, part)))
             }
-            Some(stage) => Share::Staged(Staged {
-                stage: stage.clone(),
-                program: program.clone(),
-                strips: program.strips(part),
-                chunks: 0,
-            }),
+            Some(stage) => Share::Staged(Staged::new(stage, program, part)),
         }
     }
 }

@@ -3,41 +3,16 @@
 use std::time::Duration;
 
 use kvferry_core::FenceProof;
-use kvferry_transport::{Event, Evidence, PeerId, Stage, TransferError};
+use kvferry_transport::{Event, PeerId, Stage, TransferError};
 
 use crate::frame::Refusal;
 use crate::stream::{Flow, Key, Stream};
 use crate::transport::TcpTransport;
 
-/// From so many bytes on, the figures of a way are told once more: those of the first transfer are cold.
-const SHOWN_BYTES: u64 = 256 << 20;
-
-/// An event that follows the device's last copy for it.
-pub(crate) struct Deferred {
-    marks: Vec<(Stage, u64)>,
-    event: Event,
-}
-
-/// What was told of the stage on the way to a peer.
-#[derive(Default)]
-pub(crate) struct Told {
-    times: u32,
-    bytes: u64,
-}
-
 impl TcpTransport {
     /// Reports an event that says that memory is no longer touched: once everything that these stages have under way has ended, and in order.
     pub(crate) fn report(&mut self, stages: &[Stage], event: Event) {
-        let marks: Vec<_> = stages
-            .iter()
-            .map(|stage| (stage.clone(), stage.mark()))
-            .filter(|(stage, mark)| !stage.is_past(*mark))
-            .collect();
-        if marks.is_empty() && self.deferred.is_empty() {
-            self.events.push(event);
-        } else {
-            self.deferred.push_back(Deferred { marks, event });
-        }
+        self.deferred.report(stages, event, &mut self.events);
     }
 
     /// Tells of a fence: no copy that is under way for anybody touches a pool any more.
@@ -49,12 +24,6 @@ impl TcpTransport {
         self.report(&stages, Event::Fenced { peer, proof: FenceProof::OwnerCopies });
     }
 
-    /// Whether a transfer's end is still to be told.
-    pub(crate) fn is_ending(&self, id: kvferry_core::TransferId) -> bool {
-        let of = |event: &Event| matches!(event, Event::Failed { id: ended, .. } if *ended == id);
-        self.deferred.iter().any(|deferred| of(&deferred.event))
-    }
-
     /// Looks what the devices have done, and gives turns to the streams that waited for it.
     pub(crate) fn attend(&mut self) {
         for bound in self.pools.values() {
@@ -62,16 +31,7 @@ impl TcpTransport {
                 stage.poll();
             }
         }
-        while let Some(first) = self.deferred.front() {
-            let is_past = |(stage, mark): &(Stage, u64)| {
-                stage.poll();
-                stage.is_past(*mark)
-            };
-            if !first.marks.iter().all(is_past) {
-                break;
-            }
-            self.events.extend(self.deferred.pop_front().map(|deferred| deferred.event));
-        }
+        self.deferred.settle(&mut self.events);
         if self.is_starved() {
             let streams = self.connections.values_mut().flat_map(|connection| &mut connection.streams);
             streams.for_each(Stream::relieve);
@@ -98,9 +58,8 @@ impl TcpTransport {
     /// Whether a device is at work, an event waits for it or a stream for a slot, and whether to look for its end all the time.
     pub(crate) fn waits_for_device(&self) -> Option<bool> {
         let bound = self.pools.values().filter_map(|bound| bound.stage.as_ref());
-        let deferred = self.deferred.iter().flat_map(|deferred| deferred.marks.iter().map(|(stage, _)| stage));
         let (mut is_busy, mut is_recent) = (!self.deferred.is_empty() || self.is_starved(), false);
-        for stage in bound.chain(deferred) {
+        for stage in bound.chain(self.deferred.stages()) {
             let (busy, recent) = stage.is_busy();
             is_busy |= busy;
             is_recent |= busy && recent;
@@ -141,24 +100,10 @@ impl TcpTransport {
         let Some(connection) = self.connections.get_mut(&peer) else {
             return;
         };
-        let told = &mut connection.told;
-        told.bytes = told.bytes.saturating_add(bytes);
-        if told.times >= 2 || bytes == 0 || (told.times == 1 && told.bytes < SHOWN_BYTES) {
+        if !connection.told.is_due(bytes) {
             return;
         }
-        told.times += 1;
-        let evidence = staged(connection.evidence(), stage, bytes as f64 / took.as_secs_f64().max(1e-9));
+        let evidence = stage.shown(connection.evidence(), bytes, took);
         self.events.push(Event::Shown { peer, evidence: Box::new(evidence) });
     }
-}
-
-/// A connection's evidence, and what is known of the stage behind it. `wire` is bytes per second of a whole transfer.
-fn staged(evidence: Evidence, stage: &Stage, wire: f64) -> Evidence {
-    let (kibibytes, slots) = (stage.slot_bytes() >> 10, stage.slots());
-    let copies = stage.speed().map_or("an unknown speed".to_owned(), |speed| format!("{:.1} GB/s", speed / 1e9));
-    evidence.seen(format!(
-        "staged through page-locked host memory: chunks of {kibibytes} KiB, {slots} of them for both directions; the device copies at {copies}, \
-         a whole transfer went at {:.2} GB/s",
-        wire / 1e9
-    ))
 }

@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 
 use crate::frame::{DATA_BYTES_MAX, Header, Kind, frame};
 use crate::gather::Gather;
-use crate::outgoing::Outgoing;
 use crate::receiver::{Receiver, Signal, Sink};
 use crate::share::Share;
 use crate::socket::Moved;
-use kvferry_transport::Cursor;
+use kvferry_transport::{Cursor, StagedOut};
 
 /// Replies that may wait before the peer has to read some: a peer that only asks is not listened to.
 const REPLY_BYTES_MAX: usize = 8 << 20;
@@ -71,7 +70,7 @@ pub(crate) struct Stream {
     /// Whether it has stopped listening for the replies that wait, and not yet given back what it needs for nothing else.
     is_deaf: bool,
     sources: VecDeque<Direct>,
-    outgoing: Outgoing,
+    outgoing: StagedOut<Key>,
     /// Whether the last data frame was a staged one: the two kinds take turns.
     was_staged: bool,
     writing: Writing,
@@ -92,7 +91,7 @@ impl Stream {
             reply_bytes: 0,
             is_deaf: false,
             sources: VecDeque::new(),
-            outgoing: Outgoing::default(),
+            outgoing: StagedOut::default(),
             was_staged: false,
             writing: Writing::Idle,
             gather: Gather::default(),
@@ -150,7 +149,8 @@ impl Stream {
         !self.gather.is_empty()
             || !self.control.is_empty()
             || !self.sources.is_empty()
-            || self.outgoing.has_work()
+            || self.outgoing.has_next()
+            || self.outgoing.can_refill()
             || !matches!(self.writing, Writing::Idle)
     }
 
@@ -194,7 +194,7 @@ impl Stream {
             self.writing = Writing::Filler(*left);
         }
         self.sources.retain(|source| source.key != key);
-        self.outgoing.remove(key);
+        self.outgoing.remove(|of| *of == key);
         self.gather.detach();
     }
 
@@ -311,19 +311,30 @@ impl Stream {
 
     /// Adds a whole data frame of the next full slot, and the end of its share behind the last one; false where none is full.
     fn chunk(&mut self, signals: &mut Vec<Signal>) -> bool {
-        self.outgoing.refill(signals);
-        let Some(chunk) = self.outgoing.next(signals) else {
+        self.refill(signals);
+        let mut failed = Vec::new();
+        let next = self.outgoing.next(&mut failed);
+        break_off(failed, signals);
+        let Some(chunk) = next else {
             return false;
         };
-        self.header(chunk.key, chunk.bytes as u32);
-        self.gather.slot(chunk.slot, chunk.bytes);
-        if let Some(pieces) = chunk.last {
-            self.header(chunk.key, 0);
-            signals.push(Signal::Sent { key: chunk.key, pieces });
+        let (key, bytes, last) = (chunk.key, chunk.bytes, chunk.last);
+        self.header(key, bytes as u32);
+        self.gather.slot(chunk.into_slot(), bytes);
+        if let Some(pieces) = last {
+            self.header(key, 0);
+            signals.push(Signal::Sent { key, pieces });
         }
         self.was_staged = true;
-        self.outgoing.refill(signals);
+        self.refill(signals);
         true
+    }
+
+    /// Has the device fill slots while there are some, the shares in turn.
+    fn refill(&mut self, signals: &mut Vec<Signal>) {
+        let mut failed = Vec::new();
+        while self.outgoing.refill(|_| DATA_BYTES_MAX as usize, &mut failed) {}
+        break_off(failed, signals);
     }
 
     /// The header of a data frame, or with no bytes of an end.
@@ -361,4 +372,9 @@ impl Stream {
         }
         Ok(())
     }
+}
+
+/// Tells of shares that the device failed to copy.
+fn break_off(failed: Vec<(Key, String)>, signals: &mut Vec<Signal>) {
+    signals.extend(failed.into_iter().map(|(key, reason)| Signal::Broken { key, is_outgoing: true, reason }));
 }

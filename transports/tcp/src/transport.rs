@@ -11,7 +11,7 @@ use kvferry_core::{End, PoolId, PoolLayout, Program, ProgramError, TransferId, U
 use kvferry_transport::codec::random;
 use kvferry_transport::{
     BindError, ConnectError, Direction, Event, Expected, ImportError, NicInfo, Options, PeerId, Pool, PoolKeys,
-    PostError, RemotePool, Stage, Transfer, TransferError, Transport, TransportKind, Wait,
+    PostError, RemotePool, Stage, StagedEvents, Transfer, TransferError, Transport, TransportKind, Wait,
 };
 
 use crate::address::{Address, KEY_BYTES, Keys};
@@ -20,7 +20,6 @@ use crate::frame::STREAMS_MAX;
 use crate::greeting::{Greeting, Hello};
 use crate::receiver::Signal;
 use crate::socket::{self, Poller};
-use crate::staging::Deferred;
 
 /// How long a connection may take to be up, and a client to say hello.
 pub(crate) const GREETING_WAIT: Duration = Duration::from_secs(5);
@@ -62,7 +61,7 @@ pub(crate) struct TcpTransport {
     /// Streams that wait for a device.
     pub(crate) staging: BTreeSet<(PeerId, usize)>,
     /// Events that wait for one, in order.
-    pub(crate) deferred: VecDeque<Deferred>,
+    pub(crate) deferred: StagedEvents,
     /// What happened since the last poll.
     pub(crate) events: Vec<Event>,
     pub(crate) signals: Vec<Signal>,
@@ -109,7 +108,7 @@ impl TcpTransport {
             held: BTreeMap::new(),
             active: VecDeque::new(),
             staging: BTreeSet::new(),
-            deferred: VecDeque::new(),
+            deferred: StagedEvents::default(),
             events: Vec::new(),
             signals: Vec::new(),
             next_deadline: None,
@@ -247,7 +246,7 @@ impl Transport for TcpTransport {
 
     fn expect(&mut self, expected: Expected) -> Result<(), PostError> {
         let id = expected.id;
-        if self.expected.contains_key(&id) || self.is_ending(id) {
+        if self.expected.contains_key(&id) || self.deferred.is_ending(id) {
             return Err(PostError::Duplicate(id));
         }
         if self.expected.len() >= self.options.transfers_max.saturating_mul(EXPECTED_PER_POST) {
@@ -265,7 +264,7 @@ impl Transport for TcpTransport {
 
     fn post(&mut self, transfer: Transfer) -> Result<(), PostError> {
         let Transfer { id, peer, direction, local, remote, program, range, notice } = transfer;
-        if self.posts.contains_key(&id) || self.is_ending(id) {
+        if self.posts.contains_key(&id) || self.deferred.is_ending(id) {
             return Err(PostError::Duplicate(id));
         }
         let connection = self.connections.get(&peer).ok_or(PostError::UnknownPeer(peer))?;

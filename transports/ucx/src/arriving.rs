@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::{End, Program, TransferId};
 use kvferry_transport::codec::encode;
-use kvferry_transport::{Cursor, Event, Expected, PeerId, PostError, RemotePool, TransferError};
+use kvferry_transport::{Event, Expected, PeerId, PostError, RemotePool, TransferError};
 
 use crate::inbox::{Flow, Key};
 use crate::remote::Bound;
@@ -57,7 +57,7 @@ pub(crate) struct Held {
 impl UcxTransport {
     pub(crate) fn expect_push(&mut self, expected: Expected) -> Result<(), PostError> {
         let id = expected.id;
-        if self.expected.contains_key(&id) {
+        if self.expected.contains_key(&id) || self.deferred.is_ending(id) {
             return Err(PostError::Duplicate(id));
         }
         if self.expected.len() >= self.options.transfers_max.saturating_mul(EXPECTED_PER_POST) {
@@ -125,7 +125,7 @@ impl UcxTransport {
             return self.refuse(peer, tag, &Refusal::text(words));
         }
         let (here, there) = (expectation.fingerprint, write.fingerprint);
-        let range = expectation.expected.range;
+        let (range, reads) = (expectation.expected.range, expectation.local.stage.is_none());
         let end = if here != there {
             Some((Refusal::Mismatch { here, there }, TransferError::Mismatch { local: here, remote: there }))
         } else if range != write.range() {
@@ -142,7 +142,7 @@ impl UcxTransport {
         }
         let Some(link) = self.sessions.get(&peer).map(|session| session.link) else { return };
         self.watched = None;
-        let readable = write.source.filter(|_| self.reads_memory(link));
+        let readable = write.source.filter(|_| reads && self.reads_memory(link));
         let progress = match readable.map(|named| (named, self.with_source(id, program))) {
             None => Progress::Sent,
             Some((_, Err(reason))) => {
@@ -183,10 +183,9 @@ impl UcxTransport {
         let (peer, tag) = (arriving.peer, arriving.tag);
         let Some(session) = self.sessions.get(&peer) else { return };
         let (local, expected) = (&expectation.local, &expectation.expected);
-        let (pool, layout, program) = (local.pool.clone(), local.layout.clone(), expected.program.clone());
-        let bytes = program.bytes_in(expected.range);
-        let cursor = Cursor::new(pool, layout, program, End::Destination, expected.range);
-        self.worker.inbox.add_sink(Key { session: session.here, flow: Flow::Push, tag }, cursor, bytes);
+        let bytes = expected.program.bytes_in(expected.range);
+        let share = local.share(&expected.program, End::Destination, expected.range);
+        self.worker.inbox.add_sink(Key { session: session.here, flow: Flow::Push, tag }, share, bytes);
         self.say(peer, Kind::Go, 0, tag, &[]);
     }
 
@@ -286,7 +285,7 @@ impl UcxTransport {
             }
             self.refuse(arriving.peer, arriving.tag, &Refusal::text(words));
         }
-        self.events.push(Event::Failed { id, error });
+        self.report(expectation.local.stage.as_slice(), Event::Failed { id, error });
     }
 
     /// Fails what was to be read from one pool of a peer and has not begun.

@@ -29,7 +29,7 @@ impl UcxTransport {
     pub(crate) fn choose(&mut self, link: u64, id: TransferId, piece_bytes: u64, bytes: u64) -> Manner {
         let is_alone = self.fetches.is_empty()
             && !self.worker.inbox.has_sinks()
-            && self.links.values().all(|link| link.outgoing.sources.is_empty() && link.outgoing.in_flight == 0);
+            && self.links.values().all(|link| link.outgoing.is_idle() && link.outgoing.in_flight == 0);
         let Some(costs) = self.costs(link) else { return Manner::Read };
         let manner = costs.choose(piece_bytes, bytes, is_alone);
         let since = Instant::now();

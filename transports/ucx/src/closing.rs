@@ -156,7 +156,7 @@ impl UcxTransport {
             self.events.extend(others.map(|peer| Event::PeerLost { peer, reason: reason.clone() }));
         }
         if links.is_empty() {
-            self.events.push(Event::Fenced { peer, proof: FenceProof::OwnerCopies });
+            self.report_fence(peer, FenceProof::OwnerCopies);
         } else {
             self.fences.push(Fence { peer, links });
         }
@@ -171,14 +171,13 @@ impl UcxTransport {
         let (links, closing) = (&self.links, &self.closing);
         self.receiving.settle(|link| links.contains_key(&link) || closing.contains_key(&link));
         self.end_stopped_fetches();
-        let (closing, events) = (&self.closing, &mut self.events);
-        self.fences.retain(|fence| {
-            let proved = !fence.links.iter().any(|link| closing.contains_key(link));
-            if proved {
-                events.push(Event::Fenced { peer: fence.peer, proof: FenceProof::EndpointDestroyed });
-            }
-            !proved
-        });
+        let closing = &self.closing;
+        let stands = |fence: &Fence| fence.links.iter().any(|link| closing.contains_key(link));
+        let (stand, proved): (Vec<Fence>, Vec<Fence>) = std::mem::take(&mut self.fences).into_iter().partition(stands);
+        self.fences = stand;
+        for fence in proved {
+            self.report_fence(fence.peer, FenceProof::EndpointDestroyed);
+        }
     }
 
     /// Says goodbye to every peer and gives UCX a bounded time to let go of all that it holds.

@@ -65,13 +65,30 @@ impl Depot {
         (0..CREDITS).find(|buffer| self.lent & bit(*buffer) == 0)
     }
 
+    /// How many are free.
+    pub(crate) fn idle_count(&self) -> usize {
+        (CREDITS - self.lent.count_ones()) as usize
+    }
+
+    /// Copies a chunk into a free buffer, which is the peer's from now on. `None` where the buffer is not free, or too short.
+    pub(crate) fn put(&mut self, buffer: u32, chunk: &[u8]) -> Option<Parcel> {
+        let start = self.start(buffer).filter(|_| chunk.len() <= PARCEL_BYTES_MAX)?;
+        // SAFETY: as much room in a buffer of ours that the peer has given back; the chunk is no memory of it.
+        unsafe { std::ptr::copy_nonoverlapping(chunk.as_ptr(), start, chunk.len()) };
+        self.lent |= bit(buffer);
+        Some(Parcel { buffer, bytes: u32::try_from(chunk.len()).ok()? })
+    }
+
+    /// The first byte of a buffer, if it is free.
+    fn start(&self, buffer: u32) -> Option<*mut u8> {
+        let is_free = buffer < CREDITS && self.lent & bit(buffer) == 0;
+        is_free.then(|| self.pages.base.wrapping_add(buffer as usize * PARCEL_BYTES_MAX))
+    }
+
     /// Packs a transfer's next chunk into a free buffer, which is the peer's from now on. `None` where the buffer is not free, or the program
     /// ends before its bytes.
     pub(crate) fn load(&mut self, buffer: u32, source: &mut Source) -> Option<Parcel> {
-        if buffer >= CREDITS || self.lent & bit(buffer) != 0 {
-            return None;
-        }
-        let start = self.pages.base.wrapping_add(buffer as usize * PARCEL_BYTES_MAX);
+        let start = self.start(buffer)?;
         let mut length = 0;
         let bytes = source.pack(PARCEL_BYTES_MAX, |from, bytes| {
             if bytes > PARCEL_BYTES_MAX - length {

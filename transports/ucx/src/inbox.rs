@@ -1,17 +1,15 @@
 //! What comes in: active messages are taken off UCX's hands at once, bytes of transfers straight into blocks.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
 
-use kvferry_transport::Cursor;
 use ucx_sys::{UCP_AM_RECV_ATTR_FLAG_RNDV, UCS_INPROGRESS, UCS_OK, ucp_am_recv_param_t, ucp_ep_h, ucs_status_t};
 
+use crate::share::Share;
+use crate::sink::{Body, Early, Sink, Wrong};
 use crate::staging::Buffer;
 use crate::wire::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
-
-/// Chunks of one transfer that came before an earlier one.
-const EARLY_MAX: usize = 64;
 
 /// Which transfer of which session bytes belong to: pulls and pushes are counted by different ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,6 +29,15 @@ impl Key {
         };
         Some(Key { session: header.session, flow, tag: header.tag })
     }
+
+    /// What heads its data.
+    pub(crate) fn header(self, number: u32) -> Header {
+        let kind = match self.flow {
+            Flow::Pull => Kind::PullData,
+            Flow::Push => Kind::PushData,
+        };
+        Header { kind, number, session: self.session, tag: self.tag }
+    }
 }
 
 /// Which way a transfer's data goes.
@@ -42,51 +49,16 @@ pub(crate) enum Flow {
     Push,
 }
 
-/// Where a transfer is put.
-pub(crate) struct Sink {
-    cursor: Cursor,
-    left: u64,
-    /// The chunk that is put next.
-    next: u32,
-    early: BTreeMap<u32, Early>,
-}
-
-/// A chunk's bytes.
-enum Body<'a> {
-    /// UCX's, for the time of a call.
-    Lent(&'a [u8]),
-    Own(Buffer),
-}
-
-impl Body<'_> {
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Body::Lent(bytes) => bytes,
-            Body::Own(buffer) => buffer,
-        }
-    }
-
-    fn keep(self) -> Buffer {
-        match self {
-            Body::Lent(bytes) => bytes.to_vec().into(),
-            Body::Own(buffer) => buffer,
-        }
-    }
-}
-
-/// A chunk that came before one that is put ahead of it.
-struct Early {
-    body: Buffer,
-    place: Option<u32>,
-}
-
 /// What came, in order.
 pub(crate) enum Arrival {
     /// A message other than data.
     Message { header: Header, body: Vec<u8> },
-    /// A chunk was taken off the link; whose session, which buffer of the link's staging it was in if it was read, and whether it was its
-    /// transfer's last.
-    Chunk { session: u64, place: Option<u32>, whole: Option<(Key, u64)> },
+    /// A chunk was taken off the link; whose session, and which buffer of the link's staging it was in if it was read.
+    Chunk { session: u64, place: Option<u32> },
+    /// Every byte of a transfer is in place; in how many pieces.
+    Whole { key: Key, pieces: u64 },
+    /// The device fails to copy a transfer, of which no more is put.
+    Uncopied { key: Key, reason: String },
     /// A chunk was announced.
     Announced(Rendezvous),
     /// A session's peer broke the rules.
@@ -112,13 +84,32 @@ pub(crate) struct Inbox {
 struct State {
     arrivals: Vec<Arrival>,
     sinks: BTreeMap<Key, Sink>,
+    /// Those that a device empties.
+    staged: BTreeSet<Key>,
     bytes: u64,
 }
 
 impl Inbox {
-    pub(crate) fn add_sink(&self, key: Key, cursor: Cursor, bytes: u64) {
-        let sink = Sink { cursor, left: bytes, next: 0, early: BTreeMap::new() };
-        self.state.borrow_mut().sinks.insert(key, sink);
+    pub(crate) fn add_sink(&self, key: Key, share: Share, bytes: u64) {
+        let mut state = self.state.borrow_mut();
+        if matches!(share, Share::Staged(_)) {
+            state.staged.insert(key);
+        }
+        state.sinks.insert(key, Sink::new(share, bytes));
+    }
+
+    /// Goes on where a device has emptied slots, and has it empty those that were filled since.
+    pub(crate) fn settle(&self) {
+        let mut state = self.state.borrow_mut();
+        for key in state.staged.iter().copied().collect::<Vec<_>>() {
+            state.go_on(key);
+        }
+    }
+
+    /// Whether [`Inbox::settle`] would get anywhere: a slot is free that somebody waited for, or the device is done with one.
+    pub(crate) fn can_settle(&self) -> bool {
+        let state = self.state.borrow();
+        state.staged.iter().filter_map(|key| state.sinks.get(key)).any(Sink::can_go_on)
     }
 
     /// Puts no more bytes of a transfer anywhere; later ones are discarded.
@@ -196,83 +187,64 @@ impl Inbox {
 impl State {
     /// Puts no more bytes of a transfer anywhere. What came early frees its place on the link.
     fn end(&mut self, key: Key) {
-        let early = self.sinks.remove(&key).map(|sink| sink.early).unwrap_or_default();
-        let freed = |early: Early| Arrival::Chunk { session: key.session, place: early.place, whole: None };
-        self.arrivals.extend(early.into_values().map(freed));
+        self.staged.remove(&key);
+        let early = self.sinks.remove(&key).map(Sink::into_early);
+        let freed = |early: Early| Arrival::Chunk { session: key.session, place: early.place };
+        self.arrivals.extend(early.into_iter().flatten().map(freed));
     }
 
     fn chunk(&mut self, key: Key, number: u32, body: Body<'_>, place: Option<u32>) {
+        let mut freed = Vec::new();
+        let put = match self.sinks.get_mut(&key) {
+            Some(sink) => sink.take(number, body, place, &mut freed),
+            // A chunk of a transfer that has ended here still frees its place on the link.
+            None => {
+                freed.push(place);
+                Ok(0)
+            }
+        };
+        self.note(key, freed, put);
+        // A device has to empty the slots first.
+        if self.sinks.get(&key).is_some_and(|sink| !self.staged.contains(&key) && sink.is_put()) {
+            self.whole(key);
+        }
+    }
+
+    /// Goes on with a transfer that waits for a device.
+    fn go_on(&mut self, key: Key) {
+        let Some(sink) = self.sinks.get_mut(&key) else { return };
+        let mut freed = Vec::new();
+        let put = sink.go_on(&mut freed).and_then(|put| Ok((put, sink.settle()?)));
+        let is_whole = put.as_ref().is_ok_and(|(_, is_settled)| *is_settled);
+        self.note(key, freed, put.map(|(put, _)| put));
+        if is_whole {
+            self.whole(key);
+        }
+    }
+
+    /// Tells what came of putting bytes.
+    fn note(&mut self, key: Key, freed: Vec<Option<u32>>, put: Result<u64, Wrong>) {
         let session = key.session;
-        // A chunk of a transfer that has ended here still frees its place on the link.
-        let (mut whole, mut placed) = (None, vec![place]);
-        if let Some(sink) = self.sinks.get_mut(&key) {
-            match sink.take(number, body, place) {
-                // What came early keeps its place until it is put.
-                Ok((bytes, places)) => {
-                    self.bytes += bytes;
-                    placed = places;
-                }
-                Err(reason) => {
-                    self.sinks.remove(&key);
-                    self.arrivals.push(Arrival::Breach { session, reason });
-                    return;
-                }
-            }
-            if sink.left == 0 && sink.early.is_empty() {
-                whole = Some((key, sink.cursor.pieces()));
+        self.arrivals.extend(freed.into_iter().map(|place| Arrival::Chunk { session, place }));
+        match put {
+            Ok(bytes) => self.bytes += bytes,
+            Err(Wrong::Breach(reason)) => {
+                self.staged.remove(&key);
                 self.sinks.remove(&key);
+                self.arrivals.push(Arrival::Breach { session, reason });
+            }
+            Err(Wrong::Device(reason)) => {
+                self.end(key);
+                self.arrivals.push(Arrival::Uncopied { key, reason });
             }
         }
-        let count = placed.len();
-        for (place, number) in placed.into_iter().zip(1..) {
-            let whole = whole.filter(|_| number == count);
-            self.arrivals.push(Arrival::Chunk { session, place, whole });
-        }
-    }
-}
-
-impl Sink {
-    /// Puts a chunk in place, or keeps it until the ones before it are there: reads end in any order, and UCX does not promise that messages come
-    /// in theirs. Says how many bytes were put, and for each chunk that was which buffer it was in, in order.
-    fn take(
-        &mut self,
-        number: u32,
-        body: Body<'_>,
-        place: Option<u32>,
-    ) -> Result<(u64, Vec<Option<u32>>), &'static str> {
-        if number != self.next {
-            let ahead = number.checked_sub(self.next).filter(|ahead| (*ahead as usize) < EARLY_MAX);
-            if ahead.is_none() || self.early.insert(number, Early { body: body.keep(), place }).is_some() {
-                return Err("a chunk came twice, or far too early");
-            }
-            return Ok((0, Vec::new()));
-        }
-        let (mut put, mut places) = (self.put(body.bytes())?, vec![place]);
-        while let Some(Early { body, place }) = self.early.remove(&self.next) {
-            put += self.put(&body)?;
-            places.push(place);
-        }
-        Ok((put, places))
     }
 
-    fn put(&mut self, mut body: &[u8]) -> Result<u64, &'static str> {
-        let bytes = body.len() as u64;
-        if bytes > self.left || (bytes == 0 && self.left > 0) {
-            return Err("a chunk does not fit the transfer that it is of");
+    fn whole(&mut self, key: Key) {
+        self.staged.remove(&key);
+        if let Some(sink) = self.sinks.remove(&key) {
+            self.arrivals.push(Arrival::Whole { key, pieces: sink.pieces() });
         }
-        while !body.is_empty() {
-            let Some(piece) = self.cursor.take(body.len()) else {
-                return Err("a program ended before the bytes that came for it");
-            };
-            let (now, rest) = body.split_at(piece.bytes.min(body.len()));
-            // SAFETY: the piece lies in the cursor's pool, which the cursor keeps alive, and has as many bytes; `now` is a message of UCX's
-            // or ours, never pool memory. No reference covers the piece.
-            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), piece.at, now.len()) };
-            body = rest;
-        }
-        self.left -= bytes;
-        self.next = self.next.wrapping_add(1);
-        Ok(bytes)
     }
 }
 
@@ -326,71 +298,4 @@ pub(crate) unsafe extern "C" fn on_error(mark: *mut c_void, _endpoint: ucp_ep_h,
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use kvferry_core::{End, PoolId};
-    use kvferry_transport::conformance::{block_planes, whole_blocks};
-    use kvferry_transport::{Pool, PoolOptions};
-
-    use super::*;
-
-    const KEY: Key = Key { session: 5, flow: Flow::Pull, tag: 9 };
-
-    /// Two blocks of 32 bytes, and a cursor over both.
-    fn cursor() -> (Pool, Cursor) {
-        let layout = block_planes(1, 2, 32);
-        let options = PoolOptions { huge_pages: false, ..PoolOptions::default() };
-        let pool = Pool::allocate_with(PoolId(1), layout.clone(), "inbox", &options).unwrap();
-        let program = whole_blocks(1, 16, 32, 0..2, 0..2);
-        let range = program.whole();
-        (pool.clone(), Cursor::new(pool, Arc::new(layout), Arc::new(program), End::Destination, range))
-    }
-
-    fn header(number: u32) -> Header {
-        Header { kind: Kind::PullData, number, session: KEY.session, tag: KEY.tag }
-    }
-
-    /// In which buffer each was, and whether it was the last.
-    fn chunks(inbox: &Inbox) -> Vec<(Option<u32>, bool)> {
-        let one = |arrival| match arrival {
-            Arrival::Chunk { place, whole, .. } => Some((place, whole.is_some())),
-            _ => None,
-        };
-        inbox.take().into_iter().filter_map(one).collect()
-    }
-
-    #[test]
-    fn a_chunk_keeps_its_place_on_the_link_until_it_is_put() {
-        let inbox = Inbox::default();
-        let (pool, cursor) = cursor();
-        inbox.add_sink(KEY, cursor, 64);
-        inbox.brought(header(1), vec![2; 32].into(), Some(5));
-        assert_eq!((chunks(&inbox), inbox.take_bytes()), (Vec::new(), 0));
-        inbox.brought(header(0), vec![1; 32].into(), None);
-        assert_eq!((chunks(&inbox), inbox.take_bytes()), (vec![(None, false), (Some(5), true)], 64));
-        let mut bytes = [0; 32];
-        for block in 0..2 {
-            pool.read(0, block, 0, &mut bytes).unwrap();
-            assert_eq!(bytes, [1 + block as u8; 32]);
-        }
-    }
-
-    #[test]
-    fn what_came_early_for_a_transfer_that_ends_frees_its_place() {
-        for of_session in [false, true] {
-            let inbox = Inbox::default();
-            inbox.add_sink(KEY, cursor().1, 64);
-            inbox.brought(header(1), vec![2; 16].into(), Some(0));
-            inbox.brought(header(2), vec![3; 16].into(), Some(7));
-            if of_session {
-                inbox.remove_session(KEY.session)
-            } else {
-                inbox.remove_sink(KEY)
-            }
-            assert_eq!(chunks(&inbox), [(Some(0), false), (Some(7), false)]);
-            inbox.brought(header(0), vec![1; 32].into(), Some(3));
-            assert_eq!((chunks(&inbox), inbox.take_bytes()), (vec![(Some(3), false)], 0), "nobody waits for it");
-        }
-    }
-}
+mod tests;

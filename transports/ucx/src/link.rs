@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use kvferry_core::TransferId;
 use kvferry_topology::Way;
-use kvferry_transport::{Cursor, PeerId};
+use kvferry_transport::{Cursor, PeerId, StagedOut, StagedShown};
 
 use crate::collecting::Supply;
 use crate::cost::Costs;
@@ -14,7 +14,7 @@ use crate::endpoint::Endpoint;
 use crate::inbox::{Flow, Key};
 use crate::lanes::Lanes;
 use crate::warming::Warmth;
-use crate::wire::{Header, KEY_BYTES, Kind};
+use crate::wire::{Header, KEY_BYTES};
 
 /// Chunks that may be on a link before its reader has to take some off.
 pub(crate) const CREDITS: u32 = 8;
@@ -61,6 +61,8 @@ pub(crate) struct Link {
     pub(crate) warmth: Warmth,
     /// Nobody uses it; it is kept until then, since an endpoint that is made anew while the peer still closes the old one is often reset.
     pub(crate) idle_until: Option<Instant>,
+    /// What was told of the stage of a pool that moves over it.
+    pub(crate) shown: StagedShown,
     /// Numbers of sessions that are over: chunks of them may still come, and free their places.
     pub(crate) ended: VecDeque<u64>,
 }
@@ -87,6 +89,7 @@ impl Link {
             collecting: 0,
             warmth: Warmth::default(),
             idle_until: None,
+            shown: StagedShown::default(),
             ended: VecDeque::new(),
         }
     }
@@ -109,6 +112,8 @@ pub(crate) struct Outgoing {
     pub(crate) offered: usize,
     pub(crate) credits: u32,
     pub(crate) sources: VecDeque<Source>,
+    /// Transfers out of a device's memory.
+    pub(crate) staged: StagedOut<(Key, PeerId)>,
 }
 
 impl Default for Outgoing {
@@ -120,6 +125,7 @@ impl Default for Outgoing {
             offered: 0,
             credits: CREDITS,
             sources: VecDeque::new(),
+            staged: StagedOut::default(),
         }
     }
 }
@@ -143,12 +149,40 @@ impl Outgoing {
 
     /// Whether a turn would get anything out.
     pub(crate) fn can_send(&self) -> bool {
-        self.in_flight < SENDS_MAX && (!self.messages.is_empty() || (self.credits > 0 && !self.sources.is_empty()))
+        (self.in_flight < SENDS_MAX && !self.messages.is_empty())
+            || (self.may_send_chunk() && (!self.sources.is_empty() || self.staged.can_refill()))
+            || self.staged.has_next()
+    }
+
+    /// Whether the link has a place for one more chunk, beside those that a device fills already: these are sent as soon as they are full, so that
+    /// no peer keeps a slot of the stage.
+    pub(crate) fn may_send_chunk(&self) -> bool {
+        let ahead = self.staged.ahead().count();
+        self.credits as usize > ahead && self.in_flight + ahead < SENDS_MAX
+    }
+
+    /// Whether no transfer goes out.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.sources.is_empty() && self.staged.is_idle()
+    }
+
+    /// Whether bytes of a transfer are still to go out.
+    pub(crate) fn sends(&self, of: PeerId, flow: Flow, tag: u64) -> bool {
+        let is_it = |key: &Key, peer: PeerId| peer == of && key.tag == tag && key.flow == flow;
+        self.sources.iter().any(|source| is_it(&source.key, source.peer))
+            || self.staged.holds(|(key, peer)| is_it(key, *peer))
     }
 
     /// Reads no more bytes of a transfer.
     pub(crate) fn remove_source(&mut self, key: Key) {
         self.sources.retain(|source| source.key != key);
+        self.staged.remove(|(of, _)| *of == key);
+    }
+
+    /// Reads no more bytes of a peer's transfers.
+    pub(crate) fn remove_sources_of(&mut self, peer: PeerId) {
+        self.sources.retain(|source| source.peer != peer);
+        self.staged.remove(|(_, of)| *of == peer);
     }
 }
 
@@ -157,7 +191,8 @@ pub(crate) struct Source {
     /// With the peer's number of the session.
     pub(crate) key: Key,
     pub(crate) peer: PeerId,
-    pub(crate) cursor: Cursor,
+    /// None where there are no bytes.
+    pub(crate) cursor: Option<Box<Cursor>>,
     pub(crate) left: u64,
     /// Chunks so far.
     pub(crate) number: u32,
@@ -166,11 +201,12 @@ pub(crate) struct Source {
 impl Source {
     /// What heads the next chunk, if it is sent.
     pub(crate) fn header(&self) -> Header {
-        let kind = match self.key.flow {
-            Flow::Pull => Kind::PullData,
-            Flow::Push => Kind::PushData,
-        };
-        Header { kind, number: self.number, session: self.key.session, tag: self.key.tag }
+        self.key.header(self.number)
+    }
+
+    /// Contiguous pieces so far.
+    pub(crate) fn pieces(&self) -> u64 {
+        self.cursor.as_ref().map_or(0, |cursor| cursor.pieces())
     }
 
     /// Packs the next chunk, at most `room` bytes long: `put` takes its pieces, which lie in a live pool, in order, and says whether there was room.
@@ -181,7 +217,7 @@ impl Source {
         self.left -= wanted as u64;
         self.number = self.number.wrapping_add(1);
         while wanted > 0 {
-            let piece = self.cursor.take(wanted)?;
+            let piece = self.cursor.as_mut()?.take(wanted)?;
             if !put(piece.at, piece.bytes) {
                 return None;
             }

@@ -1,14 +1,16 @@
 //! Transfers that this side posted.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvferry_core::{End, Program, TransferId, UnitRange};
 use kvferry_topology::Way;
 use kvferry_transport::codec::{decode, encode};
-use kvferry_transport::{Cursor, Direction, Event, Notice, PeerId, PostError, RemotePool, Transfer, TransferError};
+use kvferry_transport::{Direction, Event, Notice, PeerId, PostError, RemotePool, Transfer, TransferError};
 
 use crate::inbox::{Flow, Key};
 use crate::remote::Bound;
+use crate::share::Share;
 use crate::transport::UcxTransport;
 use crate::wire::{Done, Kind, Named, Read, Refusal, Write};
 
@@ -26,6 +28,7 @@ pub(crate) struct Posted {
     progress: Progress,
     /// Contiguous pieces that were packed here.
     pub(crate) pieces: u64,
+    since: Instant,
 }
 
 /// How far a posted transfer is.
@@ -45,19 +48,24 @@ enum Progress {
 }
 
 impl Posted {
-    fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.program.bytes_in(self.range)
     }
 
-    fn cursor(&self, end: End) -> Cursor {
-        Cursor::new(self.local.pool.clone(), self.local.layout.clone(), self.program.clone(), end, self.range)
+    /// How long ago it was posted.
+    pub(crate) fn took(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    fn share(&self, end: End) -> Share {
+        self.local.share(&self.program, end, self.range)
     }
 }
 
 impl UcxTransport {
     pub(crate) fn post_transfer(&mut self, transfer: Transfer) -> Result<(), PostError> {
         let Transfer { id, peer, direction, local, remote, program, range, notice } = transfer;
-        if self.posts.contains_key(&id) {
+        if self.posts.contains_key(&id) || self.deferred.is_ending(id) {
             return Err(PostError::Duplicate(id));
         }
         let session = self.sessions.get(&peer).ok_or(PostError::UnknownPeer(peer))?;
@@ -91,6 +99,7 @@ impl UcxTransport {
             tag: 0,
             progress: Progress::Queued,
             pieces: 0,
+            since: Instant::now(),
         };
         self.posts.insert(id, posted);
         if up {
@@ -122,7 +131,7 @@ impl UcxTransport {
                 let read = Read { pool, token, fingerprint, start: posted.range.start, end: posted.range.end };
                 let mut body = encode(&read);
                 posted.program.without(End::Destination).encode(&mut body);
-                self.worker.inbox.add_sink(key, posted.cursor(End::Destination), posted.bytes());
+                self.worker.inbox.add_sink(key, posted.share(End::Destination), posted.bytes());
                 self.say(peer, Kind::Read, 0, tag, &body);
             }
             Direction::Push => {
@@ -176,18 +185,15 @@ impl UcxTransport {
             _ => return Err(format!("a go for {id}, which does not wait for one")),
         }
         posted.progress = Progress::Moving;
-        let (cursor, bytes) = (posted.cursor(End::Source), posted.bytes());
-        self.add_source(peer, Flow::Push, tag, cursor, bytes);
+        let (share, bytes) = (posted.share(End::Source), posted.bytes());
+        self.add_source(peer, Flow::Push, tag, share, bytes);
         Ok(())
     }
 
     /// The destination of a push has every byte in place.
     pub(crate) fn on_done(&mut self, peer: PeerId, tag: u64, body: &[u8]) -> Result<(), String> {
         let done: Done = decode(body).map_err(|error| format!("an end of a push: {error}"))?;
-        let sending = self
-            .links
-            .values()
-            .any(|l| l.outgoing.sources.iter().any(|s| s.peer == peer && s.key.tag == tag && s.key.flow == Flow::Push));
+        let sending = self.links.values().any(|link| link.outgoing.sends(peer, Flow::Push, tag));
         // The transfer stays, to end with the link.
         if sending || self.named(peer, tag).is_some_and(|posted| posted.direction != Direction::Push) {
             return Err("an end of a transfer before all of it was sent".to_owned());
@@ -199,6 +205,7 @@ impl UcxTransport {
         {
             self.note_moved(link, Way::Lent, posted.bytes());
         }
+        self.show_staged(&posted);
         self.events.push(Event::Completed { id, bytes: posted.bytes(), pieces });
         Ok(())
     }
@@ -216,7 +223,7 @@ impl UcxTransport {
             (_, Refusal::Text(words)) => TransferError::Refused(words),
             (_, Refusal::Mismatch { here, there }) => TransferError::Mismatch { local: there, remote: here },
         };
-        self.events.push(Event::Failed { id, error });
+        self.report(posted.local.stage.as_slice(), Event::Failed { id, error });
         Ok(())
     }
 
@@ -227,6 +234,7 @@ impl UcxTransport {
         if let Some(notice) = posted.notice {
             self.say(peer, Kind::Notice, 0, tag, &encode(&notice));
         }
+        self.show_staged(&posted);
         self.events.push(Event::Completed { id, bytes: posted.bytes(), pieces });
     }
 
@@ -235,8 +243,7 @@ impl UcxTransport {
         let Some(posted) = self.posts.get(&id) else { return };
         let (peer, tag) = (posted.peer, posted.tag);
         let Some(error) = error else { return self.pulled_anyhow(id, peer, tag, pieces) };
-        self.forget_posted(id);
-        self.events.push(Event::Failed { id, error });
+        self.end(id, error);
     }
 
     /// As [`UcxTransport::pulled`], even if the session has ended since: the bytes are here.
@@ -297,8 +304,13 @@ impl UcxTransport {
             (Progress::Queued, _) => {}
             _ => self.say(peer, Kind::Cancel, 0, tag, &[]),
         }
-        self.forget_posted(id);
-        self.events.push(Event::Failed { id, error });
+        self.end(id, error);
+    }
+
+    fn end(&mut self, id: TransferId, error: TransferError) {
+        if let Some(posted) = self.forget_posted(id) {
+            self.report(posted.local.stage.as_slice(), Event::Failed { id, error });
+        }
     }
 
     /// Fails what was posted to a peer that is lost. Reads that UCX was given end by themselves.
@@ -315,7 +327,7 @@ impl UcxTransport {
                 Progress::Stopping(reason) => reason,
                 _ => error.clone(),
             };
-            self.events.push(Event::Failed { id, error });
+            self.report(posted.local.stage.as_slice(), Event::Failed { id, error });
         }
     }
 }

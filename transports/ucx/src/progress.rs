@@ -31,6 +31,7 @@ impl UcxTransport {
                 break;
             }
         }
+        self.attend();
         if self.next_deadline.is_some_and(|deadline| deadline <= now) {
             self.expire(now);
         }
@@ -89,7 +90,7 @@ impl UcxTransport {
     fn arrival(&mut self, arrival: Arrival) {
         match arrival {
             Arrival::Message { header, body } => self.message(header, body),
-            Arrival::Chunk { session, place, whole } => {
+            Arrival::Chunk { session, place } => {
                 let Some((_, link)) = self.numbers.get(&session) else { return };
                 if let Some(link) = self.links.get_mut(link) {
                     link.consumed += 1;
@@ -97,9 +98,9 @@ impl UcxTransport {
                         supply.close(place);
                     }
                 }
-                let Some((key, pieces)) = whole else { return };
-                self.whole(key, pieces);
             }
+            Arrival::Whole { key, pieces } => self.whole(key, pieces),
+            Arrival::Uncopied { key, reason } => self.uncopied_in(key, reason),
             Arrival::Announced(rendezvous) => self.announced(rendezvous),
             Arrival::Breach { session, reason } => {
                 if let Some((_, link)) = self.numbers.get(&session) {

@@ -51,7 +51,7 @@ impl UcxTransport {
     }
 
     pub(crate) fn evidence(&mut self, id: u64) -> Option<Evidence> {
-        let reads = self.reads_memory(id);
+        let (reads, is_staged) = (self.reads_memory(id), self.is_staged(id));
         let lanes = self.lanes(id)?.names();
         let link = self.links.get(&id)?;
         let library = self.context.library;
@@ -60,12 +60,16 @@ impl UcxTransport {
         let (collects, lends) = (link.supply.is_some(), link.depot.is_some());
         let mut evidence = Evidence {
             library: Some(LibraryName { path: library.path.clone(), version: library.version.to_string() }),
+            staged: is_staged,
             ..Evidence::connected(lanes)
         };
         let is_rdma = self.method.is_rdma();
         if reads {
-            evidence.grade = Grade::E4;
-            evidence = evidence.seen("large reads are zero-copy (rma_bw#)").seen(self.costs(id)?.words());
+            // What goes by way of a stage is copied on it, whatever the lanes could do, and all of it is packed.
+            if !is_staged {
+                evidence.grade = Grade::E4;
+                evidence = evidence.seen("large reads are zero-copy (rma_bw#)").seen(self.costs(id)?.words());
+            }
             let packed = |by_read| if by_read { "are read 1 MiB at a time (rma_bw#)" } else { "come as messages (am)" };
             evidence =
                 evidence.seen(format!("packed chunks {} here, at the peer they {}", packed(collects), packed(lends)));
@@ -74,6 +78,11 @@ impl UcxTransport {
         } else {
             evidence.emulated = is_rdma;
             evidence = evidence.unseen("zero-copy reads, which these lanes have not: bytes go in messages");
+        }
+        if is_staged {
+            evidence = evidence.unseen(
+                "a way of a device's memory without a copy between: these lanes are not given it, host memory and a processor are between",
+            );
         }
         if !self.replaced.is_empty() {
             let replaced = self.replaced.join(" ");
@@ -85,6 +94,7 @@ impl UcxTransport {
                 evidence.seen(format!("packed chunks go through {} KiB that were registered before", staging >> 10));
         }
         Some(match &proven {
+            Some(counted) if reads && is_staged => evidence.seen(counted.clone()),
             Some(counted) if reads => Evidence { grade: Grade::E5, ..evidence }.seen(counted.clone()),
             _ if !is_rdma => evidence.unseen("counters of a device"),
             _ if reads => {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kvferry_core::limits::NAMED_MAX;
 use kvferry_core::{PoolId, PoolLayout, TransferId};
 use kvferry_transport::codec::{decode, encode};
-use kvferry_transport::{Event, ImportError, PeerId, Pool, PoolKeys, RemotePool, TransferError, TransportKind};
+use kvferry_transport::{Event, ImportError, PeerId, Pool, PoolKeys, RemotePool, Stage, TransferError, TransportKind};
 
 use crate::context::Mapped;
 use crate::endpoint::RemoteKeys;
@@ -34,6 +34,8 @@ pub(crate) struct Bound {
     pub(crate) keys: Rc<Keys>,
     /// Where the method lets peers read it.
     pub(crate) mapped: Option<Rc<Mapped>>,
+    /// For a pool in a device's memory: nobody reads it, what moves is packed by way of this.
+    pub(crate) stage: Option<Stage>,
     /// Withdrawn, but something has not ended.
     pub(crate) leaving: Option<Leaving>,
 }
@@ -46,9 +48,9 @@ pub(crate) struct Leaving {
 }
 
 impl Bound {
-    pub(crate) fn new(pool: Pool, keys: Keys, mapped: Option<Rc<Mapped>>) -> Bound {
+    pub(crate) fn new(pool: Pool, keys: Keys, mapped: Option<Rc<Mapped>>, stage: Option<Stage>) -> Bound {
         let layout = Arc::new(pool.layout().clone());
-        Bound { pool, layout, keys: Rc::new(keys), mapped, leaving: None }
+        Bound { pool, layout, keys: Rc::new(keys), mapped, stage, leaving: None }
     }
 
     pub(crate) fn named(&self) -> Named {
@@ -98,6 +100,9 @@ impl UcxTransport {
         }
         if self.sessions.get(&peer).is_some_and(Session::is_up) {
             self.unpack(id);
+            if self.remotes.get(&id).is_some_and(|remote| self.is_unread(remote)) {
+                self.show(peer);
+            }
         }
         Ok(id)
     }
@@ -282,8 +287,8 @@ impl UcxTransport {
             .map(|(id, _)| *id)
             .collect();
         for pool in idle {
-            self.pools.remove(&pool);
-            self.events.push(Event::Unbound { pool });
+            let stage = self.pools.remove(&pool).and_then(|bound| bound.stage);
+            self.report(stage.as_slice(), Event::Unbound { pool });
         }
     }
 

@@ -3,14 +3,15 @@
 use std::sync::Arc;
 
 use kvferry_core::{End, Program, UnitRange};
+use kvferry_transport::PeerId;
 use kvferry_transport::codec::encode;
-use kvferry_transport::{Cursor, PeerId};
 
 use crate::device::Access;
 use crate::endpoint::Operation;
 use crate::inbox::{Flow, Key};
 use crate::link::{SENDS_MAX, Serving, Source};
 use crate::request::Begun;
+use crate::share::Share;
 use crate::staging::Buffer;
 use crate::transport::UcxTransport;
 use crate::wire::{
@@ -35,7 +36,7 @@ impl Access {
 /// Pulls that a peer may have served at once.
 const READS_MAX: usize = 4096;
 /// Chunks up to this long are sent even where longer ones are read: a device takes them in one packet or two, and a read is a round.
-const PARCEL_BYTES_MIN: u64 = 8 << 10;
+pub(crate) const PARCEL_BYTES_MIN: u64 = 8 << 10;
 /// Chunks up to this long are not worth a rendezvous.
 const EAGER_BYTES_MAX: usize = 32 << 10;
 /// Bytes of requests that a peer may make this side hold.
@@ -80,17 +81,22 @@ impl UcxTransport {
         session.reads.insert(tag, Serving { pool: read.pool, request_bytes: body.len() });
         let range = UnitRange { start: read.start, end: read.end };
         let bytes = program.bytes_in(range);
-        let cursor = Cursor::new(bound.pool, bound.layout, Arc::new(program), End::Source, range);
-        self.add_source(peer, Flow::Pull, tag, cursor, bytes);
+        let share = bound.share(&Arc::new(program), End::Source, range);
+        self.add_source(peer, Flow::Pull, tag, share, bytes);
         Ok(())
     }
 
     /// Queues a transfer's bytes; they go out in turn with those of others.
-    pub(crate) fn add_source(&mut self, peer: PeerId, flow: Flow, tag: u64, cursor: Cursor, bytes: u64) {
+    pub(crate) fn add_source(&mut self, peer: PeerId, flow: Flow, tag: u64, share: Share, bytes: u64) {
         let Some(session) = self.sessions.get(&peer) else { return };
         let (Some(there), Some(link)) = (session.there, self.links.get_mut(&session.link)) else { return };
         let key = Key { session: there, flow, tag };
         self.watched = None;
+        let cursor = match share {
+            Share::Staged(staged) if bytes > 0 => return link.outgoing.staged.add((key, peer), staged, bytes),
+            Share::Staged(_) => None,
+            Share::Direct(cursor) => Some(cursor),
+        };
         link.outgoing.sources.push_back(Source { key, peer, cursor, left: bytes, number: 0 });
     }
 
@@ -132,53 +138,63 @@ impl UcxTransport {
         }
     }
 
-    /// Sends chunks over a link, up to about `budget` bytes; says how many.
+    /// Sends chunks over a link, up to about `budget` bytes; says how many. Those out of a device's memory and others take turns.
     pub(crate) fn send_chunks(&mut self, id: u64, budget: u64) -> u64 {
         let mut sent = 0;
-        while sent < budget
-            && let Some(link) = self.links.get_mut(&id)
-            && link.outgoing.credits > 0
-            && link.outgoing.in_flight < SENDS_MAX
-            && let Some(mut source) = link.outgoing.sources.pop_front()
-        {
-            let header = source.header();
-            let worth_a_read = source.left > PARCEL_BYTES_MIN;
-            let depot = link.depot.as_mut().filter(|_| worth_a_read);
-            let packed = if let Some((depot, idle)) = depot.and_then(|depot| depot.idle().map(|idle| (depot, idle))) {
-                let parcel = depot.load(idle, &mut source);
-                parcel.map(|parcel| (named(header, parcel).into(), u64::from(parcel.bytes)))
-            } else {
-                pack_message(&mut source, header, self.access.chunk_bytes_max(), self.staging.buffer())
-            };
-            let Some((buffer, bytes)) = packed else {
-                // Excluded by the program's validation.
-                let words = "a program ended before its bytes";
-                tracing::error!(words);
-                self.lose_link(id, words);
-                return sent;
-            };
-            sent += bytes;
-            if source.left > 0 {
-                link.outgoing.sources.push_back(source);
-            } else {
-                self.source_ended(&source);
+        while sent < budget {
+            let staged = self.send_staged(id);
+            let packed = self.send_packed(id);
+            if (staged, packed) == (None, None) {
+                break;
             }
-            self.send_chunk(id, buffer);
+            sent += staged.unwrap_or(0) + packed.unwrap_or(0);
         }
         sent
     }
 
+    /// Packs the next chunk and sends it; says how many bytes, none where there is nothing to send or no place for it.
+    fn send_packed(&mut self, id: u64) -> Option<u64> {
+        let link = self.links.get_mut(&id)?;
+        if !link.outgoing.may_send_chunk() {
+            return None;
+        }
+        let mut source = link.outgoing.sources.pop_front()?;
+        let header = source.header();
+        let worth_a_read = source.left > PARCEL_BYTES_MIN;
+        let depot = link.depot.as_mut().filter(|_| worth_a_read);
+        let packed = if let Some((depot, idle)) = depot.and_then(|depot| depot.idle().map(|idle| (depot, idle))) {
+            let parcel = depot.load(idle, &mut source);
+            parcel.map(|parcel| (named(header, parcel).into(), u64::from(parcel.bytes)))
+        } else {
+            pack_message(&mut source, header, self.access.chunk_bytes_max(), self.staging.buffer())
+        };
+        let Some((buffer, bytes)) = packed else {
+            // Excluded by the program's validation.
+            let words = "a program ended before its bytes";
+            tracing::error!(words);
+            self.lose_link(id, words);
+            return None;
+        };
+        if source.left > 0 {
+            link.outgoing.sources.push_back(source);
+        } else {
+            self.source_ended(source.peer, source.key, source.pieces());
+        }
+        self.send_chunk(id, buffer);
+        Some(bytes)
+    }
+
     /// All of a transfer was handed to UCX.
-    fn source_ended(&mut self, source: &Source) {
-        let Some(session) = self.sessions.get_mut(&source.peer) else { return };
-        match source.key.flow {
+    pub(crate) fn source_ended(&mut self, peer: PeerId, key: Key, pieces: u64) {
+        let Some(session) = self.sessions.get_mut(&peer) else { return };
+        match key.flow {
             Flow::Pull => {
-                session.reads.remove(&source.key.tag);
+                session.reads.remove(&key.tag);
             }
             Flow::Push => {
-                let id = session.posts.get(&source.key.tag);
+                let id = session.posts.get(&key.tag);
                 if let Some(posted) = id.and_then(|id| self.posts.get_mut(id)) {
-                    posted.pieces = source.cursor.pieces();
+                    posted.pieces = pieces;
                 }
             }
         }
@@ -197,7 +213,7 @@ impl UcxTransport {
 }
 
 /// The message that names a chunk which lies in the staging of a link.
-fn named(header: Header, parcel: Parcel) -> Vec<u8> {
+pub(crate) fn named(header: Header, parcel: Parcel) -> Vec<u8> {
     let kind = if header.kind == Kind::PullData { Kind::PullParcel } else { Kind::PushParcel };
     message(Header { kind, ..header }, &encode(&parcel))
 }

@@ -206,7 +206,7 @@ impl UcxTransport {
         self.numbers.insert(session.here, (None, session.link));
         self.worker.inbox.remove_session(session.here);
         if let Some(link) = self.links.get_mut(&session.link) {
-            link.outgoing.sources.retain(|source| source.peer != peer);
+            link.outgoing.remove_sources_of(peer);
             link.sessions.remove(&peer);
             link.ended.push_back(session.here);
             if link.ended.len() > ENDED_MAX

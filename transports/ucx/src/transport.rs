@@ -13,7 +13,7 @@ use kvferry_topology::Counters;
 use kvferry_transport::codec::random;
 use kvferry_transport::{
     BindError, ConnectError, Event, Expected, ImportError, NicInfo, Options, PeerId, Pool, PoolKeys, PostError,
-    RemotePool, Transfer, TransferError, Transport, Wait,
+    RemotePool, Stage, StagedEvents, Transfer, TransferError, Transport, Wait,
 };
 use rustix::event::epoll;
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
@@ -72,6 +72,8 @@ pub(crate) struct UcxTransport {
     pub(crate) replaced: Vec<String>,
     /// What happened since the last poll.
     pub(crate) events: Vec<Event>,
+    /// Events that wait for a device, in order.
+    pub(crate) deferred: StagedEvents,
     /// No deadline passes before this.
     pub(crate) next_deadline: Option<Instant>,
     /// Chunks that UCX is receiving by rendezvous, and buffers for them. The last to be dropped: by then the worker is gone, which a receive
@@ -138,6 +140,7 @@ impl UcxTransport {
             counters: Counters::default(),
             replaced: Vec::new(),
             events: Vec::new(),
+            deferred: StagedEvents::default(),
             next_deadline: None,
             receiving: Receiving::default(),
             sample,
@@ -181,6 +184,7 @@ impl UcxTransport {
     fn has_work(&self) -> bool {
         !self.events.is_empty()
             || !self.worker.inbox.is_empty()
+            || self.worker.inbox.can_settle()
             || self.worker.operations.has_done()
             || !self.turns.is_empty()
             || self.links.values().any(|link| {
@@ -256,21 +260,24 @@ impl Transport for UcxTransport {
             return Err(BindError::Duplicate(id));
         }
         let unsupported = |reason: String| BindError::Unsupported { pool: id, reason };
-        pool.require_host().map_err(unsupported)?;
+        let stage = pool.device().map(|_| Stage::open(pool, &self.options)).transpose().map_err(unsupported)?;
         let token = random::<8>().map_err(|error| unsupported(format!("no random token could be drawn: {error}")))?;
-        let (mapped, packed) = if self.method.registers(self.access) {
+        let (mapped, packed) = if stage.is_none() && self.method.registers(self.access) {
             let (mapped, packed) = Mapped::new(&self.context, pool).map_err(unsupported)?;
             (Some(Rc::new(mapped)), packed)
         } else {
             (None, vec![Vec::new(); pool.regions().len()])
         };
         let regions = pool.regions().iter().zip(packed);
-        let regions = regions
-            .map(|(region, rkey)| RegionKey { base: region.base() as u64, bytes: region.bytes(), rkey })
-            .collect();
+        let regions =
+            regions.map(|(region, rkey)| RegionKey { base: region.base() as u64, bytes: region.bytes(), rkey });
+        // No peer reads a device's memory; its addresses are nobody's business.
+        let unread =
+            pool.device_regions().iter().map(|region| RegionKey { base: 0, bytes: region.bytes, rkey: Vec::new() });
+        let regions = regions.chain(unread).collect();
         let keys = Keys { instance: self.own.instance, pool: id, token: u64::from_le_bytes(token), regions };
         let sealed = keys.seal(&self.own.secret);
-        self.pools.insert(id, Bound::new(pool.clone(), keys, mapped));
+        self.pools.insert(id, Bound::new(pool.clone(), keys, mapped, stage));
         Ok(PoolKeys(sealed))
     }
 
@@ -319,6 +326,9 @@ impl Transport for UcxTransport {
     fn arm(&mut self) -> Wait {
         if self.has_work() {
             return Wait::Busy;
+        }
+        if let Some(is_recent) = self.waits_for_device() {
+            return if is_recent { Wait::Busy } else { Wait::MustPoll };
         }
         let deadline = self.next_deadline;
         let Some(waiting) = &mut self.waiting else { return Wait::MustPoll };

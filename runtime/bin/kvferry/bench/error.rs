@@ -23,10 +23,10 @@ pub(crate) enum BenchError {
     #[error("--thread-blocks and --gpu-times are for --transport cuda only; leave them out")]
     NoLaunches,
     /// Others do not reach GPUs.
-    #[error("--from-gpu and --to-gpu are for --transport cuda and tcp only; leave them out")]
+    #[error("--from-gpu and --to-gpu are for --transport cuda, tcp and ucx only; leave them out")]
     NoGpus,
     /// Stages are TCP's.
-    #[error("--staged-chunk and --staged-chunks are for --transport tcp only; leave them out")]
+    #[error("--staged-chunk and --staged-chunks are for --transport tcp and ucx only; leave them out")]
     NoStages,
     /// The two-sided method is UCX's.
     #[error("--two-sided is for --transport ucx only; leave it out")]

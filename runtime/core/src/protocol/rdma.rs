@@ -82,6 +82,17 @@ pub enum RdmaShortfall {
         /// The lanes.
         lanes: String,
     },
+    /// The lanes are RDMA's, but a pool is in a device's memory, which they are not given.
+    #[error(
+        "{device} moves a device's memory by way of host memory over its lanes {lanes}: processors and copies of the device carry the KV beside it; \
+         open cuda on both sides where GPUs reach each other, put pools in host memory, or leave require_rdma out"
+    )]
+    Staged {
+        /// The device here.
+        device: String,
+        /// The lanes.
+        lanes: String,
+    },
 }
 
 fn devices(here: &[String], there: &[String]) -> String {
@@ -117,7 +128,11 @@ pub(super) fn of_lanes(nic: &NicAdvert, evidence: &Evidence) -> Option<RdmaShort
     if !evidence.lanes.iter().any(is_rdma) {
         return Some(RdmaShortfall::Lanes { device, lanes });
     }
-    evidence.emulated.then_some(RdmaShortfall::Emulated { device, lanes })
+    match evidence {
+        Evidence { emulated: true, .. } => Some(RdmaShortfall::Emulated { device, lanes }),
+        Evidence { staged: true, .. } => Some(RdmaShortfall::Staged { device, lanes }),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -193,6 +208,9 @@ mod tests {
         let emulated = Evidence { emulated: true, ..lanes(&["srd/rdmap40s0:1"]) };
         let found = of_lanes(&rdma, &emulated);
         assert!(matches!(found, Some(RdmaShortfall::Emulated { .. })), "{found:?}");
+        let staged = Evidence { staged: true, ..lanes(&["srd/rdmap40s0:1"]) };
+        let found = of_lanes(&rdma, &staged);
+        assert!(matches!(found, Some(RdmaShortfall::Staged { .. })), "{found:?}");
         let words = found.map(|short| short.to_string()).unwrap_or_default();
         assert!(words.contains("rdmap40s0:1") && words.contains("UCX_RNDV_THRESH"), "{words}");
         for other in [

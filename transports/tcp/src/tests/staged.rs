@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::{End, PoolId};
 use kvferry_transport::conformance::OnDevice;
-use kvferry_transport::{Device, Direction, Event, Options, Provider, Stage, TransferError, TransportKind};
+use kvferry_transport::{Device, Direction, Event, Options, Provider, Stage, Staged, TransferError, TransportKind};
 
 use super::{DEADLINE, Party, id, layout, program, until};
 use crate::TcpProvider;
 use crate::frame::{Kind, frame};
 use crate::receiver::Sink;
-use crate::share::{Share, Staged};
+use crate::share::Share;
 use crate::stream::{Flow, Stream};
 
 fn on_device(chunks: u32) -> OnDevice<TcpProvider> {
@@ -128,8 +128,8 @@ fn a_stream_that_stops_listening_keeps_no_slot() {
     let (socket, _) = listener.accept().unwrap();
     socket.set_nonblocking(true).unwrap();
     let mut stream = Stream::new(socket);
-    let (strips, left) = (program.strips(program.whole()), program.bytes_in(program.whole()));
-    let staged = Staged { stage: stage.clone(), program, strips, chunks: 0 };
+    let left = program.bytes_in(program.whole());
+    let staged = Staged::new(&stage, &program, program.whole());
     stream.add_sink((Flow::Push, 1), Sink::new(Share::Staged(staged), left));
 
     let bytes = frame(Kind::PushData, 1, &[7; 8000]);
