@@ -16,6 +16,22 @@ pub(crate) struct Info {
     raw: *mut fi_info,
 }
 
+/// What an offer says of itself, as far as it is chosen by that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Offer {
+    pub(crate) provider: String,
+    /// `efa` or `efa-direct` for that provider, a network for others.
+    pub(crate) fabric: String,
+    /// The device.
+    pub(crate) domain: String,
+    /// `FI_MSG` and the like.
+    pub(crate) capabilities: u64,
+    /// Whether it speaks IPv4, where it speaks IP at all.
+    pub(crate) is_ip4: bool,
+    /// Why memory cannot be registered as it wants, if it cannot.
+    pub(crate) refusal: Option<String>,
+}
+
 /// How memory has to be registered and named, as the provider asks for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MemoryMode {
@@ -94,20 +110,53 @@ impl Info {
         Ok(list)
     }
 
+    /// One that no provider offers.
+    #[cfg(test)]
+    pub(crate) fn made(
+        library: &'static Library,
+        provider: &str,
+        fabric: &str,
+        domain: &str,
+        capabilities: u64,
+    ) -> Option<Info> {
+        let copy = |word: &str| CString::new(word).ok();
+        let (provider, fabric, domain) = (copy(provider)?, copy(fabric)?, copy(domain)?);
+        // SAFETY: without an argument it makes an empty one, which it frees with the strings of malloc's that hang on it.
+        unsafe {
+            let raw = library.api.fi_dupinfo.as_ref().ok()?(ptr::null());
+            (*raw).caps = capabilities;
+            (*(*raw).fabric_attr).prov_name = libc::strdup(provider.as_ptr());
+            (*(*raw).fabric_attr).name = libc::strdup(fabric.as_ptr());
+            (*(*raw).domain_attr).name = libc::strdup(domain.as_ptr());
+            Some(Info { library, raw })
+        }
+    }
+
     /// For calls of the library, while this value lives.
     pub(crate) fn raw(&self) -> *mut fi_info {
         self.raw
     }
 
+    /// What it says of itself.
+    pub(crate) fn offer(&self) -> Offer {
+        /// `FI_SOCKADDR_IN`.
+        const IP4: u32 = 2;
+        // SAFETY: the library fills these in for what it offers.
+        let (fabric, capabilities, format) =
+            unsafe { (text((*(*self.raw).fabric_attr).name), (*self.raw).caps, (*self.raw).addr_format) };
+        Offer {
+            provider: self.provider(),
+            fabric,
+            domain: self.domain(),
+            capabilities,
+            is_ip4: format == IP4,
+            refusal: self.memory_mode().err(),
+        }
+    }
+
     pub(crate) fn provider(&self) -> String {
         // SAFETY: the library fills these in for what it offers.
         unsafe { text((*(*self.raw).fabric_attr).prov_name) }
-    }
-
-    /// `efa` or `efa-direct` for that provider, a network for others.
-    pub(crate) fn fabric(&self) -> String {
-        // SAFETY: as above.
-        unsafe { text((*(*self.raw).fabric_attr).name) }
     }
 
     /// The device.
@@ -157,14 +206,6 @@ impl Info {
     pub(crate) fn message_bytes_max(&self) -> usize {
         // SAFETY: as above.
         unsafe { (*(*self.raw).ep_attr).max_msg_size }
-    }
-
-    /// Whether it speaks IPv4, where it speaks IP at all.
-    pub(crate) fn is_ip4(&self) -> bool {
-        /// `FI_SOCKADDR_IN`.
-        const IP4: u32 = 2;
-        // SAFETY: as above.
-        unsafe { (*self.raw).addr_format == IP4 }
     }
 
     /// Nominal speed, where the provider knows the device.
