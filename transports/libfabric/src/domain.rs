@@ -12,6 +12,7 @@ use rustix::event::epoll;
 
 use crate::info::{Info, MemoryMode};
 use crate::library::Library;
+use crate::staging::Arena;
 
 /// An open fabric and domain; closed when the last object in it is gone. It stays on its thread.
 pub(crate) struct Domain {
@@ -26,6 +27,8 @@ pub(crate) struct Domain {
     queues: RefCell<Vec<*mut fid>>,
     /// How many there are without one.
     silent: Cell<usize>,
+    /// Pages for packed chunks, unmapped when the domain is closed.
+    pub(crate) arena: Arena,
 }
 
 /// Whether the thread may sleep on the poller.
@@ -65,6 +68,7 @@ impl Domain {
             poller: Arc::new(poller),
             queues: RefCell::new(Vec::new()),
             silent: Cell::new(0),
+            arena: Arena::default(),
         }))
     }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use kvferry_local::{LocalTransport, host};
 use kvferry_topology::Counters;
-use kvferry_transport::{Device, NicInfo, OpenError, Options, Provider, Transport, TransportKind};
+use kvferry_transport::{Device, NicInfo, OpenError, Options, PackedBy, Provider, Transport, TransportKind};
 
 use crate::backend::Fabric;
 use crate::device;
@@ -12,11 +12,13 @@ use crate::domain::Domain;
 use crate::info::Info;
 use crate::library::Library;
 use crate::messages::Messages;
+use crate::packing::Packing;
 
 /// Opens devices through libfabric, a domain for each.
 #[derive(Clone, Debug, Default)]
 pub struct LibfabricProvider {
     only: Option<String>,
+    packed: Option<(PackedBy, u64)>,
 }
 
 impl LibfabricProvider {
@@ -28,6 +30,13 @@ impl LibfabricProvider {
     /// One device only, by the name of its domain (`eth0`, `rdmap40s0`, `shm`) or as `PROVIDER/DOMAIN`.
     pub fn only(mut self, device: &str) -> LibfabricProvider {
         self.only = Some(device.to_owned());
+        self
+    }
+
+    /// Pieces that are shorter than `below` bytes on average are packed as `by` says, whatever [`Options::packed_below_bytes`] and
+    /// [`Options::packed_by`] say.
+    pub fn packed(mut self, by: PackedBy, below: u64) -> LibfabricProvider {
+        self.packed = Some((by, below));
         self
     }
 
@@ -86,7 +95,11 @@ impl Provider for LibfabricProvider {
         let library = Library::find().map_err(unavailable)?;
         let found = device::find(library, &device.name).map_err(unavailable)?;
         let counters = counters(Path::new("/"), &found.provider(), &device.name);
-        Ok(Box::new(open(library, found, &device.name, options, counters)?))
+        let mut options = options.clone();
+        if let Some((by, below)) = self.packed {
+            (options.packed_by, options.packed_below_bytes) = (by, Some(below));
+        }
+        Ok(Box::new(open(library, found, &device.name, &options, counters)?))
     }
 }
 
@@ -111,7 +124,8 @@ fn open(
     };
     let domain = Domain::open(library, found).map_err(explain)?;
     let messages = Messages::open(&domain).map_err(explain)?;
-    let fabric = Fabric::new(&domain, messages.name(), messages.emulates_reads(), counters).map_err(explain)?;
+    let packing = Packing::new(options, &provider);
+    let fabric = Fabric::new(&domain, messages.name(), messages.emulates_reads(), counters, packing).map_err(explain)?;
     LocalTransport::over(fabric, messages, info, options)
 }
 

@@ -29,3 +29,18 @@ mod shm {
         if super::shares_with_itself() => kvferry_libfabric::LibfabricProvider::new().only("shm")
     );
 }
+
+/// Everything is packed by its source, and read in chunks.
+mod tcp_packed {
+    kvferry_transport::conformance!(
+        if super::usable() =>
+        kvferry_libfabric::LibfabricProvider::new().only("lo").packed(kvferry_transport::PackedBy::Read, u64::MAX)
+    );
+}
+
+mod shm_packed {
+    kvferry_transport::conformance!(
+        if super::shares_with_itself() =>
+        kvferry_libfabric::LibfabricProvider::new().only("shm").packed(kvferry_transport::PackedBy::Read, u64::MAX)
+    );
+}

@@ -298,6 +298,7 @@ impl<B: Backend> Transport for LocalTransport<B> {
         self.copy();
         self.settle_draining();
         self.settle_pools();
+        self.speak();
         self.carrier.flush();
         events.append(&mut self.events);
     }
@@ -306,6 +307,7 @@ impl<B: Backend> Transport for LocalTransport<B> {
         self.carrier.flush();
         if (!self.jobs.is_empty() && !self.resting)
             || !self.events.is_empty()
+            || self.backend.is_busy()
             || self.pools.values().any(|bound| bound.leaving && self.is_idle(bound.pool.id()))
         {
             return Wait::Busy;

@@ -1,0 +1,89 @@
+//! Whether pieces are packed by their source, or read one by one. Pure, but for a look at a program.
+
+use kvferry_core::{PoolLayout, Program, UnitRange};
+use kvferry_transport::{Options, PackedBy};
+
+/// Pieces that are looked at to judge a program.
+const SAMPLE: usize = 64;
+/// Transfers of fewer pieces are read: packing takes a round to the source more.
+const PIECES_MIN: u64 = 64;
+/// What a user's word means by [`PackedBy::Read`] where nothing else is known.
+const BELOW_UNKNOWN: u64 = 16 << 10;
+
+/// How short pieces come, as the options and the provider have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Packing {
+    /// Pieces below this length are packed; zero: none are.
+    below: u64,
+    /// A user's word: transfers of any size.
+    is_told: bool,
+    /// Peers that ask for it have theirs packed.
+    serves: bool,
+    /// Bytes of staging for all peers.
+    pub(crate) staging_bytes_max: u64,
+    /// Bytes that are packed at one poll.
+    pub(crate) poll_bytes_max: u64,
+}
+
+impl Packing {
+    pub(crate) fn new(options: &Options, provider: &str) -> Packing {
+        let (told, rule) = (options.packed_below_bytes, rule(provider));
+        let below = match options.packed_by {
+            PackedBy::Auto => told.unwrap_or(rule),
+            PackedBy::Read => told.unwrap_or(rule.max(BELOW_UNKNOWN)),
+            // Messages are not a way of this transport's.
+            PackedBy::Message => 0,
+        };
+        Packing {
+            below,
+            is_told: told.is_some(),
+            serves: options.packed_by != PackedBy::Message,
+            staging_bytes_max: options.staging_bytes_max,
+            poll_bytes_max: options.poll_bytes_max.max(1),
+        }
+    }
+
+    /// Whether this side has anything packed.
+    pub(crate) fn collects(self) -> bool {
+        self.below > 0
+    }
+
+    /// Whether this side packs for peers.
+    pub(crate) fn serves(self) -> bool {
+        self.serves
+    }
+
+    /// Whether a transfer's pieces are better packed. The program is valid for both layouts.
+    pub(crate) fn packs(
+        self,
+        program: &Program,
+        range: UnitRange,
+        source: &PoolLayout,
+        destination: &PoolLayout,
+    ) -> bool {
+        let sample = program.copies(range, source, destination).take(SAMPLE);
+        let (count, bytes) = sample.fold((0, 0), |(count, bytes), copy| (count + 1, bytes + copy.bytes));
+        self.judges(bytes / u64::max(count, 1), program.bytes_in(range))
+    }
+
+    /// By pieces' length, on average, and all bytes.
+    fn judges(self, piece_bytes: u64, bytes: u64) -> bool {
+        let is_long_enough = self.is_told || bytes / piece_bytes.max(1) >= PIECES_MIN;
+        bytes > 0 && piece_bytes < self.below && is_long_enough
+    }
+
+    /// For people: none where nothing is packed.
+    pub(crate) fn words(self) -> Option<String> {
+        (self.below > 0).then(|| match self.below {
+            u64::MAX => "pieces are packed by their source and read in chunks".to_owned(),
+            below => format!("pieces below {below} bytes are packed by their source and read in chunks"),
+        })
+    }
+}
+
+/// Below which length pieces are packed over a provider, if nobody says otherwise.
+fn rule(provider: &str) -> u64 {
+    match provider {
+        _ => 0,
+    }
+}
