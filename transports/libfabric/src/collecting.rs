@@ -228,3 +228,91 @@ impl Collecting {
         said
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use kvferry_transport::conformance::absent;
+
+    use super::*;
+    use crate::device;
+    use crate::library::Library;
+
+    fn collecting() -> Option<Collecting> {
+        let library = match Library::find() {
+            Ok(library) => library,
+            Err(reason) => {
+                absent("libfabric", &reason);
+                return None;
+            }
+        };
+        let domain = Domain::open(library, device::find(library, "lo").unwrap()).unwrap();
+        let reader = Rc::new(Reader::closed());
+        assert!(Collecting::ask(&domain, &reader, STAGING_BYTES - 1).unwrap().is_none(), "the limit is reached");
+        let collecting = Collecting::ask(&domain, &reader, STAGING_BYTES).unwrap().unwrap();
+        assert_eq!(collecting.take_said(), [Word::Ask]);
+        Some(collecting)
+    }
+
+    fn begin(collecting: &Collecting) -> u64 {
+        collecting.begin(|serial| Pack { serial, pool: 1, start: 0, end: 1, program: Bytes::new() })
+    }
+
+    fn parcel(serial: u64, buffer: u32, bytes: u32) -> Word {
+        Word::Parcel(Parcel { serial, buffer, bytes })
+    }
+
+    #[test]
+    fn what_a_peer_says_of_its_staging_is_checked() {
+        let Some(collecting) = collecting() else { return };
+        assert!(collecting.hear(parcel(0, 0, 1)).unwrap_err().contains("not shown"));
+        assert!(collecting.hear(Word::Staged(Some((u64::MAX, 1)))).unwrap_err().contains("address space"));
+        assert_eq!(collecting.readiness(), Readiness::Unknown);
+        collecting.hear(Word::Staged(Some((4096, 1)))).unwrap();
+        assert!(collecting.hear(Word::Staged(None)).unwrap_err().contains("nobody asked"));
+        assert_eq!(collecting.readiness(), Readiness::Yes);
+        let serial = begin(&collecting);
+        for (buffer, bytes) in [(BUFFERS, 1), (0, 0), (0, CHUNK_BYTES as u32 + 1)] {
+            assert!(collecting.hear(parcel(serial, buffer, bytes)).is_err(), "{bytes} bytes in {buffer}");
+        }
+        collecting.hear(parcel(serial, 0, 1)).unwrap();
+        assert!(collecting.hear(parcel(serial, 0, 1)).unwrap_err().contains("given back"));
+        let program = Bytes::new();
+        let pack = Pack { serial, pool: 1, start: 0, end: 1, program };
+        for word in [Word::Ask, Word::Pack(pack), Word::Back { buffers: 1 }, Word::Stop { serial }] {
+            assert!(collecting.hear(word).is_err());
+        }
+    }
+
+    #[test]
+    fn what_nobody_waits_for_goes_back_and_a_refusal_ends_its_transfer_only() {
+        let Some(collecting) = collecting() else { return };
+        collecting.hear(Word::Staged(Some((4096, 1)))).unwrap();
+        let (first, second) = (begin(&collecting), begin(&collecting));
+        collecting.take_said();
+        collecting.hear(parcel(second + 1, 5, 1)).unwrap();
+        collecting.hear(parcel(first, 1, 9)).unwrap();
+        collecting.hear(parcel(second, 2, 9)).unwrap();
+        assert_eq!(collecting.take_said(), [Word::Back { buffers: 1 << 5 }]);
+        collecting.leave(first, false);
+        assert_eq!(collecting.take_said(), [Word::Stop { serial: first }, Word::Back { buffers: 1 << 1 }]);
+        collecting.hear(Word::Refused { serial: second, reason: "why".to_owned() }).unwrap();
+        assert!(collecting.next(second).is_err_and(|reason| reason == "why"));
+        collecting.leave(second, false);
+        assert_eq!(collecting.take_said(), [Word::Back { buffers: 1 << 2 }], "whoever refused knows that it is over");
+        collecting.hear(Word::Refused { serial: first, reason: "late".to_owned() }).unwrap();
+    }
+
+    /// Reads that were cut off seem to be over: none of their bytes counts.
+    #[test]
+    fn nothing_is_unpacked_that_was_cut_off() {
+        let Some(collecting) = collecting() else { return };
+        collecting.hear(Word::Staged(Some((4096, 1)))).unwrap();
+        let serial = begin(&collecting);
+        collecting.hear(parcel(serial, 1, 9)).unwrap();
+        for waiting in &mut collecting.state.borrow_mut().parcels {
+            waiting.is_asked = true;
+        }
+        assert!(collecting.next(serial).is_ok_and(|chunk| chunk.is_none()));
+    }
+}

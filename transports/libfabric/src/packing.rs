@@ -87,3 +87,31 @@ fn rule(provider: &str) -> u64 {
         _ => 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packing(by: PackedBy, below: Option<u64>) -> Packing {
+        let options = Options { packed_by: by, packed_below_bytes: below, ..Options::default() };
+        Packing::new(&options, "tcp")
+    }
+
+    #[test]
+    fn a_users_word_wins_and_counts_for_transfers_of_any_size() {
+        let told = packing(PackedBy::Auto, Some(8192));
+        assert!(told.collects() && told.serves() && told.judges(8191, 8191) && !told.judges(8192, 1 << 30));
+        assert!(!told.judges(0, 0), "there is nothing to pack");
+        let none = packing(PackedBy::Auto, Some(0));
+        assert!(!none.collects() && none.serves() && none.words().is_none());
+        let never = packing(PackedBy::Message, Some(8192));
+        assert!(!never.collects() && !never.serves());
+    }
+
+    #[test]
+    fn few_pieces_are_not_worth_a_round() {
+        let by = packing(PackedBy::Read, None);
+        assert!(by.collects() && by.words().unwrap().contains("pieces below"));
+        assert!(by.judges(4096, PIECES_MIN * 4096) && !by.judges(4096, PIECES_MIN * 4096 - 4096));
+    }
+}

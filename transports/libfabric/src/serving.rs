@@ -132,6 +132,8 @@ impl Serving {
             return Some(0);
         }
         depot.lending.lend(buffer);
+        #[cfg(test)]
+        tests::count();
         self.said.push(Word::Parcel(Parcel { serial, buffer, bytes: bytes as u32 }));
         packer.left = packer.left.saturating_sub(bytes as u64);
         if packer.left > 0 {
@@ -162,4 +164,144 @@ fn cursor(pack: Pack, pool: Option<&Pool>) -> Result<(Cursor, u64), String> {
     }
     let layout = Arc::new(pool.layout().clone());
     Ok((Cursor::new(pool.clone(), layout, Arc::new(program), End::Source, range), left))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::cell::Cell;
+
+    use kvferry_core::PoolId;
+    use kvferry_transport::conformance::{absent, block_planes, whole_blocks};
+
+    use super::*;
+    use crate::device;
+    use crate::library::Library;
+    use crate::staging::STAGING_BYTES;
+
+    const BLOCKS: u32 = 64;
+    const BLOCK_BYTES: u64 = 64 << 10;
+    const NUMBER: u64 = 77;
+
+    thread_local! {
+        static CHUNKS: Cell<u64> = const { Cell::new(0) };
+    }
+
+    pub(crate) fn count() {
+        CHUNKS.set(CHUNKS.get() + 1);
+    }
+
+    /// Chunks that this thread has packed so far.
+    pub(crate) fn chunks() -> u64 {
+        CHUNKS.get()
+    }
+
+    fn domain() -> Option<Rc<Domain>> {
+        match Library::find() {
+            Ok(library) => Some(Domain::open(library, device::find(library, "lo").unwrap()).unwrap()),
+            Err(reason) => {
+                absent("libfabric", &reason);
+                None
+            }
+        }
+    }
+
+    fn pool() -> Pool {
+        let pool = Pool::allocate(PoolId(1), block_planes(1, BLOCKS, BLOCK_BYTES), "serving").unwrap();
+        (0..BLOCKS).for_each(|block| pool.fill(0, block, block as u8).unwrap());
+        pool
+    }
+
+    fn pack(serial: u64) -> Pack {
+        let program = whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, 0..BLOCKS);
+        let end = program.units();
+        let mut encoded = Vec::new();
+        program.without(End::Destination).encode(&mut encoded);
+        Pack { serial, pool: NUMBER, start: 0, end, program: encoded.into() }
+    }
+
+    fn parcels(serving: &mut Serving) -> Vec<Parcel> {
+        let parcel = |word| if let Word::Parcel(parcel) = word { Some(parcel) } else { None };
+        serving.take_said().into_iter().filter_map(parcel).collect()
+    }
+
+    fn refusals(serving: &mut Serving) -> Vec<String> {
+        let refusal = |word| if let Word::Refused { reason, .. } = word { Some(reason) } else { None };
+        serving.take_said().into_iter().filter_map(refusal).collect()
+    }
+
+    /// A peer that gives nothing back has only so many buffers of its own; what it gives back is packed anew, in the stream's order.
+    #[test]
+    fn a_buffer_is_packed_again_only_when_it_came_back() {
+        let Some(domain) = domain() else { return };
+        let pool = pool();
+        let (mut serving, mut other) = (Serving::default(), Serving::default());
+        for serving in [&mut serving, &mut other] {
+            serving.ask(&domain, 2 * STAGING_BYTES).unwrap();
+            assert!(matches!(serving.take_said()[..], [Word::Staged(Some(_))]));
+            serving.pack(pack(5), Some(&pool)).unwrap();
+        }
+        while serving.pack_next().is_some() {}
+        let named = parcels(&mut serving);
+        assert_eq!(named.len(), BUFFERS as usize);
+        assert!(named.iter().zip(0..).all(|(parcel, at)| (parcel.serial, parcel.buffer) == (5, at)));
+        assert!(!serving.can_pack() && other.can_pack(), "another peer's go on");
+        for round in 1..=(u64::from(BLOCKS) * BLOCK_BYTES) / STAGING_BYTES {
+            let to = serving.depot.as_ref().unwrap().staging.buffer(3).unwrap();
+            // SAFETY: the buffer was named, so it is not written before it is given back.
+            assert_eq!(u64::from(unsafe { to.read() }), (round - 1) * 32 + 12, "round {round}");
+            serving.take_back((1 << BUFFERS) - 1).unwrap();
+            while serving.pack_next().is_some() {}
+        }
+        assert!(serving.packers.is_empty());
+    }
+
+    #[test]
+    fn peers_that_break_the_rules_are_told_apart_from_those_that_ask_in_vain() {
+        let Some(domain) = domain() else { return };
+        let pool = pool();
+        let mut serving = Serving::default();
+        assert!(serving.pack(pack(1), Some(&pool)).unwrap_err().contains("no staging"));
+        assert!(serving.take_back(1).unwrap_err().contains("no staging"));
+        serving.ask(&domain, STAGING_BYTES).unwrap();
+        assert!(serving.ask(&domain, STAGING_BYTES).unwrap_err().contains("second time"));
+        assert!(serving.decline().is_err() && serving.take_back(1).is_err());
+        serving.take_said();
+        serving.pack(pack(1), Some(&pool)).unwrap();
+        assert!(serving.pack(pack(1), Some(&pool)).unwrap_err().contains("twice"));
+        let units = pack(2).end;
+        let vain: [(&str, Pack, Option<&Pool>); 5] = [
+            ("not bound", pack(2), None),
+            ("malformed", Pack { program: Vec::from(&b"\xff\xff"[..]).into(), ..pack(2) }, Some(&pool)),
+            ("were asked for", Pack { end: units + 1, ..pack(2) }, Some(&pool)),
+            ("were asked for", Pack { start: 2, end: 1, ..pack(2) }, Some(&pool)),
+            ("no bytes", Pack { start: 1, end: 1, ..pack(2) }, Some(&pool)),
+        ];
+        for (words, pack, pool) in vain {
+            serving.pack(pack, pool).unwrap();
+            let said = refusals(&mut serving);
+            assert!(said.len() == 1 && said[0].contains(words), "{said:?}");
+        }
+        let small = Pool::allocate(PoolId(1), block_planes(1, 8, BLOCK_BYTES), "serving").unwrap();
+        serving.pack(pack(3), Some(&small)).unwrap();
+        assert_eq!(refusals(&mut serving).len(), 1, "blocks outside of the pool");
+        serving.stop(9);
+        serving.stop(1);
+        assert!(!serving.can_pack() && serving.pack_next().is_none());
+        serving.pack(pack(4), Some(&pool)).unwrap();
+        serving.unbound(NUMBER + 1);
+        assert!(serving.can_pack());
+        serving.unbound(NUMBER);
+        assert!(!serving.can_pack());
+    }
+
+    #[test]
+    fn beyond_the_limit_nothing_is_packed() {
+        let Some(domain) = domain() else { return };
+        for decline in [false, true] {
+            let mut serving = Serving::default();
+            if decline { serving.decline() } else { serving.ask(&domain, STAGING_BYTES - 1) }.unwrap();
+            assert_eq!(serving.take_said(), [Word::Staged(None)]);
+            assert!(serving.pack(pack(1), None).is_err());
+        }
+    }
 }

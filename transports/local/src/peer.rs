@@ -179,3 +179,6 @@ impl<B: Backend> LocalTransport<B> {
         self.peers.remove(&id)
     }
 }
+
+#[cfg(test)]
+mod tests;
