@@ -27,6 +27,8 @@ pub(crate) struct Domain {
     queues: RefCell<Vec<*mut fid>>,
     /// How many there are without one.
     silent: Cell<usize>,
+    /// Endpoints of one process may meet in shared memory: for tests, see [`Endpoint::insert`](crate::endpoint::Endpoint::insert).
+    pub(crate) shares_with_itself: bool,
     /// Pages for packed chunks, unmapped when the domain is closed.
     pub(crate) arena: Arena,
 }
@@ -43,6 +45,15 @@ pub(crate) enum Sleep {
 
 impl Domain {
     pub(crate) fn open(library: &'static Library, info: Info) -> Result<Rc<Domain>, String> {
+        Domain::sharing(library, info, false)
+    }
+
+    /// With shared memory inside this process or without.
+    pub(crate) fn sharing(
+        library: &'static Library,
+        info: Info,
+        shares_with_itself: bool,
+    ) -> Result<Rc<Domain>, String> {
         let mode = info.memory_mode()?;
         let poller = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|error| format!("creating an epoll descriptor: {}", std::io::Error::from(error)))?;
@@ -68,6 +79,7 @@ impl Domain {
             poller: Arc::new(poller),
             queues: RefCell::new(Vec::new()),
             silent: Cell::new(0),
+            shares_with_itself,
             arena: Arena::default(),
         }))
     }

@@ -26,7 +26,7 @@ pub(crate) const NAME_BYTES_MAX: usize = 256;
 /// `fi_addr_t` of nobody in particular.
 const ANYBODY: u64 = u64::MAX;
 const AGAIN: isize = -(FI_EAGAIN as isize);
-/// Shared memory between endpoints of one process is not used from this version on.
+/// From this version on shared memory between endpoints of one process does not work at all.
 const NO_SELF_FROM: Version = Version(version(2, 0));
 const ERROR_AVAILABLE: isize = -(FI_EAVAIL as isize);
 
@@ -144,13 +144,13 @@ impl<T> Endpoint<T> {
     /// Makes a peer's endpoint known by its name, which has to be of the same kind as ours.
     pub(crate) fn insert(&mut self, name: &[u8]) -> Result<u64, String> {
         is_like(name, &self.name)?;
-        // Seen with 2.5.1: a region that is mapped already, being our own process's, is not told to the endpoint, which then writes through
-        // a null pointer.
-        if self.domain.library.version >= NO_SELF_FROM
-            && process(name).is_some_and(|pid| process(&self.name) == Some(pid))
-        {
+        // Seen with 1.17: endpoints of one process use each other's own mapping of their shared memory, also when its owner has closed and
+        // unmapped it: a message to it, or the answer to its first one, then ends the process. With 2.5.1: a region that is mapped already is
+        // not told to the endpoint, which then writes through a null pointer.
+        let shares = self.domain.shares_with_itself && self.domain.library.version < NO_SELF_FROM;
+        if !shares && process(name).is_some_and(|pid| process(&self.name) == Some(pid)) {
             return Err(format!(
-                "libfabric {} cannot use shared memory inside one process; use shm, or a process for each rank",
+                "libfabric {} does not survive shared memory inside one process; use shm, or a process for each rank",
                 self.domain.library.version
             ));
         }

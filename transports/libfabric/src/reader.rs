@@ -340,7 +340,7 @@ mod tests {
             if name == "shm" && library.version.0 >= libfabric_sys::version(2, 0) {
                 continue;
             }
-            let open = || Domain::open(library, device::find(library, name).unwrap()).unwrap();
+            let open = || Domain::sharing(library, device::find(library, name).unwrap(), true).unwrap();
             let (here, there) = (open(), open());
             let mut owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
             let (source, into) = (pool(1, 7), pool(2, 1));
@@ -373,6 +373,20 @@ mod tests {
         }
     }
 
+    /// A peer in this process is not met in shared memory, whatever the version.
+    #[test]
+    fn shared_memory_is_not_used_inside_a_process() {
+        let library = match Library::find() {
+            Ok(library) => library,
+            Err(reason) => return kvferry_transport::conformance::absent("libfabric", &reason),
+        };
+        let open = || Domain::open(library, device::find(library, "shm").unwrap()).unwrap();
+        let (here, there) = (open(), open());
+        let owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
+        let refused = Reader::open(&here, owner.name()).err().unwrap();
+        assert!(refused.contains("inside one process") && refused.contains("use shm"), "{refused}");
+    }
+
     /// Where a provider takes several pieces at once, each comes from its own place and goes to its own, and nothing else is written.
     #[test]
     fn several_pieces_of_one_read_go_where_they_belong() {
@@ -384,7 +398,7 @@ mod tests {
             if name == "shm" && library.version.0 >= libfabric_sys::version(2, 0) {
                 continue;
             }
-            let open = || Domain::open(library, device::find(library, name).unwrap()).unwrap();
+            let open = || Domain::sharing(library, device::find(library, name).unwrap(), true).unwrap();
             let (here, there) = (open(), open());
             let mut owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
             let (source, into) = (pool(1, 0), pool(2, 0xee));
