@@ -82,8 +82,16 @@ impl Packing {
 }
 
 /// Below which length pieces are packed over a provider, if nobody says otherwise.
+///
+/// Measured between two processes of one host, with 1.17 and 2.5, by the processor time of both, which other work on the machine disturbs less: over
+/// tcp packed pieces of 2 KiB take half of what reads by eights take, 4 KiB a third to a half less, 8 KiB an eighth to a quarter less, 16 KiB
+/// more. Over shared memory packed pieces of 4 KiB take a fifth to a quarter less; of 8 KiB a third more with 1.17 and a quarter less with 2.5.
+/// EFA was not at hand: where a read costs the processor half a microsecond, and packing two copies at 10 GB/s, both meet at about 2 KiB.
 fn rule(provider: &str) -> u64 {
     match provider {
+        provider if provider.starts_with("tcp") => 12 << 10,
+        "efa" => 2 << 10,
+        "shm" => 6 << 10,
         _ => 0,
     }
 }
@@ -91,6 +99,18 @@ fn rule(provider: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_provider_has_its_length() {
+        let by = |provider| Packing::new(&Options::default(), provider);
+        for provider in ["tcp", "tcp;ofi_rxm"] {
+            let many = 1 << 20;
+            assert!(by(provider).judges(8 << 10, many) && !by(provider).judges(12 << 10, many), "{provider}");
+        }
+        assert!(by("efa").collects() && !by("efa").judges(2 << 10, 1 << 30));
+        assert!(by("shm").judges(4 << 10, 1 << 20) && !by("shm").judges(8 << 10, 1 << 20));
+        assert!(!by("net").collects() && by("net").serves());
+    }
 
     fn packing(by: PackedBy, below: Option<u64>) -> Packing {
         let options = Options { packed_by: by, packed_below_bytes: below, ..Options::default() };

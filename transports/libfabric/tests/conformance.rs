@@ -1,6 +1,7 @@
 //! The suite that every transport passes, over libfabric's tcp (native where the library has it), tcp;ofi_rxm and shm.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use kvferry_libfabric::LibfabricProvider;
 use kvferry_transport::{Device, OpenError, Options, PackedBy, Provider, Transport, TransportKind};
@@ -21,14 +22,23 @@ fn shares_with_itself() -> bool {
 /// addresses may hit one of another case's.
 struct InTurn {
     provider: LibfabricProvider,
-    _turn: MutexGuard<'static, ()>,
 }
+
+/// Whether a case has its turn: a provider is shared with other threads, which a lock's guard is not.
+static TURN: AtomicBool = AtomicBool::new(false);
 
 impl InTurn {
     fn new(provider: LibfabricProvider) -> InTurn {
-        static TURN: Mutex<()> = Mutex::new(());
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        InTurn { provider: provider.only("shm").within_process(), _turn: turn }
+        while TURN.swap(true, Ordering::Acquire) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        InTurn { provider: provider.only("shm").within_process() }
+    }
+}
+
+impl Drop for InTurn {
+    fn drop(&mut self) {
+        TURN.store(false, Ordering::Release);
     }
 }
 
