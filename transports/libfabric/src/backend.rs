@@ -17,6 +17,7 @@ use libfabric_sys::FI_READ;
 use crate::collecting::Collecting;
 use crate::copy::{Fetch, Reads};
 use crate::domain::Domain;
+use crate::hmem;
 use crate::memory::{Lent, Own};
 use crate::messages::Messages;
 use crate::packed::{Packed, Request};
@@ -173,7 +174,10 @@ impl Backend for Fabric {
     const SEVERED: FenceProof = FenceProof::EndpointDestroyed;
 
     fn bind(&mut self, pool: &Pool) -> Result<(), String> {
-        pool.require_host()?;
+        if let Some(memory) = pool.device() {
+            let (info, library) = (&self.domain.info, self.domain.library);
+            return Err(hmem::refusal(library, &info.provider(), &info.domain(), memory.device()));
+        }
         self.bound.insert(pool.id(), Rc::new(Own::new(&self.domain, pool)?));
         Ok(())
     }

@@ -246,7 +246,7 @@ mod tests {
                 return None;
             }
         };
-        let domain = Domain::open(library, device::find(library, "lo").unwrap()).unwrap();
+        let domain = Domain::open(library, device::find(library, "lo").unwrap(), false).unwrap();
         let reader = Rc::new(Reader::closed());
         assert!(Collecting::ask(&domain, &reader, STAGING_BYTES - 1).unwrap().is_none(), "the limit is reached");
         let collecting = Collecting::ask(&domain, &reader, STAGING_BYTES).unwrap().unwrap();

@@ -44,12 +44,8 @@ pub(crate) enum Sleep {
 }
 
 impl Domain {
-    pub(crate) fn open(library: &'static Library, info: Info) -> Result<Rc<Domain>, String> {
-        Domain::sharing(library, info, false)
-    }
-
-    /// With shared memory inside this process or without.
-    pub(crate) fn sharing(
+    /// Opens a device, with shared memory inside this process or without.
+    pub(crate) fn open(
         library: &'static Library,
         info: Info,
         shares_with_itself: bool,

@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString, c_char};
 use std::ptr;
 
 use libfabric_sys::{
-    FI_CONTEXT, FI_CONTEXT2, FI_EP_RDM, FI_MR_ALLOCATED, FI_MR_LOCAL, FI_MR_PROV_KEY, FI_MR_VIRT_ADDR, FI_MSG, FI_RMA,
+    FI_CONTEXT, FI_CONTEXT2, FI_EP_RDM, FI_HMEM, FI_MR_ALLOCATED, FI_MR_HMEM, FI_MR_LOCAL, FI_MR_PROV_KEY, FI_MR_VIRT_ADDR, FI_MSG, FI_RMA,
     FI_SOURCE, FI_THREAD_DOMAIN, fi_info,
 };
 
@@ -62,6 +62,21 @@ impl Info {
     /// What a provider offers for reliable datagrams with messages and remote reads, in its own order; over the interface with address
     /// `source`, or all. An empty list where it has no device.
     pub(crate) fn query(library: &'static Library, provider: &str, source: Option<&str>) -> Result<Vec<Info>, String> {
+        Info::offered(library, provider, source, false)
+    }
+
+    /// The same, of what reaches the memory of devices, too (`FI_HMEM`).
+    pub(crate) fn query_device_memory(library: &'static Library, provider: &str) -> Result<Vec<Info>, String> {
+        Info::offered(library, provider, None, true)
+    }
+
+    fn offered(
+        library: &'static Library,
+        provider: &str,
+        source: Option<&str>,
+        device_memory: bool,
+    ) -> Result<Vec<Info>, String> {
+        let (caps, mr_mode) = asked_for(device_memory);
         let text = |word: &str| CString::new(word).map_err(|_| format!("{word:?} holds a zero byte"));
         let (name, node) = (text(provider)?, source.map(text).transpose()?);
         let (Ok(getinfo), Ok(dupinfo), Ok(freeinfo)) =
@@ -78,12 +93,12 @@ impl Info {
         // SAFETY: the hints and what hangs on them were made by the library, which frees them; the one string is of malloc's. The answer is
         // a list that it made, copied and freed here.
         let list = unsafe {
-            (*hints).caps = u64::from(FI_MSG | FI_RMA);
+            (*hints).caps = caps;
             (*hints).mode = FI_CONTEXT | FI_CONTEXT2;
             (*(*hints).ep_attr).type_ = FI_EP_RDM;
             let domain = (*hints).domain_attr;
             (*domain).threading = FI_THREAD_DOMAIN;
-            (*domain).mr_mode = (FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY).cast_signed();
+            (*domain).mr_mode = mr_mode.cast_signed();
             (*(*hints).fabric_attr).prov_name = libc::strdup(name.as_ptr());
             let node = node.as_ref().map_or(ptr::null(), |node| node.as_ptr());
             let flags = if node.is_null() { 0 } else { FI_SOURCE };
@@ -219,6 +234,12 @@ impl Info {
     }
 }
 
+/// The capabilities, and the ways to register memory, that a provider is asked for.
+fn asked_for(device_memory: bool) -> (u64, u32) {
+    let (caps, modes) = (u64::from(FI_MSG | FI_RMA), FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY);
+    if device_memory { (caps | FI_HMEM, modes | FI_MR_HMEM) } else { (caps, modes) }
+}
+
 impl Drop for Info {
     fn drop(&mut self) {
         if let Ok(freeinfo) = &self.library.api.fi_freeinfo {
@@ -242,6 +263,14 @@ unsafe fn text(pointer: *const c_char) -> String {
 mod tests {
     use super::*;
     use libfabric_sys::{FI_MR_ENDPOINT, FI_MR_RAW};
+
+    #[test]
+    fn device_memory_is_asked_for_beside_the_rest_and_only_where_it_is_meant() {
+        let (host, device) = (asked_for(false), asked_for(true));
+        assert_eq!((host.0 & FI_HMEM, host.1 & FI_MR_HMEM), (0, 0));
+        assert_eq!((device.0 & !FI_HMEM, device.1 & !FI_MR_HMEM), host);
+        assert_eq!((device.0 & FI_HMEM, device.1 & FI_MR_HMEM), (1 << 47, 1 << 10));
+    }
 
     #[test]
     fn modes_are_honoured_or_refused() {

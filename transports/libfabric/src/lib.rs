@@ -10,6 +10,7 @@ mod copy;
 mod device;
 mod domain;
 mod endpoint;
+mod hmem;
 mod info;
 mod library;
 mod memory;

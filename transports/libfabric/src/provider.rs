@@ -131,7 +131,7 @@ fn open(
     let explain = |reason: String| {
         unavailable(format!("{reason}; FI_LOG_LEVEL=info says more, {} is {}", library.path, library.version))
     };
-    let domain = Domain::sharing(library, found, within_process).map_err(explain)?;
+    let domain = Domain::open(library, found, within_process).map_err(explain)?;
     let messages = Messages::open(&domain).map_err(explain)?;
     let packing = Packing::new(options, &provider);
     let fabric = Fabric::new(&domain, messages.name(), messages.emulates_reads(), counters, packing).map_err(explain)?;

@@ -340,7 +340,7 @@ mod tests {
             if name == "shm" && library.version.0 >= libfabric_sys::version(2, 0) {
                 continue;
             }
-            let open = || Domain::sharing(library, device::find(library, name).unwrap(), true).unwrap();
+            let open = || Domain::open(library, device::find(library, name).unwrap(), true).unwrap();
             let (here, there) = (open(), open());
             let mut owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
             let (source, into) = (pool(1, 7), pool(2, 1));
@@ -380,7 +380,7 @@ mod tests {
             Ok(library) => library,
             Err(reason) => return kvferry_transport::conformance::absent("libfabric", &reason),
         };
-        let open = || Domain::open(library, device::find(library, "shm").unwrap()).unwrap();
+        let open = || Domain::open(library, device::find(library, "shm").unwrap(), false).unwrap();
         let (here, there) = (open(), open());
         let owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
         let refused = Reader::open(&here, owner.name()).err().unwrap();
@@ -398,7 +398,7 @@ mod tests {
             if name == "shm" && library.version.0 >= libfabric_sys::version(2, 0) {
                 continue;
             }
-            let open = || Domain::sharing(library, device::find(library, name).unwrap(), true).unwrap();
+            let open = || Domain::open(library, device::find(library, name).unwrap(), true).unwrap();
             let (here, there) = (open(), open());
             let mut owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
             let (source, into) = (pool(1, 0), pool(2, 0xee));

@@ -197,7 +197,7 @@ pub(crate) mod tests {
 
     fn domain() -> Option<Rc<Domain>> {
         match Library::find() {
-            Ok(library) => Some(Domain::open(library, device::find(library, "lo").unwrap()).unwrap()),
+            Ok(library) => Some(Domain::open(library, device::find(library, "lo").unwrap(), false).unwrap()),
             Err(reason) => {
                 absent("libfabric", &reason);
                 None

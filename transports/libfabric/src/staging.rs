@@ -146,7 +146,7 @@ mod tests {
             Ok(library) => library,
             Err(reason) => return kvferry_transport::conformance::absent("libfabric", &reason),
         };
-        let domain = Domain::open(library, device::find(library, "lo").unwrap()).unwrap();
+        let domain = Domain::open(library, device::find(library, "lo").unwrap(), false).unwrap();
         let most = 2 * STAGING_BYTES + STAGING_BYTES / 2;
         let depot = Staging::depot(&domain, most).unwrap().unwrap();
         let landing = Staging::landing(&domain, most).unwrap().unwrap();
