@@ -84,8 +84,8 @@ impl Packing {
 /// Below which length pieces are packed over a provider, if nobody says otherwise.
 ///
 /// Measured between two processes of one host, with 1.17 and 2.5, by the processor time of both, which other work on the machine disturbs less: over
-/// tcp packed pieces of 2 KiB take half of what reads by eights take, 4 KiB a third to a half less, 8 KiB an eighth to a quarter less, 16 KiB
-/// more. Over shared memory packed pieces of 4 KiB take a fifth to a quarter less; of 8 KiB a third more with 1.17 and a quarter less with 2.5.
+/// tcp packed pieces of 2 and 4 KiB take half of what reads by eights take, 8 KiB an eighth to a fifth less, 16 KiB as much or more. Over shared
+/// memory packed pieces of 4 KiB take half with 1.17 and a sixth less with 2.5; of 8 KiB a third more, and as much.
 /// EFA was not at hand: where a read costs the processor half a microsecond, and packing two copies at 10 GB/s, both meet at about 2 KiB.
 fn rule(provider: &str) -> u64 {
     match provider {

@@ -97,7 +97,8 @@ pub trait Backend: 'static {
         Ok(())
     }
 
-    /// What there is to say to peers since it was last asked; asked after copies have begun, and at the end of each poll.
+    /// What there is to say to peers since it was last asked; asked after copies have begun, at the end of each poll, and before
+    /// the thread sleeps.
     fn say(&mut self) -> Vec<(PeerId, Bytes)> {
         Vec::new()
     }

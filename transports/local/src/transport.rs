@@ -304,6 +304,8 @@ impl<B: Backend> Transport for LocalTransport<B> {
     }
 
     fn arm(&mut self) -> Wait {
+        // Something may have been cancelled since the last poll.
+        self.speak();
         self.carrier.flush();
         if (!self.jobs.is_empty() && !self.resting)
             || !self.events.is_empty()

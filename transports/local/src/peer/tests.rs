@@ -123,12 +123,25 @@ fn backends_hear_each_other_in_order() {
     let ((mut at, words), (mut other, heard)) = (open::<true>(), open::<true>());
     let peer = at.connect(&other.address()).unwrap();
     meet(&mut at, &mut other);
-    let all: Vec<Bytes> = (0..100u8).map(|word| Bytes::from(vec![word; 3])).collect();
+    let all: Vec<Bytes> = (100..200u8).map(|word| Bytes::from(vec![word; 3])).collect();
     words.borrow_mut().said = all.iter().map(|word| (peer, word.clone())).collect();
     let unknown = PeerId(u32::MAX);
     words.borrow_mut().said.push((unknown, Bytes::from_static(b"to nobody")));
     meet(&mut at, &mut other);
     assert_eq!(heard.borrow().heard, all);
+}
+
+#[test]
+fn what_is_said_between_polls_goes_out_before_the_thread_sleeps() {
+    let ((mut at, words), (mut other, heard)) = (open::<true>(), open::<true>());
+    let peer = at.connect(&other.address()).unwrap();
+    meet(&mut at, &mut other);
+    words.borrow_mut().said = vec![(peer, Bytes::from_static(b"a"))];
+    at.arm();
+    for _ in 0..8 {
+        other.poll(&mut Vec::new());
+    }
+    assert_eq!(heard.borrow().heard, [&b"a"[..]]);
 }
 
 #[test]
