@@ -111,7 +111,13 @@ impl Fabric {
     }
 
     /// A program that is better packed, where its source packs.
-    fn packed(&self, plan: (&Arc<Program>, UnitRange), layout: &PoolLayout, memory: &Lent, pool: &Pool) -> Option<Packed> {
+    fn packed(
+        &self,
+        plan: (&Arc<Program>, UnitRange),
+        layout: &PoolLayout,
+        memory: &Lent,
+        pool: &Pool,
+    ) -> Option<Packed> {
         let (collecting, number) = memory.packer.as_ref()?;
         let (program, range) = plan;
         if !self.packing.packs(program, range, layout, pool.layout()) {
@@ -289,10 +295,11 @@ impl Backend for Fabric {
     }
 
     fn say(&mut self) -> Vec<(PeerId, Bytes)> {
-        let served = self.serving.iter_mut().map(|(peer, serving)| (*peer, serving.take_said()));
-        let mut said: Vec<(PeerId, Vec<Word>)> = served.collect();
-        said.extend(self.collecting.iter().map(|(peer, collecting)| (*peer, collecting.take_said())));
-        said.iter().flat_map(|(peer, words)| words.iter().map(|word| (*peer, word.encode()))).collect()
+        let mut said = Vec::new();
+        let mut add = |peer: PeerId, words: Vec<Word>| said.extend(words.iter().map(|word| (peer, word.encode())));
+        self.serving.iter_mut().for_each(|(peer, serving)| add(*peer, serving.take_said()));
+        self.collecting.iter().for_each(|(peer, collecting)| add(*peer, collecting.take_said()));
+        said
     }
 
     fn is_busy(&self) -> bool {

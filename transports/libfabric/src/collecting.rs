@@ -64,11 +64,7 @@ pub(crate) struct Chunk {
 
 impl Collecting {
     /// Asks a peer that is read through `reader` to pack short pieces. `None` where the limit of staging is reached.
-    pub(crate) fn ask(
-        domain: &Rc<Domain>,
-        reader: &Rc<Reader>,
-        bytes_max: u64,
-    ) -> Result<Option<Collecting>, String> {
+    pub(crate) fn ask(domain: &Rc<Domain>, reader: &Rc<Reader>, bytes_max: u64) -> Result<Option<Collecting>, String> {
         let Some(landing) = Staging::landing(domain, bytes_max)? else { return Ok(None) };
         let state = State {
             supply: Supply::Asked,

@@ -41,7 +41,9 @@ pub(crate) fn named(name: &str) -> Result<Named, String> {
     match name.split_once('/') {
         Some((provider, domain)) => {
             if provider == EFA_DIRECT {
-                return Err(format!("{name:?}: {NO_DIRECT}; take {domain:?}, which is the same device by fabric {EFA}"));
+                return Err(format!(
+                    "{name:?}: {NO_DIRECT}; take {domain:?}, which is the same device by fabric {EFA}"
+                ));
             }
             if provider == SOCKETS {
                 return Err(format!("{name:?}: {NO_SOCKETS}; take {domain:?}"));
@@ -160,9 +162,10 @@ mod tests {
     /// Whatever the order: the library lists `efa-direct` first.
     #[test]
     fn of_two_fabrics_the_one_without_conditions_is_taken() {
-        let mut offers: Vec<Offer> = [("efa-direct", "rdmap40s0-rdm"), ("efa", "rdmap40s0-rdm"), ("efa", "rdmap41s0-rdm")]
-            .map(|(fabric, domain)| offer("efa", fabric, domain))
-            .into();
+        let mut offers: Vec<Offer> =
+            [("efa-direct", "rdmap40s0-rdm"), ("efa", "rdmap40s0-rdm"), ("efa", "rdmap41s0-rdm")]
+                .map(|(fabric, domain)| offer("efa", fabric, domain))
+                .into();
         for _ in 0..2 {
             for (name, domain) in [("rdmap40s0", "rdmap40s0-rdm"), ("rdmap41s0", "rdmap41s0-rdm")] {
                 let chosen = &offers[choose(&offers, name).unwrap()];
@@ -191,7 +194,10 @@ mod tests {
         assert_eq!(choose(&offers, "eth0"), Ok(1));
         offers[1].capabilities = u64::from(FI_MSG);
         let reasons = choose(&offers, "eth0").unwrap_err();
-        assert!(reasons.len() == 2 && reasons[0].contains("IPv4") && reasons[1].contains("remote reads"), "{reasons:?}");
+        assert!(
+            reasons.len() == 2 && reasons[0].contains("IPv4") && reasons[1].contains("remote reads"),
+            "{reasons:?}"
+        );
         offers[1] = Offer { refusal: Some("mr_mode".to_owned()), is_ip4: true, ..offer("tcp", "10.0.0.0/8", "eth0") };
         assert!(choose(&offers, "eth0").unwrap_err().contains(&"mr_mode".to_owned()));
         assert_eq!(choose(&[offer("shm", "shm", "shm")], "shm"), Ok(0));

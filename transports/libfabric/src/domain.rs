@@ -45,11 +45,7 @@ pub(crate) enum Sleep {
 
 impl Domain {
     /// Opens a device, with shared memory inside this process or without.
-    pub(crate) fn open(
-        library: &'static Library,
-        info: Info,
-        shares_with_itself: bool,
-    ) -> Result<Rc<Domain>, String> {
+    pub(crate) fn open(library: &'static Library, info: Info, shares_with_itself: bool) -> Result<Rc<Domain>, String> {
         let mode = info.memory_mode()?;
         let poller = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|error| format!("creating an epoll descriptor: {}", std::io::Error::from(error)))?;

@@ -211,9 +211,7 @@ mod tests {
             pair.post(number, Direction::Pull);
             until(&mut [&mut pair.here, &mut pair.there], "it begins", |_| chunks() > before + number as u64 % 5);
             pair.here.transport.cancel(TransferId(number));
-            until(&mut [&mut pair.here, &mut pair.there], "it ends", |parties| {
-                parties[0].failed(TransferId(number))
-            });
+            until(&mut [&mut pair.here, &mut pair.there], "it ends", |parties| parties[0].failed(TransferId(number)));
         }
         assert_eq!(pair.run(100, Direction::Pull), 16);
     }

@@ -134,7 +134,8 @@ fn open(
     let domain = Domain::open(library, found, within_process).map_err(explain)?;
     let messages = Messages::open(&domain).map_err(explain)?;
     let packing = Packing::new(options, &provider);
-    let fabric = Fabric::new(&domain, messages.name(), messages.emulates_reads(), counters, packing).map_err(explain)?;
+    let fabric =
+        Fabric::new(&domain, messages.name(), messages.emulates_reads(), counters, packing).map_err(explain)?;
     LocalTransport::over(fabric, messages, info, options)
 }
 

@@ -81,7 +81,8 @@ impl Serving {
         let (serial, number, program_bytes) = (pack.serial, pack.pool, pack.program.len());
         let held: usize = self.packers.iter().map(|packer| packer.program_bytes).sum();
         if held + program_bytes > PROGRAMS_BYTES_MAX {
-            let reason = format!("block tables of {PROGRAMS_BYTES_MAX} bytes wait to be packed there; post less at once");
+            let reason =
+                format!("block tables of {PROGRAMS_BYTES_MAX} bytes wait to be packed there; post less at once");
             self.said.push(Word::Refused { serial, reason });
             return Ok(());
         }

@@ -45,9 +45,7 @@ impl Staging {
         let Some(pages) = Pages::take(domain, bytes_max)? else { return Ok(None) };
         let Some(base) = pages.mapped.as_ref().map(|mapped| mapped.0) else { return Ok(None) };
         let memory = match access {
-            Some(access) => {
-                Memory::Registered(Registered::new(domain, base, STAGING_BYTES as usize, access, pages)?)
-            }
+            Some(access) => Memory::Registered(Registered::new(domain, base, STAGING_BYTES as usize, access, pages)?),
             None => Memory::Plain(pages),
         };
         Ok(Some(Staging { base, memory }))

@@ -7,7 +7,8 @@ use kvferry_core::{Direction, FenceProof, PoolId, Program, TransferId};
 use kvferry_libfabric::LibfabricProvider;
 use kvferry_transport::conformance::{Party, absent, block_planes, until, whole_blocks};
 use kvferry_transport::{
-    BindError, DeviceMemory, DeviceRegion, Event, Expected, Options, PeerId, Pool, PoolKeys, PoolOptions, Provider, Transfer, TransferError, TransportKind,
+    BindError, DeviceMemory, DeviceRegion, Event, Expected, Options, PeerId, Pool, PoolKeys, PoolOptions, Provider,
+    Transfer, TransferError, TransportKind,
 };
 
 const BLOCKS: u32 = 64;
@@ -280,8 +281,12 @@ fn memory_of_a_gpu_is_refused_with_the_reason() {
 #[test]
 fn devices_that_are_not_there_are_refused() {
     let Some(_turn) = turn() else { return };
-    for (name, reason) in [("verbs/mlx5_0", "no provider"), ("rdmap7s0", "offers no such device"), ("tcp/nic7", "lo"), ("efa-direct/rdmap40s0", "take \"rdmap40s0\"")]
-    {
+    for (name, reason) in [
+        ("verbs/mlx5_0", "no provider"),
+        ("rdmap7s0", "offers no such device"),
+        ("tcp/nic7", "lo"),
+        ("efa-direct/rdmap40s0", "take \"rdmap40s0\""),
+    ] {
         let device = LibfabricProvider::new().named(name).unwrap();
         assert!(device.unavailable.as_ref().is_some_and(|said| said.contains(reason)), "{device:?}");
         let refused = LibfabricProvider::new().open(&device, &Options::default());

@@ -6,8 +6,8 @@
 use std::rc::Rc;
 
 use kvferry_topology::Way;
-use kvferry_transport::{Borrowing, PackedBy};
 use kvferry_transport::codec::{decode, encode};
+use kvferry_transport::{Borrowing, PackedBy};
 use ucx_sys::{UCS_OK, ucs_status_t};
 
 use crate::depot::{DEPOT_BYTES, Depot};
