@@ -27,7 +27,7 @@ pub(crate) struct Domain {
     queues: RefCell<Vec<*mut fid>>,
     /// How many there are without one.
     silent: Cell<usize>,
-    /// Endpoints of one process may meet in shared memory: for tests, see [`Endpoint::insert`](crate::endpoint::Endpoint::insert).
+    /// Endpoints of one process may meet in shared memory: for tests, see [`crate::neighbour`].
     pub(crate) shares_with_itself: bool,
     /// Pages for packed chunks, unmapped when the domain is closed.
     pub(crate) arena: Arena,

@@ -15,6 +15,7 @@ mod info;
 mod library;
 mod memory;
 mod messages;
+mod neighbour;
 mod operations;
 mod packed;
 mod packing;

@@ -18,8 +18,8 @@ fn shares_with_itself() -> bool {
     usable() && LibfabricProvider::version() < Some((2, 0))
 }
 
-/// Cases over shared memory take turns: 1.17 ends a process that sends to an endpoint of its own that was closed, and a case that changes
-/// addresses may hit one of another case's.
+/// Cases over shared memory take turns: 1.17 ends a process that sends to an endpoint of its own that was closed, and the case that changes
+/// addresses hits those of other cases.
 struct InTurn {
     provider: LibfabricProvider,
 }
