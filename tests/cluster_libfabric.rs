@@ -16,13 +16,13 @@ fn usable() -> bool {
     false
 }
 
-/// Both ways over every provider; shared memory of libfabric 2 between processes only.
+/// Both ways over every provider; libfabric's shared memory between processes only.
 fn everywhere(options: &[&str]) {
     if !usable() {
         return;
     }
     for device in DEVICES {
-        let in_process = device != "shm" || LibfabricProvider::version() < Some((2, 0));
+        let in_process = device != "shm";
         for direction in ["pull", "push"] {
             let case = Case { transport: "libfabric", direction, in_process };
             run(&case, &[options, &["--devices", device]].concat()).check_delivered(&case);

@@ -120,8 +120,8 @@ pub(crate) struct Options {
     #[arg(long)]
     two_sided: bool,
 
-    /// Have the source pack pieces shorter than this, and read longer ones one by one (ucx, where memory can be read). By default what earlier
-    /// transfers took decides.
+    /// Have the source pack pieces shorter than this, and read longer ones one by one (ucx, where memory can be read; libfabric). By default what earlier
+    /// transfers took decides, for libfabric the provider.
     #[arg(long, value_name = "BYTES")]
     packed_below: Option<u64>,
 
@@ -175,7 +175,7 @@ impl Options {
         if self.two_sided && !is(TransportKind::Ucx) {
             return Err(BenchError::NoTwoSides);
         }
-        if self.packed_below.is_some() && !is(TransportKind::Ucx) {
+        if self.packed_below.is_some() && !is(TransportKind::Ucx) && !is(TransportKind::Libfabric) {
             return Err(BenchError::NoChoice);
         }
         let nixl = self.tls.is_some() || self.nixl_python.is_some() || self.programs.is_some();

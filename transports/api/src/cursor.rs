@@ -62,6 +62,38 @@ impl Cursor {
         Some(Piece { at: piece.at, bytes: bytes_max })
     }
 
+    /// Copies the next `bytes` bytes to `to`. `false` where the program ends before them, which leaves the rest as it was.
+    ///
+    /// # Safety
+    /// `to` is writable for so many bytes, which are nobody else's and not the pool's.
+    pub unsafe fn pack(&mut self, mut to: *mut u8, bytes: usize) -> bool {
+        let mut left = bytes;
+        while left > 0 {
+            let Some(piece) = self.take(left) else { return false };
+            // SAFETY: a piece of a live pool, no longer than what is left of the caller's room.
+            unsafe { std::ptr::copy_nonoverlapping(piece.at, to, piece.bytes) };
+            to = to.wrapping_add(piece.bytes);
+            left -= piece.bytes;
+        }
+        true
+    }
+
+    /// Copies `bytes` bytes from `from` into the next pieces. `false` where the program ends before them.
+    ///
+    /// # Safety
+    /// `from` is readable for so many bytes, which nobody writes meanwhile and which are not the pool's.
+    pub unsafe fn unpack(&mut self, mut from: *const u8, bytes: usize) -> bool {
+        let mut left = bytes;
+        while left > 0 {
+            let Some(piece) = self.take(left) else { return false };
+            // SAFETY: as in `pack`, the other way round.
+            unsafe { std::ptr::copy_nonoverlapping(from, piece.at, piece.bytes) };
+            from = from.wrapping_add(piece.bytes);
+            left -= piece.bytes;
+        }
+        true
+    }
+
     fn advance(&mut self) -> Option<Piece> {
         let span = self.spans.next()?;
         let region = self.pool.regions().get(usize::try_from(span.at.region).ok()?)?;

@@ -32,12 +32,12 @@ pub struct Options {
     /// Thread blocks of 1024 threads that one launch occupies at most (cuda): few leave the GPU to the model.
     pub thread_blocks: u32,
     /// Pieces that are shorter than this on average, in bytes, are packed by their source where the destination could also read them one by
-    /// one (ucx). By default what earlier transfers took decides.
+    /// one (ucx, libfabric). By default what earlier transfers took decides, for libfabric its provider.
     pub packed_below_bytes: Option<u64>,
-    /// How packed pieces come (ucx). The destination's word counts, unless its source says [`PackedBy::Message`].
+    /// How packed pieces come (ucx; libfabric knows no messages: there that word means that nothing is packed). The destination's word counts, unless its source says [`PackedBy::Message`].
     pub packed_by: PackedBy,
-    /// Bytes of memory that are registered with the device for packed chunks, at most (ucx); what goes beyond is registered as it comes, and
-    /// links that it leaves without staging of their own have their chunks sent as messages.
+    /// Bytes of memory that are registered with the device for packed chunks, at most (ucx, libfabric). With ucx, what goes beyond is registered
+    /// as it comes, and links that it leaves without staging of their own have their chunks sent as messages; with libfabric they read pieces.
     pub staging_bytes_max: u64,
     /// Bytes of one chunk of a device's memory that is staged through page-locked host memory (tcp, ucx), rounded to whole pages.
     /// Between two H200, pulls of 10,240 × 16 KiB went at 4.4 GB/s by 16 chunks of 512 KiB and at 4.8 GB/s by 16 of 1 MiB, which is also the most

@@ -6,28 +6,40 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvferry_core::{FenceProof, PoolId, PoolLayout, Program, UnitRange};
+use bytes::Bytes;
+use kvferry_core::{End, FenceProof, PoolId, PoolLayout, Program, UnitRange};
 use kvferry_local::wire::MemoryKind;
 use kvferry_local::{Backend, Owner, Shared};
 use kvferry_topology::{Counters, Way};
 use kvferry_transport::{Evidence, Grade, LibraryName, PeerId, Pool, TransferError, TransportKind, Wait};
 use libfabric_sys::FI_READ;
 
-use crate::copy::Reads;
+use crate::collecting::Collecting;
+use crate::copy::{Fetch, Reads};
 use crate::domain::Domain;
+use crate::hmem;
 use crate::memory::{Lent, Own};
 use crate::messages::Messages;
+use crate::packed::{Packed, Request};
+use crate::packing::Packing;
 use crate::reader::Reader;
+use crate::serving::Serving;
 use crate::slab::Slab;
 use crate::wire;
+use crate::words::{PROGRAM_BYTES_MAX, Word};
 
 /// The pools of one device.
 pub(crate) struct Fabric {
+    packing: Packing,
     domain: Rc<Domain>,
     /// The well-known endpoint, through which peers read.
     name: Vec<u8>,
     bound: BTreeMap<PoolId, Rc<Own>>,
     readers: BTreeMap<PeerId, Rc<Reader>>,
+    /// What peers pack for this side.
+    collecting: BTreeMap<PeerId, Rc<Collecting>>,
+    /// What this side packs for peers.
+    serving: BTreeMap<PeerId, Serving>,
     /// Where bytes go that nobody needs.
     scratch: Rc<Slab>,
     /// Whether the provider emulates reads, where it tells.
@@ -44,11 +56,82 @@ impl Fabric {
         name: &[u8],
         emulates_reads: Option<bool>,
         counters: Counters,
+        packing: Packing,
     ) -> Result<Fabric, String> {
         let scratch = Rc::new(Slab::new(domain, 1, 64, FI_READ)?);
-        let (bound, readers) = (BTreeMap::new(), BTreeMap::new());
-        let (domain, name, proven) = (domain.clone(), name.to_vec(), Vec::new());
-        Ok(Fabric { domain, name, bound, readers, scratch, emulates_reads, counters, proven })
+        Ok(Fabric {
+            packing,
+            domain: domain.clone(),
+            name: name.to_vec(),
+            bound: BTreeMap::new(),
+            readers: BTreeMap::new(),
+            collecting: BTreeMap::new(),
+            serving: BTreeMap::new(),
+            scratch,
+            emulates_reads,
+            counters,
+            proven: Vec::new(),
+        })
+    }
+
+    /// The endpoint that reads a peer's memory, and what packs for it: opened when the first of its pools is.
+    fn reader(&mut self, peer: PeerId, name: &[u8]) -> Result<(Rc<Reader>, bool), String> {
+        if let Some(known) = self.readers.get(&peer) {
+            return Ok((known.clone(), false));
+        }
+        let reader = Rc::new(Reader::open(&self.domain, name)?);
+        if self.packing.collects() {
+            match Collecting::ask(&self.domain, &reader, self.packing.staging_bytes_max) {
+                Ok(Some(collecting)) => drop(self.collecting.insert(peer, Rc::new(collecting))),
+                Ok(None) => tracing::info!(
+                    limit = self.packing.staging_bytes_max,
+                    "no staging is left for what a peer would pack: short pieces are read"
+                ),
+                Err(reason) => tracing::warn!(reason, "no staging for what a peer would pack: short pieces are read"),
+            }
+        }
+        self.readers.insert(peer, reader.clone());
+        Ok((reader, true))
+    }
+
+    /// Packs for peers, a chunk of each in turn, about so many bytes.
+    fn pack(&mut self) {
+        let mut left = self.packing.poll_bytes_max;
+        while left > 0 {
+            let mut has_packed = false;
+            for serving in self.serving.values_mut() {
+                let Some(bytes) = serving.pack_next() else { continue };
+                has_packed = true;
+                left = left.saturating_sub(bytes);
+            }
+            if !has_packed {
+                return;
+            }
+        }
+    }
+
+    /// A program that is better packed, where its source packs.
+    fn packed(
+        &self,
+        plan: (&Arc<Program>, UnitRange),
+        layout: &PoolLayout,
+        memory: &Lent,
+        pool: &Pool,
+    ) -> Option<Packed> {
+        let (collecting, number) = memory.packer.as_ref()?;
+        let (program, range) = plan;
+        if !self.packing.packs(program, range, layout, pool.layout()) {
+            return None;
+        }
+        let mut encoded = Vec::new();
+        program.without(End::Destination).encode(&mut encoded);
+        if encoded.len() > PROGRAM_BYTES_MAX {
+            return None;
+        }
+        let units = program.units();
+        let range = UnitRange { start: range.start.min(units), end: range.end.min(units) };
+        let request = Request { pool: *number, range, program: encoded.into() };
+        Some(Packed::new(collecting.clone(), request, program.clone(), pool.clone()))
     }
 
     /// Whether the device's counters are worth another look soon.
@@ -68,6 +151,10 @@ impl Fabric {
 
     fn of(&self, reader: &Reader) -> Evidence {
         let evidence = self.evidence().seen("the receiver reads the peer's registered memory");
+        let evidence = match self.packing.words() {
+            Some(words) => evidence.seen(words),
+            None => evidence,
+        };
         of_counters(of_reads(evidence, self.emulates_reads), reader.proven())
     }
 
@@ -83,27 +170,33 @@ impl Backend for Fabric {
     const KIND: TransportKind = TransportKind::Libfabric;
     type Carrier = Messages;
     type Memory = Lent;
-    type Copy = Reads;
+    type Copy = Fetch;
 
     // Shared memory of libfabric's reads what is at an address under any key, also one that was withdrawn.
     const CHECKS: bool = true;
     // An endpoint and its connection.
     const OFFERS: bool = true;
+    const SPEAKS: bool = true;
     const SEVERED: FenceProof = FenceProof::EndpointDestroyed;
 
     fn bind(&mut self, pool: &Pool) -> Result<(), String> {
-        pool.require_host()?;
+        if let Some(memory) = pool.device() {
+            let (info, library) = (&self.domain.info, self.domain.library);
+            return Err(hmem::refusal(library, &info.provider(), &info.domain(), memory.device()));
+        }
         self.bound.insert(pool.id(), Rc::new(Own::new(&self.domain, pool)?));
         Ok(())
     }
 
     fn unbind(&mut self, pool: PoolId) {
-        self.bound.remove(&pool);
+        if let Some(own) = self.bound.remove(&pool) {
+            self.serving.values_mut().for_each(|serving| serving.unbound(own.number));
+        }
     }
 
     fn share(&mut self, pool: &Pool) -> Result<Shared, String> {
         let own = self.bound.get(&pool.id()).ok_or_else(|| format!("{} is not bound there", pool.id()))?;
-        let memory = own.lend(&self.domain, pool, &self.name).seal();
+        let memory = own.lend(&self.domain, &self.name).seal();
         Ok(Shared { memory: MemoryKind::Opaque(memory), descriptors: Vec::new() })
     }
 
@@ -119,14 +212,10 @@ impl Backend for Fabric {
         };
         let memory = wire::Memory::open(&memory, layout.regions.len())?;
         let peer = owner.peer.ok_or("nobody owns it")?;
-        let known = self.readers.get(&peer).cloned();
-        let reader = known.clone().map_or_else(|| Reader::open(&self.domain, &memory.name).map(Rc::new), Ok)?;
-        let lent = Lent::new(reader.clone(), &memory, layout)?;
-        if known.is_none() {
-            if let Some(byte) = lent.any_byte() {
-                reader.warm(byte, &self.scratch);
-            }
-            self.readers.insert(peer, reader);
+        let (reader, is_new) = self.reader(peer, &memory.name)?;
+        let lent = Lent::new(reader.clone(), self.collecting.get(&peer).cloned(), &memory, layout)?;
+        if is_new && let Some(byte) = lent.any_byte() {
+            reader.warm(byte, &self.scratch);
         }
         Ok(lent)
     }
@@ -153,26 +242,68 @@ impl Backend for Fabric {
         layout: Arc<PoolLayout>,
         memory: Rc<Lent>,
         pool: Pool,
-    ) -> Result<Reads, TransferError> {
+    ) -> Result<Fetch, TransferError> {
         let own = self.bound.get(&pool.id()).cloned();
         let own = own.ok_or_else(|| TransferError::Refused(format!("{} is not bound here", pool.id())))?;
         let most = (self.domain.info.message_bytes_max(), self.domain.info.pieces_max());
-        Ok(Reads::new((program, range), layout, memory, (pool, own), most))
+        let packed = self.packed((&program, range), &layout, &memory, &pool);
+        Ok(Fetch::new(Reads::new((program, range), layout, memory, (pool, own), most), packed))
     }
 
     fn sever(&mut self, peer: PeerId) {
         if let Some(reader) = self.readers.remove(&peer) {
             reader.cut();
         }
+        self.collecting.remove(&peer);
+        self.serving.remove(&peer);
     }
 
     fn tend(&mut self) -> bool {
         let is_warming = self.readers.values().filter(|reader| reader.tend()).count() > 0;
+        self.collecting.values().for_each(|collecting| collecting.progress());
+        self.pack();
         self.prove(Instant::now()) || is_warming
     }
 
     fn broken(&mut self) -> Vec<(PeerId, String)> {
         self.readers.iter().filter_map(|(peer, reader)| Some((*peer, reader.broke()?))).collect()
+    }
+
+    fn hear(&mut self, peer: PeerId, words: &[u8]) -> Result<(), String> {
+        let word = Word::decode(words)?;
+        match word {
+            Word::Ask if self.packing.serves() => {
+                self.serving.entry(peer).or_default().ask(&self.domain, self.packing.staging_bytes_max)
+            }
+            Word::Ask => self.serving.entry(peer).or_default().decline(),
+            Word::Pack(pack) => {
+                let own = self.bound.values().find(|own| own.number == pack.pool);
+                self.serving.entry(peer).or_default().pack(pack, own.map(|own| &own.pool))
+            }
+            Word::Back { buffers } => self.serving.entry(peer).or_default().take_back(buffers),
+            Word::Stop { serial } => {
+                if let Some(serving) = self.serving.get_mut(&peer) {
+                    serving.stop(serial);
+                }
+                Ok(())
+            }
+            Word::Staged(_) | Word::Parcel(_) | Word::Refused { .. } => match self.collecting.get(&peer) {
+                Some(collecting) => collecting.hear(word),
+                None => Err("it speaks of packed chunks that nobody asked for".to_owned()),
+            },
+        }
+    }
+
+    fn say(&mut self) -> Vec<(PeerId, Bytes)> {
+        let mut said = Vec::new();
+        let mut add = |peer: PeerId, words: Vec<Word>| said.extend(words.iter().map(|word| (peer, word.encode())));
+        self.serving.iter_mut().for_each(|(peer, serving)| add(*peer, serving.take_said()));
+        self.collecting.iter().for_each(|(peer, collecting)| add(*peer, collecting.take_said()));
+        said
+    }
+
+    fn is_busy(&self) -> bool {
+        self.serving.values().any(Serving::can_pack)
     }
 
     fn wait(&self) -> Option<Wait> {

@@ -1,4 +1,4 @@
-//! A program as reads of a peer's memory: merged runs, a window at a time, straight into blocks.
+//! A program on its way into a pool: as reads of merged runs of the peer's memory, a window at a time, straight into blocks; or packed.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use kvferry_transport::{Pool, TransferError, first_part};
 
 use crate::endpoint::PIECES_MAX;
 use crate::memory::{Lent, Own};
+use crate::packed::Packed;
 use crate::reader::{Source, Ticket};
 
 /// Reads of one copy that are under way at a time.
@@ -136,8 +137,51 @@ impl Reads {
     }
 }
 
-impl Copying for Reads {
+/// A copy: by reads, unless it is packed.
+pub(crate) struct Fetch {
+    reads: Reads,
+    packed: Option<Packed>,
+}
+
+impl Fetch {
+    pub(crate) fn new(reads: Reads, packed: Option<Packed>) -> Fetch {
+        Fetch { reads, packed }
+    }
+}
+
+impl Copying for Fetch {
+    fn begin(&mut self) {
+        // Where the peer packs nothing, its pieces are read.
+        self.packed = self.packed.take().and_then(|mut packed| packed.begin().then_some(packed));
+    }
+
     fn step(&mut self, budget: u64) -> Result<Step, TransferError> {
+        self.begin();
+        let Some(packed) = &mut self.packed else { return self.reads.step(budget) };
+        self.reads.check()?;
+        let step = packed.step(budget)?;
+        // What was read meanwhile counts for nothing if its endpoint is closed since.
+        self.reads.check()?;
+        Ok(step)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.reads.bytes
+    }
+
+    fn pieces(&self) -> u64 {
+        self.packed.as_ref().map_or(self.reads.pieces, Packed::pieces)
+    }
+
+    /// Of packed chunks nothing that is under way writes a pool.
+    fn is_running(&mut self) -> bool {
+        self.packed.is_none() && self.reads.is_running()
+    }
+}
+
+impl Reads {
+    /// Looks what is over, and whether something failed.
+    fn check(&self) -> Result<(), TransferError> {
         self.memory.reader.progress();
         if let Some(message) = self.ticket.failed.borrow_mut().take() {
             return Err(unread(message));
@@ -145,6 +189,11 @@ impl Copying for Reads {
         if self.memory.reader.is_closed() {
             return Err(unread(self.memory.reader.why_closed()));
         }
+        Ok(())
+    }
+
+    fn step(&mut self, budget: u64) -> Result<Step, TransferError> {
+        self.check()?;
         let mut cost = 0;
         while cost < budget && self.ticket.under_way.get() < READS_MAX {
             if self.next.is_empty() {
@@ -164,14 +213,6 @@ impl Copying for Reads {
             0 => Step::Waiting,
             cost => Step::More(cost),
         })
-    }
-
-    fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    fn pieces(&self) -> u64 {
-        self.pieces
     }
 
     fn is_running(&mut self) -> bool {

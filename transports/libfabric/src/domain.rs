@@ -12,6 +12,7 @@ use rustix::event::epoll;
 
 use crate::info::{Info, MemoryMode};
 use crate::library::Library;
+use crate::staging::Arena;
 
 /// An open fabric and domain; closed when the last object in it is gone. It stays on its thread.
 pub(crate) struct Domain {
@@ -26,6 +27,10 @@ pub(crate) struct Domain {
     queues: RefCell<Vec<*mut fid>>,
     /// How many there are without one.
     silent: Cell<usize>,
+    /// Endpoints of one process may meet in shared memory: for tests, see [`crate::neighbour`].
+    pub(crate) shares_with_itself: bool,
+    /// Pages for packed chunks, unmapped when the domain is closed.
+    pub(crate) arena: Arena,
 }
 
 /// Whether the thread may sleep on the poller.
@@ -39,7 +44,8 @@ pub(crate) enum Sleep {
 }
 
 impl Domain {
-    pub(crate) fn open(library: &'static Library, info: Info) -> Result<Rc<Domain>, String> {
+    /// Opens a device, with shared memory inside this process or without.
+    pub(crate) fn open(library: &'static Library, info: Info, shares_with_itself: bool) -> Result<Rc<Domain>, String> {
         let mode = info.memory_mode()?;
         let poller = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|error| format!("creating an epoll descriptor: {}", std::io::Error::from(error)))?;
@@ -65,6 +71,8 @@ impl Domain {
             poller: Arc::new(poller),
             queues: RefCell::new(Vec::new()),
             silent: Cell::new(0),
+            shares_with_itself,
+            arena: Arena::default(),
         }))
     }
 

@@ -9,11 +9,10 @@ use libfabric_sys::{
     FI_AV_TABLE, FI_COMPLETION, FI_CQ_FORMAT_MSG, FI_EAGAIN, FI_EAVAIL, FI_OPT_EFA_EMULATED_READ, FI_OPT_ENDPOINT,
     FI_RECV, FI_TRANSMIT, FI_WAIT_FD, FI_WAIT_NONE, Padded, calls, fi_av_attr, fi_cq_attr, fi_cq_err_entry,
     fi_cq_msg_entry, fi_eq_attr, fi_eq_err_entry, fi_msg_rma, fi_rma_iov, fid, fid_av, fid_cq, fid_ep, fid_eq, iovec,
-    version,
 };
 
 use crate::domain::Domain;
-use crate::library::Version;
+use crate::neighbour;
 use crate::operations::Operations;
 use crate::slab::Slab;
 
@@ -26,8 +25,6 @@ pub(crate) const NAME_BYTES_MAX: usize = 256;
 /// `fi_addr_t` of nobody in particular.
 const ANYBODY: u64 = u64::MAX;
 const AGAIN: isize = -(FI_EAGAIN as isize);
-/// Shared memory between endpoints of one process is not used from this version on.
-const NO_SELF_FROM: Version = Version(version(2, 0));
 const ERROR_AVAILABLE: isize = -(FI_EAVAIL as isize);
 
 /// An endpoint that is open and enabled.
@@ -144,15 +141,9 @@ impl<T> Endpoint<T> {
     /// Makes a peer's endpoint known by its name, which has to be of the same kind as ours.
     pub(crate) fn insert(&mut self, name: &[u8]) -> Result<u64, String> {
         is_like(name, &self.name)?;
-        // Seen with 2.5.1: a region that is mapped already, being our own process's, is not told to the endpoint, which then writes through
-        // a null pointer.
-        if self.domain.library.version >= NO_SELF_FROM
-            && process(name).is_some_and(|pid| process(&self.name) == Some(pid))
-        {
-            return Err(format!(
-                "libfabric {} cannot use shared memory inside one process; use shm, or a process for each rank",
-                self.domain.library.version
-            ));
+        let (library, shares) = (self.domain.library.version, self.domain.shares_with_itself);
+        if let Some(reason) = neighbour::refusal(&self.name, name, library, shares) {
+            return Err(reason);
         }
         let mut address = ANYBODY;
         // SAFETY: an open vector; a name as long as this provider's are, and a place for the address.
@@ -452,12 +443,6 @@ unsafe fn words(text: *const c_char) -> String {
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
-/// The process in a name of shared memory's, as text.
-fn process(name: &[u8]) -> Option<&[u8]> {
-    let rest = name.strip_prefix(b"fi_shm://")?;
-    rest.split(|byte| *byte == b':').next()
-}
-
 /// Whether a peer's name can be one of the same provider's: libfabric takes any bytes, and some providers trust them.
 fn is_like(name: &[u8], own: &[u8]) -> Result<(), String> {
     let refused = |reason: &str| Err(format!("the peer's endpoint has no name of this provider's: {reason}"));
@@ -529,8 +514,6 @@ mod tests {
         assert!(is_like(&own[..15], &own).unwrap_err().contains("15 bytes"));
         let shm = b"fi_shm://12:0:1\0";
         assert_eq!(is_like(b"fi_shm://4242:1:10\0", shm), Ok(()));
-        assert_eq!((process(shm), process(b"fi_shm://4242:1:10\0")), (Some(&b"12"[..]), Some(&b"4242"[..])));
-        assert_eq!(process(&own), None);
         for bad in [&b"fi_shm://4242"[..], b"fi_shm://1\0:2\0", b"/etc/passwd\0", b""] {
             assert!(is_like(bad, shm).is_err());
         }

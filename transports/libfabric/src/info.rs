@@ -4,8 +4,8 @@ use std::ffi::{CStr, CString, c_char};
 use std::ptr;
 
 use libfabric_sys::{
-    FI_CONTEXT, FI_CONTEXT2, FI_EP_RDM, FI_MR_ALLOCATED, FI_MR_LOCAL, FI_MR_PROV_KEY, FI_MR_VIRT_ADDR, FI_MSG, FI_RMA,
-    FI_SOURCE, FI_THREAD_DOMAIN, fi_info,
+    FI_CONTEXT, FI_CONTEXT2, FI_EP_RDM, FI_HMEM, FI_MR_ALLOCATED, FI_MR_HMEM, FI_MR_LOCAL, FI_MR_PROV_KEY,
+    FI_MR_VIRT_ADDR, FI_MSG, FI_RMA, FI_SOURCE, FI_THREAD_DOMAIN, fi_info,
 };
 
 use crate::library::Library;
@@ -14,6 +14,22 @@ use crate::library::Library;
 pub(crate) struct Info {
     library: &'static Library,
     raw: *mut fi_info,
+}
+
+/// What an offer says of itself, as far as it is chosen by that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Offer {
+    pub(crate) provider: String,
+    /// `efa` or `efa-direct` for that provider, a network for others.
+    pub(crate) fabric: String,
+    /// The device.
+    pub(crate) domain: String,
+    /// `FI_MSG` and the like.
+    pub(crate) capabilities: u64,
+    /// Whether it speaks IPv4, where it speaks IP at all.
+    pub(crate) is_ip4: bool,
+    /// Why memory cannot be registered as it wants, if it cannot.
+    pub(crate) refusal: Option<String>,
 }
 
 /// How memory has to be registered and named, as the provider asks for it.
@@ -46,6 +62,21 @@ impl Info {
     /// What a provider offers for reliable datagrams with messages and remote reads, in its own order; over the interface with address
     /// `source`, or all. An empty list where it has no device.
     pub(crate) fn query(library: &'static Library, provider: &str, source: Option<&str>) -> Result<Vec<Info>, String> {
+        Info::offered(library, provider, source, false)
+    }
+
+    /// The same, of what reaches the memory of devices, too (`FI_HMEM`).
+    pub(crate) fn query_device_memory(library: &'static Library, provider: &str) -> Result<Vec<Info>, String> {
+        Info::offered(library, provider, None, true)
+    }
+
+    fn offered(
+        library: &'static Library,
+        provider: &str,
+        source: Option<&str>,
+        device_memory: bool,
+    ) -> Result<Vec<Info>, String> {
+        let (caps, mr_mode) = asked_for(device_memory);
         let text = |word: &str| CString::new(word).map_err(|_| format!("{word:?} holds a zero byte"));
         let (name, node) = (text(provider)?, source.map(text).transpose()?);
         let (Ok(getinfo), Ok(dupinfo), Ok(freeinfo)) =
@@ -62,12 +93,12 @@ impl Info {
         // SAFETY: the hints and what hangs on them were made by the library, which frees them; the one string is of malloc's. The answer is
         // a list that it made, copied and freed here.
         let list = unsafe {
-            (*hints).caps = u64::from(FI_MSG | FI_RMA);
+            (*hints).caps = caps;
             (*hints).mode = FI_CONTEXT | FI_CONTEXT2;
             (*(*hints).ep_attr).type_ = FI_EP_RDM;
             let domain = (*hints).domain_attr;
             (*domain).threading = FI_THREAD_DOMAIN;
-            (*domain).mr_mode = (FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY).cast_signed();
+            (*domain).mr_mode = mr_mode.cast_signed();
             (*(*hints).fabric_attr).prov_name = libc::strdup(name.as_ptr());
             let node = node.as_ref().map_or(ptr::null(), |node| node.as_ptr());
             let flags = if node.is_null() { 0 } else { FI_SOURCE };
@@ -94,20 +125,53 @@ impl Info {
         Ok(list)
     }
 
+    /// One that no provider offers.
+    #[cfg(test)]
+    pub(crate) fn made(
+        library: &'static Library,
+        provider: &str,
+        fabric: &str,
+        domain: &str,
+        capabilities: u64,
+    ) -> Option<Info> {
+        let copy = |word: &str| CString::new(word).ok();
+        let (provider, fabric, domain) = (copy(provider)?, copy(fabric)?, copy(domain)?);
+        // SAFETY: without an argument it makes an empty one, which it frees with the strings of malloc's that hang on it.
+        unsafe {
+            let raw = library.api.fi_dupinfo.as_ref().ok()?(ptr::null());
+            (*raw).caps = capabilities;
+            (*(*raw).fabric_attr).prov_name = libc::strdup(provider.as_ptr());
+            (*(*raw).fabric_attr).name = libc::strdup(fabric.as_ptr());
+            (*(*raw).domain_attr).name = libc::strdup(domain.as_ptr());
+            Some(Info { library, raw })
+        }
+    }
+
     /// For calls of the library, while this value lives.
     pub(crate) fn raw(&self) -> *mut fi_info {
         self.raw
     }
 
+    /// What it says of itself.
+    pub(crate) fn offer(&self) -> Offer {
+        /// `FI_SOCKADDR_IN`.
+        const IP4: u32 = 2;
+        // SAFETY: the library fills these in for what it offers.
+        let (fabric, capabilities, format) =
+            unsafe { (text((*(*self.raw).fabric_attr).name), (*self.raw).caps, (*self.raw).addr_format) };
+        Offer {
+            provider: self.provider(),
+            fabric,
+            domain: self.domain(),
+            capabilities,
+            is_ip4: format == IP4,
+            refusal: self.memory_mode().err(),
+        }
+    }
+
     pub(crate) fn provider(&self) -> String {
         // SAFETY: the library fills these in for what it offers.
         unsafe { text((*(*self.raw).fabric_attr).prov_name) }
-    }
-
-    /// `efa` or `efa-direct` for that provider, a network for others.
-    pub(crate) fn fabric(&self) -> String {
-        // SAFETY: as above.
-        unsafe { text((*(*self.raw).fabric_attr).name) }
     }
 
     /// The device.
@@ -159,14 +223,6 @@ impl Info {
         unsafe { (*(*self.raw).ep_attr).max_msg_size }
     }
 
-    /// Whether it speaks IPv4, where it speaks IP at all.
-    pub(crate) fn is_ip4(&self) -> bool {
-        /// `FI_SOCKADDR_IN`.
-        const IP4: u32 = 2;
-        // SAFETY: as above.
-        unsafe { (*self.raw).addr_format == IP4 }
-    }
-
     /// Nominal speed, where the provider knows the device.
     pub(crate) fn bits_per_second(&self) -> Option<u64> {
         // SAFETY: as above; each pointer is looked at before it is followed.
@@ -176,6 +232,12 @@ impl Info {
         };
         (speed > 0).then_some(speed as u64)
     }
+}
+
+/// The capabilities, and the ways to register memory, that a provider is asked for.
+fn asked_for(device_memory: bool) -> (u64, u32) {
+    let (caps, modes) = (u64::from(FI_MSG | FI_RMA), FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY);
+    if device_memory { (caps | FI_HMEM, modes | FI_MR_HMEM) } else { (caps, modes) }
 }
 
 impl Drop for Info {
@@ -201,6 +263,14 @@ unsafe fn text(pointer: *const c_char) -> String {
 mod tests {
     use super::*;
     use libfabric_sys::{FI_MR_ENDPOINT, FI_MR_RAW};
+
+    #[test]
+    fn device_memory_is_asked_for_beside_the_rest_and_only_where_it_is_meant() {
+        let (host, device) = (asked_for(false), asked_for(true));
+        assert_eq!((host.0 & FI_HMEM, host.1 & FI_MR_HMEM), (0, 0));
+        assert_eq!((device.0 & !FI_HMEM, device.1 & !FI_MR_HMEM), host);
+        assert_eq!((device.0 & FI_HMEM, device.1 & FI_MR_HMEM), (1 << 47, 1 << 10));
+    }
 
     #[test]
     fn modes_are_honoured_or_refused() {

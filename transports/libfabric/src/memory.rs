@@ -4,14 +4,19 @@ use std::rc::Rc;
 
 use kvferry_core::{Location, PoolLayout};
 use kvferry_transport::Pool;
+use kvferry_transport::codec::random;
 use libfabric_sys::{FI_READ, FI_REMOTE_READ};
 
+use crate::collecting::Collecting;
 use crate::domain::{Domain, Registered};
 use crate::reader::{Reader, Source};
 use crate::wire;
 
 /// A pool of our own: what its regions are registered as; nothing where there are no bytes.
 pub(crate) struct Own {
+    pub(crate) pool: Pool,
+    /// By which peers name it where they ask for packed chunks.
+    pub(crate) number: u64,
     regions: Vec<Option<Rc<Registered<Pool>>>>,
 }
 
@@ -27,16 +32,18 @@ impl Own {
                 .map(|region| Some(Rc::new(region)))
         };
         let regions = pool.regions().iter().map(|region| register(region.base(), region.bytes()));
-        Ok(Own { regions: regions.collect::<Result<_, String>>()? })
+        let regions = regions.collect::<Result<_, String>>()?;
+        let drawn = random::<8>().map_err(|error| format!("no random number could be drawn: {error}"))?;
+        Ok(Own { pool: pool.clone(), number: u64::from_le_bytes(drawn), regions })
     }
 
     /// What peers need to read it through the endpoint of that name.
-    pub(crate) fn lend(&self, domain: &Domain, pool: &Pool, name: &[u8]) -> wire::Memory {
-        let regions = pool.regions().iter().zip(&self.regions).map(|(region, registered)| {
+    pub(crate) fn lend(&self, domain: &Domain, name: &[u8]) -> wire::Memory {
+        let regions = self.pool.regions().iter().zip(&self.regions).map(|(region, registered)| {
             let base = if domain.mode.addresses { region.base() as u64 } else { 0 };
             registered.as_ref().map_or((0, 0), |registered| (base, registered.key()))
         });
-        wire::Memory { name: name.to_vec(), regions: regions.collect() }
+        wire::Memory { name: name.to_vec(), number: self.number, regions: regions.collect() }
     }
 
     /// The registration of one region.
@@ -48,18 +55,25 @@ impl Own {
 /// A peer's pool.
 pub(crate) struct Lent {
     pub(crate) reader: Rc<Reader>,
+    /// What packs short pieces of it, if anything does, and the number that it is asked for by.
+    pub(crate) packer: Option<(Rc<Collecting>, u64)>,
     /// Of each region: its first byte, its key, its bytes as its layout says.
     regions: Vec<(u64, u64, u64)>,
 }
 
 impl Lent {
     /// As a peer describes it; its layout is valid.
-    pub(crate) fn new(reader: Rc<Reader>, memory: &wire::Memory, layout: &PoolLayout) -> Result<Lent, String> {
+    pub(crate) fn new(
+        reader: Rc<Reader>,
+        collecting: Option<Rc<Collecting>>,
+        memory: &wire::Memory,
+        layout: &PoolLayout,
+    ) -> Result<Lent, String> {
         let regions: Vec<(u64, u64, u64)> =
             memory.regions.iter().zip(&layout.regions).map(|(&(base, key), &bytes)| (base, key, bytes)).collect();
         match regions.iter().position(|(base, _, bytes)| base.checked_add(*bytes).is_none()) {
             Some(region) => Err(format!("region {region} reaches beyond the address space")),
-            None => Ok(Lent { reader, regions }),
+            None => Ok(Lent { reader, packer: collecting.map(|collecting| (collecting, memory.number)), regions }),
         }
     }
 
@@ -84,9 +98,9 @@ mod tests {
     #[test]
     fn nothing_outside_a_region_is_asked_for() {
         let lent = |regions: Vec<(u64, u64)>, bytes: Vec<u64>| {
-            let memory = wire::Memory { name: vec![1], regions };
+            let memory = wire::Memory { name: vec![1], number: 2, regions };
             let layout = PoolLayout { regions: bytes, planes: vec![] };
-            Lent::new(Rc::new(Reader::closed()), &memory, &layout)
+            Lent::new(Rc::new(Reader::closed()), None, &memory, &layout)
         };
         let pool = lent(vec![(4096, 7), (0, 0)], vec![100, 0]).unwrap();
         let at = |region, offset| Location { region, offset };

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use kvferry_local::{LocalTransport, host};
 use kvferry_topology::Counters;
-use kvferry_transport::{Device, NicInfo, OpenError, Options, Provider, Transport, TransportKind};
+use kvferry_transport::{Device, NicInfo, OpenError, Options, PackedBy, Provider, Transport, TransportKind};
 
 use crate::backend::Fabric;
 use crate::device;
@@ -12,11 +12,14 @@ use crate::domain::Domain;
 use crate::info::Info;
 use crate::library::Library;
 use crate::messages::Messages;
+use crate::packing::Packing;
 
 /// Opens devices through libfabric, a domain for each.
 #[derive(Clone, Debug, Default)]
 pub struct LibfabricProvider {
     only: Option<String>,
+    packed: Option<(PackedBy, u64)>,
+    within_process: bool,
 }
 
 impl LibfabricProvider {
@@ -28,6 +31,21 @@ impl LibfabricProvider {
     /// One device only, by the name of its domain (`eth0`, `rdmap40s0`, `shm`) or as `PROVIDER/DOMAIN`.
     pub fn only(mut self, device: &str) -> LibfabricProvider {
         self.only = Some(device.to_owned());
+        self
+    }
+
+    /// Pieces that are shorter than `below` bytes on average are packed as `by` says, whatever [`Options::packed_below_bytes`] and
+    /// [`Options::packed_by`] say.
+    pub fn packed(mut self, by: PackedBy, below: u64) -> LibfabricProvider {
+        self.packed = Some((by, below));
+        self
+    }
+
+    /// Has transports of one process meet in libfabric's shared memory, which 1.17 mostly survives where none of them is closed before the
+    /// others, and later versions do not do. For tests that run in one process.
+    #[doc(hidden)]
+    pub fn within_process(mut self) -> LibfabricProvider {
+        self.within_process = true;
         self
     }
 
@@ -86,12 +104,16 @@ impl Provider for LibfabricProvider {
         let library = Library::find().map_err(unavailable)?;
         let found = device::find(library, &device.name).map_err(unavailable)?;
         let counters = counters(Path::new("/"), &found.provider(), &device.name);
-        Ok(Box::new(open(library, found, &device.name, options, counters)?))
+        let mut options = options.clone();
+        if let Some((by, below)) = self.packed {
+            (options.packed_by, options.packed_below_bytes) = (by, Some(below));
+        }
+        Ok(Box::new(open((library, self.within_process), found, &device.name, &options, counters)?))
     }
 }
 
 fn open(
-    library: &'static Library,
+    (library, within_process): (&'static Library, bool),
     found: Info,
     name: &str,
     options: &Options,
@@ -109,9 +131,11 @@ fn open(
     let explain = |reason: String| {
         unavailable(format!("{reason}; FI_LOG_LEVEL=info says more, {} is {}", library.path, library.version))
     };
-    let domain = Domain::open(library, found).map_err(explain)?;
+    let domain = Domain::open(library, found, within_process).map_err(explain)?;
     let messages = Messages::open(&domain).map_err(explain)?;
-    let fabric = Fabric::new(&domain, messages.name(), messages.emulates_reads(), counters).map_err(explain)?;
+    let packing = Packing::new(options, &provider);
+    let fabric =
+        Fabric::new(&domain, messages.name(), messages.emulates_reads(), counters, packing).map_err(explain)?;
     LocalTransport::over(fabric, messages, info, options)
 }
 
@@ -156,7 +180,7 @@ mod tests {
         let count = |bytes: &str| std::fs::write(folder.join("rdma_read_bytes"), bytes).unwrap();
         count("7");
         let side = |counters| {
-            open(library, device::find(library, "lo").unwrap(), "lo", &Options::default(), counters).unwrap()
+            open((library, false), device::find(library, "lo").unwrap(), "lo", &Options::default(), counters).unwrap()
         };
         let mut here = side(Counters::open(&root, "rdmap40s0:1"));
         let mut there = side(Counters::default());

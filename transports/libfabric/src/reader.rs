@@ -12,6 +12,7 @@ use libfabric_sys::{fi_rma_iov, iovec};
 use crate::domain::{Domain, Registered};
 use crate::endpoint::{Done, Endpoint, PIECES_MAX, Posted};
 use crate::slab::Slab;
+use crate::staging::{CHUNK_BYTES, Staging};
 
 /// Reads that one peer is asked for at a time.
 const READS_MAX: usize = 128;
@@ -61,6 +62,12 @@ pub(crate) struct Ticket {
     pub(crate) under_way: Cell<usize>,
     /// Why the first of them failed.
     pub(crate) failed: RefCell<Option<String>>,
+}
+
+impl Ticket {
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.under_way.get() > 0
+    }
 }
 
 /// A read under way; it keeps the memory that is written.
@@ -144,6 +151,28 @@ impl Reader {
         unsafe { self.ask(pieces, into.desc(), into.clone(), ticket, true) }
     }
 
+    /// Asks for a packed chunk, at most as long as a buffer of `into`, which nobody else has before the read is over. `Ok(false)`: not now.
+    pub(crate) fn collect(
+        &self,
+        source: Source,
+        into: &Rc<Staging>,
+        buffer: u32,
+        ticket: &Rc<Ticket>,
+    ) -> Result<bool, String> {
+        let to = into.buffer(buffer).filter(|_| source.bytes <= CHUNK_BYTES);
+        let to = to.ok_or_else(|| format!("a chunk of {} bytes for buffer {buffer}", source.bytes))?;
+        // SAFETY: the buffer is so long, and is kept by the operation; until it is given back to the peer, no other read goes there.
+        unsafe { self.ask(&[(source, to)], into.desc(), into.clone(), ticket, true) }
+    }
+
+    /// Closes it for good: its peer is let go.
+    pub(crate) fn give_up(&self, reason: String) {
+        if self.open.borrow_mut().take().is_some() {
+            tracing::warn!(reason, "an endpoint that reads is closed");
+            *self.broke.borrow_mut() = Some(reason);
+        }
+    }
+
     /// # Safety
     /// As for [`Reader::read`], of memory that `keep` keeps and `desc` describes.
     unsafe fn ask(
@@ -205,9 +234,8 @@ impl Reader {
         }
         // It is of no further use, and closing it ends what is under way.
         if let Some(reason) = polled.err().or_else(|| open.endpoint.error()) {
-            tracing::warn!(reason, "the provider reports an error of an endpoint that reads; it is closed");
-            *self.broke.borrow_mut() = Some(format!("the provider reports an error: {reason}"));
-            *place = None;
+            drop(place);
+            self.give_up(format!("the provider reports an error: {reason}"));
         }
     }
 
@@ -325,7 +353,7 @@ mod tests {
             };
             let works = |name: &&str| *name != "shm" || library.version.0 < libfabric_sys::version(2, 0);
             let pair = |name| {
-                let open = || Domain::open(library, device::find(library, name).unwrap()).unwrap();
+                let open = || Domain::open(library, device::find(library, name).unwrap(), true).unwrap();
                 let (here, there) = (open(), open());
                 let owner = Endpoint::open(&there, 8).unwrap();
                 let (source, into) = (source(), into());
@@ -372,6 +400,20 @@ mod tests {
             let right = piece(&pair, key);
             assert_eq!((pair.read(&right), first_byte(&pair.into)), (None, 7), "{name}");
         }
+    }
+
+    /// A peer in this process is not met in shared memory, whatever the version.
+    #[test]
+    fn shared_memory_is_not_used_inside_a_process() {
+        let library = match Library::find() {
+            Ok(library) => library,
+            Err(reason) => return kvferry_transport::conformance::absent("libfabric", &reason),
+        };
+        let open = || Domain::open(library, device::find(library, "shm").unwrap(), false).unwrap();
+        let (here, there) = (open(), open());
+        let owner: Endpoint<()> = Endpoint::open(&there, 8).unwrap();
+        let refused = Reader::open(&here, owner.name()).err().unwrap();
+        assert!(refused.contains("inside one process") && refused.contains("use shm"), "{refused}");
     }
 
     /// Where a provider takes several pieces at once, each comes from its own place and goes to its own, and nothing else is written.

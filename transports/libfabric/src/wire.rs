@@ -131,12 +131,14 @@ impl Call {
 pub(crate) struct Memory {
     /// The endpoint through which it is read.
     pub(crate) name: Vec<u8>,
+    /// By which packed chunks of it are asked for.
+    pub(crate) number: u64,
     /// Of each region: its first byte, as the provider counts, and its key; zeroes where it has no bytes.
     pub(crate) regions: Vec<(u64, u64)>,
 }
 
 impl Memory {
-    const MARK: [u8; 4] = *b"kfM\x01";
+    const MARK: [u8; 4] = *b"kfM\x02";
 
     pub(crate) fn seal(&self) -> Bytes {
         seal(Memory::MARK, self)
@@ -208,7 +210,7 @@ mod tests {
     fn places_and_memory_that_were_cut_are_refused() {
         let place = Place { provider: "tcp".into(), name: vec![7; 16], instance: [1; 16], secret: [2; 16] }.seal();
         assert!(Place::open(&place).is_ok() && (0..place.len()).all(|cut| Place::open(&place[..cut]).is_err()));
-        let memory = Memory { name: vec![7; 16], regions: vec![(0, 5), (4096, 6)] }.seal();
+        let memory = Memory { name: vec![7; 16], number: 8, regions: vec![(0, 5), (4096, 6)] }.seal();
         assert!(Memory::open(&memory, 2).is_ok() && Memory::open(&memory, 1).is_err());
         assert!((0..memory.len()).all(|cut| Memory::open(&memory[..cut], 2).is_err()));
     }

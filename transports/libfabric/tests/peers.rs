@@ -7,7 +7,8 @@ use kvferry_core::{Direction, FenceProof, PoolId, Program, TransferId};
 use kvferry_libfabric::LibfabricProvider;
 use kvferry_transport::conformance::{Party, absent, block_planes, until, whole_blocks};
 use kvferry_transport::{
-    Event, Expected, Options, PeerId, Pool, PoolKeys, PoolOptions, Provider, Transfer, TransferError, TransportKind,
+    BindError, DeviceMemory, DeviceRegion, Event, Expected, Options, PeerId, Pool, PoolKeys, PoolOptions, Provider,
+    Transfer, TransferError, TransportKind,
 };
 
 const BLOCKS: u32 = 64;
@@ -235,11 +236,57 @@ fn stale_keys_and_withdrawn_pools_fail_their_transfers() {
     }
 }
 
+/// Memory that nobody can touch.
+struct Gpu;
+
+impl DeviceMemory for Gpu {
+    fn device(&self) -> &str {
+        "cuda:7"
+    }
+
+    fn write(&self, _: u64, _: &[u8]) -> Result<(), String> {
+        Err("there is no such device".to_owned())
+    }
+
+    fn read(&self, _: u64, _: &mut [u8]) -> Result<(), String> {
+        Err("there is no such device".to_owned())
+    }
+
+    fn fill(&self, _: u64, _: u8, _: u64) -> Result<(), String> {
+        Err("there is no such device".to_owned())
+    }
+}
+
+/// A GPU's memory is refused with what the provider offers, and what takes it; pools in host memory are bound beside it.
+#[test]
+fn memory_of_a_gpu_is_refused_with_the_reason() {
+    let Some(_turn) = turn() else { return };
+    for device in ["lo", "shm"] {
+        let mut party = open(device, &Options::default());
+        let layout = block_planes(1, BLOCKS, BLOCK_BYTES);
+        let regions = layout.regions.iter().map(|&bytes| DeviceRegion { address: 1 << 40, bytes }).collect();
+        // SAFETY: every access of that memory fails.
+        let on_gpu = unsafe { Pool::on_device(PoolId(1), layout, regions, Arc::new(Gpu)) }.unwrap();
+        let refused = party.transport.bind(&on_gpu).unwrap_err();
+        assert!(matches!(refused, BindError::Unsupported { .. }), "{refused:?}");
+        let said = refused.to_string();
+        for word in ["cuda:7", "FI_HMEM", "tcp, which stages"] {
+            assert!(said.contains(word), "{said}");
+        }
+        party.bind(&pool(1));
+    }
+}
+
 /// What has no such provider or device, and what is of another transport, is refused with the reason.
 #[test]
 fn devices_that_are_not_there_are_refused() {
     let Some(_turn) = turn() else { return };
-    for (name, reason) in [("verbs/mlx5_0", "no provider"), ("rdmap7s0", "offers no such device"), ("tcp/nic7", "lo")] {
+    for (name, reason) in [
+        ("verbs/mlx5_0", "no provider"),
+        ("rdmap7s0", "offers no such device"),
+        ("tcp/nic7", "lo"),
+        ("efa-direct/rdmap40s0", "take \"rdmap40s0\""),
+    ] {
         let device = LibfabricProvider::new().named(name).unwrap();
         assert!(device.unavailable.as_ref().is_some_and(|said| said.contains(reason)), "{device:?}");
         let refused = LibfabricProvider::new().open(&device, &Options::default());

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use kvferry_core::{FenceProof, PoolId, PoolLayout, Program, TransportKind, UnitRange};
 use kvferry_transport::{DeviceEvent, Evidence, PeerId, Pool, TransferError, Wait};
 
@@ -35,6 +36,8 @@ pub trait Backend: 'static {
     const CHECKS: bool = false;
     /// Whether reaching a peer's memory takes so long that a push's source is made known to its destination before the first push.
     const OFFERS: bool = false;
+    /// Whether backends of this kind have something to say to each other, beside the protocol.
+    const SPEAKS: bool = false;
     /// What proves that copies which were [cut off](Backend::sever) write no more.
     const SEVERED: FenceProof = FenceProof::OwnerCopies;
 
@@ -86,6 +89,23 @@ pub trait Backend: 'static {
     /// Peers whose memory cannot be reached any more since it was last asked, and why; asked after [`Backend::tend`]. They are let go.
     fn broken(&mut self) -> Vec<(PeerId, String)> {
         Vec::new()
+    }
+
+    /// Takes what a peer's backend says, in order. An error loses the peer.
+    fn hear(&mut self, peer: PeerId, words: &[u8]) -> Result<(), String> {
+        let (_, _) = (peer, words);
+        Ok(())
+    }
+
+    /// What there is to say to peers since it was last asked; asked after copies have begun, at the end of each poll, and before
+    /// the thread sleeps.
+    fn say(&mut self) -> Vec<(PeerId, Bytes)> {
+        Vec::new()
+    }
+
+    /// Whether there is more to do beside copies that needs nobody: then there is another poll at once.
+    fn is_busy(&self) -> bool {
+        false
     }
 
     /// Has a copy that has not begun wait for an event by itself. `false` if it cannot: then it is begun when the event is done.

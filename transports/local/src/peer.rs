@@ -75,6 +75,15 @@ impl<B: Backend> LocalTransport<B> {
         self.carrier.send(id, frame, Vec::new());
     }
 
+    /// Passes on what backends say to each other.
+    pub(crate) fn speak(&mut self) {
+        if B::SPEAKS {
+            for (peer, words) in self.backend.say() {
+                self.send(peer, &Frame::Own(words));
+            }
+        }
+    }
+
     /// Takes what has come.
     pub(crate) fn take_frames(&mut self) {
         while let Some(carried) = self.carrier.next() {
@@ -140,6 +149,7 @@ impl<B: Backend> LocalTransport<B> {
             }
             (Stage::Up, Frame::Check { serial, pool, token }) if B::CHECKS => self.check_for(id, serial, pool, token),
             (Stage::Up, Frame::Checked { serial, stood }) => self.checked(id, serial, stood),
+            (Stage::Up, Frame::Own(words)) if B::SPEAKS => self.backend.hear(id, &words)?,
             _ => return Err("it sent a frame that is not due".into()),
         }
         Ok(())
@@ -169,3 +179,6 @@ impl<B: Backend> LocalTransport<B> {
         self.peers.remove(&id)
     }
 }
+
+#[cfg(test)]
+mod tests;

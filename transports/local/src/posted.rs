@@ -204,6 +204,11 @@ impl<B: Backend> LocalTransport<B> {
             Ok((mut copy, true)) => {
                 copy.begin();
                 self.jobs.push_back(Job { id, role: Role::Pull, copy });
+                if B::SPEAKS {
+                    // Its source need not wait for our next turn.
+                    self.speak();
+                    self.carrier.flush();
+                }
             }
             Ok((_, false)) => {
                 posted.progress = Progress::Waiting;

@@ -298,14 +298,18 @@ impl<B: Backend> Transport for LocalTransport<B> {
         self.copy();
         self.settle_draining();
         self.settle_pools();
+        self.speak();
         self.carrier.flush();
         events.append(&mut self.events);
     }
 
     fn arm(&mut self) -> Wait {
+        // Something may have been cancelled since the last poll.
+        self.speak();
         self.carrier.flush();
         if (!self.jobs.is_empty() && !self.resting)
             || !self.events.is_empty()
+            || self.backend.is_busy()
             || self.pools.values().any(|bound| bound.leaving && self.is_idle(bound.pool.id()))
         {
             return Wait::Busy;

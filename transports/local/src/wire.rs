@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file; both ends must have the same.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Descriptors that travel with one frame; the kernel takes 253.
 pub const FDS_PER_FRAME_MAX: usize = 200;
 /// Bytes of a frame before its sender has shown the key.
@@ -133,6 +133,8 @@ pub enum Frame {
     Ring,
     /// There is something in that memory; the carrier's own.
     Wake,
+    /// What one backend says to the other.
+    Own(Bytes),
 }
 
 /// How a pool's memory is reached.

@@ -6,11 +6,11 @@
 use std::rc::Rc;
 
 use kvferry_topology::Way;
-use kvferry_transport::PackedBy;
 use kvferry_transport::codec::{decode, encode};
+use kvferry_transport::{Borrowing, PackedBy};
 use ucx_sys::{UCS_OK, ucs_status_t};
 
-use crate::depot::{DEPOT_BYTES, Depot, bit};
+use crate::depot::{DEPOT_BYTES, Depot};
 use crate::endpoint::{Operation, RemoteKeys};
 use crate::inbox::Key;
 use crate::lanes::Lanes;
@@ -24,36 +24,26 @@ use crate::wire::{Header, Kind, PARCEL_BYTES_MAX, Parcel, RegionKey, Staged, dat
 pub(crate) struct Supply {
     keys: Rc<RemoteKeys>,
     base: u64,
-    /// Buffers that were named and not given back, a bit each.
-    open: u64,
-    /// Those of them that are to be given back with the next credit.
-    over: u64,
+    /// Buffers that were named, until they are given back with a credit.
+    borrowed: Borrowing,
 }
 
 impl Supply {
     /// Takes a chunk that the peer names; where it lies.
     fn open(&mut self, parcel: Parcel) -> Result<u64, String> {
         let Parcel { buffer, bytes } = parcel;
-        if buffer >= CREDITS || bytes == 0 || bytes as usize > PARCEL_BYTES_MAX {
-            return Err(format!("a packed chunk of {bytes} bytes in buffer {buffer}, which its staging has not"));
-        }
-        if self.open & bit(buffer) != 0 {
-            return Err(format!("a packed chunk in buffer {buffer}, which was not given back"));
-        }
-        self.open |= bit(buffer);
+        self.borrowed.open(buffer, bytes)?;
         Ok(self.base + u64::from(buffer) * PARCEL_BYTES_MAX as u64)
     }
 
     /// A chunk's place on the link is free.
     pub(crate) fn close(&mut self, buffer: u32) {
-        self.over |= bit(buffer) & self.open;
+        self.borrowed.close(buffer);
     }
 
     /// What is given back now.
     pub(crate) fn give_back(&mut self) -> u64 {
-        let over = std::mem::take(&mut self.over);
-        self.open &= !over;
-        over
+        self.borrowed.give_back()
     }
 }
 
@@ -135,7 +125,7 @@ impl UcxTransport {
                 ));
             }
             let keys = Rc::new(RemoteKeys::unpack(&link.endpoint, [region.rkey.as_slice()].into_iter())?);
-            link.supply = Some(Supply { keys, base, open: 0, over: 0 });
+            link.supply = Some(Supply { keys, base, borrowed: Borrowing::new(CREDITS, PARCEL_BYTES_MAX) });
             // Packing costs something else now, and nothing was measured yet.
             link.costs = None;
             let supplied = self.links.values().filter(|link| link.supply.is_some()).count();
@@ -347,7 +337,7 @@ mod tests {
         }
         let whole = |link: &crate::link::Link| {
             link.outgoing.credits == CREDITS
-                && link.supply.as_ref().is_some_and(|supply| supply.open == 0 && supply.over == 0)
+                && link.supply.as_ref().is_some_and(|supply| supply.borrowed.is_whole())
                 && link.depot.as_ref().is_some_and(Depot::is_whole)
                 && link.collecting == 0
         };

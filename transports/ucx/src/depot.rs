@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvferry_core::{Plane, PoolId, PoolLayout};
-use kvferry_transport::Pool;
+use kvferry_transport::{Lending, Pool};
 
 use crate::context::{Context, Mapped};
 use crate::link::{CREDITS, Source};
@@ -29,8 +29,8 @@ pub(crate) struct Depot {
     _mapped: Mapped,
     pages: Arc<Pages>,
     key: RegionKey,
-    /// Buffers that the peer was told of and has not given back, a bit each.
-    lent: u64,
+    /// Buffers that the peer was told of and has not given back.
+    lent: Lending,
     _share: Share,
 }
 
@@ -52,7 +52,7 @@ impl Depot {
         let (mapped, keys) = Mapped::new(context, &pool.map_err(|error| error.to_string())?)?;
         let rkey = keys.into_iter().next().unwrap_or_default();
         let key = RegionKey { base: pages.base as u64, bytes: DEPOT_BYTES, rkey };
-        Ok(Some(Depot { _mapped: mapped, pages, key, lent: 0, _share: share }))
+        Ok(Some(Depot { _mapped: mapped, pages, key, lent: Lending::new(CREDITS), _share: share }))
     }
 
     /// What its peer needs to read it.
@@ -62,12 +62,12 @@ impl Depot {
 
     /// A buffer that is free.
     pub(crate) fn idle(&self) -> Option<u32> {
-        (0..CREDITS).find(|buffer| self.lent & bit(*buffer) == 0)
+        self.lent.idle()
     }
 
     /// How many are free.
     pub(crate) fn idle_count(&self) -> usize {
-        (CREDITS - self.lent.count_ones()) as usize
+        self.lent.idle_count()
     }
 
     /// Copies a chunk into a free buffer, which is the peer's from now on. `None` where the buffer is not free, or too short.
@@ -75,14 +75,13 @@ impl Depot {
         let start = self.start(buffer).filter(|_| chunk.len() <= PARCEL_BYTES_MAX)?;
         // SAFETY: as much room in a buffer of ours that the peer has given back; the chunk is no memory of it.
         unsafe { std::ptr::copy_nonoverlapping(chunk.as_ptr(), start, chunk.len()) };
-        self.lent |= bit(buffer);
+        self.lent.lend(buffer);
         Some(Parcel { buffer, bytes: u32::try_from(chunk.len()).ok()? })
     }
 
     /// The first byte of a buffer, if it is free.
     fn start(&self, buffer: u32) -> Option<*mut u8> {
-        let is_free = buffer < CREDITS && self.lent & bit(buffer) == 0;
-        is_free.then(|| self.pages.base.wrapping_add(buffer as usize * PARCEL_BYTES_MAX))
+        self.lent.is_idle(buffer).then(|| self.pages.base.wrapping_add(buffer as usize * PARCEL_BYTES_MAX))
     }
 
     /// Packs a transfer's next chunk into a free buffer, which is the peer's from now on. `None` where the buffer is not free, or the program
@@ -99,37 +98,28 @@ impl Depot {
             length += bytes;
             true
         })?;
-        self.lent |= bit(buffer);
+        self.lent.lend(buffer);
         Some(Parcel { buffer, bytes: u32::try_from(bytes).ok()? })
     }
 
     /// Whether every buffer is free.
     #[cfg(test)]
     pub(crate) fn is_whole(&self) -> bool {
-        self.lent == 0
+        self.lent.is_whole()
     }
 
     /// The peer gives buffers back, a bit each.
     pub(crate) fn give_back(&mut self, buffers: u64) -> Result<(), String> {
-        if buffers & !self.lent != 0 {
-            return Err("it gives buffers back that it was not told of".to_owned());
-        }
-        self.lent &= !buffers;
-        Ok(())
+        self.lent.take_back(buffers)
     }
 }
 
 impl Drop for Depot {
     fn drop(&mut self) {
-        if self.lent != 0 {
+        if !self.lent.is_whole() {
             self.pages.is_withdrawn.store(true, Ordering::Relaxed);
         }
     }
-}
-
-/// A buffer's bit.
-pub(crate) fn bit(buffer: u32) -> u64 {
-    1u64.checked_shl(buffer).unwrap_or(0)
 }
 
 /// Private memory of a depot.
@@ -201,11 +191,11 @@ mod tests {
     use super::*;
     use crate::proof::tests::open;
 
-    fn depot(lent: u64) -> Option<(Depot, Rc<Budget>)> {
+    fn depot(lent: &[u32]) -> Option<(Depot, Rc<Budget>)> {
         let transport = open()?;
         let budget = transport.staging.budget().clone();
         let mut depot = Depot::new(&transport.context, &budget).unwrap().unwrap();
-        depot.lent = lent;
+        lent.iter().for_each(|buffer| depot.lent.lend(*buffer));
         Some((depot, budget))
     }
 
@@ -221,7 +211,7 @@ mod tests {
 
     #[test]
     fn what_a_lost_peer_may_still_read_is_gone_for_good_and_nothing_else_comes_there() {
-        let Some((depot, budget)) = depot(bit(3)) else { return };
+        let Some((depot, budget)) = depot(&[3]) else { return };
         let (base, before) = (depot.key().base, budget.taken());
         assert_eq!((read(base).unwrap(), base % ALIGNMENT as u64), (0, 0));
         drop(depot);
@@ -237,7 +227,7 @@ mod tests {
 
     #[test]
     fn what_was_given_back_leaves_nothing() {
-        let Some((mut depot, _)) = depot(0b101) else { return };
+        let Some((mut depot, _)) = depot(&[0, 2]) else { return };
         assert_eq!(depot.idle(), Some(1));
         assert!(depot.give_back(0b1101).is_err(), "one of them was never lent");
         depot.give_back(0b101).unwrap();

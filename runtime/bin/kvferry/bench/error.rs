@@ -31,8 +31,8 @@ pub(crate) enum BenchError {
     /// The two-sided method is UCX's.
     #[error("--two-sided is for --transport ucx only; leave it out")]
     NoTwoSides,
-    /// So is the choice.
-    #[error("--packed-below is for --transport ucx only; leave it out")]
+    /// Others do not pack by choice.
+    #[error("--packed-below is for --transport ucx and libfabric only; leave it out")]
     NoChoice,
     /// So are NIXL's.
     #[error("--tls, --nixl-python and --programs are for --transport nixl only; leave them out")]
