@@ -67,7 +67,9 @@ pub(crate) fn wanted<'a>(
 /// Whether `auto` takes the GPUs that are named; else why not.
 fn auto(hosts: u32, joined: impl FnOnce() -> Result<String, String>) -> Result<String, String> {
     if hosts > 1 {
-        return Err(format!("ranks are on {hosts} hosts, and only GPUs of one host read each other's memory"));
+        return Err(format!(
+            "ranks are on {hosts} hosts, and GPUs of several hosts read each other's memory only within an NVLink domain, which --transport cuda counts on"
+        ));
     }
     joined()
 }

@@ -115,6 +115,7 @@ impl Nic {
             host: info.host.clone(),
             address: transport.address(),
             keys: keys.0,
+            domain: transport.domain(),
         };
         let nic = Nic {
             index,

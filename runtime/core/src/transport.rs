@@ -3,6 +3,7 @@
 use core::fmt;
 use core::str::FromStr;
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 /// The kinds of transport.
@@ -15,7 +16,7 @@ pub enum TransportKind {
     Tcp,
     /// The simulated fabric.
     Sim,
-    /// GPU memory of one host, over NVLink or PCIe; the destination's kernel copies.
+    /// GPU memory of one host, or of one NVLink domain, over NVLink or PCIe; the destination's kernel copies.
     Cuda,
     /// UCX, a context per device.
     Ucx,
@@ -66,6 +67,16 @@ pub enum Direction {
     Pull,
     /// The source writes: `local` is read.
     Push,
+}
+
+/// Hosts whose devices read each other's memory without a network between them, as GPUs of one NVLink domain do, and where a device is found
+/// from the others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryDomain {
+    /// Equal on all of them, and on no others.
+    pub name: String,
+    /// What `Transport::connect` needs on another one of them.
+    pub address: Bytes,
 }
 
 /// How it is known that no foreign write can reach a block any more.

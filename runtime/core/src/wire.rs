@@ -15,15 +15,18 @@ use crate::{Epoch, NodeId, TraceContext, limits};
 /// of that time do not understand each other.
 pub const PROTOCOL_MIN: u16 = 1;
 /// Newest protocol that this build speaks. 2 adds resumption (`Resume`, `Heard`), 3 trace contexts ([`encode_for`]), 4 pushes over rails (`Shares`,
-/// `ShareStopped`, `ShareEnded`, and their number behind a profile). `tests/encoding.rs` pins how each is written: a new message is
+/// `ShareStopped`, `ShareEnded`, and their number behind a profile), 5 domains of hosts behind a profile. `tests/encoding.rs` pins how each is written: a new message is
 /// appended to its enum, belongs to a new protocol, and is not said to peers of older ones.
-pub const PROTOCOL_MAX: u16 = 4;
+pub const PROTOCOL_MAX: u16 = 5;
 /// The first protocol in which a message may have a trace context.
 pub const TRACING_PROTOCOL: u16 = 3;
 /// The first protocol in which pushes may go over rails. Whoever does not say in its profile over how many hears nothing of it.
 pub const RAILS_PROTOCOL: u16 = 4;
+/// The first protocol in which a profile may say from which other hosts its NICs are reached.
+pub const DOMAINS_PROTOCOL: u16 = 5;
 
 const HEADER_BYTES: usize = 4;
+const RAILS_BYTES: usize = 4;
 const HANDSHAKE_BYTES_MAX: usize = 4096;
 /// Bytes of a message authentication code.
 pub(crate) const MAC_BYTES: usize = 16;
@@ -205,14 +208,21 @@ impl Frame {
 
 /// Encodes a message body for a peer that speaks `protocol`. From [`TRACING_PROTOCOL`] on, `Prefill`, `Pair` and `Fetch` are followed by their trace
 /// context, if they have one: 16 bytes of the trace, 8 of the span, both big-endian, and one of flags. From [`RAILS_PROTOCOL`] on, the profile of a
-/// worker that pushes or is pushed to over rails is followed by their number, four bytes in little-endian.
+/// worker that pushes or is pushed to over rails is followed by their number, four bytes in little-endian. From
+/// [`DOMAINS_PROTOCOL`] on, the profile of a worker whose NICs are reached from other hosts is followed by that number, which may be 0 then, and a
+/// list of those NICs with their domains.
 pub fn encode_for(message: &Message, protocol: u16) -> Result<Bytes, WireError> {
     let mut out = append(message, Vec::new(), "message")?;
     if let Some(trace) = message.trace().filter(|_| protocol >= TRACING_PROTOCOL) {
         out.extend(trace.to_bytes());
     }
-    if let Some(rails) = message.rails().filter(|_| protocol >= RAILS_PROTOCOL) {
-        out.extend(rails.to_le_bytes());
+    let domains = message.domains().filter(|_| protocol >= DOMAINS_PROTOCOL);
+    let rails = message.rails().filter(|_| protocol >= RAILS_PROTOCOL);
+    if rails.is_some() || domains.is_some() {
+        out.extend(rails.unwrap_or(0).to_le_bytes());
+    }
+    if let Some(domains) = domains {
+        out = append(&domains, out, "domains")?;
     }
     Ok(Bytes::from(out))
 }
@@ -225,12 +235,19 @@ pub fn decode_from(bytes: &[u8], protocol: u16) -> Result<Message, WireError> {
     }
     let trailing = WireError::Trailing { what: "message", bytes: rest.len() };
     if let Some(rails) = message.rails_mut().filter(|_| protocol >= RAILS_PROTOCOL) {
-        let number = u32::from_le_bytes(rest.try_into().map_err(|_| trailing)?);
-        if number == 0 {
+        let (number, rest) = rest.split_first_chunk::<RAILS_BYTES>().ok_or_else(|| trailing.clone())?;
+        *rails = u32::from_le_bytes(*number);
+        if rest.is_empty() && *rails == 0 {
             let cause = "0 of them are not said".to_owned();
             return Err(WireError::Malformed { what: "number of rails", cause });
         }
-        *rails = number;
+        if !rest.is_empty() && protocol < DOMAINS_PROTOCOL {
+            return Err(trailing);
+        }
+        if !rest.is_empty() {
+            let domains = parse_exact(rest, "domains")?;
+            message.set_domains(domains).map_err(|cause| WireError::Malformed { what: "domains", cause })?;
+        }
         return Ok(message);
     }
     let Some(place) = message.trace_mut().filter(|_| protocol >= TRACING_PROTOCOL) else { return Err(trailing) };

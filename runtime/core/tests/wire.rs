@@ -2,12 +2,12 @@
 
 use bytes::Bytes;
 use kvferry_core::limits::FRAME_BYTES_MAX;
-use kvferry_core::protocol::Message;
+use kvferry_core::protocol::{Message, Profile};
 use kvferry_core::wire::{
-    Frame, FrameReader, Hello, RAILS_PROTOCOL, TRACING_PROTOCOL, Welcome, WireError, decode_from, decode_message,
-    encode_for, encode_message,
+    DOMAINS_PROTOCOL, Frame, FrameReader, Hello, RAILS_PROTOCOL, TRACING_PROTOCOL, Welcome, WireError, decode_from,
+    decode_message, encode_for, encode_message,
 };
-use kvferry_core::{Epoch, NodeId, TraceContext};
+use kvferry_core::{Epoch, MemoryDomain, NodeId, TraceContext};
 use proptest::prelude::*;
 
 mod messages;
@@ -180,6 +180,56 @@ fn a_number_of_rails_follows_the_profile_of_a_worker() {
             decode_from(&none, RAILS_PROTOCOL),
             Err(WireError::Malformed { what: "number of rails", .. })
         ));
+    }
+    assert!(told >= 3, "{told}");
+}
+
+/// From which other hosts a NIC is reached is said to nobody who does not know of that.
+#[test]
+fn domains_follow_the_profile_of_a_worker() {
+    let domain = |name: &str| MemoryDomain { name: name.to_owned(), address: vec![9; 3].into() };
+    let mut told = 0;
+    for message in every_variant() {
+        let Message::Profile(profile) = &message else { continue };
+        let Some(worker) = &profile.worker else { continue };
+        let with = |rails: u32, domains: &[Option<MemoryDomain>]| {
+            let mut worker = worker.clone();
+            worker.rails = rails;
+            worker.nics.iter_mut().zip(domains).for_each(|(nic, domain)| nic.domain = domain.clone());
+            Message::Profile(Box::new(Profile { worker: Some(worker) }))
+        };
+        for rails in [0, 4] {
+            let plain = with(rails, &[]);
+            for domains in [[Some(domain("rack/1")), Some(domain("rack/2"))], [None, Some(domain("rack/1"))]] {
+                let message = with(rails, &domains);
+                if message == plain {
+                    continue;
+                }
+                told += 1;
+                let older = encode_for(&message, DOMAINS_PROTOCOL - 1).expect("encodes");
+                assert_eq!(older, encode_for(&plain, DOMAINS_PROTOCOL).expect("encodes"), "nobody else is told");
+                let long = encode_for(&message, DOMAINS_PROTOCOL).expect("encodes");
+                assert_eq!(decode_from(&long, DOMAINS_PROTOCOL).as_ref(), Ok(&message));
+                assert!(decode_from(&long, DOMAINS_PROTOCOL - 1).is_err(), "an older peer does not say that");
+                let bare = encode_message(&message).expect("encodes").len();
+                for cut in (bare + 1..long.len()).filter(|cut| rails == 0 || *cut != bare + 4) {
+                    assert!(decode_from(&long[..cut], DOMAINS_PROTOCOL).is_err(), "{cut} of {}", long.len());
+                }
+                assert!(decode_from(&[&long[..], &[0]].concat(), DOMAINS_PROTOCOL).is_err());
+            }
+            let bare = encode_message(&plain).expect("encodes");
+            let said = |list: &[u8]| {
+                decode_from(&[&bare[..], &rails.to_le_bytes(), list].concat(), DOMAINS_PROTOCOL)
+                    .map_err(|e| e.to_string())
+            };
+            let length = worker.nics.len() as u8;
+            // Nobody's NIC, none, one twice, no name, more than anybody has.
+            for list in
+                [&[1, length, 1, b'x', 0][..], &[0], &[2, 0, 1, b'x', 0, 0, 1, b'x', 0], &[1, 0, 0, 0], &[0xff; 5]]
+            {
+                assert!(said(list).is_err(), "{list:?}");
+            }
+        }
     }
     assert!(told >= 3, "{told}");
 }

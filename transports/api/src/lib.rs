@@ -25,7 +25,7 @@ pub use device::{Copier, DeviceMemory, DeviceRegion};
 pub use event::{Event, TransferError};
 pub use info::{Device, NicInfo, Options, PackedBy, PoolKeys, Wait};
 pub use known::{DeviceBlock, KnownBlocks, KnownRun, known_word, write_known};
-pub use kvferry_core::{Direction, Evidence, FenceProof, Grade, LibraryName, TransportKind};
+pub use kvferry_core::{Direction, Evidence, FenceProof, Grade, LibraryName, MemoryDomain, TransportKind};
 pub use lending::{Borrowing, Lending};
 pub use part::first_part;
 pub use pool::{Pool, PoolError, PoolOptions};

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kvferry_core::{Direction, Epoch, PoolId, PoolLayout, Program, TransferId, TransportKind, UnitRange};
+use kvferry_core::{Direction, Epoch, MemoryDomain, PoolId, PoolLayout, Program, TransferId, TransportKind, UnitRange};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -45,6 +45,12 @@ pub trait Transport {
 
     /// What a peer needs for [`Transport::connect`]. Holds a per-session key: it travels on the authenticated control link only.
     fn address(&self) -> Bytes;
+
+    /// Where peers of other hosts find it that can read its pools all the same, as GPUs of one NVLink domain do: instead of the address, for those of
+    /// another host in a domain of the same name. Asked once its pools are bound, of which one may not be for all.
+    fn domain(&self) -> Option<MemoryDomain> {
+        None
+    }
 
     /// Makes a pool reachable for local posts and, through the returned keys, for peers.
     fn bind(&mut self, pool: &Pool) -> Result<PoolKeys, BindError>;

@@ -1,4 +1,4 @@
-//! GPU memory behind the protocol of one host.
+//! GPU memory behind the protocol of one host, or of one NVLink domain.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -30,12 +30,20 @@ const EXPECT_SPIN: Duration = Duration::from_micros(500);
 pub(crate) struct GpuPools {
     launcher: Rc<RefCell<Launcher>>,
     pace: Pace,
-    bound: BTreeMap<PoolId, Rc<Planes>>,
+    bound: BTreeMap<PoolId, Bound>,
+    /// The hosts from which this GPU's memory can be read, if there are others.
+    domain: Option<String>,
+}
+
+struct Bound {
+    planes: Rc<Planes>,
+    /// Whether fabric handles stand for all of it.
+    is_fabric: bool,
 }
 
 impl GpuPools {
-    pub(crate) fn new(launcher: Launcher, pace: Pace) -> GpuPools {
-        GpuPools { launcher: Rc::new(RefCell::new(launcher)), pace, bound: BTreeMap::new() }
+    pub(crate) fn new(launcher: Launcher, pace: Pace, domain: Option<String>) -> GpuPools {
+        GpuPools { launcher: Rc::new(RefCell::new(launcher)), pace, bound: BTreeMap::new(), domain }
     }
 }
 
@@ -63,8 +71,13 @@ impl Backend for GpuPools {
         }
         let bases: Vec<u64> = pool.device_regions().iter().map(|region| region.address).collect();
         // What cannot be shared is known now, not at the first transfer.
-        share(pool)?;
-        self.bound.insert(pool.id(), Rc::new(Planes::new(&gpu, pool.layout(), &bases)?));
+        share(pool, false)?;
+        let beyond = self.domain.as_ref().map(|_| share(pool, true).map(drop));
+        if let Some(Err(reason)) = &beyond {
+            tracing::info!(pool = %pool.id(), reason, "peers of other hosts do not reach it through cuda");
+        }
+        let planes = Rc::new(Planes::new(&gpu, pool.layout(), &bases)?);
+        self.bound.insert(pool.id(), Bound { planes, is_fabric: beyond.is_some_and(|shared| shared.is_ok()) });
         Ok(())
     }
 
@@ -72,28 +85,37 @@ impl Backend for GpuPools {
         self.bound.remove(&pool);
     }
 
-    fn share(&mut self, pool: &Pool) -> Result<Shared, String> {
-        share(pool)
+    fn share(&mut self, pool: &Pool, is_beyond: bool) -> Result<Shared, String> {
+        share(pool, is_beyond)
+    }
+
+    fn domain(&self) -> Option<String> {
+        self.domain.clone().filter(|_| self.bound.values().all(|bound| bound.is_fabric))
     }
 
     fn open(
         &mut self,
-        _: Owner<'_>,
+        owner: Owner<'_>,
         layout: &PoolLayout,
         memory: MemoryKind,
         descriptors: Vec<OwnedFd>,
     ) -> Result<Reached, String> {
         let gpu = Arc::clone(self.launcher.borrow().gpu());
-        reach(&gpu, layout, &memory, descriptors)
+        reach(&gpu, layout, &memory, descriptors, owner.is_beyond)
     }
 
     fn reached(&self, memory: &Reached) -> Evidence {
         let device = self.launcher.borrow().gpu().label();
         let how = memory.how();
         let evidence = Evidence { grade: Grade::E4, ..Evidence::connected(vec![format!("cuda/{device}")]) };
+        let unseen = if memory.is_beyond {
+            "NVLink's counters (nvidia-smi nvlink -gt d); PCIe does not lead there"
+        } else {
+            "whether NVLink or PCIe carries it (nvidia-smi topo -m, nvidia-smi nvlink -gt d)"
+        };
         evidence
             .seen(format!("the peer's memory is reached as {how}; kernels of the receiver's GPU read it"))
-            .unseen("whether NVLink or PCIe carries it (nvidia-smi topo -m, nvidia-smi nvlink -gt d)")
+            .unseen(unseen)
     }
 
     fn lent(&self, _: &MemoryKind) -> Evidence {
@@ -112,7 +134,7 @@ impl Backend for GpuPools {
         memory: Rc<Reached>,
         pool: Pool,
     ) -> Result<Kernels, TransferError> {
-        let planes = self.bound.get(&pool.id()).cloned();
+        let planes = self.bound.get(&pool.id()).map(|bound| Rc::clone(&bound.planes));
         let planes = planes.ok_or_else(|| TransferError::Refused(format!("{} is not bound here", pool.id())))?;
         Ok(Kernels::new(&self.launcher, self.pace, (program, range), memory, (pool, planes)))
     }

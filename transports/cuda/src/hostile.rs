@@ -34,7 +34,7 @@ fn words(process: Option<[u8; 16]>, number: u64, parts: Vec<Part>) -> MemoryKind
 
 fn refused(memory: MemoryKind, descriptors: Vec<OwnedFd>, bytes: u64) -> String {
     let gpu = Gpu::open(0).unwrap();
-    match reach(&gpu, &layout(bytes), &memory, descriptors) {
+    match reach(&gpu, &layout(bytes), &memory, descriptors, false) {
         Ok(_) => panic!("it was believed"),
         Err(reason) => reason,
     }
@@ -61,7 +61,7 @@ fn memory_of_this_process_is_what_its_owner_knows() {
     assert!(refused(memory, Vec::new(), bytes).contains("regions of"));
     // No more than is there is fine, whatever is said besides.
     let gpu = Gpu::open(0).unwrap();
-    assert!(reach(&gpu, &layout(BYTES / 2), &named(64 * BYTES).0, Vec::new()).is_ok());
+    assert!(reach(&gpu, &layout(BYTES / 2), &named(64 * BYTES).0, Vec::new(), false).is_ok());
     is_well(&pool);
 }
 
@@ -70,14 +70,14 @@ fn memory_of_this_process_is_what_its_owner_knows() {
 fn a_descriptor_stands_for_no_more_than_it_has() {
     let pool = pool(Allocate::Descriptor);
     let descriptor = || {
-        let shared = share(&pool).unwrap();
+        let shared = share(&pool, false).unwrap();
         let fd = shared.descriptors.first().and_then(|d| d.fd()).unwrap();
         fd.try_clone_to_owned().unwrap()
     };
     let said = |bytes, offset| words(None, 0, part(bytes, How::Descriptor { offset }));
     // The truth first: the refusals below are for the lies.
     let gpu = Gpu::open(0).unwrap();
-    assert!(reach(&gpu, &layout(BYTES), &said(BYTES, 0), vec![descriptor()]).is_ok());
+    assert!(reach(&gpu, &layout(BYTES), &said(BYTES, 0), vec![descriptor()], false).is_ok());
     refused(said(16 * BYTES, 0), vec![descriptor()], 16 * BYTES);
     refused(said(BYTES, 4096), vec![descriptor()], BYTES);
     refused(said(u64::MAX, u64::MAX - BYTES), vec![descriptor()], BYTES);

@@ -1,4 +1,4 @@
-//! Transfers between GPUs of one host: one kernel launch walks a whole program, so that pieces cost nothing.
+//! Transfers between GPUs of one host, or of one NVLink domain: one kernel launch walks a whole program, so that pieces cost nothing.
 //!
 //! **Who copies.** The destination's own GPU does every copy, in both directions: a pull reads the peer's memory, a push is a doorbell to its
 //! destination, which then reads. No foreign kernel ever writes a pool, so a fence is proved by the owner's own streams having drained
@@ -7,6 +7,10 @@
 //! **Memory.** Pools are physical memory that a handle stands for (the default: a fabric handle where IMEX lets one be made, else a
 //! descriptor), plain allocations shared by legacy CUDA IPC, or a serving stack's own memory ([`from_raw`]). Readers map what handles stand
 //! for read-only where the driver can.
+//!
+//! **Beyond the host.** A GPU that is registered with an NVLink domain of several hosts (NVML's cluster and clique), and makes fabric handles, also
+//! listens at a TCP port. What two sides say to each other goes there, the bytes by NVLink as within the host. Peers of other hosts read nothing but
+//! memory that fabric handles stand for.
 //!
 //! **Order.** A transfer that is posted after a [`GpuEvent`] touches its pool only once the event is done: a pull waits in the GPU's own stream, a
 //! push is announced then. A layer is marked ready by [`GpuEvent::on_done`]. When a transfer has ended, every byte is visible to whatever is
@@ -24,6 +28,7 @@ mod bounds;
 mod buffer;
 mod copier;
 mod copy;
+mod domain;
 mod driver;
 #[cfg(test)]
 mod emulated;

@@ -20,6 +20,10 @@ use crate::shared::{How, Part};
 const REMEDY: &str = "PyTorch: allocate the KV cache with PYTORCH_CUDA_ALLOC_CONF=backend:native,expandable_segments:False \
                       (memory of cudaMallocAsync, and of expandable segments without file descriptors, cannot be shared with other processes)";
 
+/// What peers of other hosts need.
+pub(crate) const BEYOND: &str = "peers of other hosts read only memory that fabric handles stand for; allocate it with them (kvferry's own pools \
+                                 are where the process has an IMEX channel; CU_MEM_HANDLE_TYPE_FABRIC), or use a network transport";
+
 /// GPU memory of one pool, and a stream for copies in and out.
 pub(crate) struct GpuMemory {
     pub(crate) gpu: Arc<Gpu>,
@@ -161,11 +165,7 @@ impl GpuMemory {
         let mut parts = Vec::new();
         let (mut at, end) = (region.address, region.address.saturating_add(region.bytes));
         while at < end {
-            let (base, bytes) = driver::allocation_of(at).map_err(|error| unshareable(error.to_string()))?;
-            let next = base.saturating_add(bytes);
-            if next <= at {
-                return Err(unshareable("its allocation ends before it".to_owned()));
-            }
+            let (base, bytes, next) = piece_at(at).map_err(unshareable)?;
             if driver::is_ipc_capable(at).unwrap_or(false) {
                 if base > region.address || next < end {
                     return Err(unshareable("it spans several allocations".to_owned()));
@@ -196,6 +196,43 @@ impl GpuMemory {
         }
         Ok(parts)
     }
+
+    /// The same for a process of another host: by fabric handles only.
+    pub(crate) fn export_beyond(&self, index: usize, region: DeviceRegion) -> Result<Vec<Piece>, String> {
+        self.gpu.enter()?;
+        let stays = |why: String| format!("memory at {:#x} stays with its host ({why}): {BEYOND}", region.address);
+        match self.allocations.get(index).and_then(Option::as_ref).map(Allocation::handle) {
+            Some(Some((Handle::Fabric(handle), bytes))) => {
+                return Ok(vec![(Part { bytes, how: How::Fabric { handle: handle.to_vec(), offset: 0 } }, None)]);
+            }
+            Some(Some((Handle::Descriptor(_), _))) => return Err(stays("a descriptor stands for it".to_owned())),
+            Some(None) => return Err(stays("it is plain memory".to_owned())),
+            None => {}
+        }
+        let mut parts = Vec::new();
+        let (mut at, end) = (region.address, region.address.saturating_add(region.bytes));
+        while at < end {
+            let (base, bytes, next) = piece_at(at).map_err(stays)?;
+            let offset = if parts.is_empty() { at - base } else { 0 };
+            let physical = driver::physical_of(at).map_err(|error| stays(error.to_string()))?;
+            // SAFETY: just retained, released right afterwards; its allocator has it for as long as the pool.
+            let handle = unsafe {
+                let handle = driver::export_fabric(physical);
+                driver::release_physical(physical).and(handle)
+            };
+            let handle = handle.map_err(|error| stays(error.to_string()))?.to_vec();
+            parts.push((Part { bytes, how: How::Fabric { handle, offset } }, None));
+            at = next;
+        }
+        Ok(parts)
+    }
+}
+
+/// Start and length of the allocation in which an address lies, and where the next one begins.
+fn piece_at(at: u64) -> Result<(u64, u64, u64), String> {
+    let (base, bytes) = driver::allocation_of(at)?;
+    let next = base.saturating_add(bytes);
+    if next <= at { Err("its allocation ends before it".to_owned()) } else { Ok((base, bytes, next)) }
 }
 
 impl DeviceMemory for GpuMemory {

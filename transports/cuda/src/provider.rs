@@ -1,5 +1,6 @@
 //! Finds the GPUs of this host, and opens them.
 
+use std::net::{IpAddr, TcpListener};
 use std::sync::atomic::AtomicU64;
 
 use kvferry_core::{PoolId, PoolLayout};
@@ -9,12 +10,14 @@ use kvferry_transport::{Device, NicInfo, OpenError, Options, Pool, PoolError, Pr
 use crate::allocation::Allocate;
 use crate::backend::GpuPools;
 use crate::copy::Pace;
+use crate::domain;
 use crate::gpu::{Gpu, find, label};
 use crate::launch::Launcher;
 use crate::memory::allocate;
 use crate::paths;
 
-/// Opens GPUs: `gpu0` is the first that this process may use (`CUDA_VISIBLE_DEVICES`).
+/// Opens GPUs: `gpu0` is the first that this process may use (`CUDA_VISIBLE_DEVICES`). Where it is in an NVLink domain of several hosts, and makes
+/// fabric handles, peers of the others come in at the address from which this host reaches others, or at the one that is named: `gpu0@10.0.0.3`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CudaProvider {
     allocate: Allocate,
@@ -39,10 +42,28 @@ impl CudaProvider {
     pub fn timed(self, total: &'static AtomicU64) -> CudaProvider {
         CudaProvider { timed: Some(total), ..self }
     }
+}
 
-    fn ordinal(device: &Device) -> Option<u32> {
-        let number = device.name.strip_prefix("gpu")?.parse().ok()?;
-        (device.kind == TransportKind::Cuda && label(number) == device.name).then_some(number)
+/// A device's name, read: `gpu0`, or `gpu0@10.0.0.3` with the address of this host at which peers of other hosts come in.
+struct Named {
+    ordinal: u32,
+    ip: Option<IpAddr>,
+}
+
+impl Named {
+    fn of(device: &Device) -> Option<Named> {
+        let (gpu, ip) = match device.name.split_once('@') {
+            Some((gpu, ip)) => (gpu, Some(ip.parse().ok()?)),
+            None => (device.name.as_str(), None),
+        };
+        let ordinal = gpu.strip_prefix("gpu")?.parse().ok()?;
+        (device.kind == TransportKind::Cuda && label(ordinal) == gpu).then_some(Named { ordinal, ip })
+    }
+
+    /// The domain of hosts in which a GPU is, and the address for them. An error says why it is for its own host only.
+    fn beyond(&self, gpu: &Gpu) -> Result<(String, IpAddr), String> {
+        let domain = domain::of(gpu)?;
+        Ok((domain, self.ip.map_or_else(domain::own_address, Ok)?))
     }
 }
 
@@ -61,20 +82,43 @@ impl Provider for CudaProvider {
         }
     }
 
+    /// Also one with the address at which peers of other hosts come in; in no list.
+    fn named(&self, name: &str) -> Option<Device> {
+        let device = Device { kind: TransportKind::Cuda, name: name.to_owned(), unavailable: None };
+        let named = Named::of(&device)?;
+        let listed = self.discover().into_iter().find(|device| device.name == label(named.ordinal))?;
+        let refused = |ip: IpAddr| match TcpListener::bind((ip, 0)) {
+            Ok(_) if ip.is_unspecified() => Some("peers cannot connect to it; name a concrete address".to_owned()),
+            Ok(_) => None,
+            Err(error) => Some(format!("this host does not listen on {ip}: {error}")),
+        };
+        let unavailable = listed.unavailable.or_else(|| named.ip.and_then(refused));
+        Some(Device { unavailable, ..device })
+    }
+
     fn allocate(&self, device: &Device, id: PoolId, layout: PoolLayout, _: &str) -> Result<Pool, PoolError> {
         let unknown = || PoolError::Device { device: device.name.clone(), reason: UNKNOWN.to_owned() };
-        allocate(CudaProvider::ordinal(device).ok_or_else(unknown)?, id, layout, self.allocate)
+        allocate(Named::of(device).ok_or_else(unknown)?.ordinal, id, layout, self.allocate)
     }
 
     fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError> {
         let unavailable = |reason: String| OpenError::Unavailable { device: device.name.clone(), reason };
-        let ordinal = CudaProvider::ordinal(device).ok_or_else(|| unavailable(UNKNOWN.to_owned()))?;
+        let named = Named::of(device).ok_or_else(|| unavailable(UNKNOWN.to_owned()))?;
         let host = host().map_err(unavailable)?;
-        let gpu = Gpu::open(ordinal).map_err(unavailable)?;
+        let gpu = Gpu::open(named.ordinal).map_err(unavailable)?;
+        let beyond = named.beyond(&gpu);
+        let reached = match &beyond {
+            Ok((domain, ip)) => format!("reached at {ip} from all of NVLink domain {domain}"),
+            // Whoever names an address counts on it.
+            Err(reason) if named.ip.is_some() => {
+                return Err(unavailable(format!("peers of other hosts do not reach it: {reason}")));
+            }
+            Err(reason) => format!("for peers of this host ({reason})"),
+        };
         let version = gpu.driver_version;
         let uuid: String = gpu.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
         let library = format!(
-            "libcuda, CUDA {}.{}, {} {uuid}; {}; {}",
+            "libcuda, CUDA {}.{}, {} {uuid}; {}; {}; {reached}",
             version / 1000,
             version % 1000 / 10,
             gpu.name,
@@ -90,8 +134,12 @@ impl Provider for CudaProvider {
             bits_per_second: None,
         };
         let pace = if self.by_turns { Pace::Turn } else { Pace::Whole };
-        Ok(Box::new(kvferry_local::open(GpuPools::new(launcher, pace), info, options)?))
+        let pools = |domain| GpuPools::new(launcher, pace, domain);
+        Ok(Box::new(match beyond {
+            Ok((domain, ip)) => kvferry_local::open_beyond(pools(Some(domain)), info, options, ip)?,
+            Err(_) => kvferry_local::open(pools(None), info, options)?,
+        }))
     }
 }
 
-const UNKNOWN: &str = "GPUs are called gpu0, gpu1 and so on";
+const UNKNOWN: &str = "GPUs are called gpu0, gpu1 and so on; gpu0@10.0.0.3 is found at that address from other hosts of its NVLink domain";

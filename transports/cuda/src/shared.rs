@@ -16,7 +16,7 @@ use crate::allocation::{mapped, unmapped};
 use crate::bounds::{fits, placed, total};
 use crate::driver::{self, Physical};
 use crate::gpu::Gpu;
-use crate::memory::GpuMemory;
+use crate::memory::{BEYOND, GpuMemory};
 use crate::paths;
 use crate::planes::Planes;
 
@@ -84,13 +84,17 @@ impl Descriptor for Exported {
     }
 }
 
-/// What readers of a pool need.
-pub(crate) fn share(pool: &Pool) -> Result<Shared, String> {
+/// What readers of a pool need: of this host, or beyond it.
+pub(crate) fn share(pool: &Pool, is_beyond: bool) -> Result<Shared, String> {
     let memory = GpuMemory::of(pool).ok_or("its memory is no GPU's")?;
     let (mut regions, mut descriptors) = (Vec::new(), Vec::new());
     for (index, region) in pool.device_regions().iter().enumerate() {
         let mut parts = Vec::new();
-        let exported = if region.bytes == 0 { Vec::new() } else { memory.export(index, *region)? };
+        let exported = match (region.bytes, is_beyond) {
+            (0, _) => Vec::new(),
+            (_, false) => memory.export(index, *region)?,
+            (_, true) => memory.export_beyond(index, *region)?,
+        };
         for (part, descriptor) in exported {
             descriptors.extend(descriptor.map(|fd| Box::new(Exported(fd)) as Box<dyn Descriptor>));
             parts.push(part);
@@ -114,6 +118,8 @@ pub(crate) struct Reached {
     _mappings: Vec<Mapping>,
     /// Memory of this very process.
     _owner: Option<Arc<GpuMemory>>,
+    /// Whether its owner is on another host.
+    pub(crate) is_beyond: bool,
 }
 
 impl Reached {
@@ -122,6 +128,9 @@ impl Reached {
         match (&self._owner, self._mappings.first()) {
             (Some(_), _) => "memory of this process",
             (None, Some(Mapping::Ipc { .. })) => "legacy CUDA IPC handles",
+            (None, Some(Mapping::Physical { is_fabric: true, .. })) if self.is_beyond => {
+                "fabric handles of another host's memory, mapped on this GPU"
+            }
             (None, Some(Mapping::Physical { is_fabric: true, .. })) => "fabric handles mapped on this GPU",
             (None, Some(Mapping::Physical { .. })) => "descriptors mapped on this GPU",
             (None, None) => "nothing, for it is empty",
@@ -157,11 +166,18 @@ pub(crate) fn reach(
     layout: &PoolLayout,
     memory: &MemoryKind,
     descriptors: Vec<OwnedFd>,
+    is_beyond: bool,
 ) -> Result<Reached, String> {
     let MemoryKind::Opaque(words) = memory else { return Err("its memory is no GPU's".to_owned()) };
     let described = decode(words, layout)?;
+    let is_fabric = |part: &Part| matches!(part.how, How::Fabric { .. });
+    if is_beyond && !described.regions.iter().flatten().all(is_fabric) {
+        return Err(format!("its memory on {} stays with its host: {BEYOND}", described.gpu));
+    }
     gpu.enter()?;
-    let own = described.process.filter(|name| Some(*name) == process()).and_then(|_| GpuMemory::find(described.number));
+    // What is on another host is in no process of this one, whatever is said.
+    let own = described.process.filter(|name| !is_beyond && Some(*name) == process());
+    let own = own.and_then(|_| GpuMemory::find(described.number));
     if let Some(owner) = own {
         // Only the names are the peer's word, and they may be of any memory here: what it is, its owner knows.
         let lengths: Vec<u64> = owner.regions.iter().map(|region| region.bytes).collect();
@@ -178,7 +194,7 @@ pub(crate) fn reach(
         if reachable {
             let bases: Vec<u64> = owner.regions.iter().map(|region| region.address).collect();
             let planes = Planes::new(gpu, layout, &bases)?;
-            return Ok(Reached { planes, _mappings: Vec::new(), _owner: Some(owner) });
+            return Ok(Reached { planes, _mappings: Vec::new(), _owner: Some(owner), is_beyond });
         }
     }
     paths::check(gpu, described.uuid, &described.gpu)?;
@@ -197,7 +213,7 @@ pub(crate) fn reach(
         return Err("it sent more descriptors than its memory has pieces".to_owned());
     }
     let mappings = mapper.mappings;
-    Ok(Reached { planes: Planes::new(gpu, layout, &bases)?, _mappings: mappings, _owner: None })
+    Ok(Reached { planes: Planes::new(gpu, layout, &bases)?, _mappings: mappings, _owner: None, is_beyond })
 }
 
 fn decode(words: &Bytes, layout: &PoolLayout) -> Result<Described, String> {

@@ -194,7 +194,7 @@ impl Backend for Fabric {
         }
     }
 
-    fn share(&mut self, pool: &Pool) -> Result<Shared, String> {
+    fn share(&mut self, pool: &Pool, _: bool) -> Result<Shared, String> {
         let own = self.bound.get(&pool.id()).ok_or_else(|| format!("{} is not bound there", pool.id()))?;
         let memory = own.lend(&self.domain, &self.name).seal();
         Ok(Shared { memory: MemoryKind::Opaque(memory), descriptors: Vec::new() })

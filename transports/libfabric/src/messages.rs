@@ -534,7 +534,7 @@ impl Carrier for Messages {
     }
 
     fn owner(&self, peer: PeerId) -> Owner<'_> {
-        Owner { socket: None, pid: None, peer: Some(peer) }
+        Owner { socket: None, pid: None, peer: Some(peer), is_beyond: false }
     }
 
     fn close(&mut self, peer: PeerId) {

@@ -47,8 +47,13 @@ pub trait Backend: 'static {
     /// A pool is let go: nothing of this transport touches it any more.
     fn unbind(&mut self, pool: PoolId);
 
-    /// What a peer needs to read a bound pool.
-    fn share(&mut self, pool: &Pool) -> Result<Shared, String>;
+    /// What a peer needs to read a bound pool; for one beyond this host, without descriptors.
+    fn share(&mut self, pool: &Pool, is_beyond: bool) -> Result<Shared, String>;
+
+    /// The domain of hosts, this one among them, from all of which every pool that is bound now can be read.
+    fn domain(&self) -> Option<String> {
+        None
+    }
 
     /// Makes a peer's pool readable here, from what its owner shared. The layout is valid; everything else is the peer's word.
     fn open(

@@ -16,6 +16,17 @@ pub trait Carrier: 'static {
     /// What a peer's [`Carrier::dial`] needs; part of the transport's address.
     fn place(&self) -> Bytes;
 
+    /// The same for peers of other hosts, where there is a way for them. [`Carrier::is_beyond`] knows it from a place of this host.
+    fn place_beyond(&self) -> Option<Bytes> {
+        None
+    }
+
+    /// Whether a place may lead to another host.
+    fn is_beyond(&self, place: &[u8]) -> bool {
+        let _all_are_alike = place;
+        false
+    }
+
     /// Starts a connection, and gives it a number that was not used before. Frames may be sent at once.
     fn dial(&mut self, place: &[u8]) -> Result<PeerId, ConnectError>;
 
@@ -73,4 +84,6 @@ pub struct Owner<'a> {
     pub pid: Option<Pid>,
     /// Its number, by which a backend that is its own carrier knows it.
     pub peer: Option<PeerId>,
+    /// Whether it is on another host, for which neither descriptors nor addresses of processes mean anything.
+    pub is_beyond: bool,
 }

@@ -28,6 +28,6 @@ pub use alarm::Alarm;
 pub use backend::{Backend, Copying, Shared, Step};
 pub use board::check_sealed;
 pub use carrier::{Carried, Carrier, Descriptor, Owner};
-pub use open::{host, open};
+pub use open::{host, open, open_beyond};
 pub use sockets::Sockets;
 pub use transport::LocalTransport;

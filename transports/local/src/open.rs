@@ -1,5 +1,7 @@
 //! Opening a transport over Unix sockets, and the host that it is on.
 
+use std::net::IpAddr;
+
 use kvferry_transport::{NicInfo, OpenError, Options};
 
 use crate::backend::Backend;
@@ -15,6 +17,23 @@ pub fn open<B: Backend<Carrier = Sockets>>(
     options: &Options,
 ) -> Result<LocalTransport<B>, OpenError> {
     let carrier = Sockets::open(B::KIND, &info.device, B::RINGS)?;
+    LocalTransport::over(backend, carrier, info, options)
+}
+
+/// The same, and peers of other hosts come in at an address of this one: those whose memory is reached all the same, as
+/// [`Backend::domain`] tells.
+pub fn open_beyond<B: Backend<Carrier = Sockets>>(
+    backend: B,
+    info: NicInfo,
+    options: &Options,
+    ip: IpAddr,
+) -> Result<LocalTransport<B>, OpenError> {
+    let mut carrier = Sockets::open(B::KIND, &info.device, B::RINGS)?;
+    carrier.listen_beyond(ip).map_err(|(context, error)| OpenError::Io {
+        device: info.device.clone(),
+        context,
+        source: error.into(),
+    })?;
     LocalTransport::over(backend, carrier, info, options)
 }
 

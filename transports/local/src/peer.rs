@@ -49,7 +49,7 @@ impl<B: Backend> LocalTransport<B> {
     pub(crate) fn dial(&mut self, address: &[u8]) -> Result<PeerId, ConnectError> {
         let bad = |reason| ConnectError::BadAddress { kind: B::KIND, reason };
         let address = Address::decode(B::KIND, address).map_err(bad)?;
-        if address.boot != self.info.host {
+        if address.boot != self.info.host && !self.carrier.is_beyond(&address.place) {
             return Err(bad(format!(
                 "it is on another host (boot id {}, here {}); use a network transport",
                 address.boot, self.info.host

@@ -89,7 +89,8 @@ impl<B: Backend> LocalTransport<B> {
             let reason = format!("{pool} is not bound there, or was bound anew; exchange keys again");
             return self.send(id, &Frame::NotOpened { request, reason });
         };
-        let Shared { memory, descriptors } = match self.backend.share(pool) {
+        let is_beyond = self.carrier.owner(id).is_beyond;
+        let Shared { memory, descriptors } = match self.backend.share(pool, is_beyond) {
             Ok(shared) => shared,
             Err(reason) => return self.send(id, &Frame::NotOpened { request, reason }),
         };

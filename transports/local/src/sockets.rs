@@ -1,6 +1,7 @@
-//! Frames over abstract Unix sockets, which can carry descriptors.
+//! Frames over stream sockets: abstract Unix sockets inside this host, which can carry descriptors, and TCP beyond it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,9 +12,7 @@ use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
-};
+use rustix::net::{SocketAddrUnix, connect};
 use rustix::time::Timespec;
 
 use crate::alarm::Alarm;
@@ -22,35 +21,34 @@ use crate::ring::{Ring, Written};
 use crate::socket::Connection;
 use crate::wire::Frame;
 
+mod door;
 mod end;
 
+use door::{Door, Place};
 use end::Socket;
 
-/// What epoll calls the listener and the timer; peers have their numbers.
+/// What epoll calls the listeners and the timer; peers have their numbers.
 const LISTENER: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
+const BEYOND: u64 = u64::MAX - 2;
 /// Sockets that are looked at in one poll.
 const READY_MAX: usize = 64;
-/// Connections that may wait to be accepted.
-const BACKLOG: i32 = 128;
-/// How long nothing is accepted after descriptors ran out.
-const DEAF: Duration = Duration::from_millis(50);
 /// How often a full backlog is tried again.
 const REDIAL: Duration = Duration::from_millis(1);
-/// Connections that have not shown the key yet.
+/// Connections from this host that have not shown the key yet.
 const STRANGERS_MAX: usize = 1024;
+/// The same from beyond it: a newer one replaces the oldest.
+const STRANGERS_BEYOND_MAX: usize = 256;
 /// Sockets are not looked at again so soon after nothing was there, as long as nothing is in memory either: it takes longer than all the rest.
 const QUIET: Duration = Duration::from_micros(5);
 
-/// A listening socket and its connections.
+/// Listening sockets and their connections.
 pub struct Sockets {
     kind: TransportKind,
     name: [u8; 16],
-    listener: OwnedFd,
-    /// Whether somebody waits to be accepted.
-    is_called: bool,
-    /// Until when it is not listened to, since nothing could be accepted.
-    deaf_until: Option<Instant>,
+    door: Door,
+    /// Where peers of other hosts come in, if they do.
+    beyond: Option<(Door, SocketAddr)>,
     alarm: Alarm,
     poller: Arc<OwnedFd>,
     ready: Vec<epoll::Event>,
@@ -78,24 +76,17 @@ impl Sockets {
             context: "naming the socket",
             source,
         })?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let listener =
-            socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(|e| io("making a socket", e))?;
-        let address = abstract_name(&name).map_err(|e| io("naming the socket", e))?;
-        bind(&listener, &address).map_err(|e| io("binding the socket", e))?;
-        listen(&listener, BACKLOG).map_err(|e| io("listening", e))?;
+        let door = Door::here(&name, LISTENER).map_err(|(context, error)| io(context, error))?;
         let alarm = Alarm::new().map_err(|e| io("making a timer", e))?;
         let poller = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| io("making an epoll instance", e))?;
-        let watch = |fd, data| epoll::add(&poller, fd, epoll::EventData::new_u64(data), epoll::EventFlags::IN);
-        watch(rustix::fd::AsFd::as_fd(&listener), LISTENER)
-            .and_then(|()| watch(rustix::fd::AsFd::as_fd(&alarm), TIMER))
+        door.watch(&poller)
+            .and_then(|()| epoll::add(&poller, &alarm, epoll::EventData::new_u64(TIMER), epoll::EventFlags::IN))
             .map_err(|e| io("watching the socket", e))?;
         Ok(Sockets {
             kind,
             name,
-            listener,
-            is_called: false,
-            deaf_until: None,
+            door,
+            beyond: None,
             alarm,
             poller: Arc::new(poller),
             ready: Vec::with_capacity(READY_MAX),
@@ -109,19 +100,33 @@ impl Sockets {
         })
     }
 
-    fn add(&mut self, socket: OwnedFd, dialing: Option<SocketAddrUnix>, is_stranger: bool) -> Result<PeerId, Errno> {
+    /// Also listens at an address of this host, for peers beyond it.
+    pub(crate) fn listen_beyond(&mut self, ip: IpAddr) -> Result<(), (&'static str, Errno)> {
+        let (door, at) = Door::beyond(ip, BEYOND)?;
+        door.watch(&self.poller).map_err(|error| ("watching the socket", error))?;
+        self.beyond = Some((door, at));
+        Ok(())
+    }
+
+    fn add(
+        &mut self,
+        socket: OwnedFd,
+        dialing: Option<SocketAddrUnix>,
+        (is_stranger, is_beyond): (bool, bool),
+    ) -> Result<PeerId, Errno> {
         let peer = PeerId(self.next_peer);
-        let pid = socket_peercred(&socket).ok().map(|cred| cred.pid);
+        let pid = if is_beyond { None } else { socket_peercred(&socket).ok().map(|cred| cred.pid) };
         // A socket that still dials would only report that it hangs.
         if dialing.is_none() {
             epoll::add(&self.poller, &socket, epoll::EventData::new_u64(u64::from(peer.0)), epoll::EventFlags::IN)?;
         }
         self.next_peer = self.next_peer.wrapping_add(1);
         let mut connection = Connection::new(socket);
-        if !is_stranger {
+        // Who is called beyond this host has yet to answer with its welcome.
+        if !is_stranger && !is_beyond {
             connection.trust();
         }
-        let socket = Socket::new(connection, pid, dialing, is_stranger);
+        let socket = Socket::new(connection, pid, dialing, (is_stranger, is_beyond));
         self.connections.insert(peer, socket);
         Ok(peer)
     }
@@ -162,37 +167,56 @@ impl Sockets {
 
     /// Accepts one of those who wait.
     fn accept(&mut self) -> Option<PeerId> {
-        loop {
-            match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                Ok(socket) => {
-                    if self.connections.values().filter(|socket| socket.is_stranger).count() >= STRANGERS_MAX {
-                        continue;
-                    }
-                    match self.add(socket, None, true) {
-                        // Whoever has greeted already is no stranger to the next one in the queue.
-                        Ok(peer) => {
-                            self.speaking.push_back((peer, false));
-                            return Some(peer);
-                        }
-                        Err(error) => tracing::warn!(%error, "a connection was not accepted"),
-                    }
-                }
-                Err(Errno::INTR | Errno::CONNABORTED) => {}
-                Err(Errno::AGAIN) => return None,
-                Err(error) => {
-                    // Out of descriptors or memory. Those that wait would wake us at once, again and again.
-                    tracing::warn!(%error, "a connection was not accepted");
-                    if self.listen_for(epoll::EventFlags::empty()) {
-                        self.deaf_until = Some(Instant::now() + DEAF);
-                    }
-                    return None;
-                }
+        while let Some(socket) = self.door.accept(&self.poller) {
+            if self.strangers(false).count() < STRANGERS_MAX
+                && let Some(peer) = self.let_in(socket, false)
+            {
+                return Some(peer);
+            }
+        }
+        while let Some(socket) = self.beyond.as_mut().and_then(|(door, _)| door.accept(&self.poller)) {
+            if let Err(error) = door::tune(&socket) {
+                tracing::debug!(%error, "a connection from another host cannot be set up");
+                continue;
+            }
+            let full = self.strangers(true).count() >= STRANGERS_BEYOND_MAX;
+            let oldest = self.strangers(true).next().filter(|_| full);
+            if let Some(oldest) = oldest
+                && let Some(socket) = self.connections.get_mut(&oldest)
+            {
+                socket.broken = Some("newer callers took its place".into());
+                self.speaking.push_back((oldest, true));
+            }
+            if let Some(peer) = self.let_in(socket, true) {
+                return Some(peer);
+            }
+        }
+        None
+    }
+
+    /// Whoever of this host, or from beyond it, has yet to show the key, the oldest first.
+    fn strangers(&self, is_beyond: bool) -> impl Iterator<Item = PeerId> {
+        let waits =
+            move |socket: &Socket| socket.is_stranger && socket.is_beyond == is_beyond && socket.broken.is_none();
+        self.connections.iter().filter(move |(_, socket)| waits(socket)).map(|(&peer, _)| peer)
+    }
+
+    fn let_in(&mut self, socket: OwnedFd, is_beyond: bool) -> Option<PeerId> {
+        match self.add(socket, None, (true, is_beyond)) {
+            // Whoever has greeted already is no stranger to the next one in the queue.
+            Ok(peer) => {
+                self.speaking.push_back((peer, false));
+                Some(peer)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection was not accepted");
+                None
             }
         }
     }
 
-    fn listen_for(&self, flags: epoll::EventFlags) -> bool {
-        epoll::modify(&self.poller, &self.listener, epoll::EventData::new_u64(LISTENER), flags).is_ok()
+    fn is_called(&self) -> bool {
+        self.door.is_called || self.beyond.as_ref().is_some_and(|(door, _)| door.is_called)
     }
 }
 
@@ -201,26 +225,36 @@ impl Carrier for Sockets {
         Bytes::copy_from_slice(&self.name)
     }
 
+    fn place_beyond(&self) -> Option<Bytes> {
+        self.beyond.as_ref().map(|(_, at)| door::place_beyond(*at))
+    }
+
+    fn is_beyond(&self, place: &[u8]) -> bool {
+        matches!(Place::decode(place), Some(Place::Beyond(_)))
+    }
+
     fn dial(&mut self, place: &[u8]) -> Result<PeerId, ConnectError> {
-        let bad = || ConnectError::BadAddress { kind: self.kind, reason: "it names no socket".into() };
-        let io = |context, error: Errno| ConnectError::Io { context, source: error.into() };
-        let to = abstract_name(place.try_into().map_err(|_| bad())?).map_err(|e| io("naming its socket", e))?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket =
-            socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(|e| io("making a socket", e))?;
-        let dialing = match connect(&socket, &to) {
-            Ok(()) => None,
-            Err(Errno::AGAIN | Errno::INTR) => Some(to),
-            Err(error) => return Err(io("connecting (has it ended, or has it another network namespace?)", error)),
+        let bad = |reason: &str| ConnectError::BadAddress { kind: self.kind, reason: reason.into() };
+        let io = |(context, error): (_, Errno)| ConnectError::Io { context, source: error.into() };
+        let (socket, dialing, is_beyond) = match (Place::decode(place), &self.beyond) {
+            (Some(Place::Here(name)), _) => {
+                let (socket, dialing) = door::dial_here(&name).map_err(io)?;
+                (socket, dialing, false)
+            }
+            (Some(Place::Beyond(to)), Some((_, from))) => (door::dial_beyond(to, from.ip()).map_err(io)?, None, true),
+            (Some(Place::Beyond(_)), None) => {
+                return Err(bad("it is another host's, and this side was opened for peers of its own host only"));
+            }
+            (None, _) => return Err(bad("it names no socket")),
         };
-        self.add(socket, dialing, false).map_err(|e| io("watching its socket", e))
+        self.add(socket, dialing, (false, is_beyond)).map_err(|error| io(("watching its socket", error)))
     }
 
     fn trust(&mut self, peer: PeerId) {
         if let Some(socket) = self.connections.get_mut(&peer) {
             socket.connection.trust();
             socket.is_stranger = false;
-            if self.has_rings {
+            if self.has_rings && !socket.is_beyond {
                 socket.offer_ring();
                 self.unflushed.insert(peer);
             }
@@ -272,9 +306,9 @@ impl Carrier for Sockets {
     }
 
     fn look(&mut self, now: Instant) {
-        if self.deaf_until.is_some_and(|until| until <= now) && self.listen_for(epoll::EventFlags::IN) {
-            self.deaf_until = None;
-            self.is_called = true;
+        self.door.look(&self.poller, now);
+        if let Some((door, _)) = &mut self.beyond {
+            door.look(&self.poller, now);
         }
         let mut talking = std::mem::take(&mut self.later);
         for (&id, socket) in &mut self.connections {
@@ -304,7 +338,12 @@ impl Carrier for Sockets {
         self.quiet_since = is_quiet.then_some(now);
         for event in ready.drain(..) {
             match event.data.u64() {
-                LISTENER => self.is_called = true,
+                LISTENER => self.door.is_called = true,
+                BEYOND => {
+                    if let Some((door, _)) = &mut self.beyond {
+                        door.is_called = true;
+                    }
+                }
                 TIMER => self.alarm.quiet(),
                 id => {
                     let (id, flags) = (PeerId(id as u32), event.flags);
@@ -337,12 +376,17 @@ impl Carrier for Sockets {
                 self.later.push(peer);
                 continue;
             }
-            let next = socket.next(self.has_rings);
+            let next = socket.next(self.has_rings && !socket.is_beyond);
             if socket.connection.is_backed_up() {
                 self.unflushed.insert(peer);
             }
             let reason = match next {
-                Ok(Some(frame)) => return Some(Carried::Frame(peer, frame)),
+                Ok(Some(frame)) => {
+                    if matches!(frame, Frame::Welcome { .. }) && !socket.is_stranger {
+                        socket.connection.trust();
+                    }
+                    return Some(Carried::Frame(peer, frame));
+                }
                 Ok(None) => socket.broken.take(),
                 Err(reason) => Some(socket.broken.take().unwrap_or(reason)),
             };
@@ -352,12 +396,7 @@ impl Carrier for Sockets {
                 return Some(Carried::Lost(peer, reason));
             }
         }
-        if self.is_called {
-            let caller = self.accept();
-            self.is_called = caller.is_some();
-            return caller.map(Carried::Called);
-        }
-        None
+        self.accept().map(Carried::Called)
     }
 
     fn take_fds(&mut self, peer: PeerId, count: usize) -> Result<Vec<OwnedFd>, String> {
@@ -366,7 +405,12 @@ impl Carrier for Sockets {
 
     fn owner(&self, peer: PeerId) -> Owner<'_> {
         let found = self.connections.get(&peer);
-        Owner { socket: found.map(|socket| socket.connection.fd()), pid: found.and_then(|s| s.pid), peer: Some(peer) }
+        Owner {
+            socket: found.map(|socket| socket.connection.fd()),
+            pid: found.and_then(|socket| socket.pid),
+            peer: Some(peer),
+            is_beyond: found.is_some_and(|socket| socket.is_beyond),
+        }
     }
 
     fn close(&mut self, peer: PeerId) {
@@ -381,7 +425,7 @@ impl Carrier for Sockets {
     }
 
     fn wait(&mut self, deadline: Option<Instant>, now: Instant) -> Wait {
-        if self.is_called || !self.speaking.is_empty() || !self.later.is_empty() {
+        if self.is_called() || !self.speaking.is_empty() || !self.later.is_empty() {
             return Wait::Busy;
         }
         let mut has_frames = false;
@@ -395,15 +439,10 @@ impl Carrier for Sockets {
         }
         self.quiet_since = None;
         let redial = self.connections.values().any(|socket| socket.dialing.is_some()).then(|| now + REDIAL);
-        let at = deadline.into_iter().chain(redial).chain(self.deaf_until).min();
+        let deaf = self.door.deaf_until.into_iter().chain(self.beyond.as_ref().and_then(|(door, _)| door.deaf_until));
+        let at = deadline.into_iter().chain(redial).chain(deaf).min();
         if self.alarm.set(at, now) { Wait::Ready(Arc::clone(&self.poller)) } else { Wait::MustPoll }
     }
-}
-
-/// The address of an abstract socket: gone with its last holder, never a file.
-fn abstract_name(socket: &[u8; 16]) -> Result<SocketAddrUnix, Errno> {
-    let hex: String = socket.iter().map(|byte| format!("{byte:02x}")).collect();
-    SocketAddrUnix::new_abstract_name(format!("kvferry-{hex}").as_bytes())
 }
 
 #[cfg(test)]

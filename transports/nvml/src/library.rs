@@ -1,11 +1,12 @@
 //! NVML's calls.
 
-use std::ffi::{CStr, OsStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_uint, c_void};
+use std::fmt;
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW, Symbol};
 use thiserror::Error;
 
-use crate::text::{Fabric, Gpu, write};
+use crate::text::{Fabric, Gpu, SUCCESSFUL, uuid, write};
 
 /// GPUs of one host that are asked; NVLink domains have 72 over all their hosts.
 const GPUS_MAX: c_uint = 256;
@@ -36,6 +37,18 @@ pub enum NvmlError {
         call: &'static str,
         /// The loader's words.
         reason: String,
+    },
+    /// The GPU is not registered with a fabric.
+    #[error(
+        "the GPU is in no NVLink domain: state {state}, {status}, cluster {cluster} (nvidia-smi -q, Fabric; do nvidia-fabricmanager or nvidia-imex run?)"
+    )]
+    Unregistered {
+        /// How far its registration is.
+        state: String,
+        /// How it ended.
+        status: String,
+        /// The cluster's UUID, zeros where the fabric is one host's own.
+        cluster: String,
     },
     /// A call fails.
     #[error("{call} says `{reason}` ({code})")]
@@ -101,7 +114,43 @@ pub fn query(library: &OsStr) -> Result<String, NvmlError> {
     Ok(write(driver.as_deref(), &gpus?))
 }
 
-/// The library, initialised. It stays loaded: the process has nothing else to do.
+/// A GPU's place among the fabrics of many hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FabricPlace {
+    /// The domain's UUID.
+    pub cluster: [u8; 16],
+    /// Which part of it: GPUs reach those of the same one.
+    pub clique: u32,
+}
+
+impl fmt::Display for FabricPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", uuid(&self.cluster), self.clique)
+    }
+}
+
+/// Loads NVML as [`query`] does, and asks where the GPU of this UUID is. One that is in no domain of several hosts, or not registered with it yet, is
+/// an error that says so. It is meant for processes that have loaded NVIDIA's driver anyway.
+pub fn place(library: &OsStr, gpu: &[u8; 16]) -> Result<FabricPlace, NvmlError> {
+    const CALL: &str = "nvmlDeviceGetHandleByUUID";
+    let nvml = Nvml::open(library)?;
+    let call: Symbol<unsafe extern "C" fn(*const c_char, *mut Device) -> c_int> = nvml.call(CALL)?;
+    let name = CString::new(format!("GPU-{}", uuid(gpu))).unwrap_or_default();
+    let mut device: Device = std::ptr::null_mut();
+    // SAFETY: the name ends with a zero; NVML writes one handle, which it owns.
+    nvml.check(CALL, unsafe { call(name.as_ptr(), &mut device) })?;
+    let fabric = nvml.fabric(device)?.unwrap_or_default();
+    match fabric.place() {
+        Some((cluster, clique)) => Ok(FabricPlace { cluster, clique }),
+        None => Err(NvmlError::Unregistered {
+            state: fabric.state(),
+            status: fabric.status,
+            cluster: uuid(&fabric.cluster),
+        }),
+    }
+}
+
+/// The library, initialised. It stays loaded for as long as the process lives.
 struct Nvml {
     library: std::mem::ManuallyDrop<Library>,
 }
@@ -235,7 +284,7 @@ impl Nvml {
     }
 
     fn status(&self, code: c_int) -> String {
-        if code == SUCCESS { "Success".to_owned() } else { self.words(code) }
+        if code == SUCCESS { SUCCESSFUL.to_owned() } else { self.words(code) }
     }
 }
 

@@ -23,6 +23,19 @@ pub(crate) struct Fabric {
     pub(crate) health: Option<(u32, Option<u8>)>,
 }
 
+impl Fabric {
+    /// Cluster and clique, where the GPU is registered with a fabric of several hosts.
+    pub(crate) fn place(&self) -> Option<([u8; 16], u32)> {
+        let is_registered = self.state == COMPLETED && self.status == SUCCESSFUL && self.cluster != [0; 16];
+        is_registered.then_some((self.cluster, self.clique))
+    }
+
+    /// How far its registration is.
+    pub(crate) fn state(&self) -> String {
+        word(&STATES, self.state.into())
+    }
+}
+
 /// Shift, width, what it is called, and its values' words.
 const HEALTH: [(u32, u32, &str, &[&str]); 6] = [
     (0, 0x3, "Bandwidth", &["N/A", "Degraded", "Full"]),
@@ -50,6 +63,9 @@ const HEALTH: [(u32, u32, &str, &[&str]); 6] = [
 const YES: &[&str] = &["N/A", "True", "False"];
 const SUMMARY: &[&str] = &["N/A", "Healthy", "Unhealthy", "Limited Capacity"];
 const NOT_SUPPORTED: u8 = 0;
+const COMPLETED: u8 = 3;
+/// A status.
+pub(crate) const SUCCESSFUL: &str = "Success";
 const STATES: [&str; 4] = ["N/A", "Not Started", "In Progress", "Completed"];
 
 /// All GPUs under one heading.
@@ -74,7 +90,7 @@ fn section(text: &mut String, fabric: &Fabric) {
         }
         return;
     }
-    line(text, 8, "State", &word(&STATES, fabric.state.into()));
+    line(text, 8, "State", &fabric.state());
     line(text, 8, "Status", &fabric.status);
     line(text, 8, "CliqueId", &fabric.clique.to_string());
     line(text, 8, "ClusterUUID", &uuid(&fabric.cluster));
@@ -97,7 +113,7 @@ fn word(words: &[&str], number: u32) -> String {
     words.get(number as usize).map_or_else(|| format!("Unknown ({number})"), |word| (*word).to_owned())
 }
 
-fn uuid(bytes: &[u8; 16]) -> String {
+pub(crate) fn uuid(bytes: &[u8; 16]) -> String {
     let mut text = String::new();
     for (at, byte) in bytes.iter().enumerate() {
         if matches!(at, 4 | 6 | 8 | 10) {

@@ -58,6 +58,13 @@ nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device)
     *device = &gpus[index];
     return 0;
 }
+nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, void **device)
+{
+    /* The last digit is the GPU's number. */
+    if (strncmp(uuid, "GPU-00010203-0405-0607-0809-0a0b0c0d0e0", 39))
+        return 6;
+    return nvmlDeviceGetHandleByIndex_v2(uuid[39] - '0', device);
+}
 nvmlReturn_t nvmlDeviceGetName(nvmlDevice_t device, char *text, unsigned length) { strncpy(text, "NVIDIA GB200", length); return 0; }
 nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t *pci)
 {

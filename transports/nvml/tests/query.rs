@@ -3,13 +3,16 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use kvferry_nvml::{NvmlError, query};
+use kvferry_nvml::{NvmlError, place, query};
 use kvferry_transport::conformance::absent;
 
-/// Compiled with a definition; `None` without a compiler.
+/// Compiled with a definition, for whoever asks; `None` without a compiler.
 fn library(definition: &str) -> Option<PathBuf> {
-    let file = std::env::temp_dir().join(format!("kvferry-nvml-{}-{definition}.so", std::process::id()));
+    static MADE: AtomicU32 = AtomicU32::new(0);
+    let number = MADE.fetch_add(1, Ordering::Relaxed);
+    let file = std::env::temp_dir().join(format!("kvferry-nvml-{}-{number}-{definition}.so", std::process::id()));
     let mut compiler = Command::new("c++");
     compiler.args(["-x", "c", "-shared", "-fPIC", "-w", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/nvml.c"), "-o"]);
     match compiler.arg(&file).arg(format!("-D{definition}")).output() {
@@ -65,6 +68,25 @@ fn each_generation_of_the_call_tells_what_it_knows() {
     assert!(first.starts_with(&[FIRST, "GPU 00000009:01:00.0\n"].concat()), "{first}");
     let old = said("OLD").unwrap().unwrap();
     assert!(old.contains("GPU 00000009:01:00.0") && !old.contains("Fabric"), "{old}");
+}
+
+#[test]
+fn a_gpu_is_found_in_its_domain_or_why_it_is_in_none() {
+    let gpu = |number| [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, number];
+    for generation in ["NEWEST", "SECOND", "FIRST"] {
+        let Some(file) = library(generation) else { return };
+        let first = place(file.as_os_str(), &gpu(0)).unwrap();
+        assert_eq!(first.to_string(), "5b1c0102-0304-0506-0708-090a0b0c0d0e/32766");
+        // It did not get what it takes, and the other is nobody's.
+        let second = place(file.as_os_str(), &gpu(1)).unwrap_err();
+        assert!(matches!(&second, NvmlError::Unregistered { status, .. } if status == "Insufficient Resources"));
+        assert!(place(file.as_os_str(), &[0; 16]).is_err());
+        std::fs::remove_file(file).unwrap();
+    }
+    let Some(old) = library("OLD") else { return };
+    let none = place(old.as_os_str(), &gpu(0)).unwrap_err();
+    assert!(matches!(&none, NvmlError::Unregistered { state, .. } if state == "N/A"), "{none}");
+    std::fs::remove_file(old).unwrap();
 }
 
 #[test]

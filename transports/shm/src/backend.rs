@@ -33,7 +33,7 @@ impl Backend for HostMemory {
 
     fn unbind(&mut self, _: PoolId) {}
 
-    fn share(&mut self, pool: &Pool) -> Result<Shared, String> {
+    fn share(&mut self, pool: &Pool, _: bool) -> Result<Shared, String> {
         if !pool.is_shared() {
             let bases = pool.regions().iter().map(|region| region.base() as u64).collect();
             return Ok(Shared { memory: MemoryKind::Addresses(bases), descriptors: Vec::new() });

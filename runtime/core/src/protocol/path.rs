@@ -3,7 +3,7 @@
 use core::fmt;
 
 use super::{NicAdvert, RailHealth, RdmaShortfall, Role, WorkerProfile};
-use crate::{Direction, Evidence, GroupId, NodeId, Rank, TransportKind};
+use crate::{Direction, Evidence, GroupId, MemoryDomain, NodeId, Rank, TransportKind};
 
 /// The best first: GPU and shared memory of one host before anything that crosses a network.
 const PREFERENCE: [TransportKind; 6] = [
@@ -113,6 +113,8 @@ pub enum Obstacle {
     OpenedBy(Role),
     /// Both have, on different hosts.
     Apart,
+    /// Both have, on different hosts that do not read each other's memory.
+    OtherDomain,
 }
 
 impl fmt::Display for Obstacle {
@@ -120,6 +122,9 @@ impl fmt::Display for Obstacle {
         match self {
             Obstacle::OpenedBy(role) => write!(f, "only the {role} side has opened it"),
             Obstacle::Apart => f.write_str("the two are on different hosts"),
+            Obstacle::OtherDomain => f.write_str(
+                "the two are on different hosts, and not in one NVLink domain with pools that fabric handles stand for",
+            ),
         }
     }
 }
@@ -168,21 +173,33 @@ pub(super) fn passed_over(source: &[NicAdvert], destination: &[NicAdvert], chose
         (false, false) => None,
         (true, false) => Some(Obstacle::OpenedBy(Role::Prefill)),
         (false, true) => Some(Obstacle::OpenedBy(Role::Decode)),
+        (true, true) if kind == TransportKind::Cuda => Some(Obstacle::OtherDomain),
         (true, true) => Some(Obstacle::Apart),
     };
     better.filter_map(|kind| Some(PassedOver { kind, obstacle: obstacle(kind)? })).collect()
 }
 
-/// A NIC that reaches by memory names its host; of UCX's and libfabric's, some do and others cross the network.
+/// Where the other side's NIC is found from a host that is not its own, in whose domain it is.
+pub(super) fn beyond<'a>(local: &[NicAdvert], remote: &'a NicAdvert) -> Option<&'a MemoryDomain> {
+    let mut alike = local.iter().filter(|nic| nic.kind == remote.kind).peekable();
+    let is_here = alike.peek().is_none() || alike.any(|nic| nic.host == remote.host);
+    remote.domain.as_ref().filter(|_| !is_here)
+}
+
+/// A NIC that reaches by memory names its host, and maybe a domain of hosts; of UCX's and libfabric's, some do and others cross the network.
 fn reaches(local: &NicAdvert, remote: &NicAdvert) -> bool {
     match local.kind {
-        kind if is_local(kind) => !local.host.is_empty() && local.host == remote.host,
+        kind if is_local(kind) => {
+            let is_here = !local.host.is_empty() && local.host == remote.host;
+            is_here
+                || local.domain.as_ref().zip(remote.domain.as_ref()).is_some_and(|(one, other)| one.name == other.name)
+        }
         TransportKind::Ucx | TransportKind::Libfabric => local.host == remote.host,
         _ => true,
     }
 }
 
-/// Whether the destination's own side copies from memory of the same host.
+/// Whether the destination's own side copies, from memory of the same host or domain.
 pub(super) fn is_local(kind: TransportKind) -> bool {
     matches!(kind, TransportKind::Shm | TransportKind::Cuda)
 }
@@ -194,7 +211,42 @@ mod tests {
     use super::*;
 
     fn nic(kind: TransportKind, host: &str) -> NicAdvert {
-        NicAdvert { kind, device: "d".into(), host: host.into(), address: Bytes::new(), keys: Bytes::new() }
+        let (address, keys) = (Bytes::from_static(b"here"), Bytes::new());
+        NicAdvert { kind, device: "d".into(), host: host.into(), address, keys, domain: None }
+    }
+
+    fn gpu(host: &str, domain: &str) -> NicAdvert {
+        let domain = MemoryDomain { name: domain.into(), address: Bytes::from_static(b"beyond") };
+        NicAdvert { domain: Some(domain), ..nic(TransportKind::Cuda, host) }
+    }
+
+    #[test]
+    fn gpus_of_one_domain_meet_across_hosts() {
+        let tcp = || nic(TransportKind::Tcp, "");
+        let here = [tcp(), gpu("a", "rack-7/1")];
+        for lane in 0..4 {
+            assert_eq!(path(&here, &[gpu("b", "rack-7/1"), tcp()], lane), Some((1, 0)));
+            // Another clique, another rack, and who is too old to say, or has a pool without handles.
+            for other in [gpu("b", "rack-7/2"), gpu("b", "rack-8/1"), nic(TransportKind::Cuda, "b")] {
+                assert_eq!(path(&here, &[other.clone(), tcp()], lane), Some((0, 1)), "{other:?}");
+                assert_eq!(path(&[other, tcp()], &here, lane), Some((1, 0)));
+            }
+            // On one host that is nobody's business.
+            assert_eq!(path(&here, &[nic(TransportKind::Cuda, "a"), tcp()], lane), Some((1, 0)));
+        }
+        let why = passed_over(&here, &[gpu("b", "rack-8/1"), tcp()], TransportKind::Tcp);
+        assert!(matches!(why[..], [PassedOver { kind: TransportKind::Cuda, obstacle: Obstacle::OtherDomain }]));
+    }
+
+    #[test]
+    fn the_way_from_beyond_is_taken_from_beyond_only() {
+        let found =
+            |local: &[NicAdvert], remote: &NicAdvert| beyond(local, remote).map(|domain| domain.address.clone());
+        let there = gpu("b", "rack-7/1");
+        assert_eq!(found(&[gpu("a", "rack-7/1")], &there).as_deref(), Some(&b"beyond"[..]));
+        assert_eq!(found(&[gpu("b", "rack-7/1")], &there), None);
+        assert_eq!(found(&[nic(TransportKind::Tcp, "")], &there), None);
+        assert_eq!(found(&[gpu("a", "rack-7/1")], &nic(TransportKind::Cuda, "b")), None);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::flight::Attempt;
-use super::path::{is_local, passed_over, path, rails};
+use super::path::{beyond, is_local, passed_over, path, rails};
 use super::{
     ChosenPath, Event, FailReason, NicAdvert, NicCommand, Outbox, PassedOver, PeerName, RailHealth, RailTerms,
     RailTurn, Rails, RdmaShortfall, Role, ShownPath, WorkerProfile, rdma,
@@ -34,7 +34,11 @@ pub(crate) struct Peer {
 
 impl Peer {
     /// Compares profiles: model, direction, NICs. Where RDMA is required, no path without it is taken.
-    pub(crate) fn meet(local: &WorkerProfile, remote: WorkerProfile, require_rdma: bool) -> Result<Peer, FailReason> {
+    pub(crate) fn meet(
+        local: &WorkerProfile,
+        mut remote: WorkerProfile,
+        require_rdma: bool,
+    ) -> Result<Peer, FailReason> {
         let (source, destination) = match local.role {
             Role::Prefill => (local, &remote),
             Role::Decode => (&remote, local),
@@ -63,6 +67,11 @@ impl Peer {
         }
         let chosen = local.nics.get(nic).map(|nic| nic.kind);
         let passed_over = chosen.map(|kind| passed_over(&source.nics, &destination.nics, kind)).unwrap_or_default();
+        for nic in &mut remote.nics {
+            if let Some(domain) = beyond(&local.nics, nic) {
+                nic.address = domain.address.clone();
+            }
+        }
         let (pairs, rails) = (vec![(nic, remote_nic)], Rails::new([nic], RailTerms::default()));
         let (shares_pushes, conversation) = (false, 0);
         Ok(Peer { profile: remote, plan, direction, nic, pairs, rails, shares_pushes, conversation, passed_over })
@@ -290,7 +299,8 @@ mod tests {
     use super::*;
 
     fn nic(kind: TransportKind, host: &str) -> NicAdvert {
-        NicAdvert { kind, device: "d".into(), host: host.into(), address: Bytes::new(), keys: Bytes::new() }
+        let (address, keys, domain) = (Bytes::new(), Bytes::new(), None);
+        NicAdvert { kind, device: "d".into(), host: host.into(), address, keys, domain }
     }
 
     fn tcp(count: usize) -> Vec<NicAdvert> {
@@ -383,6 +393,26 @@ mod tests {
                 assert_eq!((from.shares_pushes, ends.len()), (ours.min(theirs) > 1, from.pairs.len()));
                 assert!(from.pairs.len() <= most && (most > here.min(there) || from.pairs.len() == most), "{from:?}");
             }
+        }
+    }
+
+    #[test]
+    fn who_is_beyond_is_called_at_its_other_address() {
+        let of = |role, host: &str| {
+            let name = "rack-7/1".to_owned();
+            let domain = Some(crate::MemoryDomain { name, address: Bytes::from(format!("{host} from beyond")) });
+            let address = Bytes::from(format!("{host} from here"));
+            let nics = vec![NicAdvert { domain, address, ..nic(TransportKind::Cuda, host) }];
+            WorkerProfile { nics, ..profile(role, 0, 0, 0) }
+        };
+        for (there, due) in [("a", "a from here"), ("b", "b from beyond")] {
+            let met = Peer::meet(&of(Role::Decode, "a"), of(Role::Prefill, there), false).expect("they fit");
+            assert_eq!(met.addresses(), BTreeMap::from([(0, Bytes::from(due))]));
+            assert!(met.destination_reads(), "what is read counts only once the source confirms it");
+            assert!(
+                Peer::meet(&of(Role::Decode, "a"), of(Role::Prefill, there), true).is_ok(),
+                "no network is crossed"
+            );
         }
     }
 

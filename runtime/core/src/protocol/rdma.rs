@@ -16,7 +16,7 @@ const EFA_NAMES: [&str; 2] = ["rdmap", "efa_"];
 /// What carries the bytes of a NIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Carrier {
-    /// Memory of one host.
+    /// Memory of one host, or of one NVLink domain.
     Memory,
     /// A device that reads and writes remote memory.
     Rdma,
@@ -142,7 +142,8 @@ mod tests {
     use super::*;
 
     fn nic(kind: TransportKind, device: &str, host: &str) -> NicAdvert {
-        NicAdvert { kind, device: device.into(), host: host.into(), address: Bytes::new(), keys: Bytes::new() }
+        let (address, keys, domain) = (Bytes::new(), Bytes::new(), None);
+        NicAdvert { kind, device: device.into(), host: host.into(), address, keys, domain }
     }
 
     fn path(required: bool, here: &[NicAdvert], there: &[NicAdvert]) -> Option<RdmaShortfall> {

@@ -1,7 +1,8 @@
 //! What messages and events are called and what they are about, for whoever records them.
 
+use super::message::Domains;
 use super::{Event, Message};
-use crate::{HandoverId, RequestId, TraceContext};
+use crate::{HandoverId, RequestId, TraceContext, limits};
 
 /// What one message is about. Of a message about several, the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -109,6 +110,33 @@ impl Message {
             Message::Profile(profile) => profile.worker.as_mut().map(|worker| &mut worker.rails),
             _ => None,
         }
+    }
+
+    /// The NICs of a profile that are reached from other hosts of a domain, in order.
+    pub(crate) fn domains(&self) -> Option<Domains> {
+        let Message::Profile(profile) = self else { return None };
+        let domains =
+            (0..).zip(&profile.worker.as_ref()?.nics).filter_map(|(index, nic)| Some((index, nic.domain.clone()?)));
+        Some(Domains(domains.collect())).filter(|domains| !domains.0.is_empty())
+    }
+
+    /// As [`Message::domains`] tells them. An error says what no profile can have.
+    pub(crate) fn set_domains(&mut self, Domains(domains): Domains) -> Result<(), String> {
+        let nics = match self {
+            Message::Profile(profile) => profile.worker.as_mut().map(|worker| worker.nics.as_mut_slice()),
+            _ => None,
+        };
+        let nics = nics.unwrap_or_default();
+        let mut next = 0;
+        for (index, domain) in domains {
+            if index < next || domain.name.is_empty() || domain.name.len() > limits::NAME_BYTES_MAX {
+                return Err(format!("NIC {index} is out of order, or the name of its domain is empty or too long"));
+            }
+            let nic = nics.get_mut(index as usize).ok_or_else(|| format!("there is no NIC {index}"))?;
+            nic.domain = Some(domain);
+            next = index + 1;
+        }
+        if next == 0 { Err("an empty list is not said".to_owned()) } else { Ok(()) }
     }
 
     /// What it is about.

@@ -176,6 +176,7 @@ impl Parts {
             host: self.text.clone(),
             address: Bytes::from(self.text.clone()),
             keys: Bytes::from(vec![self.choice; 9]),
+            domain: None,
         };
         WorkerProfile {
             role: self.role(),

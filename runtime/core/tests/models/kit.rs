@@ -43,6 +43,7 @@ pub(crate) fn worker(
         host: String::new(),
         address: Bytes::from_static(b"a"),
         keys: Bytes::new(),
+        domain: None,
     };
     WorkerProfile {
         role,

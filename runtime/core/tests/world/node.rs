@@ -59,6 +59,7 @@ impl Node {
             host: String::new(),
             address: Bytes::new(),
             keys: Bytes::new(),
+            domain: None,
         };
         let profile = WorkerProfile {
             role,

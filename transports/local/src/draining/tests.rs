@@ -33,7 +33,7 @@ impl Backend for Stubborn {
 
     fn unbind(&mut self, _: PoolId) {}
 
-    fn share(&mut self, _: &Pool) -> Result<Shared, String> {
+    fn share(&mut self, _: &Pool, _: bool) -> Result<Shared, String> {
         Ok(Shared { memory: MemoryKind::Opaque(Bytes::new()), descriptors: Vec::new() })
     }
 

@@ -19,6 +19,8 @@ pub(super) struct Socket {
     /// Its backlog was full: to be tried again.
     pub(super) dialing: Option<SocketAddrUnix>,
     pub(super) is_stranger: bool,
+    /// Whether it is on another host: neither descriptors nor memory go there.
+    pub(super) is_beyond: bool,
     /// Whether epoll tells when it takes more.
     pub(super) watched_for_room: bool,
     /// Why it is of no further use, once what it has said is taken.
@@ -43,13 +45,14 @@ impl Socket {
         connection: Connection,
         pid: Option<Pid>,
         dialing: Option<SocketAddrUnix>,
-        is_stranger: bool,
+        (is_stranger, is_beyond): (bool, bool),
     ) -> Socket {
         Socket {
             connection,
             pid,
             dialing,
             is_stranger,
+            is_beyond,
             watched_for_room: false,
             broken: None,
             queued: 0,

@@ -44,6 +44,7 @@ pub(super) fn nic(kind: TransportKind) -> NicAdvert {
         host: "h".into(),
         address: Bytes::from_static(b"a"),
         keys: Bytes::from_static(b"k"),
+        domain: None,
     }
 }
 
