@@ -39,7 +39,7 @@ impl<const SPEAKS: bool> Backend for Talker<SPEAKS> {
 
     fn unbind(&mut self, _: PoolId) {}
 
-    fn share(&mut self, _: &Pool) -> Result<Shared, String> {
+    fn share(&mut self, _: &Pool, _: bool) -> Result<Shared, String> {
         Err("nothing is shared".to_owned())
     }
 
