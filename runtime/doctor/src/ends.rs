@@ -80,7 +80,7 @@ impl End {
             kind.gigabits = kind.gigabits.saturating_add(gigabits.unwrap_or(0.0) as u32);
         }
         let found = library::find(root, environment, "libfabric.so.1", "KVFERRY_LIBFABRIC_LIBRARY");
-        let libfabric = found.first().and_then(|found| Libfabric::read(&found.real)).map(|library| library.abi);
+        let libfabric = found.first().and_then(|found| Libfabric::read(root, &found.real)).map(|library| library.abi);
         End { efa: kinds.into_values().take(KINDS_MAX).collect(), libfabric }
     }
 

@@ -75,7 +75,7 @@ pub(crate) struct Libfabric {
 }
 
 impl Libfabric {
-    pub(crate) fn read(file: &Path) -> Option<Libfabric> {
+    pub(crate) fn read(root: &SysRoot, file: &Path) -> Option<Libfabric> {
         let bytes = bytes_up_to(file, SEARCHED_MAX)?;
         const VERSION: &[u8] = b"FABRIC_1.";
         let mut abi = 0;
@@ -87,7 +87,7 @@ impl Libfabric {
             }
             efa |= window.starts_with(b"efa_rdm_");
         }
-        let beside = file.parent().map(|folder| names(&folder.join("libfabric"))).unwrap_or_default();
+        let beside = file.parent().map(|folder| names(&root.inside(&folder.join("libfabric")))).unwrap_or_default();
         Some(Libfabric { abi, efa: efa || beside.iter().any(|name| name.starts_with("libefa-fi.so")) })
     }
 
@@ -115,8 +115,8 @@ pub(crate) fn verbs_generation(file: &Path) -> Option<u32> {
 }
 
 /// The version that `<folder>/pkgconfig/<name>.pc` gives, as major and minor.
-pub(crate) fn packaged_version(library: &Path, name: &str) -> Option<(u32, u32)> {
-    let file = text(&library.parent()?.join("pkgconfig").join(format!("{name}.pc")))?;
+pub(crate) fn packaged_version(root: &SysRoot, library: &Path, name: &str) -> Option<(u32, u32)> {
+    let file = text(&root.inside(&library.parent()?.join("pkgconfig").join(format!("{name}.pc"))))?;
     let version = file.lines().find_map(|line| line.strip_prefix("Version:"))?.trim();
     let mut numbers = version.split('.').map(|part| part.parse::<u32>().ok());
     Some((numbers.next()??, numbers.next()??))

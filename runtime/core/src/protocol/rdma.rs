@@ -209,11 +209,11 @@ mod tests {
         let emulated = Evidence { emulated: true, ..lanes(&["srd/rdmap40s0:1"]) };
         let found = of_lanes(&rdma, &emulated);
         assert!(matches!(found, Some(RdmaShortfall::Emulated { .. })), "{found:?}");
+        let words = found.map(|short| short.to_string()).unwrap_or_default();
+        assert!(words.contains("rdmap40s0:1") && words.contains("UCX_RNDV_THRESH"), "{words}");
         let staged = Evidence { staged: true, ..lanes(&["srd/rdmap40s0:1"]) };
         let found = of_lanes(&rdma, &staged);
         assert!(matches!(found, Some(RdmaShortfall::Staged { .. })), "{found:?}");
-        let words = found.map(|short| short.to_string()).unwrap_or_default();
-        assert!(words.contains("rdmap40s0:1") && words.contains("UCX_RNDV_THRESH"), "{words}");
         for other in [
             nic(TransportKind::Ucx, "eth0", ""),
             nic(TransportKind::Ucx, "memory", "h"),

@@ -322,7 +322,7 @@ fn kv(subject: &Subject<'_>) -> Check {
         wrong.push(format!("UCX_TLS={} leaves cuda_ipc out, by which UCX uses NVLink", transports.join(",")));
     }
     let found = library::find(subject.root, &question.environment, "libucp.so.0", "KVFERRY_UCX_LIBRARY");
-    let version = found.first().and_then(|first| library::packaged_version(&first.real, "ucx"));
+    let version = found.first().and_then(|first| library::packaged_version(subject.root, &first.real, "ucx"));
     if let Some((major, minor)) = version.filter(|version| *version < (1, 18)) {
         wrong.push(format!("UCX {major}.{minor}: NVLink between hosts from 1.18 on"));
     }

@@ -39,7 +39,7 @@ fn libfabric(subject: &Subject<'_>) -> Check {
             Check::ok(ID, "no libfabric.so.1 on the loader's path; UCX does not need it")
         };
     };
-    let Some(library) = Libfabric::read(&first.real) else {
+    let Some(library) = Libfabric::read(subject.root, &first.real) else {
         return Check::fail(ID, "the library cannot be read", fix).and(list);
     };
     let evidence = format!("its newest ABI is FABRIC_1.{}, which releases {} have", library.abi, library.releases());
@@ -90,12 +90,12 @@ fn ucx(subject: &Subject<'_>) -> Check {
             fix,
         );
     };
-    let version = library::packaged_version(&first.real, "ucx");
+    let version = library::packaged_version(subject.root, &first.real, "ucx");
     let said =
         version.map_or("of a version that no ucx.pc gives".to_owned(), |(major, minor)| format!("{major}.{minor}"));
     let modules = match environment.get("UCX_MODULE_DIR") {
         Some(folder) => subject.root.file(folder),
-        None => first.real.parent().map(|folder| folder.join("ucx")).unwrap_or_default(),
+        None => subject.root.inside(&first.real.parent().map(|folder| folder.join("ucx")).unwrap_or_default()),
     };
     if !names(&modules).iter().any(|name| name.starts_with("libuct_ib_efa.so")) {
         let evidence =
@@ -138,7 +138,7 @@ fn verbs(subject: &Subject<'_>) -> Check {
     let folder = library.real.parent().map(|parent| parent.join("libibverbs")).unwrap_or_default();
     let shown_folder = subject.root.shown(&folder);
     let wanted = format!("libefa-rdmav{generation}.so");
-    let providers = names(&folder);
+    let providers = names(&subject.root.inside(&folder));
     if providers.contains(&wanted) {
         return Check::ok(ID, format!("libibverbs has its efa provider, {shown_folder}/{wanted}")).and(list);
     }
