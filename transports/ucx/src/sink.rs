@@ -177,17 +177,10 @@ impl Sink {
 }
 
 /// Puts all bytes of a chunk into blocks.
-fn put_straight(cursor: &mut Cursor, mut body: &[u8]) -> Result<usize, Wrong> {
-    let bytes = body.len();
-    while !body.is_empty() {
-        let Some(piece) = cursor.take(body.len()) else {
-            return Err(Wrong::Breach("a program ended before the bytes that came for it"));
-        };
-        let (now, rest) = body.split_at(piece.bytes.min(body.len()));
-        // SAFETY: the piece lies in the cursor's pool, which the cursor keeps alive, and has as many bytes; `now` is a message of UCX's
-        // or ours, never pool memory. No reference covers the piece.
-        unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), piece.at, now.len()) };
-        body = rest;
+fn put_straight(cursor: &mut Cursor, body: &[u8]) -> Result<usize, Wrong> {
+    // SAFETY: the bytes are a message of UCX's or ours, which nobody writes, and never pool memory.
+    match unsafe { cursor.unpack(body.as_ptr(), body.len()) } {
+        true => Ok(body.len()),
+        false => Err(Wrong::Breach("a program ended before the bytes that came for it")),
     }
-    Ok(bytes)
 }

@@ -49,6 +49,9 @@ impl UcxTransport {
 
     /// Sends the next chunk that a device has filled, and has it fill more; says how many bytes were sent, if any.
     pub(crate) fn send_staged(&mut self, id: u64) -> Option<u64> {
+        if self.links.get(&id)?.outgoing.staged.is_idle() {
+            return None;
+        }
         self.fill_ahead(id);
         let mut failed = Vec::new();
         let next = self.links.get_mut(&id).and_then(|link| link.outgoing.staged.next(&mut failed));
