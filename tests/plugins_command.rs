@@ -195,6 +195,11 @@ fn what_hangs_keeps_nobody() {
     assert_eq!(report["plugins"][0]["verdict"], "incompatible", "{report:#}");
     assert!(reasons(&report["plugins"][0]).contains("it is no file"), "{report:#}");
 
+    // A name of another case is no name.
+    let other = plugins(&["--core", core, "--only", "pipe"]);
+    let words = String::from_utf8(other.stderr).unwrap();
+    assert!(other.status.code() == Some(2) && words.contains("no libplugin_pipe.so in "), "{words}");
+
     // Who asked may be gone before whoever loads it can ask the kernel to be ended with them.
     let late = Command::new(env!("CARGO_BIN_EXE_kvferry"))
         .args(["load-plugin", &format!("{core}/libnixl.so"), &format!("{core}/plugins/libplugin_HANG.so")])

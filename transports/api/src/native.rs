@@ -1,12 +1,18 @@
 //! What transports over native libraries have in common.
 
 use std::ffi::CStr;
+use std::path::Path;
 
-/// Says why a library that is named by its path will not be loaded; the loader would wait for ever at a pipe.
-pub fn check_file(name: &str) -> Result<(), String> {
-    match std::fs::metadata(name) {
-        Ok(metadata) if name.contains('/') && !metadata.is_file() => Err("it is no file".to_owned()),
-        _ => Ok(()),
+/// Whether something else than a file is there: the loader would wait for ever at a pipe.
+pub fn is_no_file(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file())
+}
+
+/// Says why a library that `variable` names by its path is not to be loaded, if it is not. What is no path the loader looks for.
+pub fn check_file(name: &str, variable: &str) -> Result<(), String> {
+    match name.contains('/') && is_no_file(Path::new(name)) {
+        true => Err(format!("{name} cannot be loaded: it is no file; correct {variable}")),
+        false => Ok(()),
     }
 }
 
@@ -23,4 +29,22 @@ pub fn file_of(address: usize) -> Option<String> {
         unsafe { libc::dladdr(std::ptr::without_provenance(address), &mut info) } != 0 && !info.dli_fname.is_null();
     // SAFETY: the name is a C string of the loader, which keeps it while the library is loaded.
     found.then(|| unsafe { CStr::from_ptr(info.dli_fname) }.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_file_is_not_loaded() {
+        let folder = std::env::temp_dir();
+        let refused = check_file(&folder.to_string_lossy(), "KVFERRY_X_LIBRARY").unwrap_err();
+        assert!(refused.contains("it is no file; correct KVFERRY_X_LIBRARY"), "{refused}");
+        let own = std::env::current_exe().unwrap();
+        // What is not there the loader says itself; a name without a path is the loader's to find.
+        for name in [&*own.to_string_lossy(), "/nowhere/libx.so", "src"] {
+            assert_eq!(check_file(name, "KVFERRY_X_LIBRARY"), Ok(()), "{name}");
+        }
+        assert!(is_no_file(&folder) && !is_no_file(&own));
+    }
 }

@@ -3,12 +3,12 @@
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 
+use kvferry_nvml::{LIBRARY, NAMED_BY};
+use kvferry_transport::native::check_file;
+
 use crate::driver::HandleKind;
 use crate::gpu::Gpu;
 
-/// As the doctor's.
-const NAMED_BY: &str = "KVFERRY_NVML_LIBRARY";
-const NVML: &str = "libnvidia-ml.so.1";
 /// Networks of examples: nobody is there, so that the way to them is the way to whoever is no neighbour.
 const ELSEWHERE: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
@@ -20,7 +20,9 @@ pub(crate) fn of(gpu: &Gpu) -> Result<String, String> {
         let reason = physical.no_fabric.as_deref().unwrap_or("not tried");
         return Err(format!("no fabric handles: {reason}"));
     }
-    let library = std::env::var_os(NAMED_BY).unwrap_or_else(|| OsString::from(NVML));
+    let named = std::env::var_os(NAMED_BY).filter(|name| !name.is_empty());
+    let library = named.unwrap_or_else(|| OsString::from(LIBRARY));
+    check_file(&library.to_string_lossy(), NAMED_BY)?;
     let place = kvferry_nvml::place(&library, &gpu.uuid).map_err(|error| error.to_string())?;
     Ok(place.to_string())
 }

@@ -89,7 +89,7 @@ impl fmt::Debug for Library {
 }
 
 fn load(name: &str) -> Result<Library, String> {
-    check_file(name).map_err(|reason| format!("{name} cannot be loaded: {reason}; correct {VARIABLE}"))?;
+    check_file(name, VARIABLE)?;
     // SAFETY: loading runs the initialisers of libfabric and what it needs; whoever names another library answers for it.
     let loaded = unsafe { Loaded::open(Some(OsStr::new(name)), RTLD_NOW | RTLD_LOCAL) };
     let loaded = loaded.map_err(|error| {

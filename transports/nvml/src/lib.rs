@@ -6,4 +6,9 @@
 mod library;
 mod text;
 
+/// What the loader is asked for.
+pub const LIBRARY: &str = "libnvidia-ml.so.1";
+/// Names another one.
+pub const NAMED_BY: &str = "KVFERRY_NVML_LIBRARY";
+
 pub use library::{FabricPlace, NvmlError, place, query};

@@ -6,12 +6,11 @@ use std::process::ExitCode;
 
 use clap::Args;
 use kvferry_doctor::{DriverSaid, Environment};
+use kvferry_nvml::{LIBRARY, NAMED_BY};
 use kvferry_transport::native::check_file;
 
 use crate::child::{self, Answer, SECONDS_MAX};
 
-const NAMED_BY: &str = "KVFERRY_NVML_LIBRARY";
-const LIBRARY: &str = "libnvidia-ml.so.1";
 /// It is there where the driver is, in containers that got it, too.
 const DRIVER: &str = "/proc/driver/nvidia/version";
 
@@ -36,8 +35,8 @@ pub(super) fn ask(environment: &Environment) -> DriverSaid {
         return DriverSaid::Nothing;
     }
     let library = named.map_or(LIBRARY, String::as_str);
-    if let Err(reason) = check_file(library) {
-        return DriverSaid::Refused(format!("{library} cannot be loaded: {reason}; correct {NAMED_BY}"));
+    if let Err(reason) = check_file(library, NAMED_BY) {
+        return DriverSaid::Refused(reason);
     }
     match child::ask::<Result<String, String>>(&["load-nvml".as_ref(), library.as_ref()], environment) {
         Ok(Answer::Told(Ok(text))) => DriverSaid::Told(text),

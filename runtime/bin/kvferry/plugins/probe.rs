@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 use kvferry_doctor::Environment;
 use kvferry_nixl_plugins::Probe;
+use kvferry_transport::native::is_no_file;
 
 use crate::child::{self, Answer, SECONDS_MAX};
 
@@ -26,8 +27,7 @@ impl Child {
 
 /// Starts this program again to load `plugin` beside `core`.
 pub(crate) fn probe(core: &Path, plugin: &Path, environment: &Environment) -> Probe {
-    // Opening a pipe waits for whoever writes it.
-    if std::fs::metadata(plugin).is_ok_and(|metadata| !metadata.is_file()) {
+    if is_no_file(plugin) {
         return Probe::NotRun("it is no file".to_owned());
     }
     let answer = std::path::absolute(plugin)
