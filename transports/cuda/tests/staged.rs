@@ -3,6 +3,7 @@
 use kvferry_core::{PoolId, PoolLayout, TransportKind};
 use kvferry_cuda::{Allocate, allocate};
 use kvferry_tcp::TcpProvider;
+use kvferry_transport::conformance::{destination_pools, every_pool, source_pools};
 use kvferry_transport::{Device, OpenError, Options, PackedBy, Pool, PoolError, Provider, Transport};
 use kvferry_ucx::UcxProvider;
 
@@ -40,19 +41,6 @@ impl<P: Provider> Provider for Staged<P> {
     }
 }
 
-fn all(_: PoolId) -> bool {
-    true
-}
-
-// The suite's sources have odd numbers, its destinations even ones.
-fn odd(pool: PoolId) -> bool {
-    !pool.0.is_multiple_of(2)
-}
-
-fn even(pool: PoolId) -> bool {
-    pool.0.is_multiple_of(2)
-}
-
 /// Chunks come as messages over TCP's lanes, or are read through shared memory.
 fn ucx(by: PackedBy) -> UcxProvider {
     let device = if by == PackedBy::Read { "memory" } else { "lo" };
@@ -61,35 +49,35 @@ fn ucx(by: PackedBy) -> UcxProvider {
 
 mod both {
     use super::*;
-    kvferry_transport::conformance!(Staged::new(TcpProvider::new(), all); #[ignore = "needs a GPU"]);
+    kvferry_transport::conformance!(Staged::new(TcpProvider::new(), every_pool); #[ignore = "needs a GPU"]);
 }
 
 mod source {
     use super::*;
-    kvferry_transport::conformance!(Staged::new(TcpProvider::new(), odd); #[ignore = "needs a GPU"]);
+    kvferry_transport::conformance!(Staged::new(TcpProvider::new(), source_pools); #[ignore = "needs a GPU"]);
 }
 
 mod destination {
     use super::*;
-    kvferry_transport::conformance!(Staged::new(TcpProvider::new(), even); #[ignore = "needs a GPU"]);
+    kvferry_transport::conformance!(Staged::new(TcpProvider::new(), destination_pools); #[ignore = "needs a GPU"]);
 }
 
 mod ucx_message {
     use super::*;
-    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Message), all); #[ignore = "needs a GPU and UCX"]);
+    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Message), every_pool); #[ignore = "needs a GPU and UCX"]);
 }
 
 mod ucx_read {
     use super::*;
-    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Read), all); #[ignore = "needs a GPU and UCX"]);
+    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Read), every_pool); #[ignore = "needs a GPU and UCX"]);
 }
 
 mod ucx_source {
     use super::*;
-    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Read), odd); #[ignore = "needs a GPU and UCX"]);
+    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Read), source_pools); #[ignore = "needs a GPU and UCX"]);
 }
 
 mod ucx_destination {
     use super::*;
-    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Read), even); #[ignore = "needs a GPU and UCX"]);
+    kvferry_transport::conformance!(Staged::new(ucx(PackedBy::Read), destination_pools); #[ignore = "needs a GPU and UCX"]);
 }

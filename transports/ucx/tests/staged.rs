@@ -2,7 +2,7 @@
 
 use kvferry_core::PoolId;
 use kvferry_transport::PackedBy;
-use kvferry_transport::conformance::OnDevice;
+use kvferry_transport::conformance::{OnDevice, destination_pools, every_pool, source_pools};
 use kvferry_ucx::UcxProvider;
 
 /// Whether there is a UCX library. Without one the case says so and passes, unless `KVFERRY_REQUIRE` names ucx.
@@ -10,19 +10,6 @@ fn usable() -> bool {
     let Some(reason) = UcxProvider::unavailable() else { return true };
     kvferry_transport::conformance::absent("ucx", &reason);
     false
-}
-
-fn all(_: PoolId) -> bool {
-    true
-}
-
-// The suite's sources have odd numbers, its destinations even ones.
-fn odd(pool: PoolId) -> bool {
-    !pool.0.is_multiple_of(2)
-}
-
-fn even(pool: PoolId) -> bool {
-    pool.0.is_multiple_of(2)
 }
 
 fn over(device: &str, by: PackedBy) -> UcxProvider {
@@ -36,48 +23,48 @@ fn small(provider: UcxProvider, which: fn(PoolId) -> bool) -> OnDevice<UcxProvid
 
 /// One slot for each direction, of a page.
 fn tiny(provider: UcxProvider) -> OnDevice<UcxProvider> {
-    OnDevice::new(provider, all, 4096, 2)
+    OnDevice::new(provider, every_pool, 4096, 2)
 }
 
 mod tcp_both {
     use super::*;
-    kvferry_transport::conformance!(if usable() => small(over("lo", PackedBy::Message), all));
+    kvferry_transport::conformance!(if usable() => small(over("lo", PackedBy::Message), every_pool));
 }
 
 mod tcp_source {
     use super::*;
-    kvferry_transport::conformance!(if usable() => small(over("lo", PackedBy::Message), odd));
+    kvferry_transport::conformance!(if usable() => small(over("lo", PackedBy::Message), source_pools));
 }
 
 mod tcp_destination {
     use super::*;
-    kvferry_transport::conformance!(if usable() => small(over("lo", PackedBy::Message), even));
+    kvferry_transport::conformance!(if usable() => small(over("lo", PackedBy::Message), destination_pools));
 }
 
 mod tcp_two_sided {
     use super::*;
-    kvferry_transport::conformance!(if usable() => small(over("lo", PackedBy::Message).two_sided(), all));
+    kvferry_transport::conformance!(if usable() => small(over("lo", PackedBy::Message).two_sided(), every_pool));
 }
 
 /// Messages of memory go over tcp, too.
 mod memory_message {
     use super::*;
-    kvferry_transport::conformance!(if usable() => small(over("memory", PackedBy::Message), all));
+    kvferry_transport::conformance!(if usable() => small(over("memory", PackedBy::Message), every_pool));
 }
 
 mod memory_read_both {
     use super::*;
-    kvferry_transport::conformance!(if usable() => small(over("memory", PackedBy::Read), all));
+    kvferry_transport::conformance!(if usable() => small(over("memory", PackedBy::Read), every_pool));
 }
 
 mod memory_read_source {
     use super::*;
-    kvferry_transport::conformance!(if usable() => small(over("memory", PackedBy::Read), odd));
+    kvferry_transport::conformance!(if usable() => small(over("memory", PackedBy::Read), source_pools));
 }
 
 mod memory_read_destination {
     use super::*;
-    kvferry_transport::conformance!(if usable() => small(over("memory", PackedBy::Read), even));
+    kvferry_transport::conformance!(if usable() => small(over("memory", PackedBy::Read), destination_pools));
 }
 
 mod tiny_message {

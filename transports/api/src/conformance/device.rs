@@ -25,6 +25,21 @@ pub struct OnDevice<P> {
     faults: Faults,
 }
 
+/// Every pool of the suite, for [`OnDevice`] and its like.
+pub fn every_pool(_: PoolId) -> bool {
+    true
+}
+
+/// The pools that the suite's transfers come from: those of odd numbers.
+pub fn source_pools(pool: PoolId) -> bool {
+    !destination_pools(pool)
+}
+
+/// The pools that they go to: those of even numbers.
+pub fn destination_pools(pool: PoolId) -> bool {
+    pool.0.is_multiple_of(2)
+}
+
 /// Which copies fail.
 #[derive(Clone, Default)]
 pub struct Faults {

@@ -20,7 +20,7 @@ pub use absent::absent;
 pub use apart::apart;
 pub use blocks::{block_planes, whole_blocks};
 pub use case::{Format, Shape};
-pub use device::{Faults, OnDevice};
+pub use device::{Faults, OnDevice, destination_pools, every_pool, source_pools};
 pub use ends::*;
 pub use harness::{Pair, Party, until};
 pub use moves::*;
