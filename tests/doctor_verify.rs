@@ -247,6 +247,7 @@ fn wrong_options_say_what_to_do() {
         (&["--verify", "127.0.0.1:1", "--log", "x"], ["--verify", "--log"]),
         (&["--transport", "tcp"], ["--verify", "--serve"]),
         (&["--serve", "127.0.0.1:0", "--device", "lo"], ["--device lo", "--transport"]),
+        (&["--serve", "127.0.0.1:0", "--require-rdma"], ["--serve", "--require-rdma"]),
         (&["--serve", "127.0.0.1:0", "--transport", "tcp", "--device", "nic9"], ["nic9", "tcp"]),
         (&["--serve", "127.0.0.1:0", "--secret-file", short.path()], ["less than 8 bytes", short.path()]),
     ] {

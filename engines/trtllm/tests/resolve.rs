@@ -94,6 +94,14 @@ fn tensorrt_llm_rule_lets_the_first_variable_choose() {
     let follow = |variables: &[(&str, &str)]| resolved("backend: DEFAULT", variables, Follow::Trtllm);
     let ucx = follow(&[("TRTLLM_USE_UCX_KVCACHE", "1"), ("TRTLLM_USE_MPI_KVCACHE", "1")]);
     assert_eq!(finding(&ucx, "default-by-variable").contradiction, Some(Contradiction::DEFAULT_AND_VARIABLES));
+    assert!(
+        finding(&ucx, "default-by-variable").remedy.as_deref().is_some_and(|remedy| remedy.contains("`backend: UCX`"))
+    );
+    // What is refused is no remedy.
+    let mpi = follow(&[("TRTLLM_USE_MPI_KVCACHE", "1")]);
+    assert!(
+        finding(&mpi, "default-by-variable").remedy.as_deref().is_some_and(|remedy| remedy.starts_with("unset it"))
+    );
     let plan = ucx.plan.unwrap();
     assert_eq!(
         (plan.method.value, plan.method.source.to_string().as_str()),

@@ -14,7 +14,7 @@ use kvferry_topology::{Counters, Way};
 use kvferry_transport::{Evidence, Grade, LibraryName, PeerId, Pool, TransferError, TransportKind, Wait};
 use libfabric_sys::FI_READ;
 
-use crate::collecting::Collecting;
+use crate::collecting::{Collecting, Readiness};
 use crate::copy::{Fetch, Reads};
 use crate::domain::Domain;
 use crate::hmem;
@@ -120,7 +120,7 @@ impl Fabric {
     ) -> Option<Packed> {
         let (collecting, number) = memory.packer.as_ref()?;
         let (program, range) = plan;
-        if !self.packing.packs(program, range, layout, pool.layout()) {
+        if collecting.readiness() == Readiness::No || !self.packing.packs(program, range, layout, pool.layout()) {
             return None;
         }
         let mut encoded = Vec::new();

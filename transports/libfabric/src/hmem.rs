@@ -2,7 +2,7 @@
 //!
 //! A provider that offers `FI_HMEM` may reach the GPU by the NIC or copy through its driver on the NIC's thread; EFA's offers it either way. And
 //! that bytes which a NIC has read into GPU memory are seen by the kernels behind its completion depends on GPU, NIC and driver. No promise
-//! here stands on an offer alone, so a pool in such memory is refused, and goes by cuda, or staged by tcp.
+//! here stands on an offer alone, so a pool in such memory is refused, and goes by cuda, or staged by tcp or ucx.
 
 use crate::info::Info;
 use crate::library::{Library, Version};
@@ -34,7 +34,9 @@ fn words(offer: &Offer, version: Version, provider: &str, domain: &str, device: 
         ),
         Offer::Failed(reason) => format!("whether {provider} offers device memory (FI_HMEM) is not known: {reason}"),
     };
-    format!("its memory is on {device}: {why}; use the cuda transport, or tcp, which stages it through host memory")
+    format!(
+        "its memory is on {device}: {why}; use the cuda transport, or tcp or ucx, which stage it through host memory"
+    )
 }
 
 #[cfg(test)]

@@ -270,7 +270,7 @@ fn memory_of_a_gpu_is_refused_with_the_reason() {
         let refused = party.transport.bind(&on_gpu).unwrap_err();
         assert!(matches!(refused, BindError::Unsupported { .. }), "{refused:?}");
         let said = refused.to_string();
-        for word in ["cuda:7", "FI_HMEM", "tcp, which stages"] {
+        for word in ["cuda:7", "FI_HMEM", "tcp or ucx, which stage"] {
             assert!(said.contains(word), "{said}");
         }
         party.bind(&pool(1));
