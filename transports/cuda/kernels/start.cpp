@@ -1,7 +1,7 @@
 // What the walking kernels take without a transport around them, from the launch to the last flag: the general one beside the short one.
 //
 // usage: start FILE.ptx...     Between GPUs 0 and 1 of one process, every byte compared. A file's name may say how its short kernel was made:
-// "share4096" (SHARE), "counted" (FLAGS 0), "old" (before thread blocks told their ends themselves). Includes nothing of CUDA: its driver is loaded at run time.
+// "share2048" (SHARE), "counted" (FLAGS 0), "old" (before thread blocks told their ends themselves). Includes nothing of CUDA: its driver is loaded at run time.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -50,7 +50,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < 2; i++) call("cuDevicePrimaryCtxRetain", &ctx[i], dev[i]);
     const u32 planes = 160;
     for (auto shape : std::vector<std::pair<u32, u32>>{{64, 4096}, {256, 4096}, {2, 4096}}) {
-        const u32 blocks = shape.first, bytes = shape.second, share = 2048;
+        const u32 blocks = shape.first, bytes = shape.second, share = 4096;
         const u64 plane = 2ull * blocks * bytes, total = plane * planes;
         u64 src, dst, stable, dtable, ended;
         call("cuCtxSetCurrent", ctx[1]);

@@ -374,9 +374,9 @@ __device__ __forceinline__ void walk(const u8 *payload, u32 rectangles, u32 item
 // Most programs are nothing else, and what a short launch waits for first is code and tables that are cold. So this walk is short, and what
 // it is told are arguments: the places of a plane's pieces, and strides.
 
-// Bytes that a warp moves at a time: four vectors of each lane are under way at once.
+// Bytes that a warp moves at a time: eight vectors of each lane are under way at once.
 #ifndef SHARE
-#define SHARE 2048u
+#define SHARE 4096u
 #endif
 
 struct EvenSide {

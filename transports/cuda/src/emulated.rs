@@ -69,7 +69,11 @@ impl Memory {
     }
 
     fn table(&self) -> PlaneTable<'_> {
-        PlaneTable { address: self.planes.as_ptr() as u64, entries: &self.planes }
+        PlaneTable {
+            address: self.planes.as_ptr() as u64,
+            entries: &self.planes,
+            step: crate::planes::step(&self.planes),
+        }
     }
 
     pub(crate) fn region(&self, layout: &PoolLayout) -> &[u8] {

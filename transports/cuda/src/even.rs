@@ -8,7 +8,7 @@ use crate::planes::PlaneTable;
 use crate::rectangle::{Cell, Dimension, ITEMS_MAX, Part, Payload, Walk, gcd, parts};
 
 /// Bytes that one warp moves at a time, as in `walk.cu`.
-const SHARE_BYTES: u64 = 2048;
+const SHARE_BYTES: u64 = 4096;
 /// Places are counted in these, as long as the kernel's vectors.
 const VECTOR_BYTES: u64 = 16;
 /// Bytes of an encoded rectangle, as in `walk.cu`.
@@ -63,7 +63,7 @@ struct Rectangle {
 }
 
 /// Planes of one side.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Planes {
     /// Of the first plane; or what is added to the bases in the table.
     base: u64,
@@ -197,6 +197,11 @@ impl Lowering<'_> {
 fn planes_of(table: &PlaneTable<'_>, side: &Side, part: &Part) -> Option<(Planes, u64)> {
     let first = u64::from(part.plane).checked_mul(side.plane_step.into())?.checked_add(side.plane.into())?;
     let count = part.planes as usize;
+    if let Some(step) = table.step
+        && (count == 1 || side.plane_step > 0)
+    {
+        return evenly(table, side, (usize::try_from(first).ok()?, count), step);
+    }
     let mut planes = table.entries.get(usize::try_from(first).ok()?..)?.iter().step_by(side.plane_step.max(1) as usize);
     let (&[base, stride], rest) = (planes.next()?, planes.take(count.checked_sub(1)?));
     if rest.len() + 1 != count || (count > 1 && side.plane_step == 0) {
@@ -225,6 +230,15 @@ fn planes_of(table: &PlaneTable<'_>, side: &Side, part: &Part) -> Option<(Planes
         Planes { base: side.offset, step: u64::from(side.plane_step) * entry, table }
     };
     Some((planes, stride))
+}
+
+/// The same where all planes of the pool follow each other evenly, without a look at each.
+fn evenly(table: &PlaneTable<'_>, side: &Side, (first, count): (usize, usize), step: u64) -> Option<(Planes, u64)> {
+    let last = count.checked_sub(1)?.checked_mul(side.plane_step as usize)?.checked_add(first)?;
+    let (&[base, stride], _last) = (table.entries.get(first)?, table.entries.get(last)?);
+    let (base, step) =
+        (base.wrapping_add(side.offset), if count > 1 { step.wrapping_mul(side.plane_step.into()) } else { 0 });
+    (base | stride | step).is_multiple_of(VECTOR_BYTES).then_some((Planes { base, step, table: 0 }, stride))
 }
 
 /// A number of bytes in vectors, if it is that many and the kernel counts so far.
@@ -318,6 +332,31 @@ mod tests {
                     prop_assert_eq!(((u64::from(number) * u64::from(factor)) >> shift) as u32, number / divisor);
                 }
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn even_planes_are_found_without_a_look_at_each(
+            (base, distance, stride) in (0u64..64, 0u64..64, 0u64..64),
+            (held, plane, plane_step) in (0usize..9, 0u32..5, 0u32..4),
+            (first, planes, offset) in (0u32..4, 0u32..6, 0u64..64),
+            (odd, is_odd) in (0usize..9, proptest::bool::weighted(0.2)),
+            scale in prop::sample::select(vec![1u64, 8, 16]),
+        ) {
+            let entry = |index: u64| [(base + index * distance) * scale, stride * scale];
+            let mut entries: Vec<[u64; 2]> = (0..held as u64).map(entry).collect();
+            if let Some(entry) = entries.get_mut(odd).filter(|_| is_odd) {
+                entry[odd % 2] ^= 16;
+            }
+            let side = Side {
+                plane, plane_step, offset: offset * scale,
+                table: 0, first_block: 0, block_tokens: 1, cp: 1, cp_rank: 0, token_pitch: 0, head_pitch: 0,
+            };
+            let part = Part { segment: 0, plane: first, planes, start: 0, end: 1 };
+            let table = |step| PlaneTable { address: 4096, entries: &entries, step };
+            let found = planes_of(&table(crate::planes::step(&entries)), &side, &part);
+            prop_assert_eq!(found, planes_of(&table(None), &side, &part));
         }
     }
 

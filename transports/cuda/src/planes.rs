@@ -11,6 +11,7 @@ use crate::gpu::Gpu;
 pub(crate) struct Planes {
     buffer: Buffer,
     entries: Vec<[u64; 2]>,
+    step: Option<u64>,
 }
 
 /// The same table, in GPU memory and here.
@@ -19,6 +20,8 @@ pub(crate) struct PlaneTable<'a> {
     pub(crate) address: u64,
     /// (address of block 0, bytes from block to block)
     pub(crate) entries: &'a [[u64; 2]],
+    /// Bytes from plane to plane, if all planes follow each other evenly and have one stride. Wraps.
+    pub(crate) step: Option<u64>,
 }
 
 impl Planes {
@@ -29,7 +32,8 @@ impl Planes {
         let bytes: Vec<u8> = entries.as_flattened().iter().flat_map(|word| word.to_le_bytes()).collect();
         let buffer = Buffer::new(gpu, bytes.len())?;
         buffer.upload(&bytes)?;
-        Ok(Planes { buffer, entries })
+        let step = step(&entries);
+        Ok(Planes { buffer, entries, step })
     }
 
     /// Where the table is.
@@ -38,6 +42,14 @@ impl Planes {
     }
 
     pub(crate) fn table(&self) -> PlaneTable<'_> {
-        PlaneTable { address: self.buffer.address(), entries: &self.entries }
+        PlaneTable { address: self.buffer.address(), entries: &self.entries, step: self.step }
     }
+}
+
+/// [`PlaneTable::step`] of these entries.
+pub(crate) fn step(entries: &[[u64; 2]]) -> Option<u64> {
+    let distance = |[before, after]: [[u64; 2]; 2]| after[0].wrapping_sub(before[0]);
+    let pairs = || entries.array_windows::<2>().copied();
+    let step = pairs().next().map_or(0, distance);
+    pairs().all(|pair| distance(pair) == step && pair[0][1] == pair[1][1]).then_some(step)
 }

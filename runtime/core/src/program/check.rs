@@ -238,9 +238,10 @@ fn check_planes(
     let reach = side.reach(segment);
     for layer in 0..u64::from(segment.planes) {
         let plane = u64::from(side.plane) + layer * u64::from(side.plane_step);
-        let missing = ProgramError::NoSuchPlane { segment: index, end, plane, planes: layout.planes.len() };
-        let number = u32::try_from(plane).map_err(|_| missing.clone())?;
-        let place = layout.planes.get(number as usize).ok_or(missing)?;
+        // Made only where it is needed: this is in the way of every transfer, once for each plane.
+        let missing = || ProgramError::NoSuchPlane { segment: index, end, plane, planes: layout.planes.len() };
+        let number = u32::try_from(plane).map_err(|_| missing())?;
+        let place = layout.planes.get(number as usize).ok_or_else(missing)?;
         if block >= place.blocks {
             return Err(ProgramError::NoSuchBlock { segment: index, end, plane: number, block, blocks: place.blocks });
         }
