@@ -74,7 +74,7 @@ pub(crate) struct Options {
     pub(crate) two_sided: bool,
     /// With --transport cuda or auto: the GPUs, in place of --devices, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one].
     /// With --transport tcp or ucx: the same, for pools in GPU memory that is staged through host memory [default: host memory]
-    #[arg(long, value_name = "LIST")]
+    #[arg(long, value_name = "LIST", value_parser = gpu_list)]
     pub(crate) gpus: Option<String>,
     /// KV between hosts goes by RDMA or not at all, with the reason; memory of one host is as good. Otherwise it is a warning where a side has an
     /// RDMA device
@@ -182,6 +182,15 @@ pub(crate) enum DirectionName {
     Auto,
     Pull,
     Push,
+}
+
+/// A list of GPUs as it was given, if it is one. A GPU's number may be followed by the address at which other hosts of its domain reach it.
+fn gpu_list(text: &str) -> Result<String, &'static str> {
+    let is_gpu = |gpu: &str| {
+        let number = gpu.trim().split('@').next().unwrap_or_default();
+        !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+    };
+    if text.split(',').all(is_gpu) { Ok(text.to_owned()) } else { Err("write the numbers of GPUs, such as 0,1") }
 }
 
 impl DirectionName {

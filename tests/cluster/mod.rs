@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -56,7 +56,16 @@ pub(crate) fn run_on_a_host(script: &str, options: &[&str]) -> Ran {
     finish(spawn(unshare, options), options)
 }
 
-/// The same, whatever else runs.
+/// Runs the example where the loader looks for libraries in `folder` first.
+#[allow(dead_code, reason = "not every test needs it")]
+pub(crate) fn run_with_libraries(folder: &Path, options: &[&str]) -> Ran {
+    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut command = Command::new(example());
+    command.env("LD_LIBRARY_PATH", folder);
+    finish(spawn(command, options), options)
+}
+
+/// The same as [`run_bare`], whatever else runs.
 pub(crate) fn run_now(options: &[&str]) -> Ran {
     finish(start(options), options)
 }

@@ -19,7 +19,7 @@ pub(crate) struct CudaError {
 impl CudaError {
     /// Whether every later call in this context fails, too: a kernel or the hardware has failed. Only a new process gets a new context.
     pub(crate) fn is_sticky(&self) -> bool {
-        matches!(self.code, 214 | 220 | 700 | 702 | 709 | 710 | 714..=719)
+        matches!(self.code, 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 810 | 911)
     }
 
     /// Whether memory or another resource has run out.
@@ -96,6 +96,20 @@ fn load() -> Result<Driver, String> {
 
 /// The first driver that takes the PTX.
 const VERSION_MIN: i32 = 12020;
+/// The first one with the call that [`elapsed`] makes.
+const TIMES_MIN: i32 = 12080;
+
+impl Driver {
+    /// Whether it tells the time between events; an error says which one does.
+    pub(crate) fn tells_times(self) -> Result<(), String> {
+        if self.version >= TIMES_MIN {
+            return Ok(());
+        }
+        let [have, need] =
+            [self.version, TIMES_MIN].map(|version| format!("{}.{}", version / 1000, version % 1000 / 10));
+        Err(format!("the driver has CUDA {have}, and GPU times need {need}; update it, or measure without them"))
+    }
+}
 
 pub(crate) use sys::{
     CUcontext as Context, CUdevice as DeviceHandle, CUdevice_attribute as Attribute, CUevent as EventHandle,
@@ -268,7 +282,7 @@ pub(crate) fn create_event(is_timed: bool) -> Result<EventHandle, CudaError> {
 /// Milliseconds between two records.
 ///
 /// # Safety
-/// Both events exist, are timed and done.
+/// Both events exist, are timed and done; [`Driver::tells_times`].
 pub(crate) unsafe fn elapsed(start: EventHandle, end: EventHandle) -> Result<f32, CudaError> {
     let mut milliseconds = 0.0;
     // SAFETY: the caller's promise; the driver writes the number.

@@ -77,6 +77,9 @@ struct Done {
 
 impl Launcher {
     pub(crate) fn new(gpu: &Arc<Gpu>, blocks: u32, timed: Option<&'static AtomicU64>) -> Result<Launcher, String> {
+        if timed.is_some() {
+            driver::driver()?.tells_times()?;
+        }
         gpu.enter()?;
         let streams = Vec::with_capacity(STREAMS);
         let (gpu, blocks) = (Arc::clone(gpu), blocks.clamp(1, 4096));

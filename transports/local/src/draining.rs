@@ -31,13 +31,14 @@ pub(crate) struct Fencing {
 pub(crate) struct Whose {
     /// All connections to the same transport that are there.
     pub(crate) same: BTreeSet<PeerId>,
-    /// That transport: copies of its earlier connections may run on.
+    /// That transport: copies of its other connections, also of those that are gone, may run on. `None` where that is not known any more: then
+    /// any copy may be its.
     pub(crate) instance: Option<[u8; 16]>,
 }
 
 impl Whose {
     fn is_of<C>(&self, draining: &Draining<C>) -> bool {
-        self.same.contains(&draining.peer) || (self.instance.is_some() && self.instance == draining.instance)
+        self.same.contains(&draining.peer) || self.instance.is_none() || self.instance == draining.instance
     }
 }
 

@@ -12,6 +12,9 @@ use crate::wire::{Address, Frame, VERSION, same_key};
 /// How long a greeting may take.
 const GREETING: Duration = Duration::from_secs(5);
 
+/// Connections that are gone and of which is still known whose they were.
+const GONE_MAX: usize = 4096;
+
 /// Pools of one peer that are known: those that it offers beside those that are imported here.
 const REMOTES_PER_PEER_MAX: usize = 4096;
 
@@ -176,7 +179,12 @@ impl<B: Backend> LocalTransport<B> {
         self.carrier.close(id);
         self.backend.sever(id);
         self.remotes.retain(|_, remote| remote.peer != id);
-        self.peers.remove(&id)
+        let peer = self.peers.remove(&id)?;
+        self.gone.insert(id, peer.instance);
+        if self.gone.len() > GONE_MAX {
+            self.gone.pop_first();
+        }
+        Some(peer)
     }
 }
 

@@ -37,6 +37,8 @@ pub struct LocalTransport<B: Backend> {
     pub(crate) key: [u8; 16],
     pub(crate) carrier: B::Carrier,
     pub(crate) peers: BTreeMap<PeerId, Peer>,
+    /// Whose the connections were that are gone, the newest of them: fences of theirs are asked for afterwards, too.
+    pub(crate) gone: BTreeMap<PeerId, [u8; 16]>,
     pub(crate) pools: BTreeMap<PoolId, Bound>,
     pub(crate) remotes: BTreeMap<RemotePool, Remote<B::Memory>>,
     pub(crate) next_remote: u32,
@@ -104,6 +106,7 @@ impl<B: Backend> LocalTransport<B> {
             key,
             carrier,
             peers: BTreeMap::new(),
+            gone: BTreeMap::new(),
             pools: BTreeMap::new(),
             remotes: BTreeMap::new(),
             next_remote: 0,
@@ -269,7 +272,7 @@ impl<B: Backend> Transport for LocalTransport<B> {
     fn fence(&mut self, peer: PeerId) {
         // Only this side writes our pools: once its copies have stopped, nothing of that peer reaches them.
         let mut same = BTreeSet::from([peer]);
-        let instance = self.peers.get(&peer).map(|peer| peer.instance);
+        let instance = self.peers.get(&peer).map(|peer| peer.instance).or_else(|| self.gone.get(&peer).copied());
         if let Some(instance) = instance {
             let is_same = |peer: &Peer| peer.instance == instance && !peer.is_stranger();
             same.extend(self.peers.iter().filter(|(_, peer)| is_same(peer)).map(|(&id, _)| id));

@@ -147,3 +147,35 @@ fn a_new_connection_is_fenced_when_copies_of_the_old_one_have_stopped() {
         assert!(events.iter().any(failed) && events.contains(&fenced(new)), "{events:?}");
     }
 }
+
+/// The fence is asked for again, by the name of a connection that is gone, while a copy of another connection runs that is gone, too.
+#[test]
+fn a_fence_of_a_connection_that_is_gone_waits_for_all_copies_of_its_transport() {
+    for forgets in [false, true] {
+        let (runs, never) = (Rc::new(Cell::new(false)), Rc::new(Cell::new(false)));
+        let (mut at, mut owner) = (open(&runs), open(&never));
+        at.bind(&Pool::allocate(PoolId(1), layout(), "at").unwrap()).unwrap();
+        let keys = owner.bind(&Pool::allocate(PoolId(9), layout(), "owner").unwrap()).unwrap();
+        let copying = start(&mut at, &mut owner, &keys);
+        let idle = at.connect(&owner.address()).unwrap();
+        let other = at.connect(&open(&never).address()).unwrap();
+        [idle, copying, other].into_iter().for_each(|peer| at.lose(peer, "it broke"));
+        if forgets {
+            at.gone.clear();
+        }
+        at.fence(idle);
+        at.fence(other);
+        let mut events = Vec::new();
+        at.poll(&mut events);
+        let fenced = |peer| Event::Fenced { peer, proof: FenceProof::OwnerCopies };
+        assert!(!events.contains(&fenced(idle)), "the copy still writes: {events:?}");
+        assert_eq!(
+            events.contains(&fenced(other)),
+            !forgets,
+            "another transport's, as long as that is known: {events:?}"
+        );
+        runs.set(false);
+        at.poll(&mut events);
+        assert!(events.contains(&fenced(idle)) && events.contains(&fenced(other)), "{events:?}");
+    }
+}

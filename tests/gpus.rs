@@ -1,0 +1,140 @@
+//! Pools in GPU memory as users have them, where no GPU is: the `cluster` example and `kvferry bench` on a driver whose one device is the processor
+//! (`transports/cuda/tests/driver.cpp`). What it cannot show is a second GPU, NVLink, and time.
+//!
+//! Without a C++ compiler the cases say so and pass, unless `KVFERRY_REQUIRE` names c++.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "this is test code")]
+
+#[allow(dead_code, reason = "every run here is on the driver")]
+mod cluster;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use cluster::{Case, HEADS_4, Ran, run_with_libraries};
+use kvferry_transport::conformance::absent;
+use serde_json::Value;
+
+/// Where the driver is, and NVML for it; made once.
+fn driver() -> Option<&'static Path> {
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    FOLDER.get_or_init(make).as_deref()
+}
+
+fn make() -> Option<PathBuf> {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("driver-of-none");
+    std::fs::create_dir_all(&folder).unwrap();
+    let sources = concat!(env!("CARGO_MANIFEST_DIR"), "/transports");
+    let driver = (&["-std=c++17", "-O1", "-x", "c++"][..], "cuda/tests/driver.cpp", "libcuda.so.1");
+    let nvml = (&["-x", "c", "-DNEWEST"][..], "nvml/tests/nvml.c", "libnvidia-ml.so.1");
+    for (options, source, name) in [driver, nvml] {
+        let mut compiler = Command::new("c++");
+        compiler.args(["-shared", "-fPIC", "-w", &format!("-Wl,-soname,{name}")]).args(options);
+        match compiler.arg(format!("{sources}/{source}")).arg("-o").arg(folder.join(name)).output() {
+            Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr)),
+            Err(error) => {
+                absent("c++", &format!("there is no GPU's driver to test with: c++ does not start ({error})"));
+                return None;
+            }
+        }
+    }
+    Some(folder)
+}
+
+/// Runs a case's options with pools on the device.
+fn run(driver: &Path, case: &Case, options: &[&str]) -> Ran {
+    let first = ["--json", "--deadline", "120", "--transport", case.transport, "--direction", case.direction];
+    let in_process: &[&str] = if case.in_process { &["--in-process"] } else { &[] };
+    run_with_libraries(driver, &[&first, in_process, options].concat())
+}
+
+/// By kernels, and staged through TCP; both ways.
+fn everywhere(options: &[&str]) {
+    let Some(driver) = driver() else { return };
+    for (transport, on) in [("cuda", &["--gpus", "0"][..]), ("tcp", &["--gpus", "0", "--devices", "lo"])] {
+        for direction in ["pull", "push"] {
+            let case = Case { transport, direction, in_process: transport == "tcp" };
+            run(driver, &case, &[options, on].concat()).check_delivered(&case);
+        }
+    }
+}
+
+cluster::geometries!(everywhere);
+
+/// Paths say that staging is in between.
+#[test]
+fn what_is_staged_says_so() {
+    let Some(driver) = driver() else { return };
+    let ucx = kvferry_ucx::UcxProvider::unavailable().is_none().then_some(("ucx", "lo"));
+    for (transport, device) in [Some(("tcp", "lo")), ucx].into_iter().flatten() {
+        let case = Case { transport, direction: "pull", in_process: false };
+        let sides = ["--geometry", HEADS_4, "--prefill", "tp=2", "--decode", "tp=2", "--isl", "90", "--requests", "4"];
+        let ran = run(driver, &case, &[&sides[..], &["--gpus", "0,0", "--devices", device]].concat());
+        ran.check_delivered(&case);
+        assert!(ran.paths().iter().all(|path| path["proof"]["staged"] == true), "{}", ran.stdout);
+    }
+}
+
+#[test]
+fn auto_takes_the_device_or_says_why_not() {
+    let Some(driver) = driver() else { return };
+    for (gpus, transport, note) in [
+        ("0", "cuda", "note: pools are on GPUs"),
+        ("0,99", "shm", "note: pools are in host memory, not on --gpus 0,99: "),
+    ] {
+        let case = Case { transport: "auto", direction: "pull", in_process: false };
+        let sides = ["--geometry", HEADS_4, "--isl", "60", "--requests", "3", "--gpus", gpus];
+        let ran = run(driver, &case, &sides);
+        ran.check_delivered(&case);
+        assert!(ran.paths().iter().all(|path| path["transport"] == transport), "{}", ran.stdout);
+        assert!(ran.stderr.contains(note), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn bench_moves_gpu_memory() {
+    let Some(driver) = driver() else { return };
+    for (transport, device) in [("cuda", ""), ("tcp", "--device lo")] {
+        for (op, from, to) in [("pull", true, true), ("push", true, true), ("pull", true, false), ("push", false, true)]
+        {
+            if transport == "cuda" && !(from && to) {
+                continue;
+            }
+            let gpus = [from.then_some("--from-gpu 0"), to.then_some("--to-gpu 0")].into_iter().flatten();
+            let options = gpus.fold(format!("--transport {transport} --op {op} {device}"), |all, gpu| all + " " + gpu);
+            let options = options + " --layers 3 --blocks 40 --block-bytes 4096 --iters 2 --json --deadline 60";
+            let mut bench = Command::new(env!("CARGO_BIN_EXE_kvferry"));
+            bench.arg("bench").args(options.split_whitespace()).env("LD_LIBRARY_PATH", driver);
+            let output = bench.output().unwrap();
+            assert!(output.status.success(), "{options}: {}", String::from_utf8_lossy(&output.stderr));
+            let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert_eq!((&report["verified"], &report["pieces"]), (&Value::Bool(true), &Value::from(240)), "{options}");
+        }
+    }
+}
+
+/// GPUs' own times need a call that the oldest drivers do not have.
+#[test]
+fn an_old_driver_measures_without_gpu_times() {
+    let Some(driver) = driver() else { return };
+    let bench = |options: &str| {
+        let mut bench = Command::new(env!("CARGO_BIN_EXE_kvferry"));
+        bench.args("bench --transport cuda --layers 1 --blocks 4 --iters 1 --deadline 60".split_whitespace());
+        bench.args(options.split_whitespace()).env("LD_LIBRARY_PATH", driver).env("DRIVER_OF_NONE_VERSION", "12020");
+        bench.output().unwrap()
+    };
+    assert!(bench("").status.success());
+    let refused = bench("--gpu-times");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(said.contains("the driver has CUDA 12.2, and GPU times need 12.8"), "{said}");
+    assert!(refused.status.code().is_some_and(|code| code == 1 || code == 2), "{said}");
+}
+
+#[test]
+fn what_is_no_number_of_a_gpu_is_refused() {
+    for given in ["x", "", "0,,0", "-1"] {
+        let ran = cluster::run_bare(&["--transport", "auto", &format!("--gpus={given}")]);
+        assert_eq!(ran.code, Some(2), "{given:?}: {}", ran.stderr);
+        assert!(ran.stderr.contains("--gpus") && ran.stderr.contains("such as 0,1"), "{}", ran.stderr);
+    }
+}
