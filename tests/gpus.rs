@@ -109,6 +109,8 @@ fn bench_moves_gpu_memory() {
             assert!(output.status.success(), "{options}: {}", String::from_utf8_lossy(&output.stderr));
             let report: Value = serde_json::from_slice(&output.stdout).unwrap();
             assert_eq!((&report["verified"], &report["pieces"]), (&Value::Bool(true), &Value::from(240)), "{options}");
+            // The destination is whom it asks.
+            assert_eq!(report["evidence"]["staged"], Value::Bool(transport == "tcp" && to), "{options}: {report}");
         }
     }
 }

@@ -204,6 +204,7 @@ pub(crate) struct Arriving {
     pub(crate) parts_left: usize,
     pub(crate) pieces: u64,
     pub(crate) notice: Option<Notice>,
+    pub(crate) since: Instant,
 }
 
 /// A push that nobody expects yet.

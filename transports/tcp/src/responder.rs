@@ -147,6 +147,7 @@ impl TcpTransport {
             parts_left: request.parts.len(),
             pieces: 0,
             notice: request.notice,
+            since: Instant::now(),
         });
         self.control(peer, index, Kind::Go, tag, &[]);
     }
@@ -194,11 +195,14 @@ impl TcpTransport {
         if arriving.parts_left > 0 {
             return;
         }
-        let (pieces, notice, base) = (arriving.pieces, arriving.notice, arriving.base);
+        let (pieces, notice, base, took) = (arriving.pieces, arriving.notice, arriving.base, arriving.since.elapsed());
         let bytes = expectation.expected.program.bytes_in(expectation.expected.range);
         connection.writes.remove(&tag);
-        self.expected.remove(&id);
+        let stage = self.expected.remove(&id).and_then(|expectation| expectation.local.stage);
         self.control(peer, base, Kind::Ack, tag, &[]);
+        if let Some(stage) = &stage {
+            self.show_staged(peer, stage, bytes, took);
+        }
         self.events.push(Event::Arrived { id, bytes, pieces });
         self.events.extend(notice.map(|notice| Event::Notice { notice }));
     }
