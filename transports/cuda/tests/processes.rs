@@ -26,6 +26,9 @@ const PUSH: TransferId = TransferId(77);
 /// The roles of peers whose pools on GPUs go through TCP, and through UCX as messages and read.
 const STAGED: [&str; 3] = ["staged", "staged ucx lo", "staged ucx memory"];
 
+/// The role of a peer that pulls from us.
+const READS: &str = "reads";
+
 /// The processes' GPUs: the first, and the last.
 fn gpu(is_peer: bool) -> u32 {
     let usable = CudaProvider::default().discover().iter().filter(|device| device.unavailable.is_none()).count();
@@ -105,6 +108,9 @@ fn unhex(text: &str) -> Vec<u8> {
 #[test]
 fn peer_process() {
     let Ok(role) = std::env::var(ROLE) else { return };
+    if role == READS {
+        return reading_process();
+    }
     let gpu = gpu(true);
     let pool = pool(gpu, 1, &role);
     fill_blocks(&pool, &labels(true), 0).unwrap();
@@ -136,10 +142,29 @@ fn peer_process() {
     }
 }
 
+/// Pulls once from whom it is told, says when it has begun to, and in the end whether every byte is right.
+fn reading_process() {
+    let mut transport = open(gpu(true), true);
+    let pool = pool(gpu(true), 5, "best");
+    let keys = transport.bind(&pool).unwrap();
+    println!("\n@ {} {}", hex(&transport.address()), hex(&keys.0));
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    let (address, lent) = line.trim().split_once(' ').unwrap();
+    let mut reader = connected(transport, (pool, keys), &unhex(address), &PoolKeys(unhex(lent).into()));
+    let mut events = Vec::new();
+    reader.transport.post(reader.pull.clone()).unwrap();
+    until_moving(&mut reader, &mut events);
+    println!("@ moving");
+    until(reader.transport.as_mut(), &mut events, |e| matches!(e, Event::Completed { .. } | Event::Failed { .. }));
+    println!("@ right {}", check_blocks(&reader.pool, &labels(false)).unwrap().is_none());
+    let _until_it_is_closed = std::io::stdin().read_line(&mut line);
+}
+
 struct Peer {
     child: Child,
     stdin: ChildStdin,
-    _said: Lines<BufReader<ChildStdout>>,
+    said: Option<Lines<BufReader<ChildStdout>>>,
     address: Vec<u8>,
     keys: PoolKeys,
 }
@@ -163,7 +188,7 @@ fn spawn(role: &str) -> Peer {
     let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
     let line = said.find_map(|line| line.unwrap().strip_prefix("@ ").map(String::from)).unwrap();
     let (address, keys) = line.split_once(' ').unwrap();
-    Peer { child, stdin, address: unhex(address), keys: PoolKeys(unhex(keys).into()), _said: said }
+    Peer { child, stdin, address: unhex(address), keys: PoolKeys(unhex(keys).into()), said: Some(said) }
 }
 
 fn until(transport: &mut dyn Transport, events: &mut Vec<Event>, done: impl Fn(&Event) -> bool) {
@@ -185,11 +210,20 @@ struct Reader {
 fn read(peer: &Peer, by_turns: bool) -> Reader {
     let mut transport = open(gpu(false), by_turns);
     let pool = pool(gpu(false), 5, "best");
+    let keys = transport.bind(&pool).unwrap();
+    connected(transport, (pool, keys), &peer.address, &peer.keys)
+}
+
+fn connected(
+    mut transport: Box<dyn Transport>,
+    (pool, keys): (Pool, PoolKeys),
+    address: &[u8],
+    lent: &PoolKeys,
+) -> Reader {
     // Everything but what is due.
     fill_blocks(&pool, &labels(false), u64::MAX).unwrap();
-    let keys = transport.bind(&pool).unwrap();
-    let id = transport.connect(&peer.address).unwrap();
-    let remote = transport.import(id, &peer.keys, &layout()).unwrap();
+    let id = transport.connect(address).unwrap();
+    let remote = transport.import(id, lent, &layout()).unwrap();
     let (program, range) = (program(), program().whole());
     let pull = Transfer {
         id: TransferId(1),
@@ -308,6 +342,53 @@ fn a_stopped_peer_is_read_nevertheless_and_can_be_fenced() {
     kill_process(pid, Signal::CONT).unwrap();
 }
 
+/// The process whose kernels run is killed, or stopped and killed, while it reads: its source goes on, lets go of its memory, and serves others.
+#[test]
+#[ignore = "needs a GPU"]
+fn killed_readers_leave_nothing_behind() {
+    let mut transport = open(gpu(false), false);
+    let first = pool(gpu(false), 1, "best");
+    fill_blocks(&first, &labels(true), 0).unwrap();
+    let mut events = Vec::new();
+    let read_by = |transport: &mut Box<dyn Transport>, keys: &PoolKeys, word: &'static str, events: &mut Vec<Event>| {
+        let mut peer = spawn(READS);
+        let said = peer.said.take().unwrap();
+        writeln!(peer.stdin, "{} {}", hex(&transport.address()), hex(&keys.0)).unwrap();
+        let heard = std::thread::spawn(move || said.map_while(Result::ok).find(|line| line.starts_with(word)));
+        while !heard.is_finished() {
+            transport.poll(events);
+            if let Ok(Some(status)) = peer.child.try_wait() {
+                panic!("the reader ended: {status}");
+            }
+        }
+        (peer, heard.join().unwrap().unwrap())
+    };
+    let cycles = cycles_wanted();
+    let mut before = None;
+    for cycle in 0..cycles + cycles.div_ceil(10) {
+        if cycle == cycles.div_ceil(10) {
+            before = Some(held());
+        }
+        let keys = transport.bind(&first).unwrap();
+        let (mut peer, _) = read_by(&mut transport, &keys, "@ moving", &mut events);
+        if cycle % 3 == 2 {
+            kill_process(Pid::from_child(&peer.child), Signal::STOP).unwrap();
+            // Who only reads needs no word of its to be proven harmless.
+            (0..2000).for_each(|_| transport.poll(&mut events));
+        }
+        peer.child.kill().unwrap();
+        peer.child.wait().unwrap();
+        until(transport.as_mut(), &mut events, |e| matches!(e, Event::PeerLost { .. }));
+        transport.unbind(PoolId(1));
+        until(transport.as_mut(), &mut events, |e| matches!(e, Event::Unbound { pool: PoolId(1) }));
+        events.clear();
+    }
+    settles(transport.as_mut(), before.unwrap(), 0, cycles);
+    let keys = transport.bind(&first).unwrap();
+    let (_peer, said) = read_by(&mut transport, &keys, "@ right", &mut events);
+    assert_eq!(said, "@ right true");
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn killed_and_restarted_peers_leave_nothing_behind() {
@@ -331,16 +412,15 @@ fn killed_peers_of_transfers_staged_by_ucx_leave_nothing_behind() {
 /// Pulls from peers, and has them push, which are killed, or stopped and killed, a little later each time: by the range's start in microseconds, from
 /// zero again at its end. `KVFERRY_CUDA_CYCLES` sets how often; a tenth of it comes first, so that what is kept for later is there.
 fn cycles(mut transport: Box<dyn Transport>, roles: &[&str], later: std::ops::Range<u64>) {
-    let cycles: usize = std::env::var("KVFERRY_CUDA_CYCLES").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
+    let cycles = cycles_wanted();
     let pool = pool(gpu(false), 5, "best");
     let keys = transport.bind(&pool).unwrap();
     // UCX closes some of its own when it likes.
     let spare = if transport.info().kind == TransportKind::Ucx { 8 } else { 0 };
-    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let mut before = None;
     for cycle in 0..cycles + cycles.div_ceil(10) {
         if cycle == cycles.div_ceil(10) {
-            before = Some((free_bytes(gpu(false)).unwrap(), free_bytes(gpu(true)).unwrap(), descriptors()));
+            before = Some(held());
         }
         let mut peer = spawn(roles[cycle % roles.len()]);
         let id = transport.connect(&peer.address).unwrap();
@@ -378,15 +458,28 @@ fn cycles(mut transport: Box<dyn Transport>, roles: &[&str], later: std::ops::Ra
         let over = |e: &Event| matches!(e, Event::Completed { .. } | Event::Arrived { .. } | Event::Failed { .. });
         until(transport.as_mut(), &mut events, over);
     }
+    settles(transport.as_mut(), before.unwrap(), spare, cycles);
+}
+
+fn cycles_wanted() -> usize {
+    std::env::var("KVFERRY_CUDA_CYCLES").ok().and_then(|n| n.parse().ok()).unwrap_or(20)
+}
+
+/// Free bytes of both GPUs, and this process's descriptors.
+fn held() -> (u64, u64, usize) {
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    (free_bytes(gpu(false)).unwrap(), free_bytes(gpu(true)).unwrap(), descriptors)
+}
+
+/// Everything is given back, but for some descriptors.
+fn settles(transport: &mut dyn Transport, before: (u64, u64, usize), spare: usize, cycles: usize) {
     // The driver gives a dead process's memory back in its own time.
-    let before = before.unwrap();
     let start = Instant::now();
-    let now = || (free_bytes(gpu(false)).unwrap(), free_bytes(gpu(true)).unwrap(), descriptors());
     let whole = |now: (u64, u64, usize)| {
         now.0 + (8 << 20) >= before.0 && now.1 + (8 << 20) >= before.1 && now.2 <= before.2 + spare
     };
-    while !whole(now()) {
-        assert!(start.elapsed() < Duration::from_secs(10), "{before:?} before, {:?} after {cycles} cycles", now());
+    while !whole(held()) {
+        assert!(start.elapsed() < Duration::from_secs(10), "{before:?} before, {:?} after {cycles} cycles", held());
         transport.poll(&mut Vec::new());
         std::thread::sleep(Duration::from_millis(50));
     }
