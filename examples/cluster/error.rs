@@ -90,7 +90,7 @@ pub(crate) enum UsageError {
     #[error("--two-sided: it is a method of ucx, and {transport} has none; say --transport ucx, or leave it out")]
     TwoSidedWithoutUcx { transport: TransportKind },
     #[error(
-        "--gpus {value}: --transport {transport} uses no GPUs; say --transport cuda, auto, tcp or ucx, or leave --gpus out"
+        "--gpus {value}: --transport {transport} uses no GPUs; say --transport cuda, auto, tcp, ucx or libfabric, or leave --gpus out"
     )]
     GpusWithoutCuda { value: String, transport: String },
     #[error("--config {}: it cannot be read: {source}; name a readable file", file.display())]

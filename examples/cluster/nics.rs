@@ -11,8 +11,8 @@ const AUTO: [(&str, &str); 2] = [("shm", "memory"), ("tcp", "lo")];
 /// The device of each transport that surely reaches every rank of this machine.
 const LOCAL: [(&str, &str); 4] = [("shm", "memory"), ("tcp", "lo"), ("ucx", "memory"), ("libfabric", "lo")];
 
-/// What moves GPU memory by way of host memory.
-const STAGED: [&str; 2] = ["tcp", "ucx"];
+/// What moves GPU memory beside the GPUs' own transport: by way of host memory, or with libfabric by the NIC.
+const CARRIERS: [&str; 3] = ["tcp", "ucx", "libfabric"];
 
 /// A device that every rank opens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,21 +21,25 @@ pub(crate) struct NicChoice {
     pub(crate) device: String,
     /// Both sides move the bytes (ucx).
     pub(crate) two_sided: bool,
+    /// It is to reach pools on GPUs.
+    #[serde(default)]
+    pub(crate) device_memory: bool,
 }
 
 impl NicChoice {
     fn of(device: Device) -> NicChoice {
-        NicChoice { kind: device.kind, device: device.name, two_sided: false }
+        NicChoice { kind: device.kind, device: device.name, two_sided: false, device_memory: false }
     }
 
     /// How it is opened.
     pub(crate) fn select(&self) -> Result<OpenNic, transport::SelectError> {
-        let options = Options { two_sided: self.two_sided, ..Options::default() };
+        let NicChoice { two_sided, device_memory, .. } = *self;
+        let options = Options { two_sided, device_memory, ..Options::default() };
         transport::select(self.kind, Some(&self.device), &options)
     }
 }
 
-/// The transport, and the devices that are named for it: `--transport` and `--devices`, or `--gpus` in their place. With tcp and ucx,
+/// The transport, and the devices that are named for it: `--transport` and `--devices`, or `--gpus` in their place. With tcp, ucx and libfabric,
 /// GPUs only say where pools are ([`memories`]).
 ///
 /// `auto` takes named GPUs where they reach each other and all ranks are on one host; else pools are in host memory, and it is said why.
@@ -59,7 +63,7 @@ pub(crate) fn wanted<'a>(
                 Ok(("auto", options.devices.clone()))
             }
         },
-        staged if STAGED.contains(&staged) => Ok((staged, options.devices.clone())),
+        carrier if CARRIERS.contains(&carrier) => Ok((carrier, options.devices.clone())),
         _ => Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: transport.to_owned() }),
     }
 }
@@ -76,7 +80,7 @@ fn auto(hosts: u32, joined: impl FnOnce() -> Result<String, String>) -> Result<S
 
 /// The GPUs in whose memory pools are to be though another transport carries them, dealt to the ranks in turn.
 pub(crate) fn memories(options: &crate::options::Options, transport: &str) -> Result<Vec<String>, UsageError> {
-    let gpus = options.gpus.as_deref().filter(|_| STAGED.contains(&transport));
+    let gpus = options.gpus.as_deref().filter(|_| CARRIERS.contains(&transport));
     let names: Vec<String> = gpus.into_iter().flat_map(gpu_names).collect();
     if !names.is_empty() {
         // Names are checked here, not in every rank.
@@ -217,12 +221,12 @@ mod tests {
     }
 
     #[test]
-    fn tcp_and_ucx_move_the_memory_of_gpus_and_others_say_that_they_do_not() {
+    fn networks_move_the_memory_of_gpus_and_others_say_that_they_do_not() {
         let options = crate::options::Options::parse_from(["cluster", "--gpus", "0,1", "--devices", "lo"]);
-        for transport in ["tcp", "ucx"] {
+        for transport in ["tcp", "ucx", "libfabric"] {
             assert_eq!(wanted(&options, transport, 2).unwrap(), (transport, Some("lo".to_owned())));
         }
-        let refused = wanted(&options, "libfabric", 2).unwrap_err().to_string();
-        assert!(refused.contains("tcp or ucx"), "{refused}");
+        let refused = wanted(&options, "shm", 2).unwrap_err().to_string();
+        assert!(refused.contains("tcp, ucx or libfabric"), "{refused}");
     }
 }

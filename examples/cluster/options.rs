@@ -73,7 +73,8 @@ pub(crate) struct Options {
     #[arg(long)]
     pub(crate) two_sided: bool,
     /// With --transport cuda or auto: the GPUs, in place of --devices, dealt to the ranks in turn, prefill first: 0,1 [default: the first usable one].
-    /// With --transport tcp or ucx: the same, for pools in GPU memory that is staged through host memory [default: host memory]
+    /// With --transport tcp or ucx: the same, for pools in GPU memory that is staged through host memory; with libfabric: that its NICs read and
+    /// write themselves [default: host memory]
     #[arg(long, value_name = "LIST", value_parser = gpu_list)]
     pub(crate) gpus: Option<String>,
     /// KV between hosts goes by RDMA or not at all, with the reason; memory of one host is as good. Otherwise it is a warning where a side has an

@@ -111,6 +111,7 @@ impl Setup {
         }
         let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);
         let memories = nics::memories(options, transport)?;
+        nics.iter_mut().for_each(|nic| nic.device_memory = !memories.is_empty());
         let counts = (prefill.ranks(), decode.ranks());
         let faults = [
             (Action::Kill, &options.kill),

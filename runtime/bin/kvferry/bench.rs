@@ -95,12 +95,12 @@ pub(crate) struct Options {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     streams: Option<u32>,
 
-    /// Whose memory the bytes come from (cuda, tcp, ucx): the number of a GPU, in both processes the same. With tcp and ucx it is staged through host
-    /// memory; without, the pool is in host memory.
+    /// Whose memory the bytes come from (cuda, tcp, ucx, libfabric): the number of a GPU, in both processes the same. With tcp and ucx it is staged
+    /// through host memory, with libfabric its NICs have to reach it themselves (FI_HMEM); without, the pool is in host memory.
     #[arg(long, value_name = "N")]
     from_gpu: Option<u32>,
 
-    /// Whose memory they go to (cuda, tcp, ucx).
+    /// Whose memory they go to (cuda, tcp, ucx, libfabric).
     #[arg(long, value_name = "N")]
     to_gpu: Option<u32>,
 
@@ -166,7 +166,7 @@ impl Options {
             return Err(BenchError::NoLaunches);
         }
         let stages = is(TransportKind::Tcp) || is(TransportKind::Ucx);
-        if self.staged().is_some() && !stages {
+        if self.beside().is_some() && !stages && !is(TransportKind::Libfabric) {
             return Err(BenchError::NoGpus);
         }
         if (self.staged_chunk, self.staged_chunks) != (None, None) && !stages {
@@ -235,8 +235,8 @@ impl Options {
         }
     }
 
-    /// Where the bytes come from and go to, where a GPU's memory is staged.
-    fn staged(&self) -> Option<String> {
+    /// Where the bytes come from and go to, where another transport than the GPUs' own carries a GPU's.
+    fn beside(&self) -> Option<String> {
         if self.transport.is(TransportKind::Cuda) || (self.from_gpu, self.to_gpu) == (None, None) {
             return None;
         }

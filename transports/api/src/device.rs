@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::os::fd::OwnedFd;
 
 use kvferry_core::{End, Program, Strip};
 
@@ -46,6 +47,49 @@ pub trait DeviceMemory: Any + Send + Sync {
         let _any = (pool, arena_bytes);
         Err(format!("nothing copies between {} and host memory here; use the device's own transport", self.device()))
     }
+
+    /// The device as CUDA's driver numbers it (`CUdevice`), for libraries that register such memory. Where there is one, its context is the
+    /// calling thread's from then on, so that what such a library does on that thread happens there.
+    fn cuda_device(&self) -> Result<i32, String> {
+        Err(format!("{} is no device of CUDA's", self.device()))
+    }
+
+    /// A descriptor that stands for a region, by which a NIC's driver finds its pages.
+    fn dmabuf(&self, region: DeviceRegion) -> Result<Dmabuf, String> {
+        let _any = region;
+        Err(format!("no dma-buf stands for memory of {}", self.device()))
+    }
+
+    /// Whether [`DeviceMemory::settle`] can do its work for that writer, or why not. To be asked before anything is written so.
+    fn settles(&self, writer: Writer) -> Result<(), String> {
+        let _any = writer;
+        Err(format!("nothing makes visible to kernels what others write into memory of {}", self.device()))
+    }
+
+    /// Makes what `writer` has finished writing into this memory visible to any later work of any device.
+    fn settle(&self, writer: Writer) -> Result<(), String> {
+        self.settles(writer)
+    }
+}
+
+/// What writes into a device's memory though it is none of the device's own copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writer {
+    /// Another device, such as a NIC, by itself.
+    Nic,
+    /// A library on the calling thread, by copies of the device's driver in its default stream.
+    Driver,
+}
+
+/// A dma-buf that holds a region.
+#[derive(Debug)]
+pub struct Dmabuf {
+    /// It stands for the memory for as long as it is open.
+    pub fd: OwnedFd,
+    /// The address of its first byte, at the start of a page.
+    pub base: u64,
+    /// Where the region begins in it, in bytes.
+    pub offset: u64,
 }
 
 /// Copies between a pool in a device's memory and an arena of page-locked host memory, by the device, while the processor goes on. It belongs

@@ -50,6 +50,10 @@ pub struct Options {
     /// Both sides move the bytes, by messages with rendezvous, and neither reads the other's memory (ucx: TensorRT-LLM's `backend: UCX`).
     /// Both ends must say so.
     pub two_sided: bool,
+    /// Pools in GPU memory will be bound, for the NIC to read and write by itself (libfabric: `FI_HMEM`). Its providers take other ways with such
+    /// memory, also for pools of the host's, so it is asked for only where it is wanted. Where a provider cannot, the device opens for host memory
+    /// all the same, and says why when a pool is bound. Other transports need not be told.
+    pub device_memory: bool,
 }
 
 impl Default for Options {
@@ -66,6 +70,7 @@ impl Default for Options {
             staged_chunks: 16,
             unexpected_wait_ms: 5_000,
             two_sided: false,
+            device_memory: false,
         }
     }
 }

@@ -21,7 +21,7 @@ mod staged_shown;
 mod transport;
 
 pub use cursor::{Cursor, Piece};
-pub use device::{Copier, DeviceMemory, DeviceRegion};
+pub use device::{Copier, DeviceMemory, DeviceRegion, Dmabuf, Writer};
 pub use event::{Event, TransferError};
 pub use info::{Device, NicInfo, Options, PackedBy, PoolKeys, Wait};
 pub use known::{DeviceBlock, KnownBlocks, KnownRun, known_word, write_known};

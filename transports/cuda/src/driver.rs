@@ -34,7 +34,7 @@ impl From<CudaError> for String {
     }
 }
 
-fn check(call: &'static str, result: CUresult) -> Result<(), CudaError> {
+pub(crate) fn check(call: &'static str, result: CUresult) -> Result<(), CudaError> {
     if result == CUresult::CUDA_SUCCESS {
         return Ok(());
     }
@@ -50,9 +50,10 @@ fn check(call: &'static str, result: CUresult) -> Result<(), CudaError> {
 /// Names the call after the function. The arguments' validity is the caller's, in whose `unsafe` block this stands.
 macro_rules! call {
     ($function:ident($($argument:expr),* $(,)?)) => {
-        check(stringify!($function), sys::$function($($argument),*))
+        $crate::driver::check(stringify!($function), ::cudarc::driver::sys::$function($($argument),*))
     };
 }
+pub(crate) use call;
 
 /// The driver, once it is loaded and initialised.
 #[derive(Clone, Copy, Debug)]

@@ -47,6 +47,7 @@ mod paths;
 mod planes;
 mod provider;
 mod ptx;
+mod rdma;
 mod rectangle;
 mod shared;
 mod staged;

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use kvferry_core::{PoolId, PoolLayout};
-use kvferry_transport::{Copier, DeviceBlock, DeviceMemory, DeviceRegion, KnownRun, Pool, PoolError};
+use kvferry_transport::{Copier, DeviceBlock, DeviceMemory, DeviceRegion, Dmabuf, KnownRun, Pool, PoolError, Writer};
 
 use crate::allocation::{Allocate, Allocation, Handle};
 use crate::buffer::Buffer;
@@ -14,6 +14,7 @@ use crate::copier::StagedCopies;
 use crate::driver::{self, Stream};
 use crate::gpu::{Gpu, label};
 use crate::known::{self, Task};
+use crate::rdma;
 use crate::shared::{How, Part};
 
 /// What to do when a serving stack's memory cannot be exported.
@@ -280,6 +281,28 @@ impl DeviceMemory for GpuMemory {
 
     fn copier(&self, pool: &Pool, arena_bytes: usize) -> Result<Box<dyn Copier>, String> {
         Ok(Box::new(StagedCopies::new(&self.gpu, pool, arena_bytes)?))
+    }
+
+    fn cuda_device(&self) -> Result<i32, String> {
+        self.gpu.enter()?;
+        Ok(self.gpu.device())
+    }
+
+    fn dmabuf(&self, region: DeviceRegion) -> Result<Dmabuf, String> {
+        self.gpu.enter()?;
+        rdma::dmabuf(self.gpu.device(), region)
+    }
+
+    fn settles(&self, writer: Writer) -> Result<(), String> {
+        match writer {
+            Writer::Driver => Ok(()),
+            Writer::Nic => rdma::Ordering::of(self.gpu.device()).map(drop),
+        }
+    }
+
+    fn settle(&self, writer: Writer) -> Result<(), String> {
+        self.gpu.enter()?;
+        rdma::settle(self.gpu.device(), writer)
     }
 }
 

@@ -3,7 +3,10 @@
 
 mod support;
 
-use kvferry_cuda::{Allocate, CudaProvider};
+use kvferry_core::PoolId;
+use kvferry_cuda::{Allocate, CudaProvider, allocate};
+use kvferry_transport::Writer;
+use kvferry_transport::conformance::block_planes;
 use support::is_ready;
 
 mod best {
@@ -16,4 +19,26 @@ mod descriptor {
     kvferry_transport::conformance!(
         if super::is_ready() => super::CudaProvider::default().with_memory(Allocate::Descriptor).by_turns()
     );
+}
+
+/// What a NIC's library is told of a pool, and what its writes take to be seen.
+#[test]
+fn memory_says_how_nics_reach_it() {
+    if !is_ready() {
+        return;
+    }
+    let layout = block_planes(1, 4, 4096);
+    let pool = allocate(0, PoolId(1), layout.clone(), Allocate::Best).unwrap();
+    let (memory, region) = (pool.device().unwrap(), pool.device_regions()[0]);
+    assert_eq!(memory.cuda_device(), Ok(0));
+    let dmabuf = memory.dmabuf(region).unwrap();
+    assert!(dmabuf.base % 4096 == 0 && dmabuf.base + dmabuf.offset == region.address);
+    assert!(rustix::fs::fstat(&dmabuf.fd).unwrap().st_size as u64 >= dmabuf.offset + region.bytes);
+    for writer in [Writer::Nic, Writer::Driver] {
+        memory.settles(writer).unwrap();
+        memory.settle(writer).unwrap();
+    }
+    let plain = allocate(0, PoolId(2), layout, Allocate::Plain).unwrap();
+    let refused = plain.device().unwrap().dmabuf(plain.device_regions()[0]).unwrap_err();
+    assert!(refused.contains("cuMemGetHandleForAddressRange"), "{refused}");
 }

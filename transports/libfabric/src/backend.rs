@@ -17,7 +17,7 @@ use libfabric_sys::FI_READ;
 use crate::collecting::{Collecting, Readiness};
 use crate::copy::{Fetch, Reads};
 use crate::domain::Domain;
-use crate::hmem;
+use crate::hmem::Reach;
 use crate::memory::{Lent, Own};
 use crate::messages::Messages;
 use crate::packed::{Packed, Request};
@@ -27,6 +27,10 @@ use crate::serving::Serving;
 use crate::slab::Slab;
 use crate::wire;
 use crate::words::{PROGRAM_BYTES_MAX, Word};
+
+/// Why a peer's pool is not read over shared memory: this side would read it as the host's.
+const ONE_SIDED: &str = "its memory is a GPU's, which libfabric's shared memory reads only where both sides were opened for such pools: open this side \
+                         with Options::device_memory, too";
 
 /// The pools of one device.
 pub(crate) struct Fabric {
@@ -118,7 +122,7 @@ impl Fabric {
         memory: &Lent,
         pool: &Pool,
     ) -> Option<Packed> {
-        let (collecting, number) = memory.packer.as_ref()?;
+        let (collecting, number) = memory.packer.as_ref().filter(|_| pool.device().is_none())?;
         let (program, range) = plan;
         if collecting.readiness() == Readiness::No || !self.packing.packs(program, range, layout, pool.layout()) {
             return None;
@@ -151,18 +155,33 @@ impl Fabric {
 
     fn of(&self, reader: &Reader) -> Evidence {
         let evidence = self.evidence().seen("the receiver reads the peer's registered memory");
-        let evidence = match self.packing.words() {
+        let reaches_devices = reader.reads_devices() || self.reach().is_some();
+        let evidence = match self.packing.words().filter(|_| !reaches_devices) {
             Some(words) => evidence.seen(words),
             None => evidence,
         };
-        of_counters(of_reads(evidence, self.emulates_reads), reader.proven())
+        let evidence = of_counters(of_reads(evidence, self.emulates_reads), reader.proven());
+        // What this side has is told already.
+        if reader.reads_devices() && self.reach().is_none() {
+            return of_devices(evidence, self.domain.reach.as_ref().ok().copied());
+        }
+        evidence
+    }
+
+    /// How pools of this side in the memory of GPUs are reached, if there are any.
+    fn reach(&self) -> Option<Reach> {
+        self.bound.values().find_map(|own| own.reach())
     }
 
     fn evidence(&self) -> Evidence {
         let (info, library) = (&self.domain.info, self.domain.library);
         let lane = format!("{}/{}", info.provider(), info.domain());
         let library = LibraryName { path: library.path.clone(), version: library.version.to_string() };
-        Evidence { library: Some(library), ..Evidence::connected(vec![lane]) }
+        let evidence = Evidence { library: Some(library), ..Evidence::connected(vec![lane]) };
+        match self.reach() {
+            Some(reach) => of_devices(evidence, Some(reach)),
+            None => evidence,
+        }
     }
 }
 
@@ -180,10 +199,6 @@ impl Backend for Fabric {
     const SEVERED: FenceProof = FenceProof::EndpointDestroyed;
 
     fn bind(&mut self, pool: &Pool) -> Result<(), String> {
-        if let Some(memory) = pool.device() {
-            let (info, library) = (&self.domain.info, self.domain.library);
-            return Err(hmem::refusal(library, &info.provider(), &info.domain(), memory.device()));
-        }
         self.bound.insert(pool.id(), Rc::new(Own::new(&self.domain, pool)?));
         Ok(())
     }
@@ -211,8 +226,14 @@ impl Backend for Fabric {
             return Err("its memory is not registered with libfabric; run the same release on both".to_owned());
         };
         let memory = wire::Memory::open(&memory, layout.regions.len())?;
+        if memory.is_on_device && self.domain.reach.is_err() && self.domain.info.provider() == "shm" {
+            return Err(ONE_SIDED.to_owned());
+        }
         let peer = owner.peer.ok_or("nobody owns it")?;
         let (reader, is_new) = self.reader(peer, &memory.name)?;
+        if memory.is_on_device {
+            reader.note_device();
+        }
         let lent = Lent::new(reader.clone(), self.collecting.get(&peer).cloned(), &memory, layout)?;
         if is_new && let Some(byte) = lent.any_byte() {
             reader.warm(byte, &self.scratch);
@@ -309,6 +330,17 @@ impl Backend for Fabric {
     fn wait(&self) -> Option<Wait> {
         // Nothing tells when the library takes more.
         self.readers.values().any(|reader| reader.is_refused()).then_some(Wait::MustPoll)
+    }
+}
+
+/// What is known of pools in the memory of GPUs, at either end.
+fn of_devices(evidence: Evidence, reach: Option<Reach>) -> Evidence {
+    match reach {
+        Some(Reach::Copied) => Evidence { staged: true, ..evidence }
+            .seen("GPU memory is copied through shared memory by CUDA's driver, on the threads that poll libfabric"),
+        Some(Reach::Direct) => evidence
+            .seen("GPU memory is registered with the NIC; copies through host memory are forbidden to the provider (FI_OPT_FI_HMEM_P2P)"),
+        None => evidence.seen("the peer registered GPU memory with its NIC"),
     }
 }
 

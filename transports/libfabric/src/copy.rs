@@ -95,7 +95,7 @@ impl Reads {
         let outside = || TransferError::Refused("a block lies outside its pool".into());
         let nowhere = Source { address: 0, key: 0, bytes: 0 };
         let mut pieces = [(nowhere, std::ptr::null_mut()); PIECES_MAX];
-        let (mut count, mut bytes, mut region) = (0, 0, None);
+        let (mut count, mut bytes, mut region, mut into) = (0, 0, None, None);
         for (copy, piece) in self.next.iter().rev().zip(pieces.iter_mut().take(self.pieces_max)) {
             let part = copy.bytes.min(self.read_bytes_max);
             let fits = part == copy.bytes && bytes + part <= self.gathered_bytes_max;
@@ -104,14 +104,15 @@ impl Reads {
             }
             let length = usize::try_from(part).map_err(|_| outside())?;
             let source = self.memory.source(copy.source, length).ok_or_else(outside)?;
-            let to = self.pool.address(copy.destination, part).ok_or_else(outside)?;
+            let (to, registered) = self.own.place(copy.destination, part).ok_or_else(outside)?;
             *piece = (source, to);
+            into = Some(registered);
             (count, bytes, region) = (count + 1, bytes + part, Some(copy.destination.region));
             if part < copy.bytes {
                 break;
             }
         }
-        let into = region.and_then(|region| self.own.region(region)).ok_or_else(outside)?;
+        let into = into.ok_or_else(outside)?;
         // SAFETY: the ranges were just found to lie inside the pool's region, which is what is registered; the program writes each of its
         // bytes once.
         match unsafe { self.memory.reader.read(pieces.get(..count).unwrap_or_default(), into, &self.ticket) } {
@@ -208,11 +209,11 @@ impl Reads {
             cost += bytes + READ_COST;
         }
         let is_all = self.next.is_empty() && self.range.start >= self.range.end && self.ticket.under_way.get() == 0;
-        Ok(match cost {
-            _ if is_all => Step::Done(cost),
-            0 => Step::Waiting,
-            cost => Step::More(cost),
-        })
+        if is_all {
+            self.own.settle()?;
+            return Ok(Step::Done(cost));
+        }
+        Ok(if cost == 0 { Step::Waiting } else { Step::More(cost) })
     }
 
     fn is_running(&mut self) -> bool {

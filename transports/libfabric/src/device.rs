@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use libfabric_sys::{FI_MSG, FI_RMA};
+use libfabric_sys::{FI_HMEM, FI_MSG, FI_RMA};
 
 use crate::info::{Info, Offer};
 use crate::library::Library;
@@ -16,6 +16,9 @@ const EFA_SUFFIX: &str = "-rdm";
 const LISTED: [&str; 3] = ["efa", "tcp", "shm"];
 /// Providers that may be asked for.
 const KNOWN: [&str; 4] = ["efa", "tcp", "tcp;ofi_rxm", "shm"];
+
+/// Messages and remote reads: what every device has to have.
+const NEEDED: u64 = (FI_MSG | FI_RMA) as u64;
 
 /// A provider that is refused whoever asks for it.
 const SOCKETS: &str = "sockets";
@@ -62,10 +65,10 @@ pub(crate) fn discover(library: &'static Library) -> Result<Vec<String>, String>
     let mut names = Vec::new();
     let mut seen = BTreeSet::new();
     for provider in LISTED {
-        for info in Info::query(library, provider, None)? {
+        for info in Info::query(library, provider, None, false)? {
             let offer = info.offer();
             let name = called(&offer.provider, &offer.domain);
-            if refusal(&offer).is_none() && seen.insert(name.clone()) {
+            if refusal(&offer, NEEDED).is_none() && seen.insert(name.clone()) {
                 names.push(name);
             }
         }
@@ -75,15 +78,21 @@ pub(crate) fn discover(library: &'static Library) -> Result<Vec<String>, String>
 
 /// The way to open a device.
 pub(crate) fn find(library: &'static Library, name: &str) -> Result<Info, String> {
+    find_for(library, name, false)
+}
+
+/// The same, for pools in the memory of devices, too, if `device_memory` says so.
+pub(crate) fn find_for(library: &'static Library, name: &str, device_memory: bool) -> Result<Info, String> {
     let Named { providers, domain } = named(name)?;
+    let needed = if device_memory { NEEDED | FI_HMEM } else { NEEDED };
     let mut refused = BTreeSet::new();
     for provider in providers {
         // Of the loopback some providers tell only when they are asked for its address.
         let sources: &[Option<&str>] = if domain == "lo" { &[None, Some("127.0.0.1")] } else { &[None] };
         for source in sources {
-            let mut offered = Info::query(library, provider, *source)?;
+            let mut offered = Info::query(library, provider, *source, device_memory)?;
             let offers: Vec<Offer> = offered.iter().map(Info::offer).collect();
-            match choose(&offers, called(provider, &domain).as_str()) {
+            match choose(&offers, called(provider, &domain).as_str(), needed) {
                 Ok(at) if at < offered.len() => return Ok(offered.swap_remove(at)),
                 Ok(_) => {}
                 Err(reasons) => refused.extend(reasons),
@@ -95,14 +104,17 @@ pub(crate) fn find(library: &'static Library, name: &str) -> Result<Info, String
         let reasons: Vec<String> = refused.into_iter().collect();
         return Err(format!("{library_words} offers {name:?} only in ways that are not used: {}", reasons.join("; ")));
     }
+    if device_memory {
+        return Err(format!("{library_words} offers no device memory (FI_HMEM) for {name:?}"));
+    }
     Err(format!("{library_words} offers no such device; there are {}", discover(library)?.join(", ")))
 }
 
 /// Which of a provider's offers a device is opened by: the first that can be used. Else why those of its name cannot.
-fn choose(offers: &[Offer], name: &str) -> Result<usize, Vec<String>> {
+fn choose(offers: &[Offer], name: &str, needed: u64) -> Result<usize, Vec<String>> {
     let mut reasons = Vec::new();
     for (at, offer) in offers.iter().enumerate().filter(|(_, offer)| called(&offer.provider, &offer.domain) == name) {
-        match refusal(offer) {
+        match refusal(offer, needed) {
             None => return Ok(at),
             Some(reason) => reasons.push(reason),
         }
@@ -111,11 +123,12 @@ fn choose(offers: &[Offer], name: &str) -> Result<usize, Vec<String>> {
 }
 
 /// Why an offer is not used, if it is not.
-fn refusal(offer: &Offer) -> Option<String> {
-    let needed = u64::from(FI_MSG | FI_RMA);
+fn refusal(offer: &Offer, needed: u64) -> Option<String> {
     if offer.capabilities & needed != needed {
         let Offer { provider, fabric, capabilities, .. } = offer;
-        return Some(format!("{provider} ({fabric}) lacks messages or remote reads (capabilities {capabilities:#x})"));
+        return Some(format!(
+            "{provider} ({fabric}) lacks messages, remote reads or device memory (capabilities {capabilities:#x})"
+        ));
     }
     let by_kind = match (offer.provider.as_str(), offer.fabric.as_str()) {
         ("efa", EFA) | ("shm", _) => None,
@@ -168,15 +181,15 @@ mod tests {
                 .into();
         for _ in 0..2 {
             for (name, domain) in [("rdmap40s0", "rdmap40s0-rdm"), ("rdmap41s0", "rdmap41s0-rdm")] {
-                let chosen = &offers[choose(&offers, name).unwrap()];
+                let chosen = &offers[choose(&offers, name, NEEDED).unwrap()];
                 assert_eq!((chosen.fabric.as_str(), chosen.domain.as_str()), ("efa", domain));
             }
-            assert_eq!(choose(&offers, "rdmap42s0"), Err(vec![]));
+            assert_eq!(choose(&offers, "rdmap42s0", NEEDED), Err(vec![]));
             offers.reverse();
         }
-        let only = choose(&offers[..1], "rdmap40s0").unwrap_err();
+        let only = choose(&offers[..1], "rdmap40s0", NEEDED).unwrap_err();
         assert!(only.len() == 1 && only[0].contains("efa-direct"), "{only:?}");
-        let strange = choose(&[offer("efa", "efa-next", "rdmap40s0-rdm")], "rdmap40s0").unwrap_err();
+        let strange = choose(&[offer("efa", "efa-next", "rdmap40s0-rdm")], "rdmap40s0", NEEDED).unwrap_err();
         assert!(strange[0].contains("efa-next"), "{strange:?}");
     }
 
@@ -191,16 +204,16 @@ mod tests {
     fn what_lacks_a_capability_or_an_address_is_not_chosen() {
         let mut offers = vec![offer("tcp", "::1/128", "eth0"), offer("tcp", "10.0.0.0/8", "eth0")];
         offers[1].is_ip4 = true;
-        assert_eq!(choose(&offers, "eth0"), Ok(1));
+        assert_eq!(choose(&offers, "eth0", NEEDED), Ok(1));
         offers[1].capabilities = u64::from(FI_MSG);
-        let reasons = choose(&offers, "eth0").unwrap_err();
+        let reasons = choose(&offers, "eth0", NEEDED).unwrap_err();
         assert!(
             reasons.len() == 2 && reasons[0].contains("IPv4") && reasons[1].contains("remote reads"),
             "{reasons:?}"
         );
         offers[1] = Offer { refusal: Some("mr_mode".to_owned()), is_ip4: true, ..offer("tcp", "10.0.0.0/8", "eth0") };
-        assert!(choose(&offers, "eth0").unwrap_err().contains(&"mr_mode".to_owned()));
-        assert_eq!(choose(&[offer("shm", "shm", "shm")], "shm"), Ok(0));
+        assert!(choose(&offers, "eth0", NEEDED).unwrap_err().contains(&"mr_mode".to_owned()));
+        assert_eq!(choose(&[offer("shm", "shm", "shm")], "shm", NEEDED), Ok(0));
     }
 
     /// Informations of the library's own making, with a fabric's name put in: that is where the choice finds it.
@@ -216,7 +229,7 @@ mod tests {
             .collect();
         for at in [1, 0] {
             let offers: Vec<Offer> = made.iter().map(Info::offer).collect();
-            assert_eq!(choose(&offers, "rdmap40s0"), Ok(at), "{offers:?}");
+            assert_eq!(choose(&offers, "rdmap40s0", NEEDED), Ok(at), "{offers:?}");
             made.reverse();
         }
     }

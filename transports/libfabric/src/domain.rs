@@ -1,15 +1,21 @@
 //! An opened device: its domain, and what is registered in it.
 
 use std::cell::{Cell, RefCell};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::ffi::{c_int, c_void};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use kvferry_transport::Dmabuf;
 use kvferry_transport::codec::random;
-use libfabric_sys::{FI_EAGAIN, Padded, calls, fi_mr_attr, fid, fid_domain, fid_fabric, fid_mr, iovec};
+use libfabric_sys::{
+    FI_EAGAIN, FI_HMEM_CUDA, FI_MR_DMABUF, Padded, calls, fi_mr_attr, fi_mr_dmabuf, fid, fid_domain, fid_fabric,
+    fid_mr, iovec,
+};
 use rustix::event::epoll;
 
+use crate::hmem::Reach;
 use crate::info::{Info, MemoryMode};
 use crate::library::Library;
 use crate::staging::Arena;
@@ -29,6 +35,8 @@ pub(crate) struct Domain {
     silent: Cell<usize>,
     /// Endpoints of one process may meet in shared memory: for tests, see [`crate::neighbour`].
     pub(crate) shares_with_itself: bool,
+    /// How it reaches pools in the memory of GPUs, or why it takes none.
+    pub(crate) reach: Result<Reach, String>,
     /// Pages for packed chunks, unmapped when the domain is closed.
     pub(crate) arena: Arena,
 }
@@ -44,8 +52,19 @@ pub(crate) enum Sleep {
 }
 
 impl Domain {
-    /// Opens a device, with shared memory inside this process or without.
+    /// Opens a device for pools in host memory, with shared memory inside this process or without.
+    #[cfg(test)]
     pub(crate) fn open(library: &'static Library, info: Info, shares_with_itself: bool) -> Result<Rc<Domain>, String> {
+        Domain::reaching(library, info, shares_with_itself, Err("not asked for".to_owned()))
+    }
+
+    /// Opens a device that reaches GPUs so, or does not for that reason.
+    pub(crate) fn reaching(
+        library: &'static Library,
+        info: Info,
+        shares_with_itself: bool,
+        reach: Result<Reach, String>,
+    ) -> Result<Rc<Domain>, String> {
         let mode = info.memory_mode()?;
         let poller = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|error| format!("creating an epoll descriptor: {}", std::io::Error::from(error)))?;
@@ -72,6 +91,7 @@ impl Domain {
             queues: RefCell::new(Vec::new()),
             silent: Cell::new(0),
             shares_with_itself,
+            reach,
             arena: Arena::default(),
         }))
     }
@@ -145,12 +165,28 @@ impl Drop for Domain {
     }
 }
 
+/// `fi_mr_dmabuf`, whose fields the bindings leave out.
+#[repr(C)]
+pub(crate) struct DmabufRange {
+    pub(crate) fd: c_int,
+    /// Of the first byte that is registered.
+    pub(crate) offset: u64,
+    pub(crate) bytes: usize,
+    /// The descriptor's first byte.
+    pub(crate) base: *const c_void,
+}
+
+const _: () = assert!(size_of::<DmabufRange>() == size_of::<fi_mr_dmabuf>());
+
 /// Memory registered in a domain; it stays so, and is kept, until the last operation on it is over.
 pub(crate) struct Registered<K> {
     domain: Rc<Domain>,
     raw: *mut fid_mr,
     key: u64,
-    /// What keeps the memory; dropped after it is no longer registered.
+    /// Our own operations on it have to name it.
+    is_named: bool,
+    /// What stands for it, and what keeps it; dropped after it is no longer registered.
+    _dmabuf: Option<Dmabuf>,
     _keep: K,
 }
 
@@ -163,24 +199,81 @@ impl<K> Registered<K> {
         access: u32,
         keep: K,
     ) -> Result<Registered<K>, String> {
-        // A key that nobody can have kept from an earlier registration.
-        let drawn = random::<8>().map_err(|error| format!("no random key could be drawn: {error}"))?;
+        let key = draw(domain)?;
         let range = iovec { iov_base: base.cast(), iov_len: bytes };
         let mut attr = Padded::<fi_mr_attr>::zeroed();
         let fields = attr.fields();
         fields.__bindgen_anon_1.mr_iov = &range;
         fields.iov_count = 1;
+        let is_named = domain.mode.local;
+        // SAFETY: the range lives during the call, the memory as long as `keep`.
+        let registered = unsafe { Registered::with(domain, &mut attr, (0, access, key), is_named, keep) };
+        registered.map_err(|status| refused(domain.library, bytes, status))
+    }
+
+    /// Registers `bytes` bytes at `address` in the memory of a CUDA device, at least one, that `keep` keeps alive; through the descriptor
+    /// that stands for them, or by their address.
+    pub(crate) fn on_device(
+        domain: &Rc<Domain>,
+        (address, bytes): (u64, usize),
+        (device, dmabuf): (i32, Option<Dmabuf>),
+        access: u32,
+        keep: K,
+    ) -> Result<Registered<K>, String> {
+        let key = draw(domain)?;
+        let range = iovec { iov_base: ptr::without_provenance_mut(address as usize), iov_len: bytes };
+        let mut attr = Padded::<fi_mr_attr>::zeroed();
+        let fields = attr.fields();
+        let whole = dmabuf.as_ref().map(|dmabuf| DmabufRange {
+            fd: dmabuf.fd.as_raw_fd(),
+            offset: dmabuf.offset,
+            bytes,
+            base: ptr::without_provenance(dmabuf.base as usize),
+        });
+        let flags = match &whole {
+            Some(whole) => {
+                fields.__bindgen_anon_1.dmabuf = ptr::from_ref(whole).cast();
+                FI_MR_DMABUF
+            }
+            None => {
+                fields.__bindgen_anon_1.mr_iov = &range;
+                0
+            }
+        };
+        fields.iov_count = 1;
+        fields.iface = FI_HMEM_CUDA;
+        fields.device.cuda = device;
+        let is_named = domain.mode.local || domain.mode.devices;
+        // SAFETY: the ranges and the descriptor live during the call, the memory as long as `keep`.
+        let registered = unsafe { Registered::with(domain, &mut attr, (flags, access, key), is_named, keep) };
+        let registered = registered.map(|mut registered| {
+            registered._dmabuf = dmabuf;
+            registered
+        });
+        registered.map_err(|status| domain.library.words(status.into()))
+    }
+
+    /// # Safety
+    /// What the attributes point to lives during the call, the memory that they name as long as `keep`.
+    unsafe fn with(
+        domain: &Rc<Domain>,
+        attr: &mut Padded<fi_mr_attr>,
+        (flags, access, key): (u64, u32, u64),
+        is_named: bool,
+        keep: K,
+    ) -> Result<Registered<K>, i32> {
+        let fields = attr.fields();
         fields.access = access.into();
-        fields.requested_key = u64::from_le_bytes(drawn) & domain.info.key_mask();
+        fields.requested_key = key;
         let mut raw = ptr::null_mut();
-        // SAFETY: an open domain; the attributes live during the call, the memory as long as `keep`.
-        let status = unsafe { calls::fi_mr_regattr(domain.domain, &mut attr, 0, &mut raw) };
+        // SAFETY: an open domain; the caller answers for the attributes.
+        let status = unsafe { calls::fi_mr_regattr(domain.domain, attr, flags, &mut raw) };
         if status != 0 {
-            return Err(refused(domain.library, bytes, status));
+            return Err(status);
         }
         // SAFETY: a registration that stands; its key is a field.
         let key = unsafe { (*raw).key };
-        Ok(Registered { domain: domain.clone(), raw, key, _keep: keep })
+        Ok(Registered { domain: domain.clone(), raw, key, is_named, _keep: keep, _dmabuf: None })
     }
 
     /// By which peers name it.
@@ -189,9 +282,9 @@ impl<K> Registered<K> {
     }
 
     /// What our own operations on it pass; null where the provider wants none.
-    pub(crate) fn desc(&self) -> *mut std::ffi::c_void {
+    pub(crate) fn desc(&self) -> *mut c_void {
         // SAFETY: a registration that stands.
-        if self.domain.mode.local { unsafe { (*self.raw).mem_desc } } else { ptr::null_mut() }
+        if self.is_named { unsafe { (*self.raw).mem_desc } } else { ptr::null_mut() }
     }
 }
 
@@ -203,6 +296,12 @@ impl<K> Drop for Registered<K> {
             tracing::warn!(error = self.domain.library.words(status.into()), "libfabric did not unregister memory");
         }
     }
+}
+
+/// A key that nobody can have kept from an earlier registration.
+fn draw(domain: &Domain) -> Result<u64, String> {
+    let drawn = random::<8>().map_err(|error| format!("no random key could be drawn: {error}"))?;
+    Ok(u64::from_le_bytes(drawn) & domain.info.key_mask())
 }
 
 fn refused(library: &Library, bytes: usize, status: i32) -> String {

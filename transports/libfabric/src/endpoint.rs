@@ -12,6 +12,7 @@ use libfabric_sys::{
 };
 
 use crate::domain::Domain;
+use crate::hmem;
 use crate::neighbour;
 use crate::operations::Operations;
 use crate::slab::Slab;
@@ -111,6 +112,8 @@ impl<T> Endpoint<T> {
         bind("binding the event queue", events.common(), 0)?;
         bind("binding the completion queue", queue.common(), FI_TRANSMIT | FI_RECV)?;
         bind("binding the address vector", addresses.common(), 0)?;
+        // SAFETY: an open endpoint that is not enabled yet.
+        unsafe { hmem::set_options(domain, endpoint.0) }?;
         // SAFETY: everything that it needs is bound.
         library.check("fi_enable", unsafe { calls::fi_enable(endpoint.0) })?;
         let (mut name, mut bytes) = (vec![0; NAME_BYTES_MAX], NAME_BYTES_MAX);

@@ -41,12 +41,14 @@ pub(crate) struct MemoryMode {
     pub(crate) addresses: bool,
     /// The provider chooses keys.
     pub(crate) provider_keys: bool,
+    /// Buffers of our own operations in a device's memory have to be registered.
+    pub(crate) devices: bool,
 }
 
 impl MemoryMode {
     /// What a provider's bits mean; those that were not offered to it are refused.
-    fn of(bits: u32) -> Result<MemoryMode, String> {
-        let known = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY;
+    fn of(bits: u32, reaches_devices: bool) -> Result<MemoryMode, String> {
+        let (_, known) = asked_for(reaches_devices);
         if bits & !known != 0 {
             return Err(format!("it wants memory registered in a way that is not supported (mr_mode {bits:#x})"));
         }
@@ -54,23 +56,15 @@ impl MemoryMode {
             local: bits & FI_MR_LOCAL != 0,
             addresses: bits & FI_MR_VIRT_ADDR != 0,
             provider_keys: bits & FI_MR_PROV_KEY != 0,
+            devices: bits & FI_MR_HMEM != 0,
         })
     }
 }
 
 impl Info {
     /// What a provider offers for reliable datagrams with messages and remote reads, in its own order; over the interface with address
-    /// `source`, or all. An empty list where it has no device.
-    pub(crate) fn query(library: &'static Library, provider: &str, source: Option<&str>) -> Result<Vec<Info>, String> {
-        Info::offered(library, provider, source, false)
-    }
-
-    /// The same, of what reaches the memory of devices, too (`FI_HMEM`).
-    pub(crate) fn query_device_memory(library: &'static Library, provider: &str) -> Result<Vec<Info>, String> {
-        Info::offered(library, provider, None, true)
-    }
-
-    fn offered(
+    /// `source`, or all; with `device_memory` only what reaches the memory of devices, too (`FI_HMEM`). An empty list where it has no such device.
+    pub(crate) fn query(
         library: &'static Library,
         provider: &str,
         source: Option<&str>,
@@ -182,7 +176,8 @@ impl Info {
 
     pub(crate) fn memory_mode(&self) -> Result<MemoryMode, String> {
         // SAFETY: as above.
-        MemoryMode::of(unsafe { (*(*self.raw).domain_attr).mr_mode }.cast_unsigned())
+        let (bits, capabilities) = unsafe { ((*(*self.raw).domain_attr).mr_mode.cast_unsigned(), (*self.raw).caps) };
+        MemoryMode::of(bits, capabilities & FI_HMEM != 0)
     }
 
     /// The bits that a key may have.
@@ -274,12 +269,13 @@ mod tests {
 
     #[test]
     fn modes_are_honoured_or_refused() {
-        let efa = MemoryMode::of(0x74).unwrap();
-        assert_eq!(efa, MemoryMode { local: true, addresses: true, provider_keys: true });
-        let tcp = MemoryMode::of(0).unwrap();
-        assert_eq!(tcp, MemoryMode { local: false, addresses: false, provider_keys: false });
-        for bits in [FI_MR_RAW, FI_MR_ENDPOINT, 1, 2] {
-            assert!(MemoryMode::of(bits).unwrap_err().contains("mr_mode"), "{bits:#x}");
+        let efa = MemoryMode::of(0x74, false).unwrap();
+        assert_eq!(efa, MemoryMode { local: true, addresses: true, provider_keys: true, devices: false });
+        let tcp = MemoryMode::of(0, false).unwrap();
+        assert_eq!(tcp, MemoryMode { local: false, addresses: false, provider_keys: false, devices: false });
+        for bits in [FI_MR_RAW, FI_MR_ENDPOINT, 1, 2, FI_MR_HMEM] {
+            assert!(MemoryMode::of(bits, false).unwrap_err().contains("mr_mode"), "{bits:#x}");
         }
+        assert!(MemoryMode::of(0x74 | FI_MR_HMEM, true).unwrap().devices);
     }
 }

@@ -9,6 +9,8 @@ mod collecting;
 mod copy;
 mod device;
 mod domain;
+#[cfg(test)]
+mod emulated;
 mod endpoint;
 mod hmem;
 mod info;

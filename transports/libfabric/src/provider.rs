@@ -1,6 +1,7 @@
 //! Finds the devices that libfabric can use here and opens them.
 
 use std::path::Path;
+use std::rc::Rc;
 
 use kvferry_local::{LocalTransport, host};
 use kvferry_topology::Counters;
@@ -9,7 +10,7 @@ use kvferry_transport::{Device, NicInfo, OpenError, Options, PackedBy, Provider,
 use crate::backend::Fabric;
 use crate::device;
 use crate::domain::Domain;
-use crate::info::Info;
+use crate::hmem;
 use crate::library::Library;
 use crate::messages::Messages;
 use crate::packing::Packing;
@@ -102,40 +103,41 @@ impl Provider for LibfabricProvider {
             return Err(unavailable("libfabric's transport reads memory; two-sided messages are UCX's method".into()));
         }
         let library = Library::find().map_err(unavailable)?;
-        let found = device::find(library, &device.name).map_err(unavailable)?;
-        let counters = counters(Path::new("/"), &found.provider(), &device.name);
         let mut options = options.clone();
         if let Some((by, below)) = self.packed {
             (options.packed_by, options.packed_below_bytes) = (by, Some(below));
         }
-        Ok(Box::new(open((library, self.within_process), found, &device.name, &options, counters)?))
+        let explain = |reason: String| unavailable(explain(library, &reason));
+        let domain = hmem::open(library, &device.name, options.device_memory, self.within_process).map_err(explain)?;
+        let counters = counters(Path::new("/"), &domain.info.provider(), &device.name);
+        Ok(Box::new(open(&domain, &device.name, &options, counters)?))
     }
 }
 
-fn open(
-    (library, within_process): (&'static Library, bool),
-    found: Info,
+fn explain(library: &Library, reason: &str) -> String {
+    format!("{reason}; FI_LOG_LEVEL=info says more, {} is {}", library.path, library.version)
+}
+
+pub(crate) fn open(
+    domain: &Rc<Domain>,
     name: &str,
     options: &Options,
     counters: Counters,
 ) -> Result<LocalTransport<Fabric>, OpenError> {
     let unavailable = |reason: String| OpenError::Unavailable { device: name.to_owned(), reason };
-    let provider = found.provider();
+    let library = domain.library;
+    let provider = domain.info.provider();
     let info = NicInfo {
         kind: TransportKind::Libfabric,
         device: name.to_owned(),
         host: if provider == "shm" { host().map_err(unavailable)? } else { String::new() },
         library: Some(format!("{} {} {provider}", library.path, library.version)),
-        bits_per_second: found.bits_per_second(),
+        bits_per_second: domain.info.bits_per_second(),
     };
-    let explain = |reason: String| {
-        unavailable(format!("{reason}; FI_LOG_LEVEL=info says more, {} is {}", library.path, library.version))
-    };
-    let domain = Domain::open(library, found, within_process).map_err(explain)?;
-    let messages = Messages::open(&domain).map_err(explain)?;
+    let explain = |reason: String| unavailable(explain(library, &reason));
+    let messages = Messages::open(domain).map_err(explain)?;
     let packing = Packing::new(options, &provider);
-    let fabric =
-        Fabric::new(&domain, messages.name(), messages.emulates_reads(), counters, packing).map_err(explain)?;
+    let fabric = Fabric::new(domain, messages.name(), messages.emulates_reads(), counters, packing).map_err(explain)?;
     LocalTransport::over(fabric, messages, info, options)
 }
 
@@ -180,7 +182,8 @@ mod tests {
         let count = |bytes: &str| std::fs::write(folder.join("rdma_read_bytes"), bytes).unwrap();
         count("7");
         let side = |counters| {
-            open((library, false), device::find(library, "lo").unwrap(), "lo", &Options::default(), counters).unwrap()
+            let domain = hmem::open(library, "lo", false, false).unwrap();
+            open(&domain, "lo", &Options::default(), counters).unwrap()
         };
         let mut here = side(Counters::open(&root, "rdmap40s0:1"));
         let mut there = side(Counters::default());

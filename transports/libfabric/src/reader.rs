@@ -37,6 +37,8 @@ pub(crate) struct Reader {
     has_moved: Cell<bool>,
     /// What the device's counters showed of that.
     proven: RefCell<Option<String>>,
+    /// Some of the peer's memory is a GPU's.
+    reads_devices: Cell<bool>,
 }
 
 /// A read of one byte, so that no transfer pays for connecting.
@@ -265,6 +267,16 @@ impl Reader {
         self.proven.borrow().clone()
     }
 
+    /// Memory of a GPU is read through it.
+    pub(crate) fn note_device(&self) {
+        self.reads_devices.set(true);
+    }
+
+    /// Whether some of the peer's memory is a GPU's.
+    pub(crate) fn reads_devices(&self) -> bool {
+        self.reads_devices.get()
+    }
+
     /// Ends every read: none is under way when this returns.
     pub(crate) fn cut(&self) {
         *self.open.borrow_mut() = None;
@@ -300,6 +312,7 @@ impl Reader {
             moved: Cell::new(0),
             has_moved: Cell::new(false),
             proven: RefCell::new(None),
+            reads_devices: Cell::new(false),
         }
     }
 }

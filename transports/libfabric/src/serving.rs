@@ -152,6 +152,7 @@ impl Serving {
 /// The walk over a pool of our own that a peer asks for, and its bytes; or why there is none.
 fn cursor(pack: Pack, pool: Option<&Pool>) -> Result<(Cursor, u64), String> {
     let pool = pool.ok_or("the pool is not bound there any more; exchange keys again")?;
+    pool.require_host()?;
     let program = Program::decode(&pack.program).map_err(|error| format!("its program is malformed: {error}"))?;
     program.validate(End::Source, pool.layout()).map_err(|error| error.to_string())?;
     let units = program.units();
@@ -175,9 +176,9 @@ pub(crate) mod tests {
     use kvferry_transport::conformance::{absent, block_planes, whole_blocks};
 
     use super::*;
-    use crate::device;
     use crate::library::Library;
     use crate::staging::STAGING_BYTES;
+    use crate::{device, emulated};
 
     const BLOCKS: u32 = 64;
     const BLOCK_BYTES: u64 = 64 << 10;
@@ -285,6 +286,10 @@ pub(crate) mod tests {
         let small = Pool::allocate(PoolId(1), block_planes(1, 8, BLOCK_BYTES), "serving").unwrap();
         serving.pack(pack(3), Some(&small)).unwrap();
         assert_eq!(refusals(&mut serving).len(), 1, "blocks outside of the pool");
+        let on_gpu = emulated::pool(PoolId(1), block_planes(1, BLOCKS, BLOCK_BYTES), emulated::Gpu::default());
+        serving.pack(pack(3), Some(&on_gpu)).unwrap();
+        let said = refusals(&mut serving);
+        assert!(said.len() == 1 && said[0].contains(emulated::GPU.0), "{said:?}");
         serving.stop(9);
         serving.stop(1);
         assert!(!serving.can_pack() && serving.pack_next().is_none());

@@ -135,17 +135,24 @@ pub(crate) struct Memory {
     pub(crate) number: u64,
     /// Of each region: its first byte, as the provider counts, and its key; zeroes where it has no bytes.
     pub(crate) regions: Vec<(u64, u64)>,
+    /// It is in the memory of a GPU, which is read only; what says so is the mark.
+    #[serde(skip)]
+    pub(crate) is_on_device: bool,
 }
 
 impl Memory {
     const MARK: [u8; 4] = *b"kfM\x02";
+    /// Of memory of a GPU: who does not know it would ask for packed chunks of it.
+    const DEVICE_MARK: [u8; 4] = *b"kfM\x03";
 
     pub(crate) fn seal(&self) -> Bytes {
-        seal(Memory::MARK, self)
+        seal(if self.is_on_device { Memory::DEVICE_MARK } else { Memory::MARK }, self)
     }
 
     pub(crate) fn open(bytes: &[u8], regions: usize) -> Result<Memory, String> {
-        let memory: Memory = open(Memory::MARK, bytes)?;
+        let is_on_device = bytes.starts_with(&Memory::DEVICE_MARK);
+        let memory: Memory = open(if is_on_device { Memory::DEVICE_MARK } else { Memory::MARK }, bytes)?;
+        let memory = Memory { is_on_device, ..memory };
         named(&memory.name)?;
         if memory.regions.len() != regions {
             return Err(format!("{} regions where its layout names {regions}", memory.regions.len()));
@@ -210,8 +217,21 @@ mod tests {
     fn places_and_memory_that_were_cut_are_refused() {
         let place = Place { provider: "tcp".into(), name: vec![7; 16], instance: [1; 16], secret: [2; 16] }.seal();
         assert!(Place::open(&place).is_ok() && (0..place.len()).all(|cut| Place::open(&place[..cut]).is_err()));
-        let memory = Memory { name: vec![7; 16], number: 8, regions: vec![(0, 5), (4096, 6)] }.seal();
+        let memory =
+            Memory { name: vec![7; 16], number: 8, regions: vec![(0, 5), (4096, 6)], is_on_device: false }.seal();
         assert!(Memory::open(&memory, 2).is_ok() && Memory::open(&memory, 1).is_err());
         assert!((0..memory.len()).all(|cut| Memory::open(&memory[..cut], 2).is_err()));
+    }
+
+    /// As kvferry 0.1 wrote it, which refuses a GPU's by its mark.
+    #[test]
+    fn only_memory_of_a_gpu_has_another_mark() {
+        let memory = |is_on_device| Memory { name: vec![7; 2], number: 8, regions: vec![(0, 5)], is_on_device };
+        let (host, device) = (memory(false).seal(), memory(true).seal());
+        assert_eq!(host[..], *b"kfM\x02\x02\x07\x07\x08\x01\x00\x05");
+        assert!(device[..4] == *b"kfM\x03" && device[4..] == host[4..]);
+        for is_on_device in [false, true] {
+            assert_eq!(Memory::open(&memory(is_on_device).seal(), 1), Ok(memory(is_on_device)));
+        }
     }
 }

@@ -23,7 +23,7 @@ pub(crate) enum BenchError {
     #[error("--thread-blocks and --gpu-times are for --transport cuda only; leave them out")]
     NoLaunches,
     /// Others do not reach GPUs.
-    #[error("--from-gpu and --to-gpu are for --transport cuda, tcp and ucx only; leave them out")]
+    #[error("--from-gpu and --to-gpu are for --transport cuda, tcp, ucx and libfabric only; leave them out")]
     NoGpus,
     /// Stages are TCP's.
     #[error("--staged-chunk and --staged-chunks are for --transport tcp and ucx only; leave them out")]

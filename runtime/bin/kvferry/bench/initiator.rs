@@ -34,7 +34,7 @@ pub(crate) fn measure(options: &Options, kind: TransportKind) -> Result<Report, 
         let (from, to) = if options.op.here() == Holds::Source { (device, there) } else { (there, device) };
         format!("{from} to {to}")
     };
-    let device = options.staged().map_or(device.clone(), |way| format!("{device}, {way}"));
+    let device = options.beside().map_or(device.clone(), |way| format!("{device}, {way}"));
     let session = Session::open(options, &shape, nic, &mut peer.words, deadline);
     match session.and_then(|session| compare(options, session)) {
         Ok(measured) => {

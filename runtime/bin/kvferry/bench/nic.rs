@@ -57,6 +57,8 @@ impl Nic {
             packed_below_bytes: options.packed_below,
             staged_chunk_bytes: options.staged_chunk.map_or(defaults.staged_chunk_bytes, |bytes| bytes as usize),
             staged_chunks: options.staged_chunks.unwrap_or(defaults.staged_chunks),
+            // Both sides alike: libfabric's shared memory wants that.
+            device_memory: options.beside().is_some(),
             ..defaults
         };
         let mut transports = Vec::new();
