@@ -26,6 +26,9 @@ pub(crate) enum Word<S> {
     Ended,
 }
 
+/// How many receive buffers libfabric's layer for datagrams has for an endpoint.
+const RXM_BUFFERS: (&str, &str) = ("FI_OFI_RXM_MSG_RX_SIZE", "256");
+
 /// A rank or a scheduler that was started.
 pub(crate) struct Launched<O> {
     child: Option<Child>,
@@ -44,6 +47,10 @@ impl<O: Serialize + Send + 'static> Launched<O> {
         let first = serde_json::to_string(config).map_err(|error| wrong(error.to_string()))?;
         let program = std::env::current_exe().map_err(|error| wrong(error.to_string()))?;
         let mut command = Command::new(program);
+        // libfabric 1.17 would allot 64 MiB to each endpoint of tcp;ofi_rxm, which takes seconds where many ranks share few cores.
+        if std::env::var_os(RXM_BUFFERS.0).is_none() {
+            command.env(RXM_BUFFERS.0, RXM_BUFFERS.1);
+        }
         command.arg(argument).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().map_err(|error| wrong(error.to_string()))?;
         let (input, said) = (child.stdin.take(), child.stdout.take());

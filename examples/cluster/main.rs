@@ -40,7 +40,8 @@ use crate::options::{Options, RANK_WORKER, SCHEDULER_WORKER};
 const BAD_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "error".into());
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| "error,kvferry_libfabric::provider=warn".into());
     let ends = tracing_subscriber::fmt::format::FmtSpan::CLOSE;
     tracing_subscriber::fmt().with_env_filter(filter).with_span_events(ends).with_writer(std::io::stderr).init();
     match std::env::args().nth(1).as_deref() {

@@ -4,6 +4,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::os::fd::RawFd;
 use std::ptr;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use libfabric_sys::{
     FI_AV_TABLE, FI_COMPLETION, FI_CQ_FORMAT_MSG, FI_EAGAIN, FI_EAVAIL, FI_OPT_EFA_EMULATED_READ, FI_OPT_ENDPOINT,
@@ -15,6 +16,7 @@ use crate::domain::Domain;
 use crate::hmem;
 use crate::neighbour;
 use crate::operations::Operations;
+use crate::parting;
 use crate::slab::Slab;
 
 /// Pieces that one read brings together, at most.
@@ -25,6 +27,8 @@ const BATCH: usize = 32;
 pub(crate) const NAME_BYTES_MAX: usize = 256;
 /// `fi_addr_t` of nobody in particular.
 const ANYBODY: u64 = u64::MAX;
+/// How long reads of a connection that was broken may take to end.
+const PARTING: Duration = Duration::from_secs(1);
 const AGAIN: isize = -(FI_EAGAIN as isize);
 const ERROR_AVAILABLE: isize = -(FI_EAVAIL as isize);
 
@@ -38,6 +42,8 @@ pub(crate) struct Endpoint<T> {
     /// The queue's, where it has one.
     descriptor: Option<RawFd>,
     name: Vec<u8>,
+    /// Its operations are reads.
+    reads: bool,
     /// What buffers lie in that no operation holds.
     buffers: Option<Rc<Slab>>,
     /// Dropped last: until the endpoint is closed the library may use the contexts, and what operations hold.
@@ -124,7 +130,18 @@ impl<T> Endpoint<T> {
         domain.watch(queue.common(), descriptor)?;
         let domain = domain.clone();
         let operations = Operations::new(operations);
-        Ok(Endpoint { domain, endpoint, queue, addresses, events, descriptor, name, buffers: None, operations })
+        Ok(Endpoint {
+            domain,
+            endpoint,
+            queue,
+            addresses,
+            events,
+            descriptor,
+            name,
+            reads: false,
+            buffers: None,
+            operations,
+        })
     }
 
     /// Keeps the slab whose buffers are given to it by number.
@@ -220,6 +237,7 @@ impl<T> Endpoint<T> {
         operation: T,
     ) -> Posted<T> {
         let endpoint = self.endpoint.0;
+        self.reads = true;
         // SAFETY: as in `send`.
         self.post("fi_read", operation, |context| unsafe {
             calls::fi_read(endpoint, buffer.cast(), bytes, desc, from, address, key, context).0
@@ -239,6 +257,7 @@ impl<T> Endpoint<T> {
         operation: T,
     ) -> Posted<T> {
         let endpoint = self.endpoint.0;
+        self.reads = true;
         let mut descs = [desc; PIECES_MAX];
         if here.len() > descs.len() || here.len() != there.len() {
             return Posted::Never(operation, format!("{} pieces are not one read", here.len()));
@@ -352,10 +371,50 @@ impl<T> Endpoint<T> {
     }
 }
 
+impl<T> Endpoint<T> {
+    /// Whether it can be closed as it is, or can by now: see [`parting`].
+    fn part(&mut self) -> bool {
+        let is_needed = || parting::is_needed(&self.domain.info.provider(), self.domain.library.version);
+        if !self.reads || self.under_way() == 0 || !is_needed() {
+            return true;
+        }
+        let broken = self.descriptor.map_or(0, parting::hang_up);
+        let until = Instant::now() + PARTING;
+        let mut over = Vec::new();
+        while self.under_way() > 0 {
+            if self.poll(&mut over, BATCH).is_err() || Instant::now() >= until {
+                break;
+            }
+            over.clear();
+            std::thread::yield_now();
+        }
+        tracing::debug!(broken, under_way = self.under_way(), "reads are ended before their endpoint is closed");
+        self.under_way() == 0
+    }
+
+    /// Leaves it open for good, and what it uses: nothing that is under way counts as over.
+    fn abandon(&mut self) {
+        tracing::warn!(
+            under_way = self.under_way(),
+            library = %self.domain.library.version,
+            "an endpoint stays open until the process ends, and so do its blocks: closing it with reads under way would end the process; \
+             use libfabric 1.18 or later"
+        );
+        std::mem::forget(std::mem::replace(&mut self.operations, Operations::new(0)));
+        std::mem::forget((self.buffers.take(), self.domain.clone()));
+        (self.endpoint.0, self.queue.0) = (ptr::null_mut(), ptr::null_mut());
+        (self.addresses.0, self.events.0) = (ptr::null_mut(), ptr::null_mut());
+    }
+}
+
 impl<T> Drop for Endpoint<T> {
     fn drop(&mut self) {
+        let may_be_closed = self.part();
         // What is queued for it keeps the address vector and the queue busy, so in this order.
         self.domain.unwatch(self.queue.common(), self.descriptor);
+        if !may_be_closed {
+            return self.abandon();
+        }
         let endpoint = self.endpoint.close();
         if endpoint != 0 {
             // The library may go on using contexts and memory: they stay, so nothing that is under way counts as over.

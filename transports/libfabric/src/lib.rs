@@ -21,6 +21,7 @@ mod neighbour;
 mod operations;
 mod packed;
 mod packing;
+mod parting;
 mod provider;
 mod reader;
 mod serving;

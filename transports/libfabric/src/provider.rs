@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Once;
 
 use kvferry_local::{LocalTransport, host};
 use kvferry_topology::Counters;
@@ -114,6 +115,12 @@ impl Provider for LibfabricProvider {
     }
 }
 
+/// Said once.
+static SHM: Once = Once::new();
+/// What nothing of ours can mend.
+const SHM_WARNING: &str = "libfabric's shm does not survive a process that is killed: 1.17 reads under a lock in the peer's memory, for which all \
+                           others then spin inside the library for ever, and 2.5 leaves survivors standing still; --transport shm does survive that";
+
 fn explain(library: &Library, reason: &str) -> String {
     format!("{reason}; FI_LOG_LEVEL=info says more, {} is {}", library.path, library.version)
 }
@@ -134,6 +141,9 @@ pub(crate) fn open(
         library: Some(format!("{} {} {provider}", library.path, library.version)),
         bits_per_second: domain.info.bits_per_second(),
     };
+    if provider == "shm" {
+        SHM.call_once(|| tracing::warn!("{SHM_WARNING}"));
+    }
     let explain = |reason: String| unavailable(explain(library, &reason));
     let messages = Messages::open(domain).map_err(explain)?;
     let packing = Packing::new(options, &provider);

@@ -328,8 +328,12 @@ mod tests {
     const BYTES: usize = 4096;
 
     fn pool(id: u32, byte: u8) -> Pool {
-        let plane = Plane { region: 0, offset: 0, blocks: 1, block_stride: BYTES as u64, block_bytes: BYTES as u64 };
-        let layout = PoolLayout { regions: vec![BYTES as u64], planes: vec![plane] };
+        pool_of(id, byte, BYTES as u64)
+    }
+
+    fn pool_of(id: u32, byte: u8, bytes: u64) -> Pool {
+        let plane = Plane { region: 0, offset: 0, blocks: 1, block_stride: bytes, block_bytes: bytes };
+        let layout = PoolLayout { regions: vec![bytes], planes: vec![plane] };
         let pool = Pool::allocate(PoolId(id), layout, "reader").unwrap();
         pool.fill(0, 0, byte).unwrap();
         pool
@@ -370,10 +374,11 @@ mod tests {
                 let (here, there) = (open(), open());
                 let owner = Endpoint::open(&there, 8).unwrap();
                 let (source, into) = (source(), into());
+                let bytes = source.layout().regions[0] as usize;
                 let base = source.regions()[0].base();
-                let lent = Registered::new(&there, base, BYTES, FI_READ | FI_REMOTE_READ, source).unwrap();
+                let lent = Registered::new(&there, base, bytes, FI_READ | FI_REMOTE_READ, source).unwrap();
                 let to = into.regions()[0].base();
-                let registered = Rc::new(Registered::new(&here, to, BYTES, FI_READ, into.clone()).unwrap());
+                let registered = Rc::new(Registered::new(&here, to, bytes, FI_READ, into.clone()).unwrap());
                 let address = if there.mode.addresses { base as u64 } else { 0 };
                 Pair { name, here, owner, lent, address, into, to, registered }
             };
@@ -412,6 +417,44 @@ mod tests {
             }
             let right = piece(&pair, key);
             assert_eq!((pair.read(&right), first_byte(&pair.into)), (None, 7), "{name}");
+        }
+    }
+
+    /// The owner stands still in the middle of an answer, longer than all buffers between the two: who reads cuts it off and lives, nothing is
+    /// under way then, and nothing comes when the owner goes on.
+    #[test]
+    fn a_read_that_is_cut_in_the_middle_of_its_answer_is_over() {
+        const LONG: usize = 64 << 20;
+        for mut pair in Pair::all(|| pool_of(1, 7, LONG as u64), || pool_of(2, 1, LONG as u64)) {
+            if pair.name == "shm" {
+                continue;
+            }
+            let reader = Reader::open(&pair.here, pair.owner.name()).unwrap();
+            let ticket: Rc<Ticket> = Rc::default();
+            let (mut asked, until) = (0, Instant::now() + Duration::from_secs(20));
+            while first_byte(&pair.into) == 1 {
+                assert!(Instant::now() < until, "{}: nothing comes", pair.name);
+                if asked < 2 {
+                    let (key, at) = (pair.lent.key(), asked * LONG / 2);
+                    let source = Source { address: pair.address + at as u64, key, bytes: LONG / 2 };
+                    let piece = [(source, pair.to.wrapping_add(at))];
+                    // SAFETY: inside the registered memory, which nobody else touches.
+                    asked += usize::from(unsafe { reader.read(&piece, &pair.registered, &ticket) }.unwrap());
+                }
+                pair.owner.poll(&mut Vec::new(), 8).unwrap();
+                reader.progress();
+            }
+            assert_eq!(ticket.under_way.get(), asked, "{}", pair.name);
+            reader.cut();
+            assert_eq!(ticket.under_way.get(), 0, "{}: a cut read is under way", pair.name);
+            let mut last = [0];
+            let mut end = || {
+                pair.into.read(0, 0, LONG as u64 - 1, &mut last).unwrap();
+                last[0]
+            };
+            assert_eq!(end(), 1, "{}: it was not cut in the middle", pair.name);
+            (0..100).for_each(|_| pair.owner.poll(&mut Vec::new(), 8).unwrap());
+            assert_eq!(end(), 1, "{}", pair.name);
         }
     }
 

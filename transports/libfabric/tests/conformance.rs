@@ -13,9 +13,31 @@ fn usable() -> bool {
     false
 }
 
-/// Whether shared memory works inside one process, which the suite runs in.
+/// Whether shared memory works inside one process, which the suite runs in. Where it does not the case says so and passes, unless
+/// `KVFERRY_REQUIRE` names libfabric-shm.
 fn shares_with_itself() -> bool {
-    usable() && LibfabricProvider::version() < Some((2, 0))
+    if !usable() {
+        return false;
+    }
+    let reason = unshared(LibfabricProvider::version());
+    if let Some(reason) = &reason {
+        kvferry_transport::conformance::absent("libfabric-shm", reason);
+    }
+    reason.is_none()
+}
+
+/// Why peers of one process do not meet in shared memory of that version.
+fn unshared(version: Option<(u32, u32)>) -> Option<String> {
+    let (major, minor) = version.filter(|version| *version >= (2, 0))?;
+    Some(format!(
+        "libfabric {major}.{minor} has no shared memory inside one process; it shows nothing over shm, 1.17 does"
+    ))
+}
+
+#[test]
+fn a_suite_that_does_not_run_over_shm_says_so() {
+    assert_eq!(unshared(Some((1, 17))), None);
+    assert!(unshared(Some((2, 5))).is_some_and(|reason| reason.contains("libfabric 2.5 has no shared memory")));
 }
 
 /// Cases over shared memory take turns: 1.17 ends a process that sends to an endpoint of its own that was closed, and the case that changes
