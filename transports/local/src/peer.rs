@@ -180,7 +180,10 @@ impl<B: Backend> LocalTransport<B> {
         self.backend.sever(id);
         self.remotes.retain(|_, remote| remote.peer != id);
         let peer = self.peers.remove(&id)?;
-        self.gone.insert(id, peer.instance);
+        // A caller that never greeted had no transfers, and may not push out who had.
+        if !peer.is_stranger() {
+            self.gone.insert(id, peer.instance);
+        }
         if self.gone.len() > GONE_MAX {
             self.gone.pop_first();
         }

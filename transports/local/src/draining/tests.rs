@@ -179,3 +179,19 @@ fn a_fence_of_a_connection_that_is_gone_waits_for_all_copies_of_its_transport() 
         assert!(events.contains(&fenced(idle)) && events.contains(&fenced(other)), "{events:?}");
     }
 }
+
+/// Who never greeted had no transfers, and pushes nobody out of what is remembered.
+#[test]
+fn callers_that_never_greeted_are_not_remembered() {
+    let never = Rc::new(Cell::new(false));
+    let (mut at, mut caller) = (open(&never), open(&never));
+    let _calling = caller.connect(&at.address()).unwrap();
+    // Its greeting is not sent yet: the socket alone has called.
+    while at.peers.is_empty() {
+        at.poll(&mut Vec::new());
+    }
+    let called = *at.peers.keys().next().unwrap();
+    assert!(at.peers[&called].is_stranger());
+    at.lose(called, "it did not greet in time");
+    assert!(at.gone.is_empty());
+}
