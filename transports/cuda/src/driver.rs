@@ -84,15 +84,15 @@ fn load() -> Result<Driver, String> {
         call!(cuDriverGetVersion(&mut version))?;
     }
     if version < VERSION_MIN {
-        return Err(format!(
-            "the driver has CUDA {}.{}, at least {}.{} is needed for the kernels; update it",
-            version / 1000,
-            version % 1000 / 10,
-            VERSION_MIN / 1000,
-            VERSION_MIN % 1000 / 10
-        ));
+        let [have, need] = [version, VERSION_MIN].map(release);
+        return Err(format!("the driver has CUDA {have}, at least {need} is needed for the kernels; update it"));
     }
     Ok(Driver { version })
+}
+
+/// As people write a version.
+pub(crate) fn release(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
 /// The first driver that takes the PTX.
@@ -106,8 +106,7 @@ impl Driver {
         if self.version >= TIMES_MIN {
             return Ok(());
         }
-        let [have, need] =
-            [self.version, TIMES_MIN].map(|version| format!("{}.{}", version / 1000, version % 1000 / 10));
+        let [have, need] = [self.version, TIMES_MIN].map(release);
         Err(format!("the driver has CUDA {have}, and GPU times need {need}; update it, or measure without them"))
     }
 }

@@ -11,6 +11,7 @@ use crate::allocation::Allocate;
 use crate::backend::GpuPools;
 use crate::copy::Pace;
 use crate::domain;
+use crate::driver::release;
 use crate::gpu::{Gpu, find, label};
 use crate::launch::Launcher;
 use crate::memory::allocate;
@@ -115,12 +116,10 @@ impl Provider for CudaProvider {
             }
             Err(reason) => format!("for peers of this host ({reason})"),
         };
-        let version = gpu.driver_version;
+        let version = release(gpu.driver_version);
         let uuid: String = gpu.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
         let library = format!(
-            "libcuda, CUDA {}.{}, {} {uuid}; {}; {}; {reached}",
-            version / 1000,
-            version % 1000 / 10,
+            "libcuda, CUDA {version}, {} {uuid}; {}; {}; {reached}",
             gpu.name,
             gpu.sharing(),
             paths::describe(&gpu)
