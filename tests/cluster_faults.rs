@@ -66,12 +66,17 @@ fn a_prefill_rank_that_is_told_to_leave_takes_nothing_with_it() {
     }
 }
 
+/// Also when there is no other group, or both are away at once: requests wait for who comes back.
 #[test]
 fn a_prefill_rank_that_has_left_is_started_again() {
-    let drains = ["--drain", "prefill:0@2", "--drain", "prefill:3@4", "--restart"];
-    let ran = processes(&[&["--prefill", "tp=2,groups=2", "--decode", "tp=2"][..], &drains].concat());
-    ran.check_sound();
-    assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
+    for (prefill, second) in
+        [("tp=2,groups=2", "prefill:3@4"), ("tp=2,groups=2", "prefill:3@2"), ("tp=2", "prefill:1@4")]
+    {
+        let drains = ["--drain", "prefill:0@2", "--drain", second, "--restart"];
+        let ran = processes(&[&["--prefill", prefill, "--decode", "tp=2"][..], &drains].concat());
+        ran.check_sound();
+        assert_eq!(ran.number("delivered"), 12, "{}", ran.stdout);
+    }
 }
 
 #[test]

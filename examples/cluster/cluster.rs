@@ -100,6 +100,7 @@ impl<'a> Cluster<'a> {
             policy: self.setup.policy,
             traceparent: self.setup.traceparent.map(|trace| trace.to_string()),
             terms: self.setup.terms,
+            restart: self.setup.restart,
             metrics: self.setup.metrics.map(|address| address.to_string()),
             recorder: self.setup.recorder.as_ref().map(|dir| (dir.join("scheduler.jsonl"), !self.setup.in_process)),
             timeline: self.setup.timeline.is_some(),

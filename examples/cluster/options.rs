@@ -120,7 +120,8 @@ pub(crate) struct Options {
     /// RUST_LOG=kvferry::handover=info it logs each when it ends
     #[arg(long, value_name = "TRACEPARENT", value_parser = |text: &str| text.parse::<TraceContext>())]
     pub(crate) traceparent: Option<TraceContext>,
-    /// Ranks that were killed or have left are started again at once, as the next incarnation of their node
+    /// Ranks that were killed or have left are started again at once, as the next incarnation of their node; requests for which no group is
+    /// left wait 20 seconds for one that is whole again
     #[arg(long)]
     pub(crate) restart: bool,
     /// Nodes count a link as broken after so many milliseconds of silence, and the peer as lost a sixth of that later [default: 6000]

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::time::Duration;
 
 use kvferry::{
     Epoch, Event, Finished, GroupId, Handover, HandoverError, LeastLoaded, LongestHeldPrefix, NodeConfig, NodeError,
@@ -28,6 +29,8 @@ pub(crate) struct SchedulerConfig {
     /// The span that requests belong to, as a traceparent.
     pub(crate) traceparent: Option<String>,
     pub(crate) terms: Terms,
+    /// Ranks that are lost are started again: requests wait for them.
+    pub(crate) restart: bool,
     /// Where its metrics are served.
     pub(crate) metrics: Option<String>,
     /// Where its flight recorder writes; whether SIGUSR1 reaches it.
@@ -125,6 +128,9 @@ impl Worker for SchedulerWorker {
 
 const SCHEDULER: NodeId = NodeId(0);
 
+/// Longer than a rank takes to start on a busy machine and to open its devices.
+const REGROUP_WITHIN: Duration = Duration::from_secs(20);
+
 type Ended = (RequestId, Result<Finished, HandoverError>);
 
 async fn serve(
@@ -143,7 +149,8 @@ async fn serve(
         record(&mut node, file, *has_signals)
             .map_err(|source| SchedulerError::Recorder { file: file.clone(), source })?;
     }
-    let terms = SchedulerTerms { leases: node.leases, ..SchedulerTerms::default() };
+    let regroup_within = if config.restart { REGROUP_WITHIN } else { Duration::ZERO };
+    let terms = SchedulerTerms { leases: node.leases, regroup_within, ..SchedulerTerms::default() };
     let scheduler = SchedulerNode::start(node, terms, policy(config.policy)).await?;
     let (_keep, nothing) = mpsc::unbounded_channel();
     let mut events = scheduler.events().unwrap_or(nothing);

@@ -185,6 +185,7 @@ impl Config {
             outcome_within: cluster.deadlines.backstop() + millis(10_000),
             attempts_max: dice.within(2..5) as u32,
             leases: cluster.leases,
+            regroup_within: regroup(seed),
             ..SchedulerTerms::default()
         };
         cluster.world = WorldOptions {
@@ -255,6 +256,12 @@ fn rails(seed: u64, shape: &Shape) -> RailTerms {
         rest: micros(500 << dice.below(10)),
         rest_max: millis(dice.within(500..5_000)),
     }
+}
+
+/// In half of all runs requests wait for groups that lost a rank.
+fn regroup(seed: u64) -> Duration {
+    let mut dice = Dice::new(seed, "regroup", 0);
+    millis(dice.below(2) * dice.within(1..10_000))
 }
 
 /// The longest that anything may wait by its own terms, over all attempts.

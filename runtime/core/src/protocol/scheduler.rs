@@ -35,6 +35,9 @@ pub struct SchedulerTerms {
     /// How long an offer that a leader announced rests before it is paired: a decode leader may be about to announce that it has it. Longer than
     /// nodes take to find a scheduler that has started again.
     pub adopt_after: core::time::Duration,
+    /// How long requests wait for a whole group of a role once the last one has lost a rank, before they fail. Zero: they fail at once, for whoever
+    /// can send them elsewhere. Where ranks are started again, somewhat longer than that takes.
+    pub regroup_within: core::time::Duration,
 }
 
 impl Default for SchedulerTerms {
@@ -49,6 +52,7 @@ impl Default for SchedulerTerms {
             prefill_jobs_max: 16,
             leases: LeaseTerms::default(),
             adopt_after: core::time::Duration::from_secs(3),
+            regroup_within: core::time::Duration::ZERO,
         }
     }
 }
@@ -88,6 +92,8 @@ pub struct Scheduler {
     succeeds: bool,
     /// Which roles have had a complete group: without one so far, requests wait; after the last is gone, they fail.
     seen: BTreeSet<Role>,
+    /// Roles whose last complete group is gone, and until when requests wait for the next all the same.
+    regroup_until: BTreeMap<Role, Moment>,
     renew_at: Option<Moment>,
     outbox: Outbox,
 }
@@ -177,6 +183,7 @@ impl Scheduler {
             listens_until: None,
             succeeds: false,
             seen: BTreeSet::new(),
+            regroup_until: BTreeMap::new(),
             renew_at: None,
             outbox: Outbox::default(),
         }
@@ -204,7 +211,8 @@ impl Scheduler {
     pub fn poll_timeout(&self) -> Option<Moment> {
         let deadline = self.deadlines.first().map(|(at, _)| *at);
         let resting = self.resting.first().map(|(at, _)| *at);
-        deadline.into_iter().chain(resting).chain(self.listens_until).chain(self.renew_at).min()
+        let regroup = self.regroup_until.values().min().copied();
+        deadline.into_iter().chain(resting).chain(self.listens_until).chain(regroup).chain(self.renew_at).min()
     }
 
     /// What is in hand.
@@ -335,6 +343,7 @@ impl Scheduler {
         };
         if complete {
             self.seen.insert(place.role);
+            self.regroup_until.remove(&place.role);
             self.outbox.event(Event::GroupReady { group: place.group });
             self.pump(now);
         }
@@ -353,6 +362,7 @@ impl Scheduler {
             {
                 self.prefill.insert(group, left);
             }
+            self.await_group(now, Role::Prefill);
             self.lose_prefill(now, group, &reason(Role::Prefill, group, rank));
         }
         if let Some((group, rank)) = decode {
@@ -362,6 +372,7 @@ impl Scheduler {
             if let Some(left) = left.filter(|left| !left.is_empty()) {
                 self.decode.insert(group, left);
             }
+            self.await_group(now, Role::Decode);
             // A leader that lives decides by itself.
             if leader.is_none() {
                 self.held.retain(|_, held| held.group != group);

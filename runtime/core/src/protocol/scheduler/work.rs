@@ -7,6 +7,7 @@ use crate::{HandoverId, Moment, RequestId};
 impl Scheduler {
     /// Hands out work while there is room, oldest first; nothing overtakes.
     pub(super) fn pump(&mut self, now: Moment) {
+        self.regroup_until.retain(|_, until| now < *until);
         if self.listens(now) {
             return;
         }
@@ -35,11 +36,27 @@ impl Scheduler {
 
     /// Whether there is a complete group of a role, or one may be about to join: then work waits for it.
     pub(super) fn may_have(&self, role: Role) -> bool {
-        let has = match role {
+        self.has(role) || self.may_join(role) || self.listens_until.is_some()
+    }
+
+    fn has(&self, role: Role) -> bool {
+        match role {
             Role::Prefill => self.prefill.values().any(|group| group.leader().is_some()),
             Role::Decode => self.decode.values().any(|group| group.leader().is_some()),
-        };
-        has || !self.seen.contains(&role) || self.listens_until.is_some()
+        }
+    }
+
+    /// Whether there has been no complete group so far, or none since so short a time that it may be back.
+    fn may_join(&self, role: Role) -> bool {
+        !self.seen.contains(&role) || self.regroup_until.contains_key(&role)
+    }
+
+    /// A group of a role has lost a rank. If it was the last one, work waits a while for the next.
+    pub(super) fn await_group(&mut self, now: Moment, role: Role) {
+        let within = self.terms.regroup_within;
+        if !within.is_zero() && self.seen.contains(&role) && !self.has(role) {
+            self.regroup_until.entry(role).or_insert(now + within);
+        }
     }
 
     /// Says whether the request left the queue.
@@ -73,10 +90,11 @@ impl Scheduler {
 
     /// Says whether the offer left the queue.
     pub(super) fn start_pairing(&mut self, now: Moment, request: RequestId) -> bool {
+        let may_join = self.may_join(Role::Decode);
         let Some(known) = self.requests.get_mut(&request) else { return true };
         let Stage::Offered { group, offer } = known.stage.clone() else { return true };
         let fits = self.decode.values().any(|decode| decode.leader().is_some() && decode.could_ever_take(&known.spec));
-        if !fits && self.seen.contains(&Role::Decode) {
+        if !fits && !may_join {
             self.finish(now, request, Outcome::Failed { reason: FailReason::NoGroup(Role::Decode) }, None, Vec::new());
             return true;
         }

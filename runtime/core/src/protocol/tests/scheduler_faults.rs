@@ -175,6 +175,53 @@ fn the_last_decode_group_takes_waiting_requests_with_it() {
     assert_eq!(fixture.finished(), [(2, failed(FailReason::NoGroup(Role::Decode)))]);
 }
 
+/// Where ranks are started again, requests that fall between two incarnations of the only group are not lost.
+#[test]
+fn requests_wait_for_a_group_that_may_be_back() {
+    let within = core::time::Duration::from_secs(5);
+    let terms = SchedulerTerms { regroup_within: within, ..SchedulerTerms::default() };
+    let waiting = |prefill, decode| Fixture::with(prefill, decode, terms, Box::new(LeastLoaded));
+    for node in [0, 10] {
+        let mut fixture = waiting(1, 1);
+        fixture.submit(1);
+        fixture.offer(0, 1);
+        fixture.commands();
+        fixture.scheduler.handle_lost(at(1), &lost(node));
+        if node == 0 {
+            fixture.outcome(10, 1, failed(rank_lost(Role::Prefill, 0)));
+        }
+        fixture.submit(2);
+        assert_eq!(fixture.finished(), []);
+        assert_eq!(fixture.scheduler.poll_timeout().expect("it does not wait for ever"), at(1) + within);
+        if node == 0 {
+            fixture.join(0, Role::Prefill);
+            assert_eq!(jobs(&fixture.commands()), [(0, 1), (0, 2)]);
+        } else {
+            fixture.offer(0, 2);
+            assert_eq!((fixture.finished(), pairs(&fixture.commands())), (vec![], vec![]));
+            fixture.join(10, Role::Decode);
+            assert_eq!(pairs(&fixture.commands()), [(10, 2, 1), (10, 3, 2)]);
+        }
+        // It counts from the loss on, and anew after the next.
+        fixture.scheduler.handle_timeout(at(1) + within);
+        assert_eq!(fixture.finished(), []);
+        fixture.scheduler.handle_lost(at(9), &lost(node));
+        if node == 0 {
+            fixture.submit(3);
+            fixture.scheduler.handle_timeout(at(13));
+            assert_eq!(fixture.finished(), []);
+            fixture.scheduler.handle_timeout(at(14));
+            let nobody = failed(FailReason::NoGroup(Role::Prefill));
+            assert_eq!(fixture.finished().last(), Some(&(3, nobody)));
+        }
+    }
+    // Another group is whole: what fits it goes on, what does not fails, and nobody waits.
+    let mut fixture = waiting(2, 2);
+    fixture.scheduler.handle_lost(at(1), &lost(0));
+    assert_eq!(jobs(&fixture.submit(1)), [(1, 1)]);
+    assert!(fixture.scheduler.poll_timeout().is_none_or(|due| due > at(1) + within));
+}
+
 /// A decode group of two ranks, nodes 10 and 11, that has handover 1.
 fn pair_of_ranks() -> Fixture {
     let mut fixture = Fixture::new(1, 0);
