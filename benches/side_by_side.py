@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """kvferry beside the machine's limit and beside NIXL: same shapes, same machine, in turn, round by round.
 
-usage: side_by_side.py --kvferry PROGRAM [--host-limit PROGRAM] [--nixl 'PYTHON SCRIPT'] [--rounds N] [--paths LIST]
+usage: side_by_side.py --kvferry PROGRAM [--host-limit PROGRAM] [--libfabric-limit PROGRAM] [--nixl 'PYTHON SCRIPT'] [--rounds N] [--paths LIST]
 
 PROGRAM of --kvferry is the release build of the command; that of --host-limit copies blocks without a transport and prints lines
 `tcp sg n=.. bb=.. X GB/s` and `shm copy n=.. bb=.. X GB/s`; the script of --nixl takes READ|WRITE UCX LAYERS BLOCKS BLOCK_BYTES ITERS
@@ -11,7 +11,10 @@ of the rounds, and ratios of one round's figures: their median, least and greate
 Processor time is that of both ends while an iteration lasts; waiting by polling counts. NIXL's script does not tell its own: its clock, which it
 reads before and behind each transfer, reads the processor clocks of both its processes, too.
 
-Paths are transports, with a device where one is meant: shm,tcp,ucx:memory,ucx:lo; nixl and nixl:tcp are kvferry as the initiator by NIXL's protocol, with
+The limit of libfabric:lo is what libfabric alone writes, 1 MiB at a time, with the same library (KVFERRY_LIBFABRIC_LIBRARY, or the system's):
+--libfabric-limit is libfabric_limit.c, compiled.
+
+Paths are transports, with a device where one is meant: shm,tcp,ucx:memory,ucx:lo,libfabric:lo; nixl and nixl:tcp are kvferry as the initiator by NIXL's protocol, with
 all of UCX's transports or only tcp, of a NIXL agent that the Python of --nixl runs. For ucx and nixl let KVFERRY_UCX_LIBRARY name the library that NIXL
 brings, so that both use one; UCX_MODULES=^ib keeps both from loading RDMA libraries of which the system has others.
 """
@@ -29,9 +32,10 @@ import sys
 SHAPES = [(32, 160, 4 << 10), (32, 160, 16 << 10), (32, 128, 64 << 10)]
 OPS = ["pull", "push"]
 # Whose limit and whose setting of NIXL is meant.
-LIKE = {"shm": "shm", "tcp": "tcp", "ucx:memory": "shm", "ucx:lo": "tcp", "nixl": "shm", "nixl:tcp": "tcp"}
+LIKE = {"shm": "shm", "tcp": "tcp", "ucx:memory": "shm", "ucx:lo": "tcp", "nixl": "shm", "nixl:tcp": "tcp", "libfabric:lo": "libfabric"}
 # What the destination reads and what the source writes.
 NIXL_OP = {"pull": "READ", "push": "WRITE"}
+WRITE_LINE = re.compile(r"^libfabric write n=\d+ bb=\d+ ([0-9.]+) GB/s")
 LIMIT_LINE = re.compile(r"^(tcp sg|shm copy) n=\d+ bb=\d+ ([0-9.]+) GB/s")
 
 # Runs NIXL's script. It reads its clock three times an iteration: before it prepares a transfer, before it moves it, and behind that.
@@ -62,6 +66,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kvferry", required=True, metavar="PROGRAM")
     parser.add_argument("--host-limit", metavar="PROGRAM")
+    parser.add_argument("--libfabric-limit", metavar="PROGRAM")
     parser.add_argument("--nixl", metavar="'PYTHON SCRIPT'")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--iters", type=int, default=7, help="iterations of kvferry and NIXL in one round")
@@ -97,12 +102,14 @@ def one_round(options, shape):
     if options.host_limit:
         for transport, rate in host_limit(options, 2 * layers * blocks, block_bytes).items():
             figures["limit", transport] = rate
+    if options.libfabric_limit and "libfabric:lo" in options.paths:
+        figures["limit", "libfabric"] = libfabric_limit(options, 2 * layers * blocks * block_bytes)
     for transport, op in options.cases:
         report = kvferry(options, transport, op, shape)
         figures["kvferry", transport, op] = report["gigabytes_per_second"]
         figures["plan", transport, op] = report["plan_microseconds"]
         figures["cpu", transport, op] = report["cpu_seconds"] / gibibytes(shape)
-        if options.nixl:
+        if options.nixl and LIKE[transport] != "libfabric":
             rate, processor = nixl(options, transport, op, shape)
             figures["nixl", transport, op] = rate
             figures["nixl cpu", transport, op] = processor / gibibytes(shape)
@@ -153,6 +160,15 @@ def host_limit(options, pieces, block_bytes):
     if not all(rates.values()):
         raise SystemExit(f"{options.host_limit} printed no figures")
     return {transport: statistics.median(values) for transport, values in rates.items()}
+
+
+def libfabric_limit(options, size):
+    library = os.environ.get("KVFERRY_LIBFABRIC_LIBRARY") or "libfabric.so.1"
+    command = [options.libfabric_limit, library, "tcp", "127.0.0.1", str(size), str(1 << 20), str(options.iters)]
+    rates = [float(match[1]) for line in run(command, options.timeout).splitlines() if (match := WRITE_LINE.match(line))]
+    if not rates:
+        raise SystemExit(f"{options.libfabric_limit} printed no figures")
+    return statistics.median(rates)
 
 
 def run(command, timeout, environment=None):
