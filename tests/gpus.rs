@@ -43,9 +43,14 @@ fn make() -> Option<PathBuf> {
 
 /// Runs a case's options with pools on the device.
 fn run(driver: &Path, case: &Case, options: &[&str]) -> Ran {
+    run_with(driver, &[], case, options)
+}
+
+/// The same, where the driver is told what it is to be.
+fn run_with(driver: &Path, told: &[(&str, &str)], case: &Case, options: &[&str]) -> Ran {
     let first = ["--json", "--deadline", "120", "--transport", case.transport, "--direction", case.direction];
     let in_process: &[&str] = if case.in_process { &["--in-process"] } else { &[] };
-    run_with_libraries(driver, &[&first, in_process, options].concat())
+    run_with_libraries(driver, told, &[&first, in_process, options].concat())
 }
 
 /// By kernels, and staged through TCP; both ways.
@@ -88,6 +93,36 @@ fn auto_takes_the_device_or_says_why_not() {
         ran.check_delivered(&case);
         assert!(ran.paths().iter().all(|path| path["transport"] == transport), "{}", ran.stdout);
         assert!(ran.stderr.contains(note), "{}", ran.stderr);
+    }
+}
+
+/// Pairs of ranks on GPUs that do not reach each other take the next transport, and say why; those on one GPU keep to it.
+#[test]
+fn gpus_that_do_not_reach_each_other_are_passed_over() {
+    let Some(driver) = driver() else { return };
+    let apart = [("DRIVER_OF_NONE_APART", "no peer access"), ("DRIVER_OF_NONE_MIG", "MIG instance")];
+    for (variable, reason) in apart {
+        for direction in ["pull", "push"] {
+            let case = Case { transport: "auto", direction, in_process: false };
+            let sides = ["--geometry", HEADS_4, "--prefill", "tp=2", "--decode", "tp=1", "--isl", "60"];
+            let sides = [&sides[..], &["--requests", "4", "--gpus", "0,1"]].concat();
+            let ran = run_with(driver, &[("DRIVER_OF_NONE_GPUS", "2"), (variable, "1")], &case, &sides);
+            ran.check_delivered(&case);
+            assert!(ran.stderr.contains("pools are on GPUs; where they do not reach"), "{}", ran.stderr);
+            let paths = ran.paths();
+            assert_eq!(paths.len(), 2, "{}", ran.stdout);
+            // The decode rank is on gpu0, with the first of the others.
+            for path in paths {
+                let (transport, passed_over) = (&path["transport"], path["passed_over"].to_string());
+                if path["from"].to_string().contains("rank-0") {
+                    assert_eq!((transport, passed_over.as_str()), (&Value::from("cuda"), "[]"), "{path}");
+                } else {
+                    assert_eq!(transport, "tcp", "{path}");
+                    assert!(passed_over.contains("cuda") && passed_over.contains(reason), "{path}");
+                    assert_eq!(path["proof"]["staged"], direction == "pull", "{path}");
+                }
+            }
+        }
     }
 }
 

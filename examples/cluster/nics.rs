@@ -42,40 +42,84 @@ impl NicChoice {
 /// The transport, and the devices that are named for it: `--transport` and `--devices`, or `--gpus` in their place. With tcp, ucx and libfabric,
 /// GPUs only say where pools are ([`memories`]).
 ///
-/// `auto` takes named GPUs where they reach each other and all ranks are on one host; else pools are in host memory, and it is said why.
+/// `auto` takes named GPUs where all ranks are on one host, and what it says of the way between them; else pools are in host memory, and it is said
+/// why.
 pub(crate) fn wanted<'a>(
     options: &'a crate::options::Options,
     transport: &'a str,
     hosts: u32,
-) -> Result<(&'a str, Option<String>), UsageError> {
-    let Some(gpus) = &options.gpus else { return Ok((transport, options.devices.clone())) };
+) -> Result<Wanted<'a>, UsageError> {
+    let plainly = |transport, devices| Ok(Wanted { transport, devices, has_carrier: false });
+    let Some(gpus) = &options.gpus else { return plainly(transport, options.devices.clone()) };
     let names: Vec<String> = gpu_names(gpus).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     match transport {
-        "cuda" => Ok(("cuda", Some(names.join(",")))),
-        "auto" => match auto(hosts, || transport::cuda::joined(&names)) {
-            Ok(way) => {
+        "cuda" => plainly("cuda", Some(names.join(","))),
+        "auto" => match auto(hosts, &names, transport::cuda::joined) {
+            Auto::Gpus { way, has_carrier } => {
                 eprintln!("note: pools are on GPUs; {way}");
-                Ok(("cuda", Some(names.join(","))))
+                Ok(Wanted { transport: "cuda", devices: Some(names.join(",")), has_carrier })
             }
-            Err(reason) => {
+            Auto::Host(reason) => {
                 eprintln!("note: pools are in host memory, not on --gpus {gpus}: {reason}");
-                Ok(("auto", options.devices.clone()))
+                plainly("auto", options.devices.clone())
             }
         },
-        carrier if CARRIERS.contains(&carrier) => Ok((carrier, options.devices.clone())),
+        carrier if CARRIERS.contains(&carrier) => plainly(carrier, options.devices.clone()),
         _ => Err(UsageError::GpusWithoutCuda { value: gpus.clone(), transport: transport.to_owned() }),
     }
 }
 
-/// Whether `auto` takes the GPUs that are named; else why not.
-fn auto(hosts: u32, joined: impl FnOnce() -> Result<String, String>) -> Result<String, String> {
+/// What is to be opened.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) transport: &'a str,
+    pub(crate) devices: Option<String>,
+    /// Every rank opens [`carriers`], too, for those whose GPUs do not reach each other.
+    pub(crate) has_carrier: bool,
+}
+
+/// Where `auto` has pools.
+#[derive(Debug, PartialEq, Eq)]
+enum Auto {
+    /// On the GPUs that are named, and how they are joined.
+    Gpus { way: String, has_carrier: bool },
+    /// Not there, and why.
+    Host(String),
+}
+
+fn auto(hosts: u32, names: &[&str], joined: impl Fn(&[&str]) -> Result<String, String>) -> Auto {
     if hosts > 1 {
-        return Err(format!(
+        return Auto::Host(format!(
             "ranks are on {hosts} hosts, and GPUs of several hosts read each other's memory only within an NVLink domain, which --transport cuda counts on"
         ));
     }
-    joined()
+    match joined(names) {
+        Ok(way) => Auto::Gpus { way, has_carrier: false },
+        Err(reason) if names.iter().all(|name| joined(&[name]).is_ok()) => {
+            let way = format!("where they do not reach each other, by way of host memory: {reason}");
+            Auto::Gpus { way, has_carrier: true }
+        }
+        Err(reason) => Auto::Host(reason),
+    }
+}
+
+/// What moves the memory of GPUs that do not reach each other: the devices that are named, else TCP.
+pub(crate) fn carriers(devices: Option<&str>) -> Result<Vec<NicChoice>, UsageError> {
+    let mut carriers = match devices {
+        Some(_) => choose("auto", devices)?,
+        None => choose("tcp", None)?,
+    };
+    carriers.iter_mut().for_each(|nic| nic.device_memory = true);
+    Ok(carriers)
+}
+
+/// The NICs of one rank, of which one is its GPU if they are GPUs.
+pub(crate) fn of_rank(nics: &[NicChoice], rank: usize) -> Vec<NicChoice> {
+    let is_gpu = |nic: &&NicChoice| nic.kind == TransportKind::Cuda;
+    let gpus: Vec<&NicChoice> = nics.iter().filter(is_gpu).collect();
+    let own = gpus.get(rank % gpus.len().max(1)).copied();
+    own.into_iter().chain(nics.iter().filter(|nic| !is_gpu(nic))).cloned().collect()
 }
 
 /// The GPUs in whose memory pools are to be though another transport carries them, dealt to the ranks in turn.
@@ -214,17 +258,38 @@ mod tests {
 
     #[test]
     fn auto_takes_gpus_that_reach_each_other_on_one_host() {
-        let nvlink = || Ok("gpu0, gpu1 are joined by NVLink".to_owned());
-        assert!(auto(1, nvlink).is_ok());
-        assert!(auto(2, nvlink).unwrap_err().contains("2 hosts"));
-        assert_eq!(auto(1, || Err("no driver".to_owned())), Err("no driver".to_owned()));
+        let nvlink = |_: &[&str]| Ok("joined by NVLink".to_owned());
+        let on_gpus = |way: &str, has_carrier| Auto::Gpus { way: way.to_owned(), has_carrier };
+        assert_eq!(auto(1, &["gpu0", "gpu1"], nvlink), on_gpus("joined by NVLink", false));
+        assert!(matches!(auto(2, &["gpu0", "gpu1"], nvlink), Auto::Host(reason) if reason.contains("2 hosts")));
+        let none = |_: &[&str]| Err("no driver".to_owned());
+        assert_eq!(auto(1, &["gpu0", "gpu1"], none), Auto::Host("no driver".to_owned()));
+        // Each is there, and they do not reach each other.
+        let apart = |names: &[&str]| if names.len() > 1 { Err("no peer access".to_owned()) } else { Ok(String::new()) };
+        let way = "where they do not reach each other, by way of host memory: no peer access";
+        assert_eq!(auto(1, &["gpu0", "gpu1"], apart), on_gpus(way, true));
+    }
+
+    #[test]
+    fn a_rank_has_one_gpu_and_every_network() {
+        let nic =
+            |kind, device: &str| NicChoice { kind, device: device.to_owned(), two_sided: false, device_memory: false };
+        let (one, other) = (nic(TransportKind::Cuda, "gpu0"), nic(TransportKind::Cuda, "gpu1"));
+        let (lo, eth) = (nic(TransportKind::Tcp, "lo"), nic(TransportKind::Tcp, "eth0"));
+        let all = [one.clone(), other.clone(), lo.clone()];
+        for (rank, gpu) in [&one, &other, &one, &other].into_iter().enumerate() {
+            assert_eq!(of_rank(&all, rank), [gpu.clone(), lo.clone()]);
+        }
+        let networks = [lo, eth];
+        assert_eq!(of_rank(&networks, 1), networks);
     }
 
     #[test]
     fn networks_move_the_memory_of_gpus_and_others_say_that_they_do_not() {
         let options = crate::options::Options::parse_from(["cluster", "--gpus", "0,1", "--devices", "lo"]);
         for transport in ["tcp", "ucx", "libfabric"] {
-            assert_eq!(wanted(&options, transport, 2).unwrap(), (transport, Some("lo".to_owned())));
+            let devices = Some("lo".to_owned());
+            assert_eq!(wanted(&options, transport, 2).unwrap(), Wanted { transport, devices, has_carrier: false });
         }
         let refused = wanted(&options, "shm", 2).unwrap_err().to_string();
         assert!(refused.contains("tcp, ucx or libfabric"), "{refused}");

@@ -59,7 +59,7 @@ pub(crate) struct Options {
     /// Requests in flight at once [default: 4 per decode group]
     #[arg(long, value_name = "N")]
     pub(crate) concurrency: Option<u64>,
-    /// auto (with --gpus: cuda where these GPUs reach each other; shared memory where ranks share a host; otherwise TCP), shm, tcp, ucx, libfabric, or cuda (pools in GPU memory)
+    /// auto (with --gpus: cuda where these GPUs reach each other, tcp by way of host memory where they do not; shared memory where ranks share a host; otherwise TCP), shm, tcp, ucx, libfabric, or cuda (pools in GPU memory)
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) transport: String,
     /// Devices by name, best first within each transport: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]

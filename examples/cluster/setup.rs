@@ -15,7 +15,7 @@ use kvferry_trtllm::Method;
 use crate::config;
 use crate::error::UsageError;
 use crate::fault::{Action, Fault};
-use crate::nics;
+use crate::nics::{self, Wanted};
 use crate::options::{Options, PolicyName};
 use crate::rank::RankConfig;
 use crate::side::Side;
@@ -93,7 +93,8 @@ impl Setup {
             _ => &options.transport,
         };
         let is_planned = transport != options.transport;
-        let (transport, devices) = nics::wanted(options, transport, prefill.nodes.max(decode.nodes))?;
+        let Wanted { transport, devices, has_carrier } =
+            nics::wanted(options, transport, prefill.nodes.max(decode.nodes))?;
         let planned: String = plan.as_ref().map(|plan| plan.devices.value.join(",")).unwrap_or_default();
         // Devices and method of the plan belong to its transport.
         let of_plan = (is_planned && !planned.is_empty()).then_some(planned.as_str());
@@ -112,6 +113,9 @@ impl Setup {
         let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);
         let memories = nics::memories(options, transport)?;
         nics.iter_mut().for_each(|nic| nic.device_memory = !memories.is_empty());
+        if has_carrier {
+            nics.extend(nics::carriers(options.devices.as_deref())?);
+        }
         let counts = (prefill.ranks(), decode.ranks());
         let faults = [
             (Action::Kill, &options.kill),
@@ -164,11 +168,7 @@ impl Setup {
                         geometry: Arc::clone(&side.geometry),
                         blocks: blocks.clone(),
                         // A rank is on one GPU.
-                        nics: if of_gpus {
-                            nics.iter().cycle().skip(configs.len() % nics.len().max(1)).take(1).cloned().collect()
-                        } else {
-                            nics.clone()
-                        },
+                        nics: nics::of_rank(&nics, configs.len()),
                         gpu: memories.get(configs.len() % memories.len().max(1)).cloned(),
                         host: (transport == "auto" && host > 0).then(|| format!("simulated host {host}")),
                         direction: options.direction.chosen(),
@@ -178,7 +178,7 @@ impl Setup {
                         reuse_prefix: options.reuse_prefix && side.role == Role::Decode,
                         corrupt: side.role == Role::Decode && options.corrupt == Some(number),
                         seed: options.seed,
-                        nic_threads: if of_gpus { 1 } else { nics.len() } * ranks as usize,
+                        nic_threads: nics::of_rank(&nics, 0).len() * ranks as usize,
                         terms,
                         may_leave: !options.in_process,
                         drain_within: Duration::from_millis(drain_within),

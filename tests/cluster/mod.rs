@@ -56,12 +56,12 @@ pub(crate) fn run_on_a_host(script: &str, options: &[&str]) -> Ran {
     finish(spawn(unshare, options), options)
 }
 
-/// Runs the example where the loader looks for libraries in `folder` first.
+/// Runs the example where the loader looks for libraries in `folder` first, which these variables are for.
 #[allow(dead_code, reason = "not every test needs it")]
-pub(crate) fn run_with_libraries(folder: &Path, options: &[&str]) -> Ran {
+pub(crate) fn run_with_libraries(folder: &Path, told: &[(&str, &str)], options: &[&str]) -> Ran {
     let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let mut command = Command::new(example());
-    command.env("LD_LIBRARY_PATH", folder);
+    command.env("LD_LIBRARY_PATH", folder).envs(told.iter().copied());
     finish(spawn(command, options), options)
 }
 

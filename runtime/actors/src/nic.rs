@@ -116,6 +116,7 @@ impl Nic {
             address: transport.address(),
             keys: keys.0,
             domain: transport.domain(),
+            gpu: transport.gpu(),
         };
         let nic = Nic {
             index,

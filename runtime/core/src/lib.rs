@@ -29,4 +29,4 @@ pub use program::{
 };
 pub use time::Moment;
 pub use trace::{TraceContext, TraceError};
-pub use transport::{Direction, FenceProof, MemoryDomain, TransportKind};
+pub use transport::{Direction, FenceProof, GpuIdentity, MemoryDomain, TransportKind};

@@ -30,6 +30,8 @@ pub const NAMED_MAX: usize = 1 << 20;
 pub const STANDING_MAX: usize = 1 << 16;
 /// Steps in which one offer becomes ready.
 pub const STEPS_MAX: u32 = LAYERS_MAX;
+/// Other GPUs of its host that one GPU's NIC tells of.
+pub const GPUS_MAX: usize = 128;
 /// Shares in which rails push one step.
 pub const SHARES_MAX: usize = 256;
 /// Segments of one program.

@@ -4,7 +4,10 @@ use core::fmt;
 use core::str::FromStr;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::limits;
+use crate::protocol::capped;
 
 /// The kinds of transport.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -77,6 +80,29 @@ pub struct MemoryDomain {
     pub name: String,
     /// What `Transport::connect` needs on another one of them.
     pub address: Bytes,
+}
+
+/// A GPU, as its peers need to know it: whether kernels of one read the memory of the other is judged by both ends before anybody tries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuIdentity {
+    /// Its UUID; a MIG instance has one of its own.
+    pub uuid: [u8; 16],
+    /// Whether it is a MIG instance: those reach themselves only.
+    pub is_instance: bool,
+    /// The other GPUs of its host that its process sees, and whether its kernels reach their memory. Nothing is known of the rest.
+    #[serde(deserialize_with = "gpus")]
+    pub others: Vec<([u8; 16], bool)>,
+}
+
+impl GpuIdentity {
+    /// Whether its kernels reach another GPU's memory, where it sees that one.
+    pub fn reaches(&self, other: &[u8; 16]) -> Option<bool> {
+        self.others.iter().find(|(uuid, _)| uuid == other).map(|(_, reached)| *reached)
+    }
+}
+
+fn gpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<([u8; 16], bool)>, D::Error> {
+    capped::<_, _, { limits::GPUS_MAX }>(deserializer)
 }
 
 /// How it is known that no foreign write can reach a block any more.

@@ -7,7 +7,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::protocol::Message;
+use crate::protocol::{Domains, Message};
 use crate::trace::TRACE_BYTES;
 use crate::{Epoch, NodeId, TraceContext, limits};
 
@@ -15,15 +15,17 @@ use crate::{Epoch, NodeId, TraceContext, limits};
 /// of that time do not understand each other.
 pub const PROTOCOL_MIN: u16 = 1;
 /// Newest protocol that this build speaks. 2 adds resumption (`Resume`, `Heard`), 3 trace contexts ([`encode_for`]), 4 pushes over rails (`Shares`,
-/// `ShareStopped`, `ShareEnded`, and their number behind a profile), 5 domains of hosts behind a profile. `tests/encoding.rs` pins how each is written: a new message is
+/// `ShareStopped`, `ShareEnded`, and their number behind a profile), 5 domains of hosts behind a profile, 6 GPUs behind those. `tests/encoding.rs` pins how each is written: a new message is
 /// appended to its enum, belongs to a new protocol, and is not said to peers of older ones.
-pub const PROTOCOL_MAX: u16 = 5;
+pub const PROTOCOL_MAX: u16 = 6;
 /// The first protocol in which a message may have a trace context.
 pub const TRACING_PROTOCOL: u16 = 3;
 /// The first protocol in which pushes may go over rails. Whoever does not say in its profile over how many hears nothing of it.
 pub const RAILS_PROTOCOL: u16 = 4;
 /// The first protocol in which a profile may say from which other hosts its NICs are reached.
 pub const DOMAINS_PROTOCOL: u16 = 5;
+/// The first protocol in which a profile may say which GPUs its NICs are.
+pub const GPUS_PROTOCOL: u16 = 6;
 
 const HEADER_BYTES: usize = 4;
 const RAILS_BYTES: usize = 4;
@@ -210,7 +212,8 @@ impl Frame {
 /// context, if they have one: 16 bytes of the trace, 8 of the span, both big-endian, and one of flags. From [`RAILS_PROTOCOL`] on, the profile of a
 /// worker that pushes or is pushed to over rails is followed by their number, four bytes in little-endian. From
 /// [`DOMAINS_PROTOCOL`] on, the profile of a worker whose NICs are reached from other hosts is followed by that number, which may be 0 then, and a
-/// list of those NICs with their domains.
+/// list of those NICs with their domains. From [`GPUS_PROTOCOL`] on, the profile of a worker whose NICs are GPUs is followed by both, of which the list
+/// may be empty then, and a list of those NICs with their GPUs.
 pub fn encode_for(message: &Message, protocol: u16) -> Result<Bytes, WireError> {
     let mut out = append(message, Vec::new(), "message")?;
     if let Some(trace) = message.trace().filter(|_| protocol >= TRACING_PROTOCOL) {
@@ -218,11 +221,15 @@ pub fn encode_for(message: &Message, protocol: u16) -> Result<Bytes, WireError> 
     }
     let domains = message.domains().filter(|_| protocol >= DOMAINS_PROTOCOL);
     let rails = message.rails().filter(|_| protocol >= RAILS_PROTOCOL);
-    if rails.is_some() || domains.is_some() {
+    let gpus = message.gpus().filter(|_| protocol >= GPUS_PROTOCOL);
+    if rails.is_some() || domains.is_some() || gpus.is_some() {
         out.extend(rails.unwrap_or(0).to_le_bytes());
     }
-    if let Some(domains) = domains {
-        out = append(&domains, out, "domains")?;
+    if domains.is_some() || gpus.is_some() {
+        out = append(&domains.unwrap_or_default(), out, "domains")?;
+    }
+    if let Some(gpus) = gpus {
+        out = append(&gpus, out, "GPUs")?;
     }
     Ok(Bytes::from(out))
 }
@@ -245,8 +252,7 @@ pub fn decode_from(bytes: &[u8], protocol: u16) -> Result<Message, WireError> {
             return Err(trailing);
         }
         if !rest.is_empty() {
-            let domains = parse_exact(rest, "domains")?;
-            message.set_domains(domains).map_err(|cause| WireError::Malformed { what: "domains", cause })?;
+            decode_nics(&mut message, rest, protocol)?;
         }
         return Ok(message);
     }
@@ -258,6 +264,23 @@ pub fn decode_from(bytes: &[u8], protocol: u16) -> Result<Message, WireError> {
     })?;
     *place = Some(trace);
     Ok(message)
+}
+
+/// What is said of a profile's NICs behind it.
+fn decode_nics(message: &mut Message, bytes: &[u8], protocol: u16) -> Result<(), WireError> {
+    let malformed = |what| move |cause| WireError::Malformed { what, cause };
+    let (domains, rest): (Domains, _) = parse(bytes, "domains")?;
+    match (rest, domains.0.as_slice()) {
+        ([], []) => return Err(malformed("domains")("an empty list is not said".to_owned())),
+        ([_, ..], _) if protocol < GPUS_PROTOCOL => {
+            return Err(WireError::Trailing { what: "domains", bytes: rest.len() });
+        }
+        _ => message.set_domains(domains).map_err(malformed("domains"))?,
+    }
+    if !rest.is_empty() {
+        message.set_gpus(parse_exact(rest, "GPUs")?).map_err(malformed("GPUs"))?;
+    }
+    Ok(())
 }
 
 /// Encodes a message body without its trace context, as every protocol has it.

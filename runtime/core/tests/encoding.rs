@@ -8,7 +8,9 @@ use std::path::Path;
 
 use kvferry_core::protocol::{Awaited, FailReason, JoinError, Message, Outcome, PrefillView, Refusal, Role};
 use kvferry_core::wire::{PROTOCOL_MAX, encode_for, encode_message};
-use kvferry_core::{Direction, Epoch, GroupId, HandoverId, MemoryDomain, NodeId, Rank, RequestId, TransportKind};
+use kvferry_core::{
+    Direction, Epoch, GpuIdentity, GroupId, HandoverId, MemoryDomain, NodeId, Rank, RequestId, TransportKind,
+};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -144,11 +146,31 @@ fn domains_as_written() -> Vec<String> {
     vec![format!("domains Profile {}", hex(&long[bare..]))]
 }
 
+/// What follows the profile of a worker whose NICs are GPUs (protocol 6).
+fn gpus_as_written() -> Vec<String> {
+    let with_nics = |message: &Message| matches!(message, Message::Profile(profile) if profile.worker.as_ref().is_some_and(|worker| !worker.nics.is_empty()));
+    let Some(Message::Profile(mut profile)) = messages::every_variant().into_iter().find(with_nics) else {
+        return Vec::new();
+    };
+    let bare = encode_message(&Message::Profile(profile.clone())).expect("encodes").len();
+    let gpu = GpuIdentity { uuid: [7; 16], is_instance: false, others: vec![([8; 16], true), ([9; 16], false)] };
+    let nic = profile.worker.as_mut().and_then(|worker| worker.nics.first_mut());
+    nic.expect("it has NICs").gpu = Some(gpu);
+    let long = encode_for(&Message::Profile(profile), PROTOCOL_MAX).expect("encodes");
+    vec![format!("gpus Profile {}", hex(&long[bare..]))]
+}
+
 #[test]
 fn messages_are_written_as_they_always_were() {
-    let lines =
-        [messages_as_written(), parts_as_written(), traces_as_written(), rails_as_written(), domains_as_written()]
-            .concat();
+    let lines = [
+        messages_as_written(),
+        parts_as_written(),
+        traces_as_written(),
+        rails_as_written(),
+        domains_as_written(),
+        gpus_as_written(),
+    ]
+    .concat();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/encoding.txt");
     if std::env::var_os("KVFERRY_WRITE_ENCODING").is_some() {
         std::fs::write(&path, lines.join("\n") + "\n").expect("writable");

@@ -4,10 +4,10 @@ use bytes::Bytes;
 use kvferry_core::limits::FRAME_BYTES_MAX;
 use kvferry_core::protocol::{Message, Profile};
 use kvferry_core::wire::{
-    DOMAINS_PROTOCOL, Frame, FrameReader, Hello, RAILS_PROTOCOL, TRACING_PROTOCOL, Welcome, WireError, decode_from,
-    decode_message, encode_for, encode_message,
+    DOMAINS_PROTOCOL, Frame, FrameReader, GPUS_PROTOCOL, Hello, RAILS_PROTOCOL, TRACING_PROTOCOL, Welcome, WireError,
+    decode_from, decode_message, encode_for, encode_message,
 };
-use kvferry_core::{Epoch, MemoryDomain, NodeId, TraceContext};
+use kvferry_core::{Epoch, GpuIdentity, MemoryDomain, NodeId, TraceContext};
 use proptest::prelude::*;
 
 mod messages;
@@ -232,6 +232,68 @@ fn domains_follow_the_profile_of_a_worker() {
         }
     }
     assert!(told >= 3, "{told}");
+}
+
+/// Which GPUs NICs are is said to nobody who does not know of that.
+#[test]
+fn gpus_follow_the_domains_of_a_profile() {
+    let gpu = |number: u8, others: &[(u8, bool)]| GpuIdentity {
+        uuid: [number; 16],
+        is_instance: number == 2,
+        others: others.iter().map(|(other, reached)| ([*other; 16], *reached)).collect(),
+    };
+    let domain = MemoryDomain { name: "rack/1".to_owned(), address: vec![9; 3].into() };
+    let mut told = 0;
+    for message in every_variant() {
+        let Message::Profile(profile) = &message else { continue };
+        let Some(worker) = profile.worker.as_ref().filter(|worker| !worker.nics.is_empty()) else { continue };
+        for (rails, domain) in [(0, None), (4, None), (0, Some(&domain)), (4, Some(&domain))] {
+            let with = |gpus: &[Option<GpuIdentity>]| {
+                let mut worker = worker.clone();
+                worker.rails = rails;
+                worker.nics[0].domain = domain.cloned();
+                worker.nics.iter_mut().zip(gpus).for_each(|(nic, gpu)| nic.gpu = gpu.clone());
+                Message::Profile(Box::new(Profile { worker: Some(worker) }))
+            };
+            let plain = with(&[]);
+            for gpus in [[Some(gpu(1, &[(2, true), (3, false)])), Some(gpu(2, &[]))], [Some(gpu(2, &[])), None]] {
+                told += 1;
+                let message = with(&gpus);
+                for older in [GPUS_PROTOCOL - 1, 1] {
+                    let encoded = [&message, &plain].map(|message| encode_for(message, older).expect("encodes"));
+                    assert_eq!(encoded[0], encoded[1], "nobody else is told");
+                }
+                let long = encode_for(&message, GPUS_PROTOCOL).expect("encodes");
+                assert_eq!(decode_from(&long, GPUS_PROTOCOL).as_ref(), Ok(&message));
+                assert!(decode_from(&long, GPUS_PROTOCOL - 1).is_err(), "an older peer does not say that");
+                let whole = [encode_message(&plain), encode_for(&plain, 4), encode_for(&plain, GPUS_PROTOCOL)]
+                    .map(|bytes| bytes.expect("encodes").len());
+                for cut in (whole[0]..long.len()).filter(|cut| !whole.contains(cut)) {
+                    assert!(decode_from(&long[..cut], GPUS_PROTOCOL).is_err(), "{cut} of {}", long.len());
+                }
+                assert!(decode_from(&[&long[..], &[0]].concat(), GPUS_PROTOCOL).is_err());
+            }
+            let bare = encode_message(&plain).expect("encodes");
+            let said = |list: &[u8]| {
+                decode_from(&[&bare[..], &rails.to_le_bytes(), &[0], list].concat(), GPUS_PROTOCOL)
+                    .map_err(|e| e.to_string())
+            };
+            let of = |index: u8, others: &[u8]| [&[index], &[7; 16][..], &[0], others].concat();
+            assert!(said(&[&[1], &of(0, &[0])[..]].concat()).is_ok());
+            // None, nobody's NIC, one twice, more GPUs than a host has, more NICs than anybody has.
+            let crowd = [&[129, 1][..], &[1; 17 * 129]].concat();
+            for list in [
+                vec![0],
+                [&[1], &of(worker.nics.len() as u8, &[0])[..]].concat(),
+                [&[2], &of(0, &[0])[..], &of(0, &[0])].concat(),
+                [&[1], &of(0, &crowd)[..]].concat(),
+                vec![0xff; 5],
+            ] {
+                assert!(said(&list).is_err(), "{list:?}");
+            }
+        }
+    }
+    assert!(told >= 8, "{told}");
 }
 
 /// As it is written on the wire.

@@ -5,7 +5,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kvferry_core::{Direction, Epoch, MemoryDomain, PoolId, PoolLayout, Program, TransferId, TransportKind, UnitRange};
+use kvferry_core::{
+    Direction, Epoch, GpuIdentity, MemoryDomain, PoolId, PoolLayout, Program, TransferId, TransportKind, UnitRange,
+};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -49,6 +51,11 @@ pub trait Transport {
     /// Where peers of other hosts find it that can read its pools all the same, as GPUs of one NVLink domain do: instead of the address, for those of
     /// another host in a domain of the same name. Asked once its pools are bound, of which one may not be for all.
     fn domain(&self) -> Option<MemoryDomain> {
+        None
+    }
+
+    /// Which GPU it is, where it is one: by that peers judge whether its memory is read from theirs before they choose it.
+    fn gpu(&self) -> Option<GpuIdentity> {
         None
     }
 

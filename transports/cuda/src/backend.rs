@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvferry_core::{PoolId, PoolLayout, Program, UnitRange};
+use kvferry_core::{GpuIdentity, PoolId, PoolLayout, Program, UnitRange};
 use kvferry_local::wire::MemoryKind;
 use kvferry_local::{Backend, Owner, Shared, Sockets};
 use kvferry_transport::{DeviceEvent, Evidence, Grade, Pool, TransferError, TransportKind, Wait};
@@ -17,6 +17,7 @@ use crate::copy::{Kernels, Pace};
 use crate::event::GpuEvent;
 use crate::launch::Launcher;
 use crate::memory::GpuMemory;
+use crate::paths;
 use crate::planes::Planes;
 use crate::shared::{Reached, reach, share};
 
@@ -91,6 +92,10 @@ impl Backend for GpuPools {
 
     fn domain(&self) -> Option<String> {
         self.domain.clone().filter(|_| self.bound.values().all(|bound| bound.is_fabric))
+    }
+
+    fn gpu(&self) -> Option<GpuIdentity> {
+        Some(paths::identity(self.launcher.borrow().gpu()))
     }
 
     fn open(

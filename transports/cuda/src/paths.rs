@@ -1,5 +1,8 @@
 //! Which GPUs reach which, and why not.
 
+use kvferry_core::GpuIdentity;
+use kvferry_core::limits::GPUS_MAX;
+
 use crate::driver::{self, DeviceHandle, Driver};
 use crate::gpu::{Gpu, label};
 
@@ -90,6 +93,15 @@ pub(crate) fn describe(gpu: &Gpu) -> String {
     };
     let others: Vec<String> = (0..count).filter(|ordinal| *ordinal != gpu.ordinal).map(words).collect();
     if others.is_empty() { "sees no other GPU".to_owned() } else { format!("reaches {}", others.join(", ")) }
+}
+
+/// What peers need to judge which path they take; as [`check`] judges it.
+pub(crate) fn identity(gpu: &Gpu) -> GpuIdentity {
+    let driver = driver::driver().ok();
+    let count = driver.and_then(|driver| driver::device_count(driver).ok()).unwrap_or(0);
+    let others = (0..count).filter(|ordinal| *ordinal != gpu.ordinal).take(GPUS_MAX);
+    let other = |ordinal| Some((device_uuid(driver?, ordinal)?, reach(gpu, ordinal) != Reach::None));
+    GpuIdentity { uuid: gpu.uuid, is_instance: is_mig(&gpu.name), others: others.filter_map(other).collect() }
 }
 
 /// The number that a GPU has in this process, if it is visible here.

@@ -1,5 +1,6 @@
-// A CUDA driver without a GPU, for tests: one device whose memory is this process's own, whose kernels are walk.cu run by the processor before the
+// A CUDA driver without a GPU, for tests: a device whose memory is this process's own, whose kernels are walk.cu run by the processor before the
 // call returns, and whose physical memory is memfds. A descriptor stands for it, or 64 bytes, by which any process of this user finds it.
+// DRIVER_OF_NONE_GPUS has more such devices, DRIVER_OF_NONE_APART none that reaches another, DRIVER_OF_NONE_MIG the first be a MIG instance.
 #include "../kernels/emulated.h"
 
 #include <errno.h>
@@ -74,16 +75,25 @@ Result cuDriverGetVersion(int *version) {
     return *version = older ? atoi(older) : 13000, SUCCESS;
 }
 Result cuGetErrorString(Result code, const char **text) { return *text = code == NOT_SUPPORTED ? "not supported" : "refused", SUCCESS; }
-Result cuDeviceGetCount(int *count) { return *count = 1, SUCCESS; }
-Result cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? INVALID_VALUE : SUCCESS; }
-Result cuDeviceGetName(char *name, int bytes, int) { return strncpy(name, "Processor", bytes), SUCCESS; }
-Result cuDeviceGetUuid_v2(unsigned char *uuid, int) {
+Result cuDeviceGetCount(int *count) {
+    const char *more = getenv("DRIVER_OF_NONE_GPUS");
+    return *count = more ? atoi(more) : 1, SUCCESS;
+}
+Result cuDeviceGet(int *device, int ordinal) {
+    int count;
+    cuDeviceGetCount(&count);
+    return *device = ordinal, ordinal < 0 || ordinal >= count ? INVALID_VALUE : SUCCESS;
+}
+Result cuDeviceGetName(char *name, int bytes, int device) {
+    return strncpy(name, !device && getenv("DRIVER_OF_NONE_MIG") ? "Processor MIG 1g.5gb" : "Processor", bytes), SUCCESS;
+}
+Result cuDeviceGetUuid_v2(unsigned char *uuid, int device) {
     for (int at = 0; at < 16; at++)
-        uuid[at] = at == 15 ? 0 : at;
+        uuid[at] = at == 15 ? device : at;
     return SUCCESS;
 }
 Result cuDeviceGetAttribute(int *value, int attribute, int) { return *value = attribute == 75 ? 9 : 1, SUCCESS; }
-Result cuDeviceCanAccessPeer(int *can, int, int) { return *can = 1, SUCCESS; }
+Result cuDeviceCanAccessPeer(int *can, int, int) { return *can = !getenv("DRIVER_OF_NONE_APART"), SUCCESS; }
 Result cuDeviceGetP2PAttribute(int *value, int, int, int) { return *value = 1, SUCCESS; }
 Result cuDevicePrimaryCtxRetain(Handle *context, int) { return *context = (Handle)1, SUCCESS; }
 Result cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvferry_core::{FenceProof, PoolId, PoolLayout, Program, TransportKind, UnitRange};
+use kvferry_core::{FenceProof, GpuIdentity, PoolId, PoolLayout, Program, TransportKind, UnitRange};
 use kvferry_transport::{DeviceEvent, Evidence, PeerId, Pool, TransferError, Wait};
 
 use crate::carrier::{Carrier, Descriptor, Owner};
@@ -52,6 +52,11 @@ pub trait Backend: 'static {
 
     /// The domain of hosts, this one among them, from all of which every pool that is bound now can be read.
     fn domain(&self) -> Option<String> {
+        None
+    }
+
+    /// Which GPU's memory it is, where it is a GPU's.
+    fn gpu(&self) -> Option<GpuIdentity> {
         None
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvferry_core::{MemoryDomain, PoolId, PoolLayout, TransferId};
+use kvferry_core::{GpuIdentity, MemoryDomain, PoolId, PoolLayout, TransferId};
 use kvferry_transport::codec::random;
 use kvferry_transport::{
     BindError, ConnectError, DeviceEvent, Event, Expected, ImportError, NicInfo, OpenError, Options, PeerId, Pool,
@@ -202,6 +202,10 @@ impl<B: Backend> Transport for LocalTransport<B> {
         let (name, place) = self.backend.domain().zip(self.carrier.place_beyond())?;
         let address = Address::new(B::KIND, self.info.host.clone(), place, self.key, self.instance).encode();
         Some(MemoryDomain { name, address })
+    }
+
+    fn gpu(&self) -> Option<GpuIdentity> {
+        self.backend.gpu()
     }
 
     fn bind(&mut self, pool: &Pool) -> Result<PoolKeys, BindError> {

@@ -53,7 +53,7 @@ pub(super) fn standing<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deseriali
 }
 
 /// A sequence of at most `MAX` elements: a longer one is refused by the length that it announces.
-pub(super) fn capped<'de, D, T, const MAX: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
+pub(crate) fn capped<'de, D, T, const MAX: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de>,

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{FailReason, MemberList, Outcome, PrefillView, PushShares, Refusal, Role, ShareName, bounds};
 use crate::{
-    Direction, Epoch, GroupGeometry, GroupId, HandoverId, MemoryDomain, Moment, NodeId, PoolLayout, Rank, RequestId,
-    Tables, TraceContext, TransportKind,
+    Direction, Epoch, GpuIdentity, GroupGeometry, GroupId, HandoverId, MemoryDomain, Moment, NodeId, PoolLayout, Rank,
+    RequestId, Tables, TraceContext, TransportKind,
 };
 
 /// One control message. The sender is the session's peer; nothing in a message claims who sent it.
@@ -264,11 +264,18 @@ pub struct NicAdvert {
     /// From which other hosts it is reached, too. It travels behind the profile (`wire.rs`).
     #[serde(skip)]
     pub domain: Option<MemoryDomain>,
+    /// Which GPU it is, where it is one. It travels behind the profile, too.
+    #[serde(skip)]
+    pub gpu: Option<GpuIdentity>,
 }
 
 /// What follows a profile of whose NICs some are reached from other hosts: which of them, and how.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Domains(#[serde(deserialize_with = "bounds::named")] pub(crate) Vec<(u32, MemoryDomain)>);
+
+/// What follows those of a profile of whose NICs some are GPUs: which of them, and which GPUs.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Gpus(#[serde(deserialize_with = "bounds::named")] pub(crate) Vec<(u32, GpuIdentity)>);
 
 /// One live node, as the directory lists it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -42,6 +42,9 @@ mod subject;
 mod tests;
 mod vitals;
 
+pub(crate) use bounds::capped;
+pub(crate) use message::Domains;
+
 pub use attendance::{Attendance, Away};
 pub use command::{Command, EngineCall, EngineEvent, Event, Finished, NicCommand, NicEvent, Outbox};
 pub use conversation::{Conversation, Heard, RESUMING_PROTOCOL, Unheard};

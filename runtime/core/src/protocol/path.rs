@@ -3,7 +3,7 @@
 use core::fmt;
 
 use super::{NicAdvert, RailHealth, RdmaShortfall, Role, WorkerProfile};
-use crate::{Direction, Evidence, GroupId, MemoryDomain, NodeId, Rank, TransportKind};
+use crate::{Direction, Evidence, GpuIdentity, GroupId, MemoryDomain, NodeId, Rank, TransportKind};
 
 /// The best first: GPU and shared memory of one host before anything that crosses a network.
 const PREFERENCE: [TransportKind; 6] = [
@@ -107,7 +107,7 @@ impl fmt::Display for PassedOver {
 }
 
 /// Why a transport does not join two ranks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Obstacle {
     /// Only one side has opened it.
     OpenedBy(Role),
@@ -115,6 +115,10 @@ pub enum Obstacle {
     Apart,
     /// Both have, on different hosts that do not read each other's memory.
     OtherDomain,
+    /// Both have, on GPUs of one host that do not read each other's memory.
+    NoPeerAccess,
+    /// Both have, and a MIG instance is among the two GPUs.
+    Instance,
 }
 
 impl fmt::Display for Obstacle {
@@ -124,6 +128,12 @@ impl fmt::Display for Obstacle {
             Obstacle::Apart => f.write_str("the two are on different hosts"),
             Obstacle::OtherDomain => f.write_str(
                 "the two are on different hosts, and not in one NVLink domain with pools that fabric handles stand for",
+            ),
+            Obstacle::NoPeerAccess => f.write_str(
+                "the two GPUs have no peer access to each other, neither by NVLink nor by PCIe: nvidia-smi topo -p2p r says what is in the way",
+            ),
+            Obstacle::Instance => f.write_str(
+                "a MIG instance is among the two GPUs, which reaches nobody but itself: have both use the same one, or turn MIG off (nvidia-smi -mig 0)",
             ),
         }
     }
@@ -155,7 +165,8 @@ fn pair(kind: TransportKind, source: &[NicAdvert], destination: &[NicAdvert], la
         nics.iter().enumerate().filter(|(_, nic)| meets(nic)).map(|(index, _)| index).collect()
     };
     let pick = |nics: &[usize], rail: u64| nics.get((rail % (nics.len() as u64).max(1)) as usize).copied();
-    let joins = |one: &NicAdvert, other: &NicAdvert| one.kind == kind && other.kind == kind && reaches(one, other);
+    let joins =
+        |one: &NicAdvert, other: &NicAdvert| one.kind == kind && other.kind == kind && between(one, other).is_none();
     let sources = of_kind(source, &|nic| destination.iter().any(|other| joins(nic, other)));
     let reachable = of_kind(destination, &|nic| source.iter().any(|other| joins(other, nic)));
     let rail = lane % (sources.len().max(reachable.len()) as u64).max(1);
@@ -165,16 +176,22 @@ fn pair(kind: TransportKind, source: &[NicAdvert], destination: &[NicAdvert], la
     Some((from, to))
 }
 
-/// What would have been preferred to `chosen`.
-pub(super) fn passed_over(source: &[NicAdvert], destination: &[NicAdvert], chosen: TransportKind) -> Vec<PassedOver> {
-    let better = PREFERENCE.into_iter().take_while(|kind| *kind != chosen);
-    let has = |nics: &[NicAdvert], kind| nics.iter().any(|nic| nic.kind == kind);
-    let obstacle = |kind| match (has(source, kind), has(destination, kind)) {
-        (false, false) => None,
-        (true, false) => Some(Obstacle::OpenedBy(Role::Prefill)),
-        (false, true) => Some(Obstacle::OpenedBy(Role::Decode)),
-        (true, true) if kind == TransportKind::Cuda => Some(Obstacle::OtherDomain),
-        (true, true) => Some(Obstacle::Apart),
+/// What would have been preferred to `chosen`; every kind, where there is no path.
+pub(super) fn passed_over(
+    source: &[NicAdvert],
+    destination: &[NicAdvert],
+    chosen: Option<TransportKind>,
+) -> Vec<PassedOver> {
+    let better = PREFERENCE.into_iter().take_while(|kind| Some(*kind) != chosen);
+    let of = |nics: &'_ [NicAdvert], kind| -> Vec<NicAdvert> {
+        nics.iter().filter(|nic| nic.kind == kind).cloned().collect()
+    };
+    let obstacle = |kind| match (of(source, kind), of(destination, kind)) {
+        (from, to) if from.is_empty() && to.is_empty() => None,
+        (_, to) if to.is_empty() => Some(Obstacle::OpenedBy(Role::Prefill)),
+        (from, _) if from.is_empty() => Some(Obstacle::OpenedBy(Role::Decode)),
+        // Of several pairs, what keeps those apart that are closest.
+        (from, to) => from.iter().flat_map(|one| to.iter().filter_map(|other| between(one, other))).max(),
     };
     better.filter_map(|kind| Some(PassedOver { kind, obstacle: obstacle(kind)? })).collect()
 }
@@ -186,17 +203,36 @@ pub(super) fn beyond<'a>(local: &[NicAdvert], remote: &'a NicAdvert) -> Option<&
     remote.domain.as_ref().filter(|_| !is_here)
 }
 
-/// A NIC that reaches by memory names its host, and maybe a domain of hosts; of UCX's and libfabric's, some do and others cross the network.
-fn reaches(local: &NicAdvert, remote: &NicAdvert) -> bool {
-    match local.kind {
-        kind if is_local(kind) => {
-            let is_here = !local.host.is_empty() && local.host == remote.host;
-            is_here
-                || local.domain.as_ref().zip(remote.domain.as_ref()).is_some_and(|(one, other)| one.name == other.name)
+/// What keeps two NICs of a kind apart. One that reaches by memory names its host, and maybe a domain of hosts; of UCX's and libfabric's, some do and
+/// others cross the network.
+fn between(source: &NicAdvert, destination: &NicAdvert) -> Option<Obstacle> {
+    let is_one_host = source.host == destination.host;
+    match source.kind {
+        TransportKind::Cuda | TransportKind::Shm => {
+            let is_here = is_one_host && !source.host.is_empty();
+            let domains = source.domain.as_ref().zip(destination.domain.as_ref());
+            let apart = if source.kind == TransportKind::Cuda { Obstacle::OtherDomain } else { Obstacle::Apart };
+            if !is_here && domains.is_none_or(|(one, other)| one.name != other.name) {
+                return Some(apart);
+            }
+            let (from, to) = source.gpu.as_ref().zip(destination.gpu.as_ref())?;
+            between_gpus(from, to, is_here)
         }
-        TransportKind::Ucx | TransportKind::Libfabric => local.host == remote.host,
-        _ => true,
+        TransportKind::Ucx | TransportKind::Libfabric => (!is_one_host).then_some(Obstacle::Apart),
+        _ => None,
     }
+}
+
+/// What keeps the destination's GPU from reading the source's memory, where that is certain. What neither process sees, it has to try.
+fn between_gpus(source: &GpuIdentity, destination: &GpuIdentity, is_here: bool) -> Option<Obstacle> {
+    if is_here && source.uuid == destination.uuid {
+        return None;
+    }
+    if source.is_instance || destination.is_instance {
+        return Some(Obstacle::Instance);
+    }
+    let seen = destination.reaches(&source.uuid).or_else(|| source.reaches(&destination.uuid));
+    (is_here && seen == Some(false)).then_some(Obstacle::NoPeerAccess)
 }
 
 /// Whether the destination's own side copies, from memory of the same host or domain.
@@ -212,7 +248,7 @@ mod tests {
 
     fn nic(kind: TransportKind, host: &str) -> NicAdvert {
         let (address, keys) = (Bytes::from_static(b"here"), Bytes::new());
-        NicAdvert { kind, device: "d".into(), host: host.into(), address, keys, domain: None }
+        NicAdvert { kind, device: "d".into(), host: host.into(), address, keys, domain: None, gpu: None }
     }
 
     fn gpu(host: &str, domain: &str) -> NicAdvert {
@@ -234,8 +270,86 @@ mod tests {
             // On one host that is nobody's business.
             assert_eq!(path(&here, &[nic(TransportKind::Cuda, "a"), tcp()], lane), Some((1, 0)));
         }
-        let why = passed_over(&here, &[gpu("b", "rack-8/1"), tcp()], TransportKind::Tcp);
+        let why = passed_over(&here, &[gpu("b", "rack-8/1"), tcp()], Some(TransportKind::Tcp));
         assert!(matches!(why[..], [PassedOver { kind: TransportKind::Cuda, obstacle: Obstacle::OtherDomain }]));
+    }
+
+    /// A GPU of one host that reaches some others, and sees some that it does not reach.
+    fn of_host(number: u8, is_instance: bool, others: &[(u8, bool)]) -> NicAdvert {
+        let others = others.iter().map(|(other, reached)| ([*other; 16], *reached)).collect();
+        let gpu = GpuIdentity { uuid: [number; 16], is_instance, others };
+        NicAdvert { gpu: Some(gpu), ..nic(TransportKind::Cuda, "a") }
+    }
+
+    /// Which obstacle has a pair of GPUs go through tcp in either direction; `None` where it goes through neither.
+    fn obstacle(one: &NicAdvert, other: &NicAdvert) -> Option<Obstacle> {
+        let with_tcp = |gpu: &NicAdvert| [gpu.clone(), nic(TransportKind::Tcp, "")];
+        let (one, other) = (with_tcp(one), with_tcp(other));
+        let found = [(&one, &other), (&other, &one)].map(|(from, to)| {
+            let chosen = path(from, to, 0).expect("tcp reaches everybody");
+            match passed_over(from, to, Some(from[chosen.0].kind))[..] {
+                [] => {
+                    assert_eq!(chosen, (0, 0));
+                    None
+                }
+                [PassedOver { kind: TransportKind::Cuda, obstacle }] => {
+                    assert_eq!(chosen, (1, 1));
+                    Some(obstacle)
+                }
+                ref more => panic!("{more:?}"),
+            }
+        });
+        assert_eq!(found[0], found[1], "both ways alike");
+        found[0]
+    }
+
+    #[test]
+    fn gpus_that_do_not_read_each_other_take_the_next_transport() {
+        let (seen, unseen) = (of_host(0, false, &[(1, true), (2, false)]), of_host(3, false, &[]));
+        assert_eq!(obstacle(&seen, &of_host(1, false, &[(0, true)])), None);
+        // Either one's word is enough, where the other sees only itself.
+        assert_eq!(obstacle(&seen, &of_host(2, false, &[(0, false)])), Some(Obstacle::NoPeerAccess));
+        assert_eq!(obstacle(&seen, &of_host(2, false, &[])), Some(Obstacle::NoPeerAccess));
+        // What nobody sees is tried, and so is what an older peer does not say.
+        assert_eq!(obstacle(&seen, &unseen), None);
+        assert_eq!(obstacle(&seen, &nic(TransportKind::Cuda, "a")), None);
+        // The same GPU always, a MIG instance nothing else.
+        assert_eq!(obstacle(&seen, &seen), None);
+        let instance = of_host(4, true, &[]);
+        assert_eq!(obstacle(&instance, &instance), None);
+        for other in [&seen, &unseen, &of_host(5, true, &[])] {
+            assert_eq!(obstacle(&instance, other), Some(Obstacle::Instance));
+        }
+        // Whose kernels it is that read decides, should the two see it differently.
+        let (one, other) = (of_host(1, false, &[(2, true)]), of_host(2, false, &[(1, false)]));
+        assert_eq!(path(&[one.clone()], &[other.clone()], 0), None);
+        assert_eq!(path(&[other], &[one], 0), Some((0, 0)));
+    }
+
+    #[test]
+    fn gpus_of_one_domain_need_no_peer_access() {
+        let beyond = |number: u8, is_instance, host: &str| NicAdvert {
+            gpu: of_host(number, is_instance, &[(0, false), (1, false)]).gpu,
+            ..gpu(host, "rack-7/1")
+        };
+        assert_eq!(obstacle(&beyond(0, false, "a"), &beyond(1, false, "b")), None);
+        assert_eq!(obstacle(&beyond(0, true, "a"), &beyond(1, false, "b")), Some(Obstacle::Instance));
+        let elsewhere = NicAdvert { host: "b".into(), ..of_host(0, false, &[]) };
+        assert_eq!(obstacle(&of_host(0, false, &[]), &elsewhere), Some(Obstacle::OtherDomain), "a name is no GPU");
+    }
+
+    #[test]
+    fn of_several_gpus_those_meet_that_can_and_the_closest_say_why_not() {
+        let lone = of_host(7, false, &[(1, false)]);
+        let near = of_host(0, false, &[(1, true)]);
+        let to = [of_host(1, false, &[(7, false), (0, true)])];
+        for lane in 0..4 {
+            assert_eq!(path(&[lone.clone(), near.clone()], &to, lane), Some((1, 0)));
+        }
+        let far = NicAdvert { host: "b".into(), ..of_host(9, false, &[]) };
+        let why = passed_over(&[far, lone], &to, None);
+        assert!(matches!(why[..], [PassedOver { obstacle: Obstacle::NoPeerAccess, .. }]), "{why:?}");
+        assert!(why[0].to_string().contains("no peer access"), "{}", why[0]);
     }
 
     #[test]
@@ -317,7 +431,7 @@ mod tests {
         let source = [nic(TransportKind::Cuda, "a"), nic(TransportKind::Shm, "a"), nic(TransportKind::Tcp, "")];
         let destination = [nic(TransportKind::Shm, "b"), nic(TransportKind::Ucx, ""), nic(TransportKind::Tcp, "")];
         let words = |chosen| {
-            let all = passed_over(&source, &destination, chosen);
+            let all = passed_over(&source, &destination, Some(chosen));
             all.iter().map(PassedOver::to_string).collect::<Vec<_>>()
         };
         assert_eq!(

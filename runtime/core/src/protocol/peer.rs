@@ -55,10 +55,13 @@ impl Peer {
         let direction = direction(source.direction, destination.direction)?;
         let lane = lane(source, destination);
         let (from, to) = path(&source.nics, &destination.nics, lane).ok_or_else(|| {
+            let why: Vec<String> =
+                passed_over(&source.nics, &destination.nics, None).iter().map(PassedOver::to_string).collect();
             FailReason::Mismatch(format!(
-                "no transport reaches from {} to {}; open one kind on both sides",
+                "no transport reaches from {} to {}; open one kind on both sides that does: {}",
                 kinds(&local.nics),
-                kinds(&remote.nics)
+                kinds(&remote.nics),
+                why.join(", ")
             ))
         })?;
         let (nic, remote_nic) = if local.role == Role::Prefill { (from, to) } else { (to, from) };
@@ -66,7 +69,7 @@ impl Peer {
             return Err(FailReason::Mismatch(short.to_string()));
         }
         let chosen = local.nics.get(nic).map(|nic| nic.kind);
-        let passed_over = chosen.map(|kind| passed_over(&source.nics, &destination.nics, kind)).unwrap_or_default();
+        let passed_over = passed_over(&source.nics, &destination.nics, chosen);
         for nic in &mut remote.nics {
             if let Some(domain) = beyond(&local.nics, nic) {
                 nic.address = domain.address.clone();
@@ -300,7 +303,7 @@ mod tests {
 
     fn nic(kind: TransportKind, host: &str) -> NicAdvert {
         let (address, keys, domain) = (Bytes::new(), Bytes::new(), None);
-        NicAdvert { kind, device: "d".into(), host: host.into(), address, keys, domain }
+        NicAdvert { kind, device: "d".into(), host: host.into(), address, keys, domain, gpu: None }
     }
 
     fn tcp(count: usize) -> Vec<NicAdvert> {

@@ -143,7 +143,7 @@ mod tests {
 
     fn nic(kind: TransportKind, device: &str, host: &str) -> NicAdvert {
         let (address, keys, domain) = (Bytes::new(), Bytes::new(), None);
-        NicAdvert { kind, device: device.into(), host: host.into(), address, keys, domain }
+        NicAdvert { kind, device: device.into(), host: host.into(), address, keys, domain, gpu: None }
     }
 
     fn path(required: bool, here: &[NicAdvert], there: &[NicAdvert]) -> Option<RdmaShortfall> {

@@ -1,8 +1,8 @@
 //! What messages and events are called and what they are about, for whoever records them.
 
-use super::message::Domains;
-use super::{Event, Message};
-use crate::{HandoverId, RequestId, TraceContext, limits};
+use super::message::{Domains, Gpus};
+use super::{Event, Message, NicAdvert};
+use crate::{HandoverId, MemoryDomain, RequestId, TraceContext, limits};
 
 /// What one message is about. Of a message about several, the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -122,21 +122,44 @@ impl Message {
 
     /// As [`Message::domains`] tells them. An error says what no profile can have.
     pub(crate) fn set_domains(&mut self, Domains(domains): Domains) -> Result<(), String> {
+        let is_named = |domain: &MemoryDomain| (1..=limits::NAME_BYTES_MAX).contains(&domain.name.len());
+        if let Some((index, _)) = domains.iter().find(|(_, domain)| !is_named(domain)) {
+            return Err(format!("the name of NIC {index}'s domain is empty or too long"));
+        }
+        self.each_nic(domains, |nic, domain| nic.domain = Some(domain))
+    }
+
+    /// The NICs of a profile that are GPUs, in order.
+    pub(crate) fn gpus(&self) -> Option<Gpus> {
+        let Message::Profile(profile) = self else { return None };
+        let gpus = (0..).zip(&profile.worker.as_ref()?.nics).filter_map(|(index, nic)| Some((index, nic.gpu.clone()?)));
+        Some(Gpus(gpus.collect())).filter(|gpus| !gpus.0.is_empty())
+    }
+
+    /// As [`Message::gpus`] tells them. An error says what no profile can have.
+    pub(crate) fn set_gpus(&mut self, Gpus(gpus): Gpus) -> Result<(), String> {
+        if gpus.is_empty() {
+            return Err("an empty list is not said".to_owned());
+        }
+        self.each_nic(gpus, |nic, gpu| nic.gpu = Some(gpu))
+    }
+
+    /// Gives NICs of a profile, in order, what is said of them.
+    fn each_nic<T>(&mut self, said: Vec<(u32, T)>, mut set: impl FnMut(&mut NicAdvert, T)) -> Result<(), String> {
         let nics = match self {
             Message::Profile(profile) => profile.worker.as_mut().map(|worker| worker.nics.as_mut_slice()),
             _ => None,
         };
         let nics = nics.unwrap_or_default();
         let mut next = 0;
-        for (index, domain) in domains {
-            if index < next || domain.name.is_empty() || domain.name.len() > limits::NAME_BYTES_MAX {
-                return Err(format!("NIC {index} is out of order, or the name of its domain is empty or too long"));
+        for (index, value) in said {
+            if index < next {
+                return Err(format!("NIC {index} is out of order"));
             }
-            let nic = nics.get_mut(index as usize).ok_or_else(|| format!("there is no NIC {index}"))?;
-            nic.domain = Some(domain);
+            set(nics.get_mut(index as usize).ok_or_else(|| format!("there is no NIC {index}"))?, value);
             next = index + 1;
         }
-        if next == 0 { Err("an empty list is not said".to_owned()) } else { Ok(()) }
+        Ok(())
     }
 
     /// What it is about.

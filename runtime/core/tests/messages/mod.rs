@@ -177,6 +177,7 @@ impl Parts {
             address: Bytes::from(self.text.clone()),
             keys: Bytes::from(vec![self.choice; 9]),
             domain: None,
+            gpu: None,
         };
         WorkerProfile {
             role: self.role(),

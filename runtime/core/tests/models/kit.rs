@@ -44,6 +44,7 @@ pub(crate) fn worker(
         address: Bytes::from_static(b"a"),
         keys: Bytes::new(),
         domain: None,
+        gpu: None,
     };
     WorkerProfile {
         role,

@@ -60,6 +60,7 @@ impl Node {
             address: Bytes::new(),
             keys: Bytes::new(),
             domain: None,
+            gpu: None,
         };
         let profile = WorkerProfile {
             role,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::OnceLock;
 
 use bytes::Bytes;
-use kvferry_core::{PoolId, PoolLayout, TransferId};
+use kvferry_core::{GpuIdentity, PoolId, PoolLayout, TransferId};
 use kvferry_cuda::{Allocate, CudaProvider};
 use kvferry_transport::conformance::absent;
 use kvferry_transport::{
@@ -104,6 +104,10 @@ impl Transport for Apart {
 
     fn domain(&self) -> Option<MemoryDomain> {
         self.0.domain()
+    }
+
+    fn gpu(&self) -> Option<GpuIdentity> {
+        self.0.gpu()
     }
 
     fn bind(&mut self, pool: &Pool) -> Result<PoolKeys, BindError> {

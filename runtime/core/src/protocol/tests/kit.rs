@@ -45,6 +45,7 @@ pub(super) fn nic(kind: TransportKind) -> NicAdvert {
         address: Bytes::from_static(b"a"),
         keys: Bytes::from_static(b"k"),
         domain: None,
+        gpu: None,
     }
 }
 
