@@ -137,7 +137,13 @@ impl Lane {
         let id = TransferId(id);
         let start = Instant::now();
         self.destination
-            .expect(Expected { id, pool: PoolId(2), program: Arc::clone(&self.push.program), range: self.push.range })
+            .expect(Expected {
+                from: None,
+                id,
+                pool: PoolId(2),
+                program: Arc::clone(&self.push.program),
+                range: self.push.range,
+            })
             .expect("expects");
         self.source.post(Transfer { id, ..self.push.clone() }).expect("posts");
         self.source.poll(&mut Vec::new());

@@ -142,8 +142,13 @@ fn respond(
     to.send(Word::Hello(transport.address(), keys)).expect("the initiator lives");
     if direction == Direction::Push {
         for iteration in 0..ITERATIONS {
-            let expected =
-                Expected { id: id(iteration), pool: pool.id(), program: program.clone(), range: program.whole() };
+            let expected = Expected {
+                from: None,
+                id: id(iteration),
+                pool: pool.id(),
+                program: program.clone(),
+                range: program.whole(),
+            };
             transport.expect(expected).expect("there is room");
             to.send(Word::Expecting).expect("the initiator lives");
             wait(transport.as_mut(), &mut |event| matches!(event, Event::Arrived { .. }));

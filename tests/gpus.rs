@@ -114,7 +114,7 @@ fn gpus_that_do_not_reach_each_other_are_passed_over() {
             // The decode rank is on gpu0, with the first of the others.
             for path in paths {
                 let (transport, passed_over) = (&path["transport"], path["passed_over"].to_string());
-                if path["from"].to_string().contains("rank-0") {
+                if path["from"] == "prefill:0" {
                     assert_eq!((transport, passed_over.as_str()), (&Value::from("cuda"), "[]"), "{path}");
                 } else {
                     assert_eq!(transport, "tcp", "{path}");

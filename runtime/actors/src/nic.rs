@@ -301,10 +301,16 @@ impl Nic {
                 let posted = self.transport.post(transfer);
                 self.accept(posted, id, NicCommand::Post { id, node, direction, program, range });
             }
-            NicCommand::Expect { id, program, range } => {
+            NicCommand::Expect { id, from, program, range } => {
                 self.begin(id);
-                let expected = self.transport.expect(Expected { id, pool: self.pool, program: program.clone(), range });
-                self.accept(expected, id, NicCommand::Expect { id, program, range });
+                let expected = self.transport.expect(Expected {
+                    id,
+                    from: Some(from.clone()),
+                    pool: self.pool,
+                    program: program.clone(),
+                    range,
+                });
+                self.accept(expected, id, NicCommand::Expect { id, from, program, range });
             }
             NicCommand::Cancel { id } => {
                 let waiting = self.backlog.len();

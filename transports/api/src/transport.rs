@@ -155,6 +155,9 @@ pub struct Transfer {
 pub struct Expected {
     /// Its name at both ends.
     pub id: TransferId,
+    /// The address of the transport that it may come from, where that is known; `None` takes it from any peer. Transports whose destination reads
+    /// the source's memory by itself take it from nobody else.
+    pub from: Option<Bytes>,
     /// The local pool that is written.
     pub pool: PoolId,
     /// What may arrive: the same segments as the peer's, with the destination's tables. [`Program::fingerprint`] is compared.
@@ -286,6 +289,14 @@ pub enum PostError {
         /// What is wrong.
         #[source]
         source: kvferry_core::ProgramError,
+    },
+    /// The address that it is expected from is none.
+    #[error("{id} is expected from no transport of this kind: {reason}")]
+    BadSource {
+        /// Which transfer.
+        id: TransferId,
+        /// What is wrong.
+        reason: String,
     },
     /// It was to follow a device's event, which this transport cannot wait for, or which has failed.
     #[error("{id} cannot follow the event of {device}: {reason}")]

@@ -57,6 +57,7 @@ impl Backend for GpuPools {
     const PUSH_SPIN: Duration = SPIN;
     const EXPECT_SPIN: Duration = EXPECT_SPIN;
     const RINGS: bool = true;
+    const HANDLES: bool = true;
 
     fn bind(&mut self, pool: &Pool) -> Result<(), String> {
         let gpu = Arc::clone(self.launcher.borrow().gpu());

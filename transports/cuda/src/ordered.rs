@@ -131,8 +131,13 @@ impl Two {
         let (peer, remote) = self.b_at_a;
         let whole = program();
         let range = whole.whole();
-        let expected =
-            Expected { id: ID, pool: self.destination.id(), program: Arc::new(whole.without(End::Source)), range };
+        let expected = Expected {
+            from: None,
+            id: ID,
+            pool: self.destination.id(),
+            program: Arc::new(whole.without(End::Source)),
+            range,
+        };
         self.b.expect(expected).unwrap();
         let (program, local) = (Arc::new(whole.without(End::Destination)), self.source.id());
         Transfer { id: ID, peer, direction: Direction::Push, local, remote, program, range, notice: None }

@@ -252,7 +252,7 @@ fn pull_and_push(role: &str) {
     assert_eq!(check_blocks(&pool, &labels(false)).unwrap(), None);
 
     fill_blocks(&pool, &labels(false), u64::MAX).unwrap();
-    transport.expect(Expected { id: PUSH, pool: PoolId(5), program, range }).unwrap();
+    transport.expect(Expected { from: None, id: PUSH, pool: PoolId(5), program, range }).unwrap();
     writeln!(peer.stdin, "{} {}", hex(&transport.address()), hex(&keys.0)).unwrap();
     until(transport.as_mut(), &mut events, |e| matches!(e, Event::Arrived { .. } | Event::Failed { .. }));
     assert!(events.iter().any(|e| matches!(e, Event::Arrived { id: PUSH, .. })), "{events:?}");
@@ -426,7 +426,7 @@ fn cycles(mut transport: Box<dyn Transport>, roles: &[&str], later: std::ops::Ra
         let id = transport.connect(&peer.address).unwrap();
         let (program, range) = (program(), program().whole());
         if cycle % 4 == 3 {
-            transport.expect(Expected { id: PUSH, pool: PoolId(5), program, range }).unwrap();
+            transport.expect(Expected { from: None, id: PUSH, pool: PoolId(5), program, range }).unwrap();
             writeln!(peer.stdin, "{} {}", hex(&transport.address()), hex(&keys.0)).unwrap();
         } else {
             let remote = transport.import(id, &peer.keys, &layout()).unwrap();

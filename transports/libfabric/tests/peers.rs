@@ -87,7 +87,7 @@ fn cycle(a: &mut Party, b: &mut Party, source: (&Pool, &PoolKeys), destination: 
     let (program, range) = (transfer.program.clone(), transfer.range);
     from.transport.post(transfer).unwrap();
     if push {
-        b.transport.expect(Expected { id, pool: destination.0.id(), program, range }).unwrap();
+        b.transport.expect(Expected { from: None, id, pool: destination.0.id(), program, range }).unwrap();
     }
     until(&mut [&mut *a, &mut *b], "a transfer ends", |parties| match parties {
         [a, b] => b.end(id).is_some() && (!push || a.end(id).is_some()),

@@ -12,7 +12,7 @@ use crate::carrier::Carrier;
 use crate::posted::FELL;
 use crate::remote::Access;
 use crate::transport::{Job, LocalTransport, Role};
-use crate::wire::{Doorbell, Frame, PushOutcome};
+use crate::wire::{Address, Doorbell, Frame, PushOutcome};
 
 /// Bytes of doorbells that nobody expects yet.
 const HELD_BYTES_MAX: usize = 256 << 20;
@@ -20,6 +20,8 @@ const HELD_BYTES_MAX: usize = 256 << 20;
 /// What this side lets be written, and who came for it.
 pub(crate) struct Expecting {
     pub(crate) expected: Expected,
+    /// The only transport that it is taken from, where that is known.
+    from: Option<[u8; 16]>,
     /// Of the program, known before its doorbell comes.
     fingerprint: u64,
     arriving: Option<Arriving>,
@@ -64,13 +66,19 @@ impl<B: Backend> LocalTransport<B> {
             .program
             .validate(End::Destination, bound.pool.layout())
             .map_err(|source| PostError::Program { id, source })?;
+        let from = match expected.from.as_deref().map(|from| Address::decode(B::KIND, from)).transpose() {
+            Ok(address) => address.map(|address| address.instance),
+            Err(reason) => return Err(PostError::BadSource { id, reason }),
+        };
         let fingerprint = expected.program.fingerprint();
-        self.expecting.insert(id, Expecting { expected, fingerprint, arriving: None });
+        self.expecting.insert(id, Expecting { expected, from, fingerprint, arriving: None });
         self.expected = Some(Instant::now());
-        // Its doorbell may have been first.
-        let first = self.held.keys().find(|(_, held)| *held == id).copied();
-        if let Some((key, held)) = first.and_then(|key| self.held.remove_entry(&key)) {
-            self.meet(key.0, held.doorbell);
+        // Its doorbell may have been first, and so may others' that have no business here.
+        let came: Vec<(PeerId, TransferId)> = self.held.keys().filter(|(_, held)| *held == id).copied().collect();
+        for key in came {
+            if let Some(held) = self.held.remove(&key) {
+                self.doorbell(key.0, held.doorbell);
+            }
         }
         Ok(())
     }
@@ -78,6 +86,9 @@ impl<B: Backend> LocalTransport<B> {
     pub(crate) fn doorbell(&mut self, peer: PeerId, doorbell: Doorbell) {
         let id = doorbell.id;
         match self.expecting.get(&id) {
+            Some(Expecting { from: Some(from), .. }) if !self.is_from(peer, from) => {
+                return self.refuse(peer, &doorbell, "it is expected from another transport");
+            }
             Some(Expecting { arriving: None, .. }) => return self.meet(peer, doorbell),
             Some(_) => return self.refuse(peer, &doorbell, "a push of that id is arriving already"),
             None => {}
@@ -94,6 +105,10 @@ impl<B: Backend> LocalTransport<B> {
         }
         let until = Instant::now() + Duration::from_millis(self.options.unexpected_wait_ms.min(3_600_000));
         self.held.insert((peer, id), Held { doorbell, until });
+    }
+
+    fn is_from(&self, peer: PeerId, instance: &[u8; 16]) -> bool {
+        self.peers.get(&peer).is_some_and(|peer| peer.identity.instance == *instance)
     }
 
     /// Refuses what nobody expected in time.
@@ -175,6 +190,10 @@ impl<B: Backend> LocalTransport<B> {
                 return self.fail_arriving_id(id, &TransferError::Refused(reason.clone()), Some(&reason));
             }
             (Access::Ready(memory), Some(layout)) => (Rc::clone(memory), Arc::clone(layout)),
+            (Access::Closed, _) => {
+                let closed = arriving.remote;
+                return self.reopen(closed);
+            }
             _ => return,
         };
         if let Err(error) = arriving.program.validate(End::Source, &layout) {

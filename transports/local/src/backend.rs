@@ -38,6 +38,9 @@ pub trait Backend: 'static {
     const OFFERS: bool = false;
     /// Whether backends of this kind have something to say to each other, beside the protocol.
     const SPEAKS: bool = false;
+    /// Whether a peer's memory is reached by handles of its process, whichever connection they came over: then it is opened once for all connections
+    /// to one transport, and closed by a fence.
+    const HANDLES: bool = false;
     /// What proves that copies which were [cut off](Backend::sever) write no more.
     const SEVERED: FenceProof = FenceProof::OwnerCopies;
 

@@ -7,6 +7,7 @@ use kvferry_transport::{Event, PeerId, TransferError};
 
 use crate::backend::{Backend, Copying};
 use crate::transport::{Job, LocalTransport, Role};
+use crate::whose::Identity;
 use crate::wire::Frame;
 
 /// A stopped copy that still runs, and what is said once it does not.
@@ -14,7 +15,7 @@ pub(crate) struct Draining<C> {
     job: Job<C>,
     peer: PeerId,
     /// Whose connection that is, or was: it may be gone.
-    instance: Option<[u8; 16]>,
+    identity: Option<Identity>,
     pool: PoolId,
     error: TransferError,
     tell: Option<Frame>,
@@ -29,16 +30,17 @@ pub(crate) struct Fencing {
 
 /// Whose copies a fence is about.
 pub(crate) struct Whose {
-    /// All connections to the same transport that are there.
+    /// All its connections that are there.
     pub(crate) same: BTreeSet<PeerId>,
-    /// That transport: copies of its other connections, also of those that are gone, may run on. `None` where that is not known any more: then
+    /// Who that is: copies of its other connections, also of those that are gone, may run on. `None` where that is not known any more: then
     /// any copy may be its.
-    pub(crate) instance: Option<[u8; 16]>,
+    pub(crate) identity: Option<Identity>,
 }
 
 impl Whose {
     fn is_of<C>(&self, draining: &Draining<C>) -> bool {
-        self.same.contains(&draining.peer) || self.instance.is_none() || self.instance == draining.instance
+        let is_same = || self.identity.zip(draining.identity).is_none_or(|(one, other)| one.is_same(&other));
+        self.same.contains(&draining.peer) || is_same()
     }
 }
 
@@ -56,8 +58,8 @@ impl<B: Backend> LocalTransport<B> {
         if let Some(mut job) = at.and_then(|at| self.jobs.remove(at))
             && job.copy.is_running()
         {
-            let instance = self.peers.get(&peer).map(|peer| peer.instance);
-            self.draining.push(Draining { job, peer, instance, pool, error, tell });
+            let identity = self.peers.get(&peer).map(|peer| peer.identity);
+            self.draining.push(Draining { job, peer, identity, pool, error, tell });
             return;
         }
         if let Some(frame) = tell {
@@ -122,4 +124,4 @@ impl<B: Backend> LocalTransport<B> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

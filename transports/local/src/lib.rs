@@ -22,6 +22,7 @@ mod ring;
 mod socket;
 mod sockets;
 mod transport;
+mod whose;
 pub mod wire;
 
 pub use alarm::Alarm;

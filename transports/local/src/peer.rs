@@ -7,6 +7,7 @@ use kvferry_transport::{ConnectError, Event, PeerId, TransferError};
 use crate::backend::Backend;
 use crate::carrier::{Carried, Carrier};
 use crate::transport::LocalTransport;
+use crate::whose::Identity;
 use crate::wire::{Address, Frame, VERSION, same_key};
 
 /// How long a greeting may take.
@@ -21,8 +22,8 @@ const REMOTES_PER_PEER_MAX: usize = 4096;
 /// Who is at the other end of one connection.
 pub(crate) struct Peer {
     pub(crate) stage: Stage,
-    /// Which opened transport it is; two connections to the same one are the same for a fence.
-    pub(crate) instance: [u8; 16],
+    /// Two connections to the same one are the same for a fence.
+    pub(crate) identity: Identity,
 }
 
 pub(crate) enum Stage {
@@ -60,7 +61,8 @@ impl<B: Backend> LocalTransport<B> {
         }
         let peer = self.carrier.dial(&address.place)?;
         let stage = Stage::Calling { until: Instant::now() + GREETING };
-        self.peers.insert(peer, Peer { stage, instance: address.instance });
+        let identity = Identity { instance: address.instance, process: self.carrier.owner(peer).pid };
+        self.peers.insert(peer, Peer { stage, identity });
         self.send(peer, &Frame::Hello { version: VERSION, key: address.key, instance: self.instance });
         Ok(peer)
     }
@@ -93,7 +95,8 @@ impl<B: Backend> LocalTransport<B> {
             match carried {
                 Carried::Called(id) => {
                     let stage = Stage::Stranger { until: Instant::now() + GREETING };
-                    self.peers.insert(id, Peer { stage, instance: [0; 16] });
+                    let identity = Identity { instance: [0; 16], process: self.carrier.owner(id).pid };
+                    self.peers.insert(id, Peer { stage, identity });
                 }
                 Carried::Frame(id, frame) => {
                     if let Err(reason) = self.handle(id, frame) {
@@ -117,17 +120,26 @@ impl<B: Backend> LocalTransport<B> {
                         "it speaks version {version}, this side {VERSION}; run the same release on both"
                     ));
                 }
-                peer.instance = instance;
-                peer.stage = Stage::Up;
+                let identity = Identity { instance, ..peer.identity };
+                if self.is_taken(&identity) {
+                    return Err("it says that it is a transport of another process".into());
+                }
+                if let Some(peer) = self.peers.get_mut(&id) {
+                    *peer = Peer { stage: Stage::Up, identity };
+                }
                 self.carrier.trust(id);
                 self.send(id, &Frame::Welcome { instance: self.instance });
                 self.events.push(Event::Connected { peer: id });
             }
             (Stage::Calling { .. }, Frame::Welcome { instance }) => {
-                if instance != peer.instance {
+                if instance != peer.identity.instance {
                     return Err("another transport answers at its address".into());
                 }
                 peer.stage = Stage::Up;
+                // It may not have been connected yet when it was called.
+                peer.identity.process = self.carrier.owner(id).pid;
+                let identity = peer.identity;
+                self.expose(&identity);
                 self.events.push(Event::Connected { peer: id });
             }
             (Stage::Up, Frame::Push(doorbell)) => self.doorbell(id, doorbell),
@@ -182,7 +194,7 @@ impl<B: Backend> LocalTransport<B> {
         let peer = self.peers.remove(&id)?;
         // A caller that never greeted had no transfers, and may not push out who had.
         if !peer.is_stranger() {
-            self.gone.insert(id, peer.instance);
+            self.gone.insert(id, peer.identity);
         }
         if self.gone.len() > GONE_MAX {
             self.gone.pop_first();

@@ -183,6 +183,10 @@ impl<B: Backend> LocalTransport<B> {
                 return self.fail_posted(|posted| posted.transfer.id == id, &error);
             }
             (Access::Ready(memory), Some(layout)) => (Rc::clone(memory), Arc::clone(layout)),
+            (Access::Closed, _) => {
+                let closed = transfer.remote;
+                return self.reopen(closed);
+            }
             _ => return,
         };
         // The layout may have been unknown when it was posted.

@@ -1,5 +1,6 @@
 //! Peers' pools: asked for once, mapped, and looked after until withdrawn.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -30,6 +31,10 @@ pub(crate) enum Access<M> {
     Ready(Rc<M>),
     /// Never.
     Refused(String),
+    /// Closed by a fence: asked for again by whoever needs it.
+    Closed,
+    /// Asked for before a fence: what comes is not taken.
+    Unwanted,
 }
 
 impl<B: Backend> LocalTransport<B> {
@@ -40,7 +45,7 @@ impl<B: Backend> LocalTransport<B> {
         layout: &PoolLayout,
     ) -> Result<RemotePool, ImportError> {
         let bad = |reason: String| ImportError::BadKeys { kind: B::KIND, reason };
-        let instance = self.peers.get(&id).ok_or(ImportError::UnknownPeer(id))?.instance;
+        let instance = self.peers.get(&id).ok_or(ImportError::UnknownPeer(id))?.identity.instance;
         let keys = Keys::decode(B::KIND, &keys.0).map_err(bad)?;
         if keys.instance != instance {
             return Err(bad("they belong to another transport than this peer's".into()));
@@ -77,9 +82,61 @@ impl<B: Backend> LocalTransport<B> {
         }
         let id = RemotePool(self.next_remote);
         self.next_remote = self.next_remote.wrapping_add(1);
-        self.remotes.insert(id, Remote { peer, pool, token, layout: None, access: Access::Asked(Vec::new()) });
-        self.send(peer, &Frame::Open { request: id.0, pool, token });
+        let open = self.opened_before(peer, pool, token);
+        let is_open = open.is_some();
+        let (layout, access) = match open {
+            Some((layout, memory)) => (Some(layout), Access::Ready(memory)),
+            None => (None, Access::Asked(Vec::new())),
+        };
+        self.remotes.insert(id, Remote { peer, pool, token, layout, access });
+        if is_open {
+            self.show(id);
+        } else {
+            self.send(peer, &Frame::Open { request: id.0, pool, token });
+        }
         id
+    }
+
+    /// A pool that is open over another connection to the same transport, where that is the same memory.
+    fn opened_before(&self, peer: PeerId, pool: PoolId, token: u64) -> Option<(Arc<PoolLayout>, Rc<B::Memory>)> {
+        let instance = self.identity(peer).filter(|_| B::HANDLES)?.instance;
+        let is_it = |remote: &&Remote<B::Memory>| {
+            let is_same = self.identity(remote.peer).is_some_and(|identity| identity.instance == instance);
+            is_same && remote.pool == pool && remote.token == token
+        };
+        self.remotes.values().filter(is_it).find_map(|remote| match (&remote.layout, &remote.access) {
+            (Some(layout), Access::Ready(memory)) => Some((Arc::clone(layout), Rc::clone(memory))),
+            _ => None,
+        })
+    }
+
+    /// Tells how a pool is reached.
+    fn show(&mut self, id: RemotePool) {
+        if let Some(Remote { peer, access: Access::Ready(memory), .. }) = self.remotes.get(&id) {
+            let evidence = Box::new(self.backend.reached(memory));
+            self.events.push(Event::Shown { peer: *peer, evidence });
+        }
+    }
+
+    /// Lets go of the memory of peers that are fenced: what copies of theirs hold goes when they have ended.
+    pub(crate) fn close_memory(&mut self, whose: &BTreeSet<PeerId>) {
+        for remote in self.remotes.values_mut().filter(|remote| whose.contains(&remote.peer)) {
+            match remote.access {
+                Access::Ready(_) => remote.access = Access::Closed,
+                Access::Asked(_) => remote.access = Access::Unwanted,
+                Access::Refused(_) | Access::Closed | Access::Unwanted => {}
+            }
+        }
+    }
+
+    /// Asks again for what a fence closed.
+    pub(crate) fn reopen(&mut self, id: RemotePool) {
+        let Some(remote) = self.remotes.get_mut(&id).filter(|remote| matches!(remote.access, Access::Closed)) else {
+            return;
+        };
+        remote.access = Access::Asked(Vec::new());
+        let (peer, pool, token) = (remote.peer, remote.pool, remote.token);
+        self.send(peer, &Frame::Open { request: id.0, pool, token });
     }
 
     /// The owner's side.
@@ -119,6 +176,7 @@ impl<B: Backend> LocalTransport<B> {
                 }
                 waiting.extend(fds);
             }
+            Some(Remote { peer: owner, access: Access::Unwanted, .. }) if *owner == peer => {}
             _ => return Err("it sent descriptors that nobody asked for".into()),
         }
         Ok(())
@@ -135,8 +193,16 @@ impl<B: Backend> LocalTransport<B> {
         let Some(remote) = self.remotes.get_mut(&id).filter(|remote| remote.peer == peer) else {
             return Err("it opened a pool that nobody asked for".into());
         };
-        let Access::Asked(fds) = &mut remote.access else { return Ok(()) };
-        let fds = std::mem::take(fds);
+        let fds = match &mut remote.access {
+            Access::Asked(fds) => std::mem::take(fds),
+            Access::Unwanted => {
+                remote.access = Access::Closed;
+                self.resume_pulls(id);
+                self.resume_pushes(id);
+                return Ok(());
+            }
+            _ => return Ok(()),
+        };
         let known = remote.layout.as_deref();
         let memory = match (layout.validate(), kind) {
             (Err(error), _) => Err(format!("its layout is not valid: {error}")),
@@ -147,12 +213,11 @@ impl<B: Backend> LocalTransport<B> {
         };
         match memory {
             Ok(memory) => {
-                let evidence = Box::new(self.backend.reached(&memory));
-                self.events.push(Event::Shown { peer, evidence });
                 remote.access = Access::Ready(Rc::new(memory));
                 if remote.layout.is_none() {
                     remote.layout = Some(Arc::new(layout));
                 }
+                self.show(id);
             }
             Err(reason) => remote.access = Access::Refused(reason),
         }

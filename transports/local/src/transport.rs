@@ -19,6 +19,7 @@ use crate::draining::{Draining, Fencing, Whose};
 use crate::peer::{Peer, Stage};
 use crate::posted::Posted;
 use crate::remote::Remote;
+use crate::whose::Identity;
 use crate::wire::{Address, Frame, Keys};
 
 /// How often a backend is polled that has more to do than it announces.
@@ -38,7 +39,7 @@ pub struct LocalTransport<B: Backend> {
     pub(crate) carrier: B::Carrier,
     pub(crate) peers: BTreeMap<PeerId, Peer>,
     /// Whose the connections were that are gone, the newest of them: fences of theirs are asked for afterwards, too.
-    pub(crate) gone: BTreeMap<PeerId, [u8; 16]>,
+    pub(crate) gone: BTreeMap<PeerId, Identity>,
     pub(crate) pools: BTreeMap<PoolId, Bound>,
     pub(crate) remotes: BTreeMap<RemotePool, Remote<B::Memory>>,
     pub(crate) next_remote: u32,
@@ -276,10 +277,9 @@ impl<B: Backend> Transport for LocalTransport<B> {
     fn fence(&mut self, peer: PeerId) {
         // Only this side writes our pools: once its copies have stopped, nothing of that peer reaches them.
         let mut same = BTreeSet::from([peer]);
-        let instance = self.peers.get(&peer).map(|peer| peer.instance).or_else(|| self.gone.get(&peer).copied());
-        if let Some(instance) = instance {
-            let is_same = |peer: &Peer| peer.instance == instance && !peer.is_stranger();
-            same.extend(self.peers.iter().filter(|(_, peer)| is_same(peer)).map(|(&id, _)| id));
+        let identity = self.identity(peer);
+        if let Some(identity) = &identity {
+            same = self.same_as(peer, identity);
             self.fail_posted(|posted| same.contains(&posted.transfer.peer), &TransferError::Cancelled);
             self.fail_arriving(
                 |peer| same.contains(&peer),
@@ -287,7 +287,10 @@ impl<B: Backend> Transport for LocalTransport<B> {
                 Some("its receiver fenced the source"),
             );
         }
-        self.fence_when_drained(peer, Whose { same, instance });
+        if B::HANDLES {
+            self.close_memory(&same);
+        }
+        self.fence_when_drained(peer, Whose { same, identity });
     }
 
     fn disconnect(&mut self, peer: PeerId) {

@@ -80,10 +80,17 @@ fn peer_process() {
     });
     let start = Instant::now();
     let mut events = Vec::new();
+    let mut idle = Vec::new();
     while start.elapsed() < Duration::from_secs(120) {
         transport.poll(&mut events);
         events.clear();
+        idle.iter_mut().for_each(|other: &mut Box<dyn Transport>| other.poll(&mut events));
         if let Ok(line) = receiver.try_recv() {
+            if role == "twice" {
+                // From here on it is somebody else, as far as it says.
+                idle.push(std::mem::replace(&mut transport, open(4 << 20)));
+                transport.bind(&pool).unwrap();
+            }
             let (address, keys) = line.trim().split_once(' ').unwrap();
             let peer = transport.connect(&unhex(address)).unwrap();
             let remote = transport.import(peer, &PoolKeys(unhex(keys).into()), &layout()).unwrap();
@@ -199,7 +206,7 @@ fn pull_and_push(role: &str) {
     verify(&pool);
 
     (0..BLOCKS).for_each(|block| pool.fill(0, block, 0).unwrap());
-    transport.expect(Expected { id: PUSH, pool: PoolId(5), program, range }).unwrap();
+    transport.expect(Expected { from: None, id: PUSH, pool: PoolId(5), program, range }).unwrap();
     writeln!(peer.stdin, "{} {}", hex(&transport.address()), hex(&own_keys.0)).unwrap();
     until(transport.as_mut(), &mut events, |e| matches!(e, Event::Arrived { .. } | Event::Failed { .. }));
     assert!(events.iter().any(|e| matches!(e, Event::Arrived { id: PUSH, .. })), "{events:?}");
@@ -209,6 +216,32 @@ fn pull_and_push(role: &str) {
 #[test]
 fn two_processes_pull_and_push() {
     pull_and_push("shared");
+}
+
+/// A process that calls as another transport than the one that is fenced.
+#[test]
+fn a_fence_is_about_every_connection_of_its_process() {
+    let mut peer = spawn("twice");
+    // Many turns for all of it.
+    let mut transport = open(64 << 10);
+    let pool = Pool::allocate(PoolId(5), layout(), "parent").unwrap();
+    let own_keys = transport.bind(&pool).unwrap();
+    let called = transport.connect(&peer.address).unwrap();
+    let mut events = Vec::new();
+    until(transport.as_mut(), &mut events, |e| *e == Event::Connected { peer: called });
+    let (program, range) = (program(), program().whole());
+    transport.expect(Expected { from: None, id: PUSH, pool: PoolId(5), program, range }).unwrap();
+    writeln!(peer.stdin, "{} {}", hex(&transport.address()), hex(&own_keys.0)).unwrap();
+    until(
+        transport.as_mut(),
+        &mut events,
+        |e| matches!(e, Event::Shown { peer, evidence } if *peer != called && !evidence.seen.is_empty()),
+    );
+    transport.fence(called);
+    until(transport.as_mut(), &mut events, |e| matches!(e, Event::Arrived { .. } | Event::Failed { .. }));
+    let cancelled = Event::Failed { id: PUSH, error: TransferError::Cancelled };
+    assert!(events.contains(&cancelled), "{events:?}");
+    until(transport.as_mut(), &mut events, |e| matches!(e, Event::Fenced { peer, .. } if *peer == called));
 }
 
 #[test]

@@ -276,7 +276,7 @@ mod tests {
                 (TransferId(number), Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, (0..BLOCKS).rev())));
             let (peer, remote, local, range) = (self.peer, self.remote, self.ours.id(), program.whole());
             if direction == Direction::Push {
-                let expected = Expected { id, pool: self.theirs.id(), program: program.clone(), range };
+                let expected = Expected { from: None, id, pool: self.theirs.id(), program: program.clone(), range };
                 self.there.expect(expected).unwrap();
             }
             self.here.post(Transfer { id, peer, direction, local, remote, program, range, notice: None }).unwrap();

@@ -401,7 +401,7 @@ mod tests {
                 let program = Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, 0..BLOCKS));
                 let range = program.whole();
                 if direction == Direction::Push {
-                    b.expect(Expected { id, pool: theirs.id(), program: program.clone(), range }).unwrap();
+                    b.expect(Expected { from: None, id, pool: theirs.id(), program: program.clone(), range }).unwrap();
                 }
                 a.post(Transfer { id, peer, direction, local, remote, program, range, notice: None }).unwrap();
                 until([&mut a, &mut b], |[events, _], parties| {

@@ -62,7 +62,7 @@ fn initiate(
 fn expect(party: &mut Party, pool: &Pool, id: TransferId) {
     let program = program(blocks(pool));
     let range = program.whole();
-    party.transport.expect(Expected { id, pool: pool.id(), program, range }).unwrap();
+    party.transport.expect(Expected { from: None, id, pool: pool.id(), program, range }).unwrap();
 }
 
 /// What the other process runs: this test, started again with a role. It says what happens and does what it is told.

@@ -238,7 +238,7 @@ impl Ferry {
             let error = format!("{id} is under way already; each transfer needs a name of its own");
             return drop(reply.send(Err(AgentError::Program(error))));
         }
-        if let Err(error) = self.nic.expect(Expected { id, pool, program, range }) {
+        if let Err(error) = self.nic.expect(Expected { from: None, id, pool, program, range }) {
             return drop(reply.send(Err(AgentError::Program(error.to_string()))));
         }
         let started = now();

@@ -163,7 +163,7 @@ impl Peer {
             let shares = program.split(self.nic.transports.len() as u32);
             for (rail, (transport, range)) in self.nic.transports.iter_mut().zip(shares).enumerate() {
                 let (id, program) = (transfer_id(handover, rail), Arc::clone(program));
-                transport.expect(Expected { id, pool: PoolId(0), program, range })?;
+                transport.expect(Expected { from: None, id, pool: PoolId(0), program, range })?;
             }
         }
         Ok(FromPeer::Spent(spent()))

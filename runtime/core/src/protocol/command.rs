@@ -216,6 +216,8 @@ pub enum NicCommand {
     Expect {
         /// Its name.
         id: TransferId,
+        /// The address of the NIC that it may come from.
+        from: Bytes,
         /// What may arrive.
         program: Arc<Program>,
         /// Which part of it: rails share programs.

@@ -143,14 +143,18 @@ impl Peer {
 
     /// Of the peer's NIC that each NIC of this side is joined to.
     pub(crate) fn addresses(&self) -> BTreeMap<usize, Bytes> {
-        let address = |(nic, _): &(usize, usize)| Some((*nic, self.remote_of(*nic)?.address.clone()));
-        self.pairs.iter().filter_map(address).collect()
+        self.pairs.iter().map(|(nic, _)| (*nic, self.address_of(*nic))).collect()
     }
 
     /// The peer's NIC that a NIC of this side is joined to.
     pub(crate) fn remote_of(&self, nic: usize) -> Option<&NicAdvert> {
         let (_, remote) = self.pairs.iter().find(|(local, _)| *local == nic)?;
         self.profile.nics.get(*remote)
+    }
+
+    /// Where that is.
+    pub(crate) fn address_of(&self, nic: usize) -> Bytes {
+        self.remote_of(nic).map(|nic| nic.address.clone()).unwrap_or_default()
     }
 
     /// One of several rails is something else than before, for whoever watches.

@@ -53,7 +53,7 @@ impl Nic {
             NicCommand::Post { id, node, direction, program, range } => {
                 (id, Flight::new(Some((node, direction)), program.bytes_in(range)))
             }
-            NicCommand::Expect { id, program, range } => (id, Flight::new(None, program.bytes_in(range))),
+            NicCommand::Expect { id, program, range, .. } => (id, Flight::new(None, program.bytes_in(range))),
             other => return Err(format!("a command that this NIC does not know: {other:?}")),
         };
         self.flights.insert(id, flight).map_or(Ok(()), |_| Err(format!("{id} was posted twice")))

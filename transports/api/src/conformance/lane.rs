@@ -89,7 +89,7 @@ impl Lane {
 
     pub(super) fn expected(&self, id: u128, range: UnitRange) -> Expected {
         let program = Arc::new(self.program.without(End::Source));
-        Expected { id: TransferId(id), pool: self.destination.pool.id(), program, range }
+        Expected { from: None, id: TransferId(id), pool: self.destination.pool.id(), program, range }
     }
 
     /// Waits until a pull is over at both ends and checks what was reported.

@@ -131,7 +131,7 @@ pub fn several_peers_at_once(provider: &dyn Provider) {
         let posted = Transfer { id, peer, direction, local, remote, program: Arc::clone(&program), range, notice };
         transport.post(posted).unwrap();
         if i == 2 {
-            hub.transport.expect(Expected { id, pool: destination.pool.id(), program, range }).unwrap();
+            hub.transport.expect(Expected { from: None, id, pool: destination.pool.id(), program, range }).unwrap();
         }
         lanes.push((i, destination));
     }

@@ -16,15 +16,24 @@ use crate::carrier::Owner;
 use crate::sockets::Sockets;
 use crate::wire::MemoryKind;
 
-/// Whether its copies run.
-struct Stubborn(Rc<Cell<bool>>);
+/// Whether its copies run, and as many holders as there are pieces of memory that it has open, beside itself.
+pub(crate) struct Stubborn(Rc<Cell<bool>>, Rc<()>);
 
-struct Launched(Rc<Cell<bool>>);
+impl Stubborn {
+    /// Pieces of peers' memory that are open.
+    pub(crate) fn opened(&self) -> usize {
+        Rc::strong_count(&self.1) - 1
+    }
+}
+
+/// A copy, and what it reads.
+pub(crate) struct Launched(Rc<Cell<bool>>, #[expect(dead_code, reason = "it is only held")] Rc<Rc<()>>);
 
 impl Backend for Stubborn {
     const KIND: TransportKind = TransportKind::Shm;
+    const HANDLES: bool = true;
     type Carrier = Sockets;
-    type Memory = ();
+    type Memory = Rc<()>;
     type Copy = Launched;
 
     fn bind(&mut self, _: &Pool) -> Result<(), String> {
@@ -37,11 +46,11 @@ impl Backend for Stubborn {
         Ok(Shared { memory: MemoryKind::Opaque(Bytes::new()), descriptors: Vec::new() })
     }
 
-    fn open(&mut self, _: Owner<'_>, _: &PoolLayout, _: MemoryKind, _: Vec<OwnedFd>) -> Result<(), String> {
-        Ok(())
+    fn open(&mut self, _: Owner<'_>, _: &PoolLayout, _: MemoryKind, _: Vec<OwnedFd>) -> Result<Rc<()>, String> {
+        Ok(Rc::clone(&self.1))
     }
 
-    fn reached(&self, (): &()) -> Evidence {
+    fn reached(&self, _: &Rc<()>) -> Evidence {
         Evidence::connected(Vec::new())
     }
 
@@ -54,11 +63,11 @@ impl Backend for Stubborn {
         _: Arc<Program>,
         _: UnitRange,
         _: Arc<PoolLayout>,
-        _: Rc<()>,
+        memory: Rc<Rc<()>>,
         _: Pool,
     ) -> Result<Launched, TransferError> {
         self.0.set(true);
-        Ok(Launched(Rc::clone(&self.0)))
+        Ok(Launched(Rc::clone(&self.0), memory))
     }
 
     fn wait(&self) -> Option<Wait> {
@@ -84,7 +93,7 @@ impl Copying for Launched {
     }
 }
 
-fn open(runs: &Rc<Cell<bool>>) -> LocalTransport<Stubborn> {
+pub(crate) fn open(runs: &Rc<Cell<bool>>) -> LocalTransport<Stubborn> {
     let info = NicInfo {
         kind: TransportKind::Shm,
         device: "memory".into(),
@@ -92,15 +101,19 @@ fn open(runs: &Rc<Cell<bool>>) -> LocalTransport<Stubborn> {
         library: None,
         bits_per_second: None,
     };
-    crate::open(Stubborn(Rc::clone(runs)), info, &Options::default()).unwrap()
+    crate::open(Stubborn(Rc::clone(runs), Rc::new(())), info, &Options::default()).unwrap()
 }
 
-fn layout() -> PoolLayout {
+pub(crate) fn layout() -> PoolLayout {
     block_planes(1, 16, 4096)
 }
 
 /// A connection, and a pull over it that runs.
-fn start(at: &mut LocalTransport<Stubborn>, owner: &mut LocalTransport<Stubborn>, keys: &PoolKeys) -> PeerId {
+pub(crate) fn start(
+    at: &mut LocalTransport<Stubborn>,
+    owner: &mut LocalTransport<Stubborn>,
+    keys: &PoolKeys,
+) -> PeerId {
     let peer = at.connect(&owner.address()).unwrap();
     let remote = at.import(peer, keys, &layout()).unwrap();
     let program = Arc::new(whole_blocks(1, 16, 4096, 0..16, 0..16));

@@ -151,6 +151,7 @@ impl Bed {
 
     pub(crate) fn expect(&mut self, node: usize, id: TransferId, program: &Arc<Program>) {
         let expected = Expected {
+            from: None,
             id,
             pool: self.nodes[node].pool.id(),
             program: Arc::new(program.without(End::Source)),

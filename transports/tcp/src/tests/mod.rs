@@ -110,7 +110,7 @@ impl Party {
     fn expect(&mut self, number: u64) -> TransferId {
         let program = Arc::new(program(&self.pool));
         let range = program.whole();
-        self.transport.expect(Expected { id: id(number), pool: self.pool.id(), program, range }).unwrap();
+        self.transport.expect(Expected { from: None, id: id(number), pool: self.pool.id(), program, range }).unwrap();
         id(number)
     }
 }

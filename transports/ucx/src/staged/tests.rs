@@ -113,7 +113,7 @@ impl Party {
     fn expect(&mut self, number: u128) {
         let (id, program, pool) = (TransferId(number), self.program(), self.pool.id());
         let range = program.whole();
-        self.transport.expect(Expected { id, pool, program, range }).unwrap();
+        self.transport.expect(Expected { from: None, id, pool, program, range }).unwrap();
     }
 
     fn any(&self, is_it: impl Fn(&Event) -> bool) -> bool {

@@ -108,7 +108,7 @@ pub(crate) fn begin(
     let range = program.whole();
     let push = direction == Direction::Push;
     if push {
-        let expected = Expected { id, pool: destination.0.id(), program: program.clone(), range };
+        let expected = Expected { from: None, id, pool: destination.0.id(), program: program.clone(), range };
         b.transport.expect(expected).unwrap();
     }
     let ((from, to), local, (remote, keys)) =

@@ -96,7 +96,8 @@ impl DecodeRank {
                     let id = TransferId::of(handover, leg.source, self.local.rank, step);
                     leg.flight.expect(id, peer.nic, program.bytes());
                     let (range, program) = (program.whole(), Arc::new(program));
-                    self.outbox.nic(peer.nic, NicCommand::Expect { id, program, range });
+                    let from = peer.address_of(peer.nic);
+                    self.outbox.nic(peer.nic, NicCommand::Expect { id, from, program, range });
                 }
                 Err(error) => mismatch = Some(error.to_string()),
             }

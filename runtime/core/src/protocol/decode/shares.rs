@@ -76,7 +76,8 @@ impl DecodeRank {
             };
             let (program, range) = (Arc::clone(&shared.program), shared.range);
             leg.flight.expect_share(id, number, nic);
-            self.outbox.nic(nic, NicCommand::Expect { id, program, range });
+            let from = peer.address_of(nic);
+            self.outbox.nic(nic, NicCommand::Expect { id, from, program, range });
         }
         Some(Ok(()))
     }

@@ -119,7 +119,7 @@ impl Pushing {
                         self.source.handle_message(now, READER, message);
                     }
                     Command::Send { message, .. } => self.to_leaders.push(message),
-                    Command::Nic { nic, command: NicCommand::Expect { id, program, range } } => {
+                    Command::Nic { nic, command: NicCommand::Expect { id, program, range, .. } } => {
                         self.expects.push(Move { nic, id, range, program });
                     }
                     Command::Nic { nic, command } => self.reader_nics.push((nic, command)),
