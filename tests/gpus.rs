@@ -150,6 +150,22 @@ fn bench_moves_gpu_memory() {
     }
 }
 
+#[test]
+fn bench_names_a_gpu_that_is_not_there() {
+    let Some(driver) = driver() else { return };
+    for transport in ["cuda", "tcp"] {
+        for (option, op) in [("--from-gpu", "pull"), ("--to-gpu", "pull"), ("--from-gpu", "push"), ("--to-gpu", "push")]
+        {
+            let mut bench = Command::new(env!("CARGO_BIN_EXE_kvferry"));
+            bench.args(["bench", "--transport", transport, "--op", op, option, "1"]).env("LD_LIBRARY_PATH", driver);
+            let output = bench.output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{transport} {option} {op}: {said}");
+            assert!(said.contains(&format!("{option} 1: there is no cuda device")) && said.contains("gpu0"), "{said}");
+        }
+    }
+}
+
 /// GPUs' own times need a call that the oldest drivers do not have.
 #[test]
 fn an_old_driver_measures_without_gpu_times() {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use kvferry::transport::providers;
+use kvferry::transport::{self, providers, select};
 use kvferry::{Direction, TransportKind};
 use kvferry_core::limits::{LAYERS_MAX, TABLE_BLOCKS_MAX};
 
@@ -187,6 +187,12 @@ impl Options {
         }
         if self.contiguous && self.transport == Way::Nixl {
             return Err(BenchError::NoContiguous);
+        }
+        // Before a process is started that would only say that it failed.
+        for (option, gpu) in [("--from-gpu", self.from_gpu), ("--to-gpu", self.to_gpu)] {
+            let Some(gpu) = gpu else { continue };
+            select(TransportKind::Cuda, Some(&format!("gpu{gpu}")), &transport::Options::default())
+                .map_err(|source| BenchError::NoSuchGpu { option, gpu, source })?;
         }
         Ok(())
     }

@@ -315,6 +315,42 @@ proptest! {
     }
 }
 
+/// Programs of which no two neighbouring blocks can be merged, and of whose blocks one side's are whole multiples of the other's.
+fn apart_case() -> impl Strategy<Value = (SideSpec, SideSpec, (u32, u64, u64, u32))> {
+    let sizes = prop::sample::select(vec![(1u32, 1u32), (1, 16), (4, 4), (16, 16), (64, 16), (8, 24), (24, 8)]);
+    (side(), side(), sizes, (1u32..4, 0u64..90, 0u64..200, 1u32..4)).prop_map(|(from, to, (one, other), shape)| {
+        let apart =
+            |side: SideSpec, block_tokens| SideSpec { block_tokens, gaps: [side.gaps[0], side.gaps[1], 5], ..side };
+        (apart(from, one), apart(to, other), shape)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn pieces_are_what_is_moved(
+        (from, to, (planes, start, length, heads)) in apart_case(),
+        cut in (any::<prop::sample::Index>(), any::<prop::sample::Index>()),
+    ) {
+        let tokens = (start, start + length);
+        let (source, sources, source_layout) = build(&from, planes, tokens, heads, 16);
+        let (destination, destinations, destination_layout) = build(&to, planes, tokens, heads, 16);
+        let segment = Segment { source, destination, planes, start, end: tokens.1, heads, run_bytes: 16 };
+        let program = Program {
+            segments: vec![segment],
+            sources: vec![Some(sources)],
+            destinations: vec![Some(destinations)],
+        };
+        let units = program.units() as usize + 1;
+        let (a, b) = (cut.0.index(units) as u64, cut.1.index(units) as u64);
+        for range in [program.whole(), UnitRange { start: a.min(b), end: a.max(b) }] {
+            let due = program.copies(range, &source_layout, &destination_layout).count() as u64;
+            prop_assert_eq!(lower(&program, range, [0, 0]).unwrap().pieces, due);
+        }
+    }
+}
+
 #[test]
 fn several_segments_share_their_tables() {
     let (tokens, heads, run) = ((0, 1000), 2, 128);

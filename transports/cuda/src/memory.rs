@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use kvferry_core::{PoolId, PoolLayout};
 use kvferry_transport::{Copier, DeviceBlock, DeviceMemory, DeviceRegion, Dmabuf, KnownRun, Pool, PoolError, Writer};
@@ -14,7 +14,7 @@ use crate::copier::StagedCopies;
 use crate::driver::{self, Stream};
 use crate::gpu::{Gpu, label};
 use crate::known::{self, Task};
-use crate::rdma;
+use crate::rdma::{self, Ordering};
 use crate::shared::{How, Part};
 
 /// What to do when a serving stack's memory cannot be exported.
@@ -36,6 +36,8 @@ pub(crate) struct GpuMemory {
     pub(crate) number: u64,
     pub(crate) regions: Vec<DeviceRegion>,
     allocations: Vec<Option<Allocation>>,
+    /// When kernels see what NICs write, asked for when a NIC's pool is bound.
+    ordering: OnceLock<Result<Ordering, String>>,
     _keep_alive: Option<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -123,10 +125,23 @@ impl GpuMemory {
         let number = alive.0;
         let label = gpu.label();
         let scratch = Mutex::new(None);
-        let memory =
-            Arc::new(GpuMemory { gpu, label, stream, scratch, number, regions, allocations, _keep_alive: keep_alive });
+        let memory = Arc::new(GpuMemory {
+            gpu,
+            label,
+            stream,
+            scratch,
+            number,
+            regions,
+            allocations,
+            ordering: OnceLock::new(),
+            _keep_alive: keep_alive,
+        });
         alive.1.insert(number, Arc::downgrade(&memory));
         Ok(memory)
+    }
+
+    fn ordering(&self) -> Result<Ordering, String> {
+        self.ordering.get_or_init(|| Ordering::of(self.gpu.device())).clone()
     }
 
     /// The memory of a pool, if it is a GPU's.
@@ -296,13 +311,13 @@ impl DeviceMemory for GpuMemory {
     fn settles(&self, writer: Writer) -> Result<(), String> {
         match writer {
             Writer::Driver => Ok(()),
-            Writer::Nic => rdma::Ordering::of(self.gpu.device()).map(drop),
+            Writer::Nic => self.ordering().map(drop),
         }
     }
 
     fn settle(&self, writer: Writer) -> Result<(), String> {
         self.gpu.enter()?;
-        rdma::settle(self.gpu.device(), writer)
+        rdma::settle(writer, || self.ordering())
     }
 }
 

@@ -44,11 +44,11 @@ impl Ordering {
 }
 
 /// Waits until every device sees what was written into the memory of the present context's GPU.
-pub(crate) fn settle(device: DeviceHandle, writer: Writer) -> Result<(), String> {
+pub(crate) fn settle(writer: Writer, ordering: impl FnOnce() -> Result<Ordering, String>) -> Result<(), String> {
     match writer {
         // SAFETY: the default stream of the present context, in which libraries' synchronous copies are.
         Writer::Driver => unsafe { driver::synchronize(std::ptr::without_provenance_mut(LEGACY))? },
-        Writer::Nic if Ordering::of(device)? == Ordering::Flushed => flush()?,
+        Writer::Nic if ordering()? == Ordering::Flushed => flush()?,
         Writer::Nic => {}
     }
     Ok(())

@@ -122,7 +122,7 @@ fn lower_sharing(
         let Some(cells) = Cells::of(segment, part)? else { continue };
         let more = cells.items(part).ok_or(LowerError::TooMany)?;
         items = items.checked_add(more).filter(|items| *items <= ITEMS_MAX).ok_or(LowerError::TooMany)?;
-        payload.pieces = payload.pieces.saturating_add(cells.pieces(part));
+        payload.pieces = payload.pieces.saturating_add(cells.pieces(segment, part));
         let ends =
             [(&segment.source, planes[0], 0, &of_source), (&segment.destination, planes[1], sources, &of_destination)];
         for (side, table, start, of) in ends {
@@ -241,8 +241,6 @@ struct Cells {
     first_block: u32,
     chunks: u32,
     flags: u32,
-    /// Merged runs of a whole cell.
-    runs: u64,
 }
 
 impl Cells {
@@ -274,16 +272,35 @@ impl Cells {
         let mut flags = 0;
         flags |= if by_destination { DRIVEN_BY_DESTINATION } else { 0 };
         flags |= if has_inner_tokens(segment) { TOKENS_INNER } else { 0 };
-        Ok(Some(Cells { tokens, count, per_block, first_block: first as u32, chunks, flags, runs }))
+        Ok(Some(Cells { tokens, count, per_block, first_block: first as u32, chunks, flags }))
     }
 
     fn items(&self, part: &Part) -> Option<u64> {
         u64::from(part.planes).checked_mul(u64::from(self.count))?.checked_mul(u64::from(self.chunks))
     }
 
-    fn pieces(&self, part: &Part) -> u64 {
-        let most = u64::from(part.planes).saturating_mul(u64::from(self.count));
-        most.saturating_mul(self.runs)
+    /// Merged runs of the part: of cells that both sides hold, the first and the last as far as the part reaches into them. Where ranks share the
+    /// request's blocks round-robin, cells of one plane are gone through, else none.
+    fn pieces(&self, segment: &Segment, part: &Part) -> u64 {
+        let tokens = u64::from(self.tokens.max(1));
+        let (first, last) = (part.start / tokens, part.end.saturating_sub(1) / tokens);
+        let (source, destination) = (&segment.source, &segment.destination);
+        let holds = |side: &Side, cell: u64| {
+            cell * tokens / u64::from(side.block_tokens.max(1)) % u64::from(side.cp.max(1)) == u64::from(side.cp_rank)
+        };
+        let is_held = |cell: &u64| holds(source, *cell) && holds(destination, *cell);
+        let runs = |cell: u64| {
+            let (from, to) = (part.start.max(cell * tokens), part.end.min((cell + 1) * tokens));
+            Cell::of(segment, to.saturating_sub(from)).runs()
+        };
+        let ends = [Some(first), Some(last).filter(|last| *last != first)].into_iter().flatten();
+        let of_ends = ends.filter(is_held).fold(0u64, |sum, cell| sum.saturating_add(runs(cell)));
+        let between = match (source.cp, destination.cp) {
+            (1, 1) => last.saturating_sub(first).saturating_sub(1),
+            _ => (first + 1..last).filter(is_held).count() as u64,
+        };
+        let whole = between.saturating_mul(Cell::of(segment, tokens).runs());
+        u64::from(part.planes).saturating_mul(of_ends.saturating_add(whole))
     }
 
     fn words(&self) -> [u32; 5] {

@@ -3,6 +3,7 @@
 // DRIVER_OF_NONE_GPUS has more such devices, DRIVER_OF_NONE_APART none that reaches another, DRIVER_OF_NONE_MIG the first be a MIG instance.
 #include "../kernels/emulated.h"
 
+#include <atomic>
 #include <errno.h>
 #include <fcntl.h>
 #include <map>
@@ -92,7 +93,10 @@ Result cuDeviceGetUuid_v2(unsigned char *uuid, int device) {
         uuid[at] = at == 15 ? device : at;
     return SUCCESS;
 }
-Result cuDeviceGetAttribute(int *value, int attribute, int) { return *value = attribute == 75 ? 9 : 1, SUCCESS; }
+static std::atomic<int> asked;
+// How often attributes were asked for.
+int driver_of_none_asked() { return asked; }
+Result cuDeviceGetAttribute(int *value, int attribute, int) { return asked++, *value = attribute == 75 ? 9 : 1, SUCCESS; }
 Result cuDeviceCanAccessPeer(int *can, int, int) { return *can = !getenv("DRIVER_OF_NONE_APART"), SUCCESS; }
 Result cuDeviceGetP2PAttribute(int *value, int, int, int) { return *value = 1, SUCCESS; }
 Result cuDevicePrimaryCtxRetain(Handle *context, int) { return *context = (Handle)1, SUCCESS; }

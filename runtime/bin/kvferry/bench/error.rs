@@ -25,6 +25,9 @@ pub(crate) enum BenchError {
     /// Others do not reach GPUs.
     #[error("--from-gpu and --to-gpu are for --transport cuda, tcp, ucx and libfabric only; leave them out")]
     NoGpus,
+    /// A GPU that is named is not there, or cannot be used.
+    #[error("{option} {gpu}: {source}")]
+    NoSuchGpu { option: &'static str, gpu: u32, source: SelectError },
     /// Stages are TCP's.
     #[error("--staged-chunk and --staged-chunks are for --transport tcp and ucx only; leave them out")]
     NoStages,
@@ -123,6 +126,7 @@ impl BenchError {
                 | BenchError::NoRails
                 | BenchError::NoContiguous
                 | BenchError::TooFewDevices { .. }
+                | BenchError::NoSuchGpu { source: SelectError::UnknownDevice { .. }, .. }
                 | BenchError::Select(SelectError::UnknownDevice { .. })
                 | BenchError::Geometry(_)
                 | BenchError::Plan(_)

@@ -48,6 +48,17 @@ fn load(options: &[&str], source: &str, name: &str) -> bool {
     true
 }
 
+/// How often the driver was asked for attributes of its device.
+pub(crate) fn asked() -> i32 {
+    // SAFETY: our own library has it, declared so; the loader has that library already, under its own name.
+    unsafe {
+        let library = libc::dlopen(c"libcuda.so".as_ptr(), libc::RTLD_NOW);
+        let asked = libc::dlsym(library, c"driver_of_none_asked".as_ptr());
+        assert!(!asked.is_null(), "the driver is another one");
+        std::mem::transmute::<*mut libc::c_void, unsafe extern "C" fn() -> i32>(asked)()
+    }
+}
+
 fn open(file: &Path) {
     let path = CString::new(file.to_str().unwrap()).unwrap();
     // SAFETY: the library was just built from our own source; it has no initialisers beyond the language's, and stays loaded.
