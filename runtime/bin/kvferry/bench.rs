@@ -191,8 +191,8 @@ impl Options {
         // Before a process is started that would only say that it failed.
         for (option, gpu) in [("--from-gpu", self.from_gpu), ("--to-gpu", self.to_gpu)] {
             let Some(gpu) = gpu else { continue };
-            select(TransportKind::Cuda, Some(&format!("gpu{gpu}")), &transport::Options::default())
-                .map_err(|source| BenchError::NoSuchGpu { option, gpu, source })?;
+            let found = select(TransportKind::Cuda, Some(&format!("gpu{gpu}")), &transport::Options::default());
+            drop(found.map_err(|source| BenchError::NoSuchGpu { option, gpu, source })?);
         }
         Ok(())
     }
