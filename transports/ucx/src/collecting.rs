@@ -544,6 +544,7 @@ mod tests {
             link: 0,
             session: 99,
             worker: pair.here.own.worker.clone(),
+            process: None,
         };
         pair.there.links.get_mut(&theirs).unwrap().theirs = Some(9);
         let secret = pair.there.own.secret;

@@ -25,6 +25,7 @@ mod log;
 mod made;
 mod memlock;
 mod posted;
+mod process;
 mod progress;
 mod proof;
 mod provider;

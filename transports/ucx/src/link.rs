@@ -13,6 +13,7 @@ use crate::depot::Depot;
 use crate::endpoint::Endpoint;
 use crate::inbox::{Flow, Key};
 use crate::lanes::Lanes;
+use crate::process::Process;
 use crate::warming::Warmth;
 use crate::wire::{Header, KEY_BYTES};
 
@@ -30,6 +31,7 @@ pub(crate) struct Link {
     pub(crate) instance: [u8; KEY_BYTES],
     /// UCX's address of the peer.
     pub(crate) worker: Vec<u8>,
+    pub(crate) process: Option<Process>,
     pub(crate) endpoint: Endpoint,
     /// How many endpoints to that transport were made here before. UCX pairs two ends by it: where the peer has made fewer or more, one end
     /// outlives the other.
@@ -68,10 +70,16 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    pub(crate) fn new(instance: [u8; KEY_BYTES], worker: Vec<u8>, endpoint: Endpoint, number: u64) -> Link {
+    pub(crate) fn new(
+        (instance, process): ([u8; KEY_BYTES], Option<Process>),
+        worker: Vec<u8>,
+        endpoint: Endpoint,
+        number: u64,
+    ) -> Link {
         Link {
             instance,
             worker,
+            process,
             endpoint,
             number,
             theirs: None,

@@ -8,6 +8,7 @@ use kvferry_transport::{ConnectError, Event, PeerId, TransferError, TransportKin
 use crate::device::Access;
 use crate::endpoint::Endpoint;
 use crate::link::{ANSWER_BYTES_MAX, CREDITS, ENDED_MAX, Link, Message, Session};
+use crate::process::Process;
 use crate::transport::UcxTransport;
 use crate::wire::{Address, BODY_BYTES_MAX, Header, Hello, KEY_BYTES, Kind, Welcome, cut, message};
 
@@ -43,9 +44,8 @@ impl UcxTransport {
         let here = u64::from_le_bytes(random::<8>().map_err(drawn)?);
         let link = match self.link_to(&address.instance) {
             Some(link) => link,
-            None => self.new_link(address.instance, &address.worker).map_err(|reason| ConnectError::Io {
-                context: "creating an endpoint",
-                source: std::io::Error::other(reason),
+            None => self.new_link(address.instance, &address.worker, address.process).map_err(|reason| {
+                ConnectError::Io { context: "creating an endpoint", source: std::io::Error::other(reason) }
             })?,
         };
         let peer = self.new_session(link, here);
@@ -56,6 +56,7 @@ impl UcxTransport {
             link: number,
             session: here,
             worker: self.own.worker.clone(),
+            process: self.own.process,
         };
         let deadline = Instant::now() + GREETING_WAIT;
         if let Some(session) = self.sessions.get_mut(&peer) {
@@ -73,14 +74,17 @@ impl UcxTransport {
         self.links.iter().find(|(_, link)| link.instance == *instance).map(|(id, _)| *id)
     }
 
-    fn new_link(&mut self, instance: [u8; KEY_BYTES], worker: &[u8]) -> Result<u64, String> {
+    fn new_link(&mut self, instance: [u8; KEY_BYTES], worker: &[u8], process: Option<Process>) -> Result<u64, String> {
+        if process.zip(self.own.process).is_some_and(|(process, own)| process.is_gone(&own)) {
+            return Err("its process has ended".to_owned());
+        }
         // UCX counts those that it refuses, too.
         let (links, closing) = (&self.links, &self.closing);
         let near = || links.values().map(|link| link.instance).chain(closing.values().map(|c| c.instance)).collect();
         let number = self.made.count(instance, near);
         let id = self.new_number();
         let endpoint = Endpoint::new(&self.worker, id, worker)?;
-        self.links.insert(id, Link::new(instance, worker.to_vec(), endpoint, number));
+        self.links.insert(id, Link::new((instance, process), worker.to_vec(), endpoint, number));
         Ok(id)
     }
 
@@ -120,7 +124,7 @@ impl UcxTransport {
         }
         let link = match link {
             Some(link) => link,
-            None => self.new_link(hello.from, &hello.worker)?,
+            None => self.new_link(hello.from, &hello.worker, hello.process)?,
         };
         let here = random::<8>().map_err(|error| format!("no random bytes: {error}"))?;
         let here = u64::from_le_bytes(here);
@@ -267,7 +271,7 @@ impl UcxTransport {
     /// so the peer's endpoint need not be the one that fails with ours: untold, it might wait for ever.
     pub(crate) fn drop_link(&mut self, id: u64, reason: &str) {
         let Some(link) = self.links.get(&id) else { return };
-        let (instance, worker) = (link.instance, link.worker.clone());
+        let (instance, worker, process) = (link.instance, link.worker.clone(), link.process);
         let peers: Vec<PeerId> = link.sessions.iter().copied().collect();
         let numbers: Vec<u64> =
             peers.iter().filter_map(|peer| self.sessions.get(peer)).filter_map(|session| session.there).collect();
@@ -278,7 +282,7 @@ impl UcxTransport {
         if numbers.is_empty() {
             return;
         }
-        match self.new_link(instance, &worker) {
+        match self.new_link(instance, &worker, process) {
             Ok(other) => {
                 let deadline = Instant::now() + GREETING_WAIT;
                 if let Some(link) = self.links.get_mut(&other) {
@@ -467,8 +471,14 @@ mod tests {
         b.connect(&a.address()).unwrap();
         until([&mut a, &mut b], |events, _| are_connected(events));
         assert_eq!(a.made.total(), 1);
-        let hello =
-            Hello { to: a.own.instance, from: b.own.instance, link: 1, session: 99, worker: b.own.worker.clone() };
+        let hello = Hello {
+            to: a.own.instance,
+            from: b.own.instance,
+            link: 1,
+            session: 99,
+            worker: b.own.worker.clone(),
+            process: None,
+        };
         a.on_hello(&hello.seal(&a.own.secret)).unwrap();
         assert_eq!(a.made.total(), 2);
         let links: Vec<&Link> = a.links.values().collect();

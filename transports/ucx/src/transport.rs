@@ -28,6 +28,7 @@ use crate::handle::Armed;
 use crate::link::{Link, Session};
 use crate::made::Made;
 use crate::posted::Posted;
+use crate::process::Process;
 use crate::receiving::Receiving;
 use crate::remote::{Bound, Remote, Withdrawing};
 use crate::staging::Staging;
@@ -111,6 +112,8 @@ impl UcxTransport {
             instance: secret()?,
             secret: secret()?,
             worker: worker.address()?,
+            // Lanes of shared memory are of a process.
+            process: if method == Method::Memory { Process::own() } else { None },
         };
         Ok(UcxTransport {
             info,

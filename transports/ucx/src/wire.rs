@@ -14,6 +14,8 @@ use kvferry_transport::codec::{decode, encode, open, same_secret, seal};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::{Digest, Sha256};
 
+use crate::process::Process;
+
 /// Bytes of a transport's secret or instance.
 pub(crate) const KEY_BYTES: usize = 16;
 /// Bytes of a check over something that travels.
@@ -179,10 +181,12 @@ pub(crate) struct Address {
     pub(crate) secret: [u8; KEY_BYTES],
     /// UCX's address of the worker.
     pub(crate) worker: Vec<u8>,
+    /// Whose it is, where that is told.
+    pub(crate) process: Option<Process>,
 }
 
 impl Address {
-    const MARK: [u8; 4] = *b"kuA\x04";
+    const MARK: [u8; 4] = *b"kuA\x05";
 
     /// With a check behind it: UCX itself takes what it is given, and may end the process.
     pub(crate) fn seal(&self) -> Bytes {
@@ -286,6 +290,8 @@ pub(crate) struct Hello {
     /// What messages to the sender carry.
     pub(crate) session: u64,
     pub(crate) worker: Vec<u8>,
+    /// As in an [`Address`].
+    pub(crate) process: Option<Process>,
 }
 
 impl Hello {

@@ -397,3 +397,39 @@ fn memory_that_cannot_be_locked_is_no_obstacle_without_rdma() {
         ACTS.into_iter().for_each(|act| scene.whole(&mut peer, act));
     }
 }
+
+/// A peer that dies as soon as the two are connected, or while they connect, a little later each time, leaves nothing here.
+#[test]
+fn peers_that_are_killed_while_they_connect_leave_nothing_behind() {
+    let Some(_turn) = turn() else { return };
+    let cycles = std::env::var("KVFERRY_CYCLES").map_or(12, |cycles| cycles.parse().unwrap());
+    for (number, way) in WAYS.into_iter().enumerate() {
+        let mut scene = Scene::open(way);
+        let mut before = 0;
+        for cycle in 0..cycles {
+            let mut peer = Peer::start(number, "rich", None);
+            scene.party.events.clear();
+            let connected = scene.party.transport.connect(&peer.address);
+            let start = Instant::now();
+            let is_up = |event: &Event| matches!(event, Event::Connected { .. });
+            let goes_on = |party: &Party| match cycle % 2 {
+                0 => !party.events.iter().any(is_up),
+                _ => start.elapsed() < Duration::from_micros(cycle * 997 % 20_000),
+            };
+            while connected.is_ok() && goes_on(&scene.party) {
+                assert!(start.elapsed() < Duration::from_secs(60), "{scene}");
+                scene.party.transport.poll(&mut scene.party.events);
+            }
+            peer.child.kill().unwrap();
+            peer.child.wait().unwrap();
+            if connected.is_ok() {
+                scene.until("the loss is told", |party, _| party.lost_someone());
+            }
+            if cycle == cycles / 3 {
+                before = descriptors();
+            }
+        }
+        let now = descriptors();
+        assert!(now <= before + 4, "{way}: descriptors grew from {before} to {now}");
+    }
+}
