@@ -32,8 +32,11 @@ impl Process {
 
     /// Whether it is certain, seen from `here`, that it has ended.
     pub(crate) fn is_gone(&self, here: &Process) -> bool {
-        let pid = Pid::from_raw(self.pid).filter(|_| self.place == here.place && self.pid > 0);
-        pid.is_some_and(|pid| test_kill_process(pid) == Err(Errno::SRCH))
+        // Groups, too, have numbers there.
+        if self.place != here.place || self.pid <= 0 {
+            return false;
+        }
+        Pid::from_raw(self.pid).is_some_and(|pid| test_kill_process(pid) == Err(Errno::SRCH))
     }
 }
 

@@ -183,10 +183,7 @@ pub(super) fn passed_over(
     chosen: Option<TransportKind>,
 ) -> Vec<PassedOver> {
     let better = PREFERENCE.into_iter().take_while(|kind| Some(*kind) != chosen);
-    let of = |nics: &'_ [NicAdvert], kind| -> Vec<NicAdvert> {
-        nics.iter().filter(|nic| nic.kind == kind).cloned().collect()
-    };
-    let obstacle = |kind| match (of(source, kind), of(destination, kind)) {
+    let obstacle = |kind| match (of_kind(source, kind), of_kind(destination, kind)) {
         (from, to) if from.is_empty() && to.is_empty() => None,
         (_, to) if to.is_empty() => Some(Obstacle::OpenedBy(Role::Prefill)),
         (from, _) if from.is_empty() => Some(Obstacle::OpenedBy(Role::Decode)),
@@ -194,6 +191,10 @@ pub(super) fn passed_over(
         (from, to) => from.iter().flat_map(|one| to.iter().filter_map(|other| between(one, other))).max(),
     };
     better.filter_map(|kind| Some(PassedOver { kind, obstacle: obstacle(kind)? })).collect()
+}
+
+fn of_kind(nics: &[NicAdvert], kind: TransportKind) -> Vec<&NicAdvert> {
+    nics.iter().filter(|nic| nic.kind == kind).collect()
 }
 
 /// Where the other side's NIC is found from a host that is not its own, in whose domain it is.
@@ -321,9 +322,8 @@ mod tests {
             assert_eq!(obstacle(&instance, other), Some(Obstacle::Instance));
         }
         // Whose kernels it is that read decides, should the two see it differently.
-        let (one, other) = (of_host(1, false, &[(2, true)]), of_host(2, false, &[(1, false)]));
-        assert_eq!(path(&[one.clone()], &[other.clone()], 0), None);
-        assert_eq!(path(&[other], &[one], 0), Some((0, 0)));
+        let (one, other) = ([of_host(1, false, &[(2, true)])], [of_host(2, false, &[(1, false)])]);
+        assert_eq!((path(&one, &other, 0), path(&other, &one, 0)), (None, Some((0, 0))));
     }
 
     #[test]

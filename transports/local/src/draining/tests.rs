@@ -26,14 +26,17 @@ impl Stubborn {
     }
 }
 
+/// A piece of a peer's memory that is open.
+pub(crate) struct Opened(#[expect(dead_code, reason = "it is only held")] Rc<()>);
+
 /// A copy, and what it reads.
-pub(crate) struct Launched(Rc<Cell<bool>>, #[expect(dead_code, reason = "it is only held")] Rc<Rc<()>>);
+pub(crate) struct Launched(Rc<Cell<bool>>, #[expect(dead_code, reason = "it is only held")] Rc<Opened>);
 
 impl Backend for Stubborn {
     const KIND: TransportKind = TransportKind::Shm;
     const HANDLES: bool = true;
     type Carrier = Sockets;
-    type Memory = Rc<()>;
+    type Memory = Opened;
     type Copy = Launched;
 
     fn bind(&mut self, _: &Pool) -> Result<(), String> {
@@ -46,11 +49,11 @@ impl Backend for Stubborn {
         Ok(Shared { memory: MemoryKind::Opaque(Bytes::new()), descriptors: Vec::new() })
     }
 
-    fn open(&mut self, _: Owner<'_>, _: &PoolLayout, _: MemoryKind, _: Vec<OwnedFd>) -> Result<Rc<()>, String> {
-        Ok(Rc::clone(&self.1))
+    fn open(&mut self, _: Owner<'_>, _: &PoolLayout, _: MemoryKind, _: Vec<OwnedFd>) -> Result<Opened, String> {
+        Ok(Opened(Rc::clone(&self.1)))
     }
 
-    fn reached(&self, _: &Rc<()>) -> Evidence {
+    fn reached(&self, _: &Opened) -> Evidence {
         Evidence::connected(Vec::new())
     }
 
@@ -63,7 +66,7 @@ impl Backend for Stubborn {
         _: Arc<Program>,
         _: UnitRange,
         _: Arc<PoolLayout>,
-        memory: Rc<Rc<()>>,
+        memory: Rc<Opened>,
         _: Pool,
     ) -> Result<Launched, TransferError> {
         self.0.set(true);
