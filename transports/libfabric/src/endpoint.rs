@@ -154,6 +154,11 @@ impl<T> Endpoint<T> {
         &self.name
     }
 
+    /// The descriptor of its completion queue, open as long as it; none where there is no such thing.
+    pub(crate) fn descriptor(&self) -> Option<RawFd> {
+        self.descriptor
+    }
+
     pub(crate) fn under_way(&self) -> usize {
         self.operations.under_way()
     }

@@ -7,6 +7,7 @@
 mod backend;
 mod collecting;
 mod copy;
+mod cutting;
 mod device;
 mod domain;
 #[cfg(test)]

@@ -36,6 +36,16 @@ pub(crate) struct Whose {
     pub(crate) instance: Option<[u8; 16]>,
 }
 
+impl<C> Draining<C> {
+    pub(crate) fn is_from(&self, peer: PeerId) -> bool {
+        self.peer == peer
+    }
+
+    pub(crate) fn named(&self) -> (TransferId, Role) {
+        (self.job.id, self.job.role)
+    }
+}
+
 impl Whose {
     fn is_of<C>(&self, draining: &Draining<C>) -> bool {
         self.same.contains(&draining.peer) || self.instance.is_none() || self.instance == draining.instance
@@ -122,4 +132,4 @@ impl<B: Backend> LocalTransport<B> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

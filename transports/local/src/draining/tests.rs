@@ -16,16 +16,25 @@ use crate::carrier::Owner;
 use crate::sockets::Sockets;
 use crate::wire::MemoryKind;
 
-/// Whether its copies run.
-struct Stubborn(Rc<Cell<bool>>);
+/// What becomes of its copies, and what it is told.
+#[derive(Clone, Default)]
+pub(crate) struct Stubborn {
+    /// Its copies run.
+    pub(crate) runs: Rc<Cell<bool>>,
+    /// How often it was to cut what is sent to peers that are gone, and whether it is about it.
+    pub(crate) cuts: Rc<Cell<u32>>,
+    pub(crate) is_cutting: Rc<Cell<bool>>,
+}
 
-struct Launched(Rc<Cell<bool>>);
+pub(crate) struct Launched(Rc<Cell<bool>>);
 
 impl Backend for Stubborn {
     const KIND: TransportKind = TransportKind::Shm;
     type Carrier = Sockets;
     type Memory = ();
     type Copy = Launched;
+
+    const OUTLASTS: bool = true;
 
     fn bind(&mut self, _: &Pool) -> Result<(), String> {
         Ok(())
@@ -57,8 +66,16 @@ impl Backend for Stubborn {
         _: Rc<()>,
         _: Pool,
     ) -> Result<Launched, TransferError> {
-        self.0.set(true);
-        Ok(Launched(Rc::clone(&self.0)))
+        self.runs.set(true);
+        Ok(Launched(Rc::clone(&self.runs)))
+    }
+
+    fn cut(&mut self) {
+        self.cuts.set(self.cuts.get() + 1);
+    }
+
+    fn is_cutting(&self) -> bool {
+        self.is_cutting.get()
     }
 
     fn wait(&self) -> Option<Wait> {
@@ -85,6 +102,10 @@ impl Copying for Launched {
 }
 
 fn open(runs: &Rc<Cell<bool>>) -> LocalTransport<Stubborn> {
+    over(Stubborn { runs: Rc::clone(runs), ..Stubborn::default() })
+}
+
+pub(crate) fn over(backend: Stubborn) -> LocalTransport<Stubborn> {
     let info = NicInfo {
         kind: TransportKind::Shm,
         device: "memory".into(),
@@ -92,15 +113,19 @@ fn open(runs: &Rc<Cell<bool>>) -> LocalTransport<Stubborn> {
         library: None,
         bits_per_second: None,
     };
-    crate::open(Stubborn(Rc::clone(runs)), info, &Options::default()).unwrap()
+    crate::open(backend, info, &Options::default()).unwrap()
 }
 
-fn layout() -> PoolLayout {
+pub(crate) fn layout() -> PoolLayout {
     block_planes(1, 16, 4096)
 }
 
 /// A connection, and a pull over it that runs.
-fn start(at: &mut LocalTransport<Stubborn>, owner: &mut LocalTransport<Stubborn>, keys: &PoolKeys) -> PeerId {
+pub(crate) fn start(
+    at: &mut LocalTransport<Stubborn>,
+    owner: &mut LocalTransport<Stubborn>,
+    keys: &PoolKeys,
+) -> PeerId {
     let peer = at.connect(&owner.address()).unwrap();
     let remote = at.import(peer, keys, &layout()).unwrap();
     let program = Arc::new(whole_blocks(1, 16, 4096, 0..16, 0..16));

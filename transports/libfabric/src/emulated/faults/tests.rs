@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use kvferry_core::{Direction, PoolId, TransferId};
 use kvferry_transport::conformance::{Party, absent, block_planes, until, whole_blocks};
-use kvferry_transport::{Event, PeerId, Pool, PoolOptions, RemotePool, Transfer, TransferError};
+use kvferry_transport::{Event, PeerId, Pool, PoolOptions, RemotePool, Transfer};
 
 use super::*;
 
@@ -58,7 +58,7 @@ impl Three {
         let from = pool(1);
         (0..BLOCKS).for_each(|block| from.fill(0, block, 7).unwrap());
         let keys = source.bind(&from);
-        let mut reads = |number| {
+        let reads = |number| {
             let mut party = Party::open(&Faulty(device), &slow);
             let (queues, into) = (newest(), pool(number));
             party.bind(&into);
