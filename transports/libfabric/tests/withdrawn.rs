@@ -9,11 +9,13 @@ use kvferry_libfabric::LibfabricProvider;
 use kvferry_transport::conformance::{Party, absent, block_planes, until, whole_blocks};
 use kvferry_transport::{Event, Options, Pool, PoolOptions, Transfer};
 
-/// More than the kernel keeps for two connections.
 const BLOCKS: u32 = 64;
 const BLOCK_BYTES: u64 = 1 << 20;
 const BYTES: usize = (BLOCKS as usize) << 20;
 const PULL: TransferId = TransferId(1);
+const WIRES: TransferId = TransferId(2);
+/// Of each connection: the library, not the kernel, keeps what is under way.
+static BUFFER_BYTES: libc::c_int = 256 << 10;
 /// What the source holds while it is lent, and afterwards.
 const LENT: u8 = 0x11;
 const TAKEN_BACK: u8 = 0xee;
@@ -70,6 +72,10 @@ fn ends(pool: &Pool) -> Vec<u8> {
     (0..BLOCKS).flat_map(|block| [read(block, 0), read(block, BLOCK_BYTES - 1)]).collect()
 }
 
+fn poll(party: &mut Party, times: usize) {
+    (0..times).for_each(|_| party.transport.poll(&mut party.events));
+}
+
 fn count(pool: &Pool, byte: u8) -> usize {
     let mut all = vec![0; BLOCK_BYTES as usize];
     let mut found = 0;
@@ -78,6 +84,21 @@ fn count(pool: &Pool, byte: u8) -> usize {
         found += all.iter().filter(|there| **there == byte).count();
     }
     found
+}
+
+/// Has every connection of this process keep little; how many there are.
+fn shrink_buffers() -> usize {
+    let open =
+        std::fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let shrink = |number: &libc::c_int| {
+        let set = |option| {
+            let bytes = size_of_val(&BUFFER_BYTES) as libc::socklen_t;
+            // SAFETY: changes an option of what has that number, if it is a socket; the value is read during the call.
+            unsafe { libc::setsockopt(*number, libc::SOL_SOCKET, option, (&raw const BUFFER_BYTES).cast(), bytes) == 0 }
+        };
+        set(libc::SO_SNDBUF) && set(libc::SO_RCVBUF)
+    };
+    open.filter(shrink).count()
 }
 
 /// An owner, a reader that is in the midst of much, and whether that is polled while the owner takes its memory back.
@@ -96,19 +117,22 @@ fn taken_back(device: &str, is_polled: bool, closes: bool) {
     reader.bind(&into);
     let peer = reader.connect(&owner);
     let remote = reader.import(peer, &keys, source.layout());
-    let program = Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, 0..BLOCKS));
-    let (range, local, direction) = (program.whole(), into.id(), Direction::Pull);
-    reader.transport.post(Transfer { id: PULL, peer, direction, local, remote, program, range, notice: None }).unwrap();
-    until(&mut [&mut reader, &mut owner], "the pull begins", |_| ends(&into).contains(&LENT));
+    let pull = |id, blocks: u32| {
+        let program = Arc::new(whole_blocks(1, 16, BLOCK_BYTES, 0..blocks, 0..blocks));
+        let (range, local, direction) = (program.whole(), into.id(), Direction::Pull);
+        Transfer { id, peer, direction, local, remote, program, range, notice: None }
+    };
+    reader.transport.post(pull(WIRES, 1)).unwrap();
+    until(&mut [&mut reader, &mut owner], "the way is wired", |parties| parties[0].end(WIRES).is_some());
+    assert_ne!(shrink_buffers(), 0, "there are connections");
+    reader.transport.post(pull(PULL, BLOCKS)).unwrap();
+    until(&mut [&mut reader, &mut owner], "the pull begins", |_| ends(&into)[2..].contains(&LENT));
     assert_eq!(reader.end(PULL), None, "it is not over yet");
     owner.transport.unbind(source.id());
-    let unbound = |owner: &Party| owner.saw(&Event::Unbound { pool: PoolId(1) });
-    if is_polled {
-        until(&mut [&mut owner, &mut reader], "the pool is let go", |parties| unbound(parties[0]));
-        assert!(!owner.lost_someone(), "its reader let go of it");
-    } else {
-        until(&mut [&mut owner], "the pool is let go", |parties| unbound(parties[0]));
-        assert!(owner.lost_someone(), "its reader said nothing");
+    let unbound = |parties: &[&mut Party]| parties[0].saw(&Event::Unbound { pool: PoolId(1) });
+    match is_polled {
+        true => until(&mut [&mut owner, &mut reader], "the pool is let go", unbound),
+        false => until(&mut [&mut owner], "the pool is let go", unbound),
     }
     if closes {
         pages.close();
@@ -117,12 +141,12 @@ fn taken_back(device: &str, is_polled: bool, closes: bool) {
     }
     until(&mut [&mut owner, &mut reader], "the pull ends", |parties| parties[1].end(PULL).is_some());
     assert!(reader.failed(PULL), "{:?}", reader.end(PULL));
-    let mut events = Vec::new();
     for _ in 0..2_000 {
-        owner.transport.poll(&mut events);
-        reader.transport.poll(&mut events);
+        poll(&mut owner, 1);
+        poll(&mut reader, 1);
     }
     assert_eq!(count(&into, TAKEN_BACK), 0, "{device}: memory was read after it was let go");
+    assert!(is_polled || owner.lost_someone(), "its reader said nothing");
 }
 
 #[test]
