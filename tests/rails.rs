@@ -1,6 +1,7 @@
-//! Two and four rails over real TCP devices: pairs of virtual cables between two hosts, which are network namespaces of the test's own.
+//! Two and four rails over real TCP devices, of kvferry's own and of libfabric's: pairs of virtual cables between two hosts, which are network
+//! namespaces of the test's own.
 //!
-//! Where there may be none the cases say so and pass, unless `KVFERRY_REQUIRE` names netns. What a fault costs is printed:
+//! Where there may be none, or is no libfabric, the cases say so and pass, unless `KVFERRY_REQUIRE` names netns or libfabric. What a fault costs is printed:
 //! `cargo test --test rails -- --nocapture`.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
@@ -17,6 +18,7 @@ use kvferry::{
     QuarantineTerms, RailHealth, RailTerms, Rank, RequestId, RequestSpec, Role, SchedulerNode, SchedulerTerms,
     ThreadOptions, TransportKind, Watch, WorkerConfig, WorkerNode,
 };
+use kvferry_libfabric::LibfabricProvider;
 use kvferry_synthetic::{DecodeEngine, Engine, EngineConfig, EngineReport, PrefillEngine};
 use kvferry_tcp::TcpProvider;
 use kvferry_transport::conformance::absent;
@@ -58,27 +60,43 @@ impl Host {
         format!("/proc/{}/ns/net", self.0.id())
     }
 
-    /// Runs a command there.
-    fn run(&self, command: &str) -> Result<(), String> {
+    /// Runs a command there; what it prints.
+    fn run(&self, command: &str) -> Result<String, String> {
         let mut nsenter = Command::new("nsenter");
         nsenter.arg(format!("--net={}", self.path())).args(command.split(' '));
         let output = nsenter.output().map_err(|error| format!("nsenter: {error}"))?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        if output.status.success() { Ok(()) } else { Err(format!("{command}: {}", said.trim())) }
+        let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        if !output.status.success() {
+            return Err(format!("{command}: {}", said(&output.stderr).trim()));
+        }
+        Ok(said(&output.stdout))
     }
 
-    /// Opens the device of an address there, on the thread that is to own it.
-    fn nic(&self, address: String) -> OpenNic {
+    /// Waits for a device to be up, which Linux says a while after it is: libraries look at what it says.
+    fn wait_for(&self, device: &str) -> Result<(), String> {
+        let late = Instant::now() + PATIENCE;
+        while !self.run(&format!("ip -oneline link show dev {device}"))?.contains(" state UP ") {
+            if Instant::now() >= late {
+                return Err(format!("{device} does not come up"));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// Opens a device there, on the thread that is to own it.
+    fn nic(&self, kind: TransportKind, name: String) -> OpenNic {
         let there = File::open(self.path()).unwrap();
         Box::new(move || {
             let io = |source: rustix::io::Errno| OpenError::Io {
-                device: address.clone(),
+                device: name.clone(),
                 context: "its namespace",
                 source: source.into(),
             };
             move_into_link_name_space(there.as_fd(), Some(LinkNameSpaceType::Network)).map_err(io)?;
-            let device = Device { kind: TransportKind::Tcp, name: address, unavailable: None };
-            TcpProvider::new().open(&device, &Options::default())
+            let provider: &dyn Provider =
+                if kind == TransportKind::Tcp { &TcpProvider::new() } else { &LibfabricProvider::new() };
+            provider.open(&Device { kind, name, unavailable: None }, &Options::default())
         })
     }
 }
@@ -90,16 +108,17 @@ impl Drop for Host {
     }
 }
 
-/// Two hosts, and so many cables between them.
+/// Two hosts, and so many cables between them, whose ends are devices of one kind.
 struct Hosts {
     prefill: Host,
     decode: Host,
+    kind: TransportKind,
     rails: u32,
 }
 
 impl Hosts {
-    fn cabled(rails: u32) -> Result<Hosts, String> {
-        let hosts = Hosts { prefill: Host::start()?, decode: Host::start()?, rails };
+    fn cabled(kind: TransportKind, rails: u32) -> Result<Hosts, String> {
+        let hosts = Hosts { prefill: Host::start()?, decode: Host::start()?, kind, rails };
         for rail in 0..rails {
             let there = hosts.decode.0.id();
             hosts.prefill.run(&format!("ip link add p{rail} type veth peer name d{rail} netns {there}"))?;
@@ -109,20 +128,43 @@ impl Hosts {
             }
             hosts.throttle(rail, MEGABITS)?;
         }
+        for rail in 0..rails {
+            hosts.prefill.wait_for(&format!("p{rail}"))?;
+            hosts.decode.wait_for(&format!("d{rail}"))?;
+        }
         Ok(hosts)
     }
 
-    /// None where there may be no namespaces: said, and an error if they are required.
-    fn new(rails: u32) -> Option<Hosts> {
+    /// None where there may be no namespaces, or is no library: said, and an error if they are required.
+    fn new(kind: TransportKind, rails: u32) -> Option<Hosts> {
+        if kind == TransportKind::Libfabric
+            && let Some(reason) = LibfabricProvider::unavailable()
+        {
+            absent("libfabric", &reason);
+            return None;
+        }
         let without = |reason: &String| {
             absent("netns", &format!("{reason}; it needs root, unshare, nsenter, ip and tc with veth and tbf"));
         };
-        Hosts::cabled(rails).inspect_err(without).ok()
+        Hosts::cabled(kind, rails).inspect_err(without).ok()
+    }
+
+    /// What the device at one end of a cable is called.
+    fn device(&self, role: Role, rail: u32) -> String {
+        let (side, last) = if role == Role::Prefill { ('p', 1) } else { ('d', 2) };
+        if self.kind == TransportKind::Tcp { format!("10.77.{rail}.{last}") } else { format!("{side}{rail}") }
+    }
+
+    /// The second cable's device as paths name it, at the destination, and as whoever initiates and watches it does.
+    fn devices(&self, direction: Direction) -> (String, String) {
+        let initiator = if direction == Pull { Role::Decode } else { Role::Prefill };
+        (self.device(Role::Decode, 1), self.device(initiator, 1))
     }
 
     /// What the prefill side sends over a cable.
     fn throttle(&self, rail: u32, megabits: u32) -> Result<(), String> {
-        self.prefill.run(&format!("tc qdisc replace dev p{rail} root tbf rate {megabits}mbit burst 256kb latency 50ms"))
+        let shape = format!("tbf rate {megabits}mbit burst 256kb latency 50ms");
+        self.prefill.run(&format!("tc qdisc replace dev p{rail} root {shape}")).map(drop)
     }
 }
 
@@ -183,8 +225,8 @@ impl Cluster {
             config.quarantine =
                 QuarantineTerms { fence_after: Duration::from_millis(500), ..QuarantineTerms::default() };
             config.watchers.push(Arc::clone(&turns) as Arc<dyn Watch>);
-            let (host, last) = if role == Role::Prefill { (&hosts.prefill, 1) } else { (&hosts.decode, 2) };
-            let nics = (0..hosts.rails).map(|rail| host.nic(format!("10.77.{rail}.{last}"))).collect();
+            let host = if role == Role::Prefill { &hosts.prefill } else { &hosts.decode };
+            let nics = (0..hosts.rails).map(|rail| host.nic(hosts.kind, hosts.device(role, rail))).collect();
             engines.push(rank(config, (role, direction), &geometry, scheduler.address(), nics).await);
         }
         Cluster { scheduler: Arc::new(scheduler), hosts, turns, engines, submitted: 0 }
@@ -311,14 +353,6 @@ async fn rank(
     Running { ask }
 }
 
-/// The second cable's device as paths name it, at the destination, and as whoever initiates and watches it does.
-fn devices(direction: Direction) -> (&'static str, &'static str) {
-    match direction {
-        Pull => ("10.77.1.2", "10.77.1.2"),
-        Push => ("10.77.1.2", "10.77.1.1"),
-    }
-}
-
 /// Half a second of 16 MiB: what is submitted is in its midst.
 async fn midst() {
     tokio::time::sleep(Duration::from_millis(150)).await;
@@ -327,7 +361,7 @@ async fn midst() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rails_share_within_a_tenth_of_even() {
     for (rails, direction) in [(2, Pull), (2, Push), (4, Pull), (4, Push)] {
-        let Some(hosts) = Hosts::new(rails) else { return };
+        let Some(hosts) = Hosts::new(TransportKind::Tcp, rails) else { return };
         let mut cluster = Cluster::start(hosts, direction).await;
         let (mut carried, mut took) = (BTreeMap::<String, u64>::new(), Duration::ZERO);
         for _ in 0..6 {
@@ -344,10 +378,10 @@ async fn rails_share_within_a_tenth_of_even() {
     }
 }
 
-async fn a_cable_is_pulled_out_in_the_midst(direction: Direction) {
-    let Some(hosts) = Hosts::new(2) else { return };
+async fn a_cable_is_pulled_out_in_the_midst(kind: TransportKind, direction: Direction) {
+    let Some(hosts) = Hosts::new(kind, 2) else { return };
     let mut cluster = Cluster::start(hosts, direction).await;
-    let (device, of_initiator) = devices(direction);
+    let (device, of_initiator) = cluster.hosts.devices(direction);
     let usual = cluster.usual().await;
     let moving = cluster.submit();
     let moving = tokio::spawn(moving);
@@ -356,15 +390,15 @@ async fn a_cable_is_pulled_out_in_the_midst(direction: Direction) {
     cluster.hosts.decode.run("ip link set d1 down").unwrap();
     let (finished, took) = moving.await.unwrap();
     let (_, dip) = by_device(&finished, took);
-    let noticed = cluster.turns.after(pulled, of_initiator, RailHealth::Down).expect("nobody noticed");
+    let noticed = cluster.turns.after(pulled, &of_initiator, RailHealth::Down).expect("nobody noticed");
     let (carried, alone) = cluster.request().await;
-    assert!(!carried.contains_key(device), "{carried:?}");
+    assert!(!carried.contains_key(&device), "{carried:?}");
     let mended = Instant::now();
     cluster.hosts.decode.run("ip link set d1 up").unwrap();
-    let requests = cluster.until_even(device).await;
-    let back = cluster.turns.after(mended, of_initiator, RailHealth::Up).expect("it is back");
+    let requests = cluster.until_even(&device).await;
+    let back = cluster.turns.after(mended, &of_initiator, RailHealth::Up).expect("it is back");
     println!(
-        "{direction:?}, pulled out: a handover of {usual:?} took {dip:?} (noticed after {noticed:?}), then {alone:?} over one rail; plugged in: \
+        "{kind}, {direction:?}, pulled out: a handover of {usual:?} took {dip:?} (noticed after {noticed:?}), then {alone:?} over one rail; plugged in: \
          up after {back:?}, its share again after {requests} handovers and {:?}",
         mended.elapsed()
     );
@@ -373,18 +407,18 @@ async fn a_cable_is_pulled_out_in_the_midst(direction: Direction) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cable_that_is_pulled_out_in_the_midst_costs_time_only() {
-    a_cable_is_pulled_out_in_the_midst(Pull).await;
+    a_cable_is_pulled_out_in_the_midst(TransportKind::Tcp, Pull).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cable_that_is_pulled_out_in_the_midst_of_a_push_costs_time_only() {
-    a_cable_is_pulled_out_in_the_midst(Push).await;
+    a_cable_is_pulled_out_in_the_midst(TransportKind::Tcp, Push).await;
 }
 
-async fn a_cable_becomes_a_tenth(direction: Direction) {
-    let Some(hosts) = Hosts::new(2) else { return };
+async fn a_cable_becomes_a_tenth(kind: TransportKind, direction: Direction) {
+    let Some(hosts) = Hosts::new(kind, 2) else { return };
     let mut cluster = Cluster::start(hosts, direction).await;
-    let (device, of_initiator) = devices(direction);
+    let (device, of_initiator) = cluster.hosts.devices(direction);
     let usual = cluster.usual().await;
     let moving = tokio::spawn(cluster.submit());
     midst().await;
@@ -395,7 +429,7 @@ async fn a_cable_becomes_a_tenth(direction: Direction) {
     let mut times = vec![dip];
     let late = Instant::now() + PATIENCE;
     let left_alone = loop {
-        let of = |health| cluster.turns.after(slowed, of_initiator, health);
+        let of = |health| cluster.turns.after(slowed, &of_initiator, health);
         if let Some(noticed) = of(RailHealth::Slow).or_else(|| of(RailHealth::Down)) {
             break noticed;
         }
@@ -405,9 +439,9 @@ async fn a_cable_becomes_a_tenth(direction: Direction) {
     let (_, avoided) = cluster.request().await;
     let mended = Instant::now();
     cluster.hosts.throttle(1, MEGABITS).unwrap();
-    let requests = cluster.until_even(device).await;
+    let requests = cluster.until_even(&device).await;
     println!(
-        "{direction:?}, a tenth: handovers of {usual:?} took {times:?} until it was left alone after {left_alone:?}, then {avoided:?}; mended: \
+        "{kind}, {direction:?}, a tenth: handovers of {usual:?} took {times:?} until it was left alone after {left_alone:?}, then {avoided:?}; mended: \
          its share again after {requests} handovers and {:?}",
         mended.elapsed()
     );
@@ -416,10 +450,25 @@ async fn a_cable_becomes_a_tenth(direction: Direction) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cable_of_a_tenth_costs_time_only() {
-    a_cable_becomes_a_tenth(Pull).await;
+    a_cable_becomes_a_tenth(TransportKind::Tcp, Pull).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cable_of_a_tenth_costs_a_push_time_only() {
-    a_cable_becomes_a_tenth(Push).await;
+    a_cable_becomes_a_tenth(TransportKind::Tcp, Push).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cable_of_libfabric_that_is_pulled_out_in_the_midst_costs_time_only() {
+    a_cable_is_pulled_out_in_the_midst(TransportKind::Libfabric, Pull).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cable_of_libfabric_that_is_pulled_out_in_the_midst_of_a_push_costs_time_only() {
+    a_cable_is_pulled_out_in_the_midst(TransportKind::Libfabric, Push).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cable_of_libfabric_of_a_tenth_costs_time_only() {
+    a_cable_becomes_a_tenth(TransportKind::Libfabric, Pull).await;
 }

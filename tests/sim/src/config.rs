@@ -255,6 +255,7 @@ fn rails(seed: u64, shape: &Shape) -> RailTerms {
         initial_bytes_per_second: 100_000_000 << dice.below(6),
         rest: micros(500 << dice.below(10)),
         rest_max: millis(dice.within(500..5_000)),
+        wired_within: micros(dice.below(2) * (50 << dice.below(12))),
     }
 }
 

@@ -22,6 +22,7 @@ fn busy(seed: u64, nics: u32, rails_max: u32, direction: Direction) -> Cluster {
         rails_max,
         share_bytes_min: 512,
         silent_after: millis(5),
+        wired_within: millis(0),
         rest: millis(20),
         rest_max: millis(200),
         ..RailTerms::default()

@@ -1,7 +1,7 @@
 //! Registered memory behind the protocol, read by the destination.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,6 +16,7 @@ use libfabric_sys::FI_READ;
 
 use crate::collecting::{Collecting, Readiness};
 use crate::copy::{Fetch, Reads};
+use crate::cutting::Cutting;
 use crate::domain::Domain;
 use crate::hmem::Reach;
 use crate::memory::{Lent, Own};
@@ -38,6 +39,8 @@ pub(crate) struct Fabric {
     domain: Rc<Domain>,
     /// The well-known endpoint, through which peers read.
     name: Vec<u8>,
+    /// What that endpoint may still send to peers that are gone.
+    cutting: Cutting,
     bound: BTreeMap<PoolId, Rc<Own>>,
     readers: BTreeMap<PeerId, Rc<Reader>>,
     /// What peers pack for this side.
@@ -55,9 +58,10 @@ pub(crate) struct Fabric {
 }
 
 impl Fabric {
+    /// For the well-known endpoint of that name, whose completion queue has that descriptor.
     pub(crate) fn new(
         domain: &Rc<Domain>,
-        name: &[u8],
+        (name, queue): (&[u8], Option<RawFd>),
         emulates_reads: Option<bool>,
         counters: Counters,
         packing: Packing,
@@ -67,6 +71,7 @@ impl Fabric {
             packing,
             domain: domain.clone(),
             name: name.to_vec(),
+            cutting: Cutting::of(&domain.info.provider(), queue),
             bound: BTreeMap::new(),
             readers: BTreeMap::new(),
             collecting: BTreeMap::new(),
@@ -196,6 +201,8 @@ impl Backend for Fabric {
     // An endpoint and its connection.
     const OFFERS: bool = true;
     const SPEAKS: bool = true;
+    // A read that was begun is answered from memory whose registration is closed meanwhile.
+    const OUTLASTS: bool = true;
     const SEVERED: FenceProof = FenceProof::EndpointDestroyed;
 
     fn bind(&mut self, pool: &Pool) -> Result<(), String> {
@@ -279,11 +286,24 @@ impl Backend for Fabric {
         self.serving.remove(&peer);
     }
 
+    fn rests(&mut self, peer: PeerId) -> bool {
+        self.readers.get(&peer).is_none_or(|reader| reader.rests())
+    }
+
+    fn cut(&mut self) {
+        self.cutting.begin(Instant::now());
+    }
+
+    fn is_cutting(&self) -> bool {
+        self.cutting.is_under_way()
+    }
+
     fn tend(&mut self) -> bool {
+        self.cutting.go_on(Instant::now());
         let is_warming = self.readers.values().filter(|reader| reader.tend()).count() > 0;
         self.collecting.values().for_each(|collecting| collecting.progress());
         self.pack();
-        self.prove(Instant::now()) || is_warming
+        self.prove(Instant::now()) || is_warming || self.cutting.is_under_way()
     }
 
     fn broken(&mut self) -> Vec<(PeerId, String)> {

@@ -2,6 +2,7 @@
 //! something stands. Memory of the "GPU" is at addresses that fault whoever touches them; only this NIC knows where its bytes are.
 
 mod calls;
+pub(crate) mod faults;
 mod memory;
 
 use std::cell::RefCell;

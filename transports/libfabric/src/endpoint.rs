@@ -1,6 +1,6 @@
 //! An endpoint with a completion queue, an address vector and an event queue of its own.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{c_int, c_void};
 use std::os::fd::RawFd;
 use std::ptr;
 use std::rc::Rc;
@@ -9,12 +9,15 @@ use std::time::{Duration, Instant};
 use libfabric_sys::{
     FI_AV_TABLE, FI_COMPLETION, FI_CQ_FORMAT_MSG, FI_EAGAIN, FI_EAVAIL, FI_OPT_EFA_EMULATED_READ, FI_OPT_ENDPOINT,
     FI_RECV, FI_TRANSMIT, FI_WAIT_FD, FI_WAIT_NONE, Padded, calls, fi_av_attr, fi_cq_attr, fi_cq_err_entry,
-    fi_cq_msg_entry, fi_eq_attr, fi_eq_err_entry, fi_msg_rma, fi_rma_iov, fid, fid_av, fid_cq, fid_ep, fid_eq, iovec,
+    fi_cq_msg_entry, fi_eq_attr, fi_msg_rma, fi_rma_iov, fid, fid_av, fid_cq, fid_ep, fid_eq, iovec,
 };
 
+use crate::abandoned::ABANDONED;
 use crate::domain::Domain;
+use crate::events;
 use crate::hmem;
 use crate::neighbour;
+use crate::object::Object;
 use crate::operations::Operations;
 use crate::parting;
 use crate::slab::Slab;
@@ -65,36 +68,11 @@ pub(crate) enum Posted<T> {
     Never(T, String),
 }
 
-/// An object of the library, closed once.
-struct Object<O>(*mut O);
-
-impl<O> Object<O> {
-    /// Every object begins with what all have in common.
-    fn common(&self) -> *mut fid {
-        self.0.cast()
-    }
-
-    fn close(&mut self) -> c_int {
-        if self.0.is_null() {
-            return 0;
-        }
-        // SAFETY: an open object that is not used after this.
-        let status = unsafe { calls::fi_close(self.common()) };
-        self.0 = ptr::null_mut();
-        status
-    }
-}
-
-impl<O> Drop for Object<O> {
-    fn drop(&mut self) {
-        self.close();
-    }
-}
-
 impl<T> Endpoint<T> {
     /// Opens one for at most `operations` operations at a time.
     pub(crate) fn open(domain: &Rc<Domain>, operations: u32) -> Result<Endpoint<T>, String> {
         let library = domain.library;
+        ABANDONED.check()?;
         let (queue, descriptor) = open_queue(domain, operations)?;
         let mut attr = Padded::<fi_av_attr>::zeroed();
         attr.fields().type_ = FI_AV_TABLE;
@@ -152,6 +130,11 @@ impl<T> Endpoint<T> {
     /// Where peers find it.
     pub(crate) fn name(&self) -> &[u8] {
         &self.name
+    }
+
+    /// The descriptor of its completion queue, open as long as it; none where there is no such thing.
+    pub(crate) fn descriptor(&self) -> Option<RawFd> {
+        self.descriptor
     }
 
     pub(crate) fn under_way(&self) -> usize {
@@ -340,8 +323,8 @@ impl<T> Endpoint<T> {
         }
         let entry = entry.fields();
         // SAFETY: an open queue, and what it said itself.
-        let own = unsafe { words(calls::fi_cq_strerror(self.queue.0, entry.prov_errno, entry.err_data)) };
-        let reason = describe(&self.domain.library.words(entry.err.into()), entry.prov_errno, &own);
+        let own = unsafe { events::words(calls::fi_cq_strerror(self.queue.0, entry.prov_errno, entry.err_data)) };
+        let reason = events::describe(&self.domain.library.words(entry.err.into()), entry.prov_errno, &own);
         if let Some(operation) = self.operations.end(entry.op_context) {
             done.push(Done { operation, result: Err(reason) });
         } else {
@@ -366,8 +349,7 @@ impl<T> Endpoint<T> {
     /// An error that the provider reports of the endpoint as a whole, if there is one.
     pub(crate) fn error(&mut self) -> Option<String> {
         // SAFETY: an open queue.
-        let event = unsafe { take_event(self.events.0) }?;
-        Some(describe(&self.domain.library.words(event.err.into()), event.prov_errno, &event.own))
+        unsafe { events::take(self.events.0, self.domain.library) }
     }
 }
 
@@ -394,7 +376,9 @@ impl<T> Endpoint<T> {
 
     /// Leaves it open for good, and what it uses: nothing that is under way counts as over.
     fn abandon(&mut self) {
+        let abandoned = ABANDONED.count();
         tracing::warn!(
+            abandoned,
             under_way = self.under_way(),
             library = %self.domain.library.version,
             "an endpoint stays open until the process ends, and so do its blocks: closing it with reads under way would end the process; \
@@ -461,50 +445,6 @@ fn open_queue(domain: &Domain, operations: u32) -> Result<(Object<fid_cq>, Optio
     Err("libfabric opens no completion queue".to_owned())
 }
 
-struct EventError {
-    err: c_int,
-    prov_errno: c_int,
-    own: String,
-}
-
-/// The next error of an event queue; what else it reports means nothing for endpoints without connections.
-///
-/// # Safety
-/// An open event queue.
-unsafe fn take_event(events: *mut fid_eq) -> Option<EventError> {
-    let (mut event, mut buffer) = (0, [0u64; 32]);
-    // SAFETY: the caller's queue; room for as many bytes as it is told.
-    let read = unsafe { calls::fi_eq_read(events, &mut event, buffer.as_mut_ptr().cast(), size_of_val(&buffer)) }.0;
-    if read != ERROR_AVAILABLE {
-        return None;
-    }
-    let mut entry = Padded::<fi_eq_err_entry>::zeroed();
-    // SAFETY: as above, with a zeroed entry.
-    let read = unsafe { calls::fi_eq_readerr(events, &mut entry) }.0;
-    let entry = entry.fields();
-    if read <= 0 {
-        return None;
-    }
-    // SAFETY: what the queue said itself.
-    let own = unsafe { words(calls::fi_eq_strerror(events, entry.prov_errno, entry.err_data)) };
-    Some(EventError { err: entry.err, prov_errno: entry.prov_errno, own })
-}
-
-/// What went wrong, in libfabric's words and in the provider's.
-fn describe(words: &str, number: c_int, own: &str) -> String {
-    if own.is_empty() { format!("{words}, provider error {number}") } else { format!("{words}, {own} ({number})") }
-}
-
-/// # Safety
-/// Null, or a C string.
-unsafe fn words(text: *const c_char) -> String {
-    if text.is_null() {
-        return String::new();
-    }
-    // SAFETY: the caller's word.
-    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
-}
-
 /// Whether a peer's name can be one of the same provider's: libfabric takes any bytes, and some providers trust them.
 fn is_like(name: &[u8], own: &[u8]) -> Result<(), String> {
     let refused = |reason: &str| Err(format!("the peer's endpoint has no name of this provider's: {reason}"));
@@ -530,39 +470,23 @@ fn is_like(name: &[u8], own: &[u8]) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use libfabric_sys::{fi_ops_eq, fid_eq};
-
-    unsafe extern "C" fn read(_: *mut fid_eq, _: *mut u32, _: *mut c_void, _: usize, _: u64) -> isize {
-        ERROR_AVAILABLE
-    }
-
-    unsafe extern "C" fn readerr(_: *mut fid_eq, entry: *mut fi_eq_err_entry, _: u64) -> isize {
-        // SAFETY: the caller's entry.
-        unsafe {
-            (*entry).err = -22;
-            (*entry).prov_errno = 4111;
-        }
-        size_of::<fi_eq_err_entry>() as isize
-    }
-
-    unsafe extern "C" fn nothing(_: *mut fid_eq, _: *mut u32, _: *mut c_void, _: usize, _: u64) -> isize {
-        AGAIN
-    }
-
-    /// An event queue of our own making, with what EFA reports for a peer's bad key.
+    use crate::device;
+    use crate::library::Library;
+    /// It is counted, and what it uses stays.
     #[test]
-    fn an_error_event_is_taken_with_its_number() {
-        let mut table = fi_ops_eq { size: size_of::<fi_ops_eq>(), read: Some(read), ..Default::default() };
-        table.readerr = Some(readerr);
-        let mut queue = fid_eq { ops: &mut table, ..Default::default() };
-        // SAFETY: a queue whose table has what is called.
-        let event = unsafe { take_event(&mut queue) }.unwrap();
-        assert_eq!((event.err, event.prov_errno, event.own.as_str()), (-22, 4111, ""));
-        assert!(describe("Invalid argument (22)", event.prov_errno, &event.own).contains("4111"));
-        table.read = Some(nothing);
-        queue.ops = &mut table;
-        // SAFETY: as above.
-        assert!(unsafe { take_event(&mut queue) }.is_none());
+    fn an_endpoint_that_cannot_be_closed_stays_open() {
+        let library = match Library::find() {
+            Ok(library) => library,
+            Err(reason) => return kvferry_transport::conformance::absent("libfabric", &reason),
+        };
+        let domain = Domain::open(library, device::find(library, "lo").unwrap(), false).unwrap();
+        let mut endpoint = Endpoint::<()>::open(&domain, 8).unwrap();
+        let (before, users) = (ABANDONED.so_far(), Rc::strong_count(&domain));
+        endpoint.abandon();
+        drop(endpoint);
+        assert_eq!(ABANDONED.so_far(), before + 1);
+        assert_eq!(Rc::strong_count(&domain), users, "what it held of the domain is held for ever");
+        assert!(Endpoint::<()>::open(&domain, 8).is_ok());
     }
 
     #[test]

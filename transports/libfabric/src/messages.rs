@@ -1,7 +1,7 @@
 //! Frames as messages of the device's well-known endpoint: sessions with peers, their calls, their life signs, their end.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -144,6 +144,11 @@ impl Messages {
     /// The endpoint that peers find.
     pub(crate) fn name(&self) -> &[u8] {
         &self.place.name
+    }
+
+    /// The descriptor of that endpoint's completion queue.
+    pub(crate) fn descriptor(&self) -> Option<RawFd> {
+        self.endpoint.descriptor()
     }
 
     /// Whether the provider emulates reads, where it tells.

@@ -22,24 +22,44 @@ pub(crate) fn is_needed(provider: &str, library: Version) -> bool {
     library < NOT_FROM && provider.contains("tcp") && provider.contains("ofi_rxm")
 }
 
-/// Breaks the connections that a completion queue waits for, by its descriptor. How many there were.
-pub(crate) fn hang_up(queue: RawFd) -> usize {
-    hang_up_below(queue, DEPTH)
+/// A connection of the library's, by the number of its descriptor and by what that stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Connection {
+    pub(crate) number: RawFd,
+    pub(crate) inode: u64,
 }
 
-fn hang_up_below(watcher: RawFd, depth: u32) -> usize {
+impl Connection {
+    /// A descriptor of our own for it, unless it was closed.
+    pub(crate) fn open(&self) -> Option<OwnedFd> {
+        same(self.number, self.inode)
+    }
+}
+
+/// Breaks the connections that a completion queue waits for, by its descriptor. How many there were.
+pub(crate) fn hang_up(queue: RawFd) -> usize {
+    let opened = connections(queue).into_iter().filter_map(|connection| connection.open());
+    opened.filter(|descriptor| rustix::net::shutdown(descriptor, Shutdown::Both).is_ok()).count()
+}
+
+/// The connections that a completion queue waits for, by its descriptor.
+pub(crate) fn connections(queue: RawFd) -> Vec<Connection> {
+    let mut found = Vec::new();
+    collect(queue, DEPTH, &mut found);
+    found
+}
+
+fn collect(watcher: RawFd, depth: u32, found: &mut Vec<Connection>) {
     // Linux says there which descriptors an epoll descriptor watches; of others there is nothing of that kind.
     let said = fs::read_to_string(format!("/proc/self/fdinfo/{watcher}")).unwrap_or_default();
-    let mut broken = 0;
     for (number, inode) in said.lines().filter_map(watched) {
         let Some(descriptor) = same(number, inode) else { continue };
         if is_connection(&descriptor) {
-            broken += usize::from(rustix::net::shutdown(&descriptor, Shutdown::Both).is_ok());
+            found.push(Connection { number, inode });
         } else if depth > 1 {
-            broken += hang_up_below(descriptor.as_raw_fd(), depth - 1);
+            collect(descriptor.as_raw_fd(), depth - 1, found);
         }
     }
-    broken
 }
 
 /// The descriptor and the inode of a line such as `tfd:        5 events:       19 data:                5  pos:0 ino:1ce3757 sdev:9`.

@@ -147,7 +147,8 @@ pub(crate) fn open(
     let explain = |reason: String| unavailable(explain(library, &reason));
     let messages = Messages::open(domain).map_err(explain)?;
     let packing = Packing::new(options, &provider);
-    let fabric = Fabric::new(domain, messages.name(), messages.emulates_reads(), counters, packing).map_err(explain)?;
+    let name = (messages.name(), messages.descriptor());
+    let fabric = Fabric::new(domain, name, messages.emulates_reads(), counters, packing).map_err(explain)?;
     LocalTransport::over(fabric, messages, info, options)
 }
 

@@ -27,6 +27,8 @@ pub(crate) struct Reader {
     open: RefCell<Option<Open>>,
     /// The first read, until it is over.
     warming: RefCell<Option<Warming>>,
+    /// How that read is, also once it was given up.
+    first: RefCell<Rc<Ticket>>,
     /// What the provider said when it broke.
     broke: RefCell<Option<String>>,
     /// The library took no more the last time that it was asked.
@@ -108,7 +110,8 @@ impl Reader {
     /// Has one byte read, so that the way is wired before the first transfer. What comes of it nobody cares.
     pub(crate) fn warm(&self, source: Source, scratch: &Rc<Slab>) {
         let until = Instant::now() + WARMING;
-        let (scratch, ticket) = (scratch.clone(), Rc::default());
+        let (scratch, ticket) = (scratch.clone(), Rc::<Ticket>::default());
+        *self.first.borrow_mut() = ticket.clone();
         *self.warming.borrow_mut() = Some(Warming { source, scratch, ticket, is_asked: false, until });
     }
 
@@ -137,6 +140,15 @@ impl Reader {
             *place = None;
         }
         !is_over
+    }
+
+    /// Begins no first read any more. Whether none is under way.
+    pub(crate) fn rests(&self) -> bool {
+        let mut place = self.warming.borrow_mut();
+        if place.as_ref().is_some_and(|warming| !warming.is_asked) {
+            *place = None;
+        }
+        !self.first.borrow().is_under_way()
     }
 
     /// Asks for pieces, at most [`PIECES_MAX`] and no more than the provider takes at once. `Ok(false)`: not now. An error ends the copy.
@@ -307,6 +319,7 @@ impl Reader {
         Reader {
             open: RefCell::new(None),
             warming: RefCell::new(None),
+            first: RefCell::default(),
             broke: RefCell::new(None),
             is_refused: Cell::new(false),
             moved: Cell::new(0),

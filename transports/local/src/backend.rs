@@ -41,6 +41,9 @@ pub trait Backend: 'static {
     /// Whether a peer's memory is reached by handles of its process, whichever connection they came over: then it is opened once for all connections
     /// to one transport, and closed by a fence.
     const HANDLES: bool = false;
+    /// Whether memory of this side may still be read for a peer, by what this process does, after its pool was withdrawn. Then the pool is let go
+    /// only once each peer that was lent it has said that it reads it no more, or was [cut off](Backend::cut).
+    const OUTLASTS: bool = false;
     /// What proves that copies which were [cut off](Backend::sever) write no more.
     const SEVERED: FenceProof = FenceProof::OwnerCopies;
 
@@ -92,6 +95,20 @@ pub trait Backend: 'static {
     /// memory is still known or was withdrawn. Nothing is copied from it any more.
     fn sever(&mut self, peer: PeerId) {
         let _its_copies_wait_for_nobody = peer;
+    }
+
+    /// Begins nothing more by itself of a peer's memory, beside copies. Whether nothing that it began so is under way.
+    fn rests(&mut self, peer: PeerId) -> bool {
+        let _nothing_is_begun_but_copies = peer;
+        true
+    }
+
+    /// A peer that was lent memory is gone, and did not say that it reads it no more: has what is still sent to it end.
+    fn cut(&mut self) {}
+
+    /// Whether that has not ended.
+    fn is_cutting(&self) -> bool {
+        false
     }
 
     /// What has come to be known of the way to a peer's memory since it was last asked; asked after [`Backend::tend`].

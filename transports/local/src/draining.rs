@@ -37,6 +37,16 @@ pub(crate) struct Whose {
     pub(crate) identity: Option<Identity>,
 }
 
+impl<C> Draining<C> {
+    pub(crate) fn is_from(&self, peer: PeerId) -> bool {
+        self.peer == peer
+    }
+
+    pub(crate) fn named(&self) -> (TransferId, Role) {
+        (self.job.id, self.job.role)
+    }
+}
+
 impl Whose {
     fn is_of<C>(&self, draining: &Draining<C>) -> bool {
         let is_same = || self.identity.zip(draining.identity).is_none_or(|(one, other)| one.is_same(&other));

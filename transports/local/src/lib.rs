@@ -14,6 +14,7 @@ mod backend;
 mod board;
 mod carrier;
 mod draining;
+mod leaving;
 mod open;
 mod peer;
 mod posted;

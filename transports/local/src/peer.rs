@@ -156,6 +156,7 @@ impl<B: Backend> LocalTransport<B> {
             (Stage::Up, Frame::PushCancel { id: transfer, serial }) => self.push_cancelled(id, transfer, serial),
             (Stage::Up, Frame::Notice(notice)) => self.events.push(Event::Notice { notice }),
             (Stage::Up, Frame::Withdrawn { pool, token }) => self.withdrawn(id, pool, token),
+            (Stage::Up, Frame::LetGo { pool, token }) if B::OUTLASTS => self.was_let_go(id, pool, token),
             (Stage::Up, Frame::Offered { pool, token }) if B::OFFERS => {
                 if self.remotes.values().filter(|remote| remote.peer == id).count() >= REMOTES_PER_PEER_MAX {
                     return Err("it offers more pools than a node has".into());
@@ -188,8 +189,11 @@ impl<B: Backend> LocalTransport<B> {
         // Copies that run on are told by whose they are.
         self.fail_posted(|posted| posted.transfer.peer == id, error);
         self.fail_arriving(|peer| peer == id, error, None);
-        self.carrier.close(id);
+        // Its reads end first: then the peer may take goodbye for that.
         self.backend.sever(id);
+        self.carrier.close(id);
+        self.leaving.retain(|leaving| !leaving.is_of(id));
+        self.reader_is_gone(id);
         self.remotes.retain(|_, remote| remote.peer != id);
         let peer = self.peers.remove(&id)?;
         // A caller that never greeted had no transfers, and may not push out who had.

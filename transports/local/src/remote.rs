@@ -141,6 +141,7 @@ impl<B: Backend> LocalTransport<B> {
 
     /// The owner's side.
     pub(crate) fn open_for(&mut self, id: PeerId, request: u32, pool: PoolId, token: u64) {
+        let number = pool;
         let Some(Bound { pool, .. }) = self.pools.get(&pool).filter(|bound| bound.token == token && !bound.leaving)
         else {
             let reason = format!("{pool} is not bound there, or was bound anew; exchange keys again");
@@ -166,6 +167,11 @@ impl<B: Backend> LocalTransport<B> {
         }
         let layout = pool.layout().clone();
         self.send(id, &Frame::Opened { request, layout, memory });
+        if B::OUTLASTS
+            && let Some(bound) = self.pools.get_mut(&number)
+        {
+            bound.readers.insert(id);
+        }
     }
 
     pub(crate) fn take_fds(&mut self, peer: PeerId, request: u32, fds: Vec<OwnedFd>) -> Result<(), String> {
@@ -243,11 +249,15 @@ impl<B: Backend> LocalTransport<B> {
 
     pub(crate) fn withdrawn(&mut self, peer: PeerId, pool: PoolId, token: u64) {
         let found = self.remotes.iter().find(|(_, r)| r.peer == peer && r.pool == pool && r.token == token);
-        let Some((&id, _)) = found else { return };
-        self.remotes.remove(&id);
-        let reason = "its owner withdrew the pool";
-        let error = TransferError::Refused(reason.into());
-        self.fail_posted(|posted| posted.reads_from(id), &error);
-        self.fail_arriving_from(id, &error, reason);
+        if let Some((&id, _)) = found {
+            self.remotes.remove(&id);
+            let reason = "its owner withdrew the pool";
+            let error = TransferError::Refused(reason.into());
+            self.fail_posted(|posted| posted.reads_from(id), &error);
+            self.fail_arriving_from(id, &error, reason);
+        }
+        if B::OUTLASTS {
+            self.leave(peer, pool, token);
+        }
     }
 }

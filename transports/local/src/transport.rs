@@ -16,6 +16,7 @@ use crate::arriving::{Expecting, Held};
 use crate::backend::{Backend, Copying, Step};
 use crate::carrier::Carrier;
 use crate::draining::{Draining, Fencing, Whose};
+use crate::leaving::{Leaving, let_go_by};
 use crate::peer::{Peer, Stage};
 use crate::posted::Posted;
 use crate::remote::Remote;
@@ -62,6 +63,8 @@ pub struct LocalTransport<B: Backend> {
     /// What was stopped and still runs.
     pub(crate) draining: Vec<Draining<B::Copy>>,
     pub(crate) fencing: Vec<Fencing>,
+    /// Peers' pools that were withdrawn and may still be read.
+    pub(crate) leaving: Vec<Leaving>,
     pub(crate) events: Vec<Event>,
 }
 
@@ -71,6 +74,10 @@ pub(crate) struct Bound {
     pub(crate) token: u64,
     /// Unbound, but something has not ended.
     pub(crate) leaving: bool,
+    /// Who may have reads of it under way that outlast it; only where a backend says that there are such.
+    pub(crate) readers: BTreeSet<PeerId>,
+    /// When those that have not let go are cut off, once it is unbound.
+    pub(crate) let_go_by: Option<Instant>,
 }
 
 /// A transfer that is being copied.
@@ -123,6 +130,7 @@ impl<B: Backend> LocalTransport<B> {
             tending: false,
             draining: Vec::new(),
             fencing: Vec::new(),
+            leaving: Vec::new(),
             events: Vec::new(),
         })
     }
@@ -180,13 +188,17 @@ impl<B: Backend> LocalTransport<B> {
 
     fn is_idle(&self, pool: PoolId) -> bool {
         let posted = self.posted.values().any(|posted| posted.transfer.local == pool);
-        !posted && !self.drains_into(pool) && !self.expecting.values().any(|expecting| expecting.expected.pool == pool)
+        let is_read = self.pools.get(&pool).is_some_and(|bound| !bound.readers.is_empty()) || self.backend.is_cutting();
+        !posted
+            && !is_read
+            && !self.drains_into(pool)
+            && !self.expecting.values().any(|expecting| expecting.expected.pool == pool)
     }
 
     /// The next moment at which something has to be done unasked.
     fn deadline(&self) -> Option<Instant> {
         let greetings = self.peers.values().filter_map(Peer::deadline);
-        greetings.chain(self.held.values().map(|held| held.until)).min()
+        greetings.chain(self.held.values().map(|held| held.until)).chain(self.leaving_deadline()).min()
     }
 }
 
@@ -219,7 +231,10 @@ impl<B: Backend> Transport for LocalTransport<B> {
             .map_err(|error| unsupported(format!("the system gives no random bytes: {error}")))?;
         self.backend.bind(pool).map_err(unsupported)?;
         let token = u64::from_le_bytes(token);
-        self.pools.insert(pool.id(), Bound { pool: pool.clone(), token, leaving: false });
+        self.pools.insert(
+            pool.id(),
+            Bound { pool: pool.clone(), token, leaving: false, readers: BTreeSet::new(), let_go_by: None },
+        );
         Ok(PoolKeys(Keys::new(B::KIND, self.instance, pool.id(), token, pool.layout().regions.clone()).encode()))
     }
 
@@ -231,6 +246,7 @@ impl<B: Backend> Transport for LocalTransport<B> {
         if std::mem::replace(&mut bound.leaving, true) {
             return;
         }
+        bound.let_go_by = Some(let_go_by());
         let token = bound.token;
         let users: Vec<PeerId> =
             self.peers.iter().filter(|(_, peer)| matches!(peer.stage, Stage::Up)).map(|(&id, _)| id).collect();
@@ -313,6 +329,8 @@ impl<B: Backend> Transport for LocalTransport<B> {
         }
         self.copy();
         self.settle_draining();
+        self.settle_leaving(now);
+        self.check_readers(now);
         self.settle_pools();
         self.speak();
         self.carrier.flush();

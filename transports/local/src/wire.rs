@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file; both ends must have the same.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// Descriptors that travel with one frame; the kernel takes 253.
 pub const FDS_PER_FRAME_MAX: usize = 200;
 /// Bytes of a frame before its sender has shown the key.
@@ -135,6 +135,8 @@ pub enum Frame {
     Wake,
     /// What one backend says to the other.
     Own(Bytes),
+    /// Nothing of a withdrawn pool is read any more.
+    LetGo { pool: PoolId, token: u64 },
 }
 
 /// How a pool's memory is reached.

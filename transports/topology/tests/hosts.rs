@@ -198,12 +198,21 @@ proptest! {
         for port in &host.ports {
             prop_assert_ne!(served.contains_key(port.name().as_str()), affinity.spare.contains(&port.name()));
         }
-        // A NIC of a GPU shares no less of the tree with it than with any GPU that has none of its own place.
+        // What a GPU has by the tree is as near in it as any NIC is. GPUs of one place and NUMA node have as many, but for one.
+        let near = |gpu: &kvferry_topology::Pci, port: &Port| port.pci.as_ref().map_or(0, |pci| pci.common(gpu));
+        let mut places: BTreeMap<(Vec<String>, Option<u32>), Vec<usize>> = BTreeMap::new();
         for (gpu, nics) in host.gpus().zip(&affinity.gpus).filter(|(_, nics)| nics.nearness <= Nearness::Root) {
+            let nearest = host.ports.iter().map(|port| near(gpu, port)).max().unwrap_or_default();
             for nic in &nics.nics {
-                let port = host.ports.iter().find(|port| port.name() == *nic);
-                prop_assert!(port.and_then(|port| port.pci.as_ref()).is_some_and(|pci| pci.common(gpu) > 0));
+                let port = host.ports.iter().find(|port| port.name() == *nic).unwrap();
+                prop_assert_eq!(near(gpu, port), nearest);
             }
+            prop_assert!(nearest > 0);
+            places.entry((gpu.path[..nearest].to_vec(), gpu.numa)).or_default().push(nics.nics.len());
+        }
+        for (place, counts) in places {
+            let (least, most) = (counts.iter().min(), counts.iter().max());
+            prop_assert!(most.zip(least).is_some_and(|(most, least)| most - least <= 1), "{:?}: {:?}", place, counts);
         }
     }
 }

@@ -36,6 +36,9 @@ pub struct RailTerms {
     pub share_bytes_min: u64,
     /// How long a share may take longer than expected before its rail counts as silent and another one moves the same bytes.
     pub silent_after: Duration,
+    /// How much longer, as long as the rail has moved nothing to that peer yet: libraries that connect late take a while for it.
+    #[serde(default)]
+    pub wired_within: Duration,
     /// How many times the expected time a share is given besides.
     pub slack: u32,
     /// Rate assumed before any was observed, in bytes per second.
@@ -52,6 +55,7 @@ impl Default for RailTerms {
             rails_max: 1,
             share_bytes_min: 256 << 10,
             silent_after: Duration::from_millis(250),
+            wired_within: Duration::from_secs(3),
             // Other peers share the NICs, and come in bursts: what only has to wait for them is not silent.
             slack: 8,
             initial_bytes_per_second: 100_000_000,
@@ -113,6 +117,8 @@ struct Rail {
     /// When it may try again; only of one that is not up.
     rests_until: Moment,
     on_trial: bool,
+    /// Whether its way stands: it has moved something, or there was time enough for it.
+    is_wired: bool,
     /// Which part of what the others get together its next trial is.
     part: u64,
     /// Rests since it carried its share for as long as it takes to know it.
@@ -136,6 +142,7 @@ impl Rails {
             health: RailHealth::Up,
             rests_until: Moment::default(),
             on_trial: false,
+            is_wired: false,
             part: TRIAL_PART,
             rests: 0,
             speed: None,
@@ -246,6 +253,7 @@ impl Rails {
         let best = self.best_but(nic);
         let rail = self.rail(nic)?;
         rail.outstanding = rail.outstanding.saturating_sub(bytes);
+        rail.is_wired = true;
         let (was, was_on_trial) = (rail.health, rail.on_trial);
         let is_tried = was_on_trial && was == RailHealth::Slow;
         let round = rail.pace.came(now, bytes, if is_tried { 0 } else { terms.share_bytes_min });
@@ -280,6 +288,8 @@ impl Rails {
             return None;
         }
         let was = rail.health;
+        // A trial costs what waits for it: it is not given that time again.
+        rail.is_wired = true;
         rail.rest(now, &terms, RailHealth::Down);
         // What it did before says nothing of what it will do.
         (rail.speed, rail.seen) = (None, 0);
@@ -452,7 +462,11 @@ impl Rail {
     fn patience(&self, terms: &RailTerms) -> Duration {
         let rate = self.speed.map_or(terms.initial_bytes_per_second, |speed| speed.rate).max(1);
         let nanos = u128::from(self.outstanding) * 1_000_000_000 / u128::from(rate) * u128::from(terms.slack);
-        terms.silent_after.saturating_add(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+        let wiring = if self.is_wired { Duration::ZERO } else { terms.wired_within };
+        terms
+            .silent_after
+            .saturating_add(wiring)
+            .saturating_add(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
     }
 }
 

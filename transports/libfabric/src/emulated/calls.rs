@@ -26,7 +26,7 @@ struct Table<T> {
 
 /// # Safety
 /// A table of the library's, which begins with its size in bytes.
-unsafe fn replace<T: Default>(place: &mut *mut T, change: impl FnOnce(&mut T)) {
+pub(super) unsafe fn replace<T: Default>(place: &mut *mut T, change: impl FnOnce(&mut T)) {
     // SAFETY: the caller's word; no more is copied than both have, and the copy says how much that is.
     unsafe {
         let original = *place;
@@ -41,7 +41,7 @@ unsafe fn replace<T: Default>(place: &mut *mut T, change: impl FnOnce(&mut T)) {
 
 /// # Safety
 /// A table that was replaced.
-unsafe fn original<'a, T>(table: *mut T) -> &'a T {
+pub(super) unsafe fn original<'a, T>(table: *mut T) -> &'a T {
     // SAFETY: it lies at the beginning of what it was replaced with.
     unsafe { &*(*table.cast::<Table<T>>()).original }
 }

@@ -180,7 +180,7 @@ fn shared_memory_does_not_read_a_gpus_one_sided() {
     let domain = open(library, "shm", false, true).unwrap();
     let owner: Endpoint<()> = Endpoint::open(&domain, 1).unwrap();
     let packing = Packing::new(&Options::default(), "shm");
-    let mut fabric = Fabric::new(&domain, owner.name(), None, Counters::default(), packing).unwrap();
+    let mut fabric = Fabric::new(&domain, (owner.name(), None), None, Counters::default(), packing).unwrap();
     let memory =
         wire::Memory { name: owner.name().to_vec(), number: 1, regions: vec![(1 << 40, 1)], is_on_device: true };
     let owner = Owner { socket: None, pid: None, peer: Some(PeerId(1)), is_beyond: false };

@@ -16,13 +16,22 @@ use crate::carrier::Owner;
 use crate::sockets::Sockets;
 use crate::wire::MemoryKind;
 
-/// Whether its copies run, and as many holders as there are pieces of memory that it has open, beside itself.
-pub(crate) struct Stubborn(Rc<Cell<bool>>, Rc<()>);
+/// What becomes of its copies, and what it is told.
+#[derive(Clone, Default)]
+pub(crate) struct Stubborn {
+    /// Its copies run.
+    pub(crate) runs: Rc<Cell<bool>>,
+    /// How often it was to cut what is sent to peers that are gone, and whether it is about it.
+    pub(crate) cuts: Rc<Cell<u32>>,
+    pub(crate) is_cutting: Rc<Cell<bool>>,
+    /// As many holders as there are pieces of peers' memory that it has open, beside itself.
+    holders: Rc<()>,
+}
 
 impl Stubborn {
     /// Pieces of peers' memory that are open.
     pub(crate) fn opened(&self) -> usize {
-        Rc::strong_count(&self.1) - 1
+        Rc::strong_count(&self.holders) - 1
     }
 }
 
@@ -39,6 +48,8 @@ impl Backend for Stubborn {
     type Memory = Opened;
     type Copy = Launched;
 
+    const OUTLASTS: bool = true;
+
     fn bind(&mut self, _: &Pool) -> Result<(), String> {
         Ok(())
     }
@@ -50,7 +61,7 @@ impl Backend for Stubborn {
     }
 
     fn open(&mut self, _: Owner<'_>, _: &PoolLayout, _: MemoryKind, _: Vec<OwnedFd>) -> Result<Opened, String> {
-        Ok(Opened(Rc::clone(&self.1)))
+        Ok(Opened(Rc::clone(&self.holders)))
     }
 
     fn reached(&self, _: &Opened) -> Evidence {
@@ -69,8 +80,16 @@ impl Backend for Stubborn {
         memory: Rc<Opened>,
         _: Pool,
     ) -> Result<Launched, TransferError> {
-        self.0.set(true);
-        Ok(Launched(Rc::clone(&self.0), memory))
+        self.runs.set(true);
+        Ok(Launched(Rc::clone(&self.runs), memory))
+    }
+
+    fn cut(&mut self) {
+        self.cuts.set(self.cuts.get() + 1);
+    }
+
+    fn is_cutting(&self) -> bool {
+        self.is_cutting.get()
     }
 
     fn wait(&self) -> Option<Wait> {
@@ -97,6 +116,10 @@ impl Copying for Launched {
 }
 
 pub(crate) fn open(runs: &Rc<Cell<bool>>) -> LocalTransport<Stubborn> {
+    over(Stubborn { runs: Rc::clone(runs), ..Stubborn::default() })
+}
+
+pub(crate) fn over(backend: Stubborn) -> LocalTransport<Stubborn> {
     let info = NicInfo {
         kind: TransportKind::Shm,
         device: "memory".into(),
@@ -104,7 +127,7 @@ pub(crate) fn open(runs: &Rc<Cell<bool>>) -> LocalTransport<Stubborn> {
         library: None,
         bits_per_second: None,
     };
-    crate::open(Stubborn(Rc::clone(runs), Rc::new(())), info, &Options::default()).unwrap()
+    crate::open(backend, info, &Options::default()).unwrap()
 }
 
 pub(crate) fn layout() -> PoolLayout {

@@ -9,7 +9,14 @@ const MIB: u64 = 1 << 20;
 
 fn terms() -> RailTerms {
     let millis = Duration::from_millis;
-    RailTerms { rails_max: 4, share_bytes_min: MIB, rest: millis(100), rest_max: millis(1_000), ..RailTerms::default() }
+    RailTerms {
+        rails_max: 4,
+        share_bytes_min: MIB,
+        wired_within: Duration::ZERO,
+        rest: millis(100),
+        rest_max: millis(1_000),
+        ..RailTerms::default()
+    }
 }
 
 fn at(millis: u64) -> Moment {
@@ -352,6 +359,22 @@ fn a_slow_rail_is_better_than_a_dead_one() {
     assert_eq!(shares(&mut rails, at(now + 5), 64 * MIB), [(1, 64 * MIB)], "and not the one that rests for less long");
     assert!(rails.has_another(0) && !rails.has_another(1));
     assert_eq!(rails.moved(at(now + 100), 1, MIB), Some(RailHealth::Up), "there is nothing faster");
+}
+
+/// Connections may still be made when the first bytes are posted: that is no silence. Once the rail has moved something, or has failed, it is.
+#[test]
+fn a_rail_whose_way_is_not_wired_yet_is_not_silent() {
+    let wired_within = Duration::from_secs(3);
+    let mut rails = Rails::new([0, 1], RailTerms { wired_within, ..terms() });
+    let silent_after = terms().silent_after;
+    for nic in [0, 1] {
+        assert!(rails.posted(at(0), nic, 0) >= silent_after + wired_within);
+    }
+    assert_eq!(rails.moved(at(2_900), 0, 0), None);
+    assert_eq!((rails.patience(0), rails.patience(1)), (silent_after, silent_after + wired_within));
+    assert_eq!(rails.failed(at(3_500), 1), Some(RailHealth::Down));
+    rails.ended(at(3_500), 1, 0);
+    assert_eq!(rails.posted(at(10_000), 1, 0), silent_after, "a trial waits no longer");
 }
 
 #[test]

@@ -57,6 +57,7 @@ impl Pushing {
             rails_max,
             share_bytes_min: 1,
             silent_after: Duration::from_millis(100),
+            wired_within: Duration::ZERO,
             ..RailTerms::default()
         };
         let (theirs, ours) = (profile(Role::Prefill, rails[0]), profile(Role::Decode, rails[1]));

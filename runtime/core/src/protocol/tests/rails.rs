@@ -46,6 +46,7 @@ impl Railed {
             rails_max: count,
             share_bytes_min: 1,
             silent_after: Duration::from_secs(3),
+            wired_within: Duration::ZERO,
             ..RailTerms::default()
         };
         let rank = DecodeRank::new(local, leases(), DeadlineTerms::default(), quarantine)
