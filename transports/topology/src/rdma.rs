@@ -76,8 +76,7 @@ pub(crate) fn read(root: &Path, pci: &[Pci]) -> Vec<Port> {
             _ => Make::Verbs,
         };
         let closed = closed(root, &device);
-        let numbers: Vec<u32> =
-            names(&folder.join("ports")).iter().filter_map(|name| name.parse().ok()).collect();
+        let numbers: Vec<u32> = names(&folder.join("ports")).iter().filter_map(|name| name.parse().ok()).collect();
         for number in &numbers {
             let at = folder.join(format!("ports/{number}"));
             let mut port = Port {
