@@ -108,7 +108,8 @@ impl Nearby {
     }
 
     /// The NICs of a rank whose pool is in that memory: `rails` of those that are near, 0 for all of them. `turn` counts the ranks that have their
-    /// pools there, too, from 0: they begin with different NICs, so that few rails each still use all of them.
+    /// pools there, too, from 0: where some are left out, each takes those that the ones before it left. Who has all has them in one order, for
+    /// NICs of one index meet each other, as rails are wired.
     pub fn nics(&self, memory: &Memory, rails: usize, turn: usize) -> Near {
         let (mut ports, nearness, warning) = match memory {
             Memory::Host => (self.usable(|_| true), None, None),
@@ -130,10 +131,9 @@ impl Nearby {
                 }
             },
         };
-        let count = ports.len().max(1);
-        let each = if rails == 0 { 1 } else { rails.min(count) };
-        ports.rotate_left((turn % count) * each % count);
-        if rails > 0 {
+        let count = ports.len();
+        if (1..count).contains(&rails) {
+            ports.rotate_left((turn % count) * rails % count);
             ports.truncate(rails);
         }
         let devices: Vec<String> = ports.iter().filter_map(|port| self.devices.get(port).cloned()).collect();
