@@ -7,6 +7,10 @@ pub use kvferry_transport::{Device, NicInfo, OpenError, Options, Transport};
 use kvferry_transport::{Pool, PoolError};
 use thiserror::Error;
 
+mod near;
+
+pub use near::{Memory, Near, Nearby};
+
 /// What only GPUs have: pools over memory that a serving stack owns, and events of its streams.
 pub mod cuda {
     pub use kvferry_cuda::{Allocate, GpuEvent, from_raw};
@@ -31,6 +35,12 @@ pub mod cuda {
             }
         };
         super::joined(gpus, |from, to| kvferry_cuda::reaches(ordinal(from)?, ordinal(to)?))
+    }
+
+    /// Where a GPU (`gpu0`, or `gpu0@10.0.0.3`) is on PCI, such as `0000:45:00.0`; else why the driver does not say.
+    pub fn pci_address(gpu: &str) -> Result<String, String> {
+        let number = gpu.split('@').next().and_then(|name| name.strip_prefix("gpu")?.parse().ok());
+        kvferry_cuda::pci_address(number.ok_or_else(|| format!("{gpu} is no GPU's name"))?)
     }
 }
 

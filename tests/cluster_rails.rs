@@ -6,9 +6,8 @@
 mod cluster;
 
 use std::collections::BTreeMap;
-use std::process::{Command, Stdio};
 
-use cluster::{Case, run_on_a_host};
+use cluster::{Case, may_have_hosts, run_on_a_host};
 use kvferry_transport::conformance::absent;
 
 /// Two cables, both ends of each on the one host. What ranks say of rails is a warning.
@@ -17,17 +16,6 @@ const CABLES: &str = "for i in 0 1; do ip link add rail$i type veth peer name en
 /// 16 MiB a request: two rails share that.
 const REQUESTS: [&str; 6] =
     ["--geometry", "layers=8,kv_heads=8,head_dim=128,dtype=bf16", "--isl", "512", "--requests", "4"];
-
-fn may_have_hosts() -> bool {
-    let mut probe = Command::new("unshare");
-    let script = "mount -t sysfs none /sys && ip link add rail0 type veth peer name end0";
-    probe.args(["--net", "--mount", "sh", "-c", script]).stdout(Stdio::null()).stderr(Stdio::null());
-    let may = probe.status().is_ok_and(|status| status.success());
-    if !may {
-        absent("netns", "unshare --net --mount is not permitted, or ip is not there; it needs root");
-    }
-    may
-}
 
 /// No rail is called silent while nothing fails, both devices carry something for every pair of ranks, and every byte comes once. How much of which
 /// request is a matter of rates, which two busy processors make uneven.

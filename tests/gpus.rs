@@ -2,7 +2,7 @@
 //! (`transports/cuda/tests/driver.cpp`). What it cannot show is a second GPU, NVLink, and time.
 //!
 //! Without a C++ compiler the cases say so and pass, unless `KVFERRY_REQUIRE` names c++.
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "this is test code")]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "this is test code")]
 
 #[allow(dead_code, reason = "every run here is on the driver")]
 mod cluster;
@@ -12,6 +12,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use cluster::{Case, HEADS_4, Ran, run_with_libraries};
+use kvferry_topology::simulated::{Host, Nic};
 use kvferry_transport::conformance::absent;
 use serde_json::Value;
 
@@ -78,6 +79,32 @@ fn what_is_staged_says_so() {
         ran.check_delivered(&case);
         assert!(ran.paths().iter().all(|path| path["proof"]["staged"] == true), "{}", ran.stdout);
     }
+}
+
+/// Ranks open the NICs near the GPU that their pools are on: where that is says the driver.
+#[test]
+fn nics_near_the_device_are_taken() {
+    let Some(driver) = driver() else { return };
+    let host = Host::mlx5("near-gpu").unwrap();
+    let below = "pci0001:00/0001:00:01.0";
+    // What the driver says of its device.
+    host.gpu(below, "0001:01:01.0", "0x2330", Some(1)).unwrap();
+    for (name, slot) in [("mlx5_20", "02"), ("mlx5_21", "03")] {
+        let nic = Nic { name, vendor: "0x15b3", device: "0x1021", driver: "mlx5_core", gigabits: 400 };
+        host.nic(below, &format!("0001:01:{slot}.0"), nic, Some(1)).unwrap();
+    }
+    host.write("sys/class/infiniband/mlx5_20/device/net/lo/dev_port", "0").unwrap();
+    host.write("sys/class/infiniband/mlx5_21/device/net/nosuch0/dev_port", "0").unwrap();
+    let case = Case { transport: "tcp", direction: "pull", in_process: true };
+    let sides = ["--geometry", HEADS_4, "--isl", "60", "--requests", "3", "--gpus", "0", "--devices", "near"];
+    let ran = run(driver, &case, &[&sides[..], &["--root", host.path().to_str().unwrap()]].concat());
+    ran.check_delivered(&case);
+    let ranks = "prefill:0,prefill:1,decode:0,decode:1,decode:2,decode:3";
+    let note = format!("note: --devices near: {ranks} tcp:lo (GPU 0001:01:01.0, below one switch)");
+    assert!(ran.stderr.lines().any(|line| line == note), "{}", ran.stderr);
+    let report = ran.json();
+    let [warning] = &report["warnings"].as_array().unwrap()[..] else { panic!("{}", ran.stdout) };
+    assert!(warning.as_str().unwrap().contains("mlx5_21:1: it is on this host (mlx5, PCI 0001:01:03.0)"), "{warning}");
 }
 
 #[test]

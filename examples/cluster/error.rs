@@ -74,6 +74,12 @@ pub(crate) enum UsageError {
     #[error("--devices {value}: there is no device {entry} for --transport {transport}; there are {known}")]
     UnknownDevice { value: String, entry: String, transport: String, known: String },
     #[error(
+        "--{option}: it says what `near` is, and --devices does not name that; say --devices near, or leave it out"
+    )]
+    WithoutNear { option: &'static str },
+    #[error("--root {}: it has no folder sys: it is no host's; name a folder with a host's sys and dev in it", root.display())]
+    Root { root: PathBuf },
+    #[error(
         "--{option} {value}: it is not ROLE:RANK@N; write for example prefill:1@3 (N counts transfers from 1), prefill:1@250ms or scheduler@3"
     )]
     Fault { option: &'static str, value: String },

@@ -11,6 +11,7 @@ mod error;
 mod fault;
 mod harm;
 mod launch;
+mod near;
 mod nics;
 mod options;
 mod paths;
@@ -62,6 +63,12 @@ fn main() -> ExitCode {
             return ExitCode::from(BAD_USAGE);
         }
     };
+    for note in &setup.notes {
+        eprintln!("note: {note}");
+    }
+    for warning in &setup.warnings {
+        eprintln!("warning: {warning}");
+    }
     match drive::run(&setup) {
         Ok(record) => {
             let verdict = verdict::Verdict::of(&setup, &record);

@@ -5,6 +5,7 @@ use kvferry::{OpenNic, TransportKind};
 use serde::{Deserialize, Serialize};
 
 use crate::error::UsageError;
+use crate::near::{NEAR, Slot};
 
 /// What `auto` opens, best first, as far as this host has it.
 const AUTO: [(&str, &str); 2] = [("shm", "memory"), ("tcp", "lo")];
@@ -27,8 +28,12 @@ pub(crate) struct NicChoice {
 }
 
 impl NicChoice {
-    fn of(device: Device) -> NicChoice {
-        NicChoice { kind: device.kind, device: device.name, two_sided: false, device_memory: false }
+    pub(crate) fn of(kind: TransportKind, device: String) -> NicChoice {
+        NicChoice { kind, device, two_sided: false, device_memory: false }
+    }
+
+    fn found(device: Device) -> NicChoice {
+        NicChoice::of(device.kind, device.name)
     }
 
     /// How it is opened.
@@ -36,6 +41,12 @@ impl NicChoice {
         let NicChoice { two_sided, device_memory, .. } = *self;
         let options = Options { two_sided, device_memory, ..Options::default() };
         transport::select(self.kind, Some(&self.device), &options)
+    }
+
+    /// Whether there is such a device.
+    fn check(&self, wanted: &str) -> Result<(), UsageError> {
+        let found = self.select().map(drop);
+        found.map_err(|source| UsageError::Transport { transport: wanted.to_owned(), source })
     }
 }
 
@@ -105,13 +116,11 @@ fn auto(hosts: u32, names: &[&str], joined: impl Fn(&[&str]) -> Result<String, S
 }
 
 /// What moves the memory of GPUs that do not reach each other: the devices that are named, else TCP.
-pub(crate) fn carriers(devices: Option<&str>) -> Result<Vec<NicChoice>, UsageError> {
-    let mut carriers = match devices {
-        Some(_) => choose("auto", devices)?,
-        None => choose("tcp", None)?,
-    };
-    carriers.iter_mut().for_each(|nic| nic.device_memory = true);
-    Ok(carriers)
+pub(crate) fn carriers(options: &crate::options::Options) -> Result<Chosen, UsageError> {
+    match options.devices.as_deref() {
+        Some(devices) => choose(options, "auto", Some(devices)),
+        None => choose(options, "tcp", None),
+    }
 }
 
 /// The NICs of one rank, of which one is its GPU if they are GPUs.
@@ -128,7 +137,7 @@ pub(crate) fn memories(options: &crate::options::Options, transport: &str) -> Re
     let names: Vec<String> = gpus.into_iter().flat_map(gpu_names).collect();
     if !names.is_empty() {
         // Names are checked here, not in every rank.
-        choose(TransportKind::Cuda.name(), Some(&names.join(",")))?;
+        choose(options, TransportKind::Cuda.name(), Some(&names.join(",")))?;
     }
     Ok(names)
 }
@@ -137,19 +146,69 @@ fn gpu_names(list: &str) -> impl Iterator<Item = String> {
     list.split(',').map(|gpu| format!("gpu{}", gpu.trim()))
 }
 
-/// Has both sides move the bytes over these, which must be UCX's.
-pub(crate) fn two_sided(nics: &mut [NicChoice]) -> Result<(), UsageError> {
-    for nic in nics {
-        if nic.kind != TransportKind::Ucx {
-            return Err(UsageError::TwoSidedWithoutUcx { transport: nic.kind });
-        }
-        nic.two_sided = true;
-    }
-    Ok(())
+/// What ranks open, and what of it is not as it was asked for.
+#[derive(Default)]
+pub(crate) struct Chosen {
+    pub(crate) slots: Vec<Slot>,
+    pub(crate) notes: Vec<String>,
+    pub(crate) warnings: Vec<String>,
 }
 
-/// The devices that `--transport` and `--devices` name, checked against those of this host.
-pub(crate) fn choose(wanted: &str, devices: Option<&str>) -> Result<Vec<NicChoice>, UsageError> {
+impl Chosen {
+    /// Whether both sides can move the bytes over all of these, which must be UCX's.
+    pub(crate) fn check_two_sided(&self) -> Result<(), UsageError> {
+        let other = self.slots.iter().map(Slot::kind).find(|kind| *kind != TransportKind::Ucx);
+        other.map_or(Ok(()), |transport| Err(UsageError::TwoSidedWithoutUcx { transport }))
+    }
+
+    /// Those that every rank opens.
+    pub(crate) fn every(&self) -> impl Iterator<Item = &NicChoice> {
+        self.slots.iter().filter_map(|slot| if let Slot::Every(nic) = slot { Some(nic) } else { None })
+    }
+
+    /// Opens others, too.
+    pub(crate) fn append(&mut self, other: Chosen) {
+        self.slots.extend(other.slots);
+        self.notes.extend(other.notes);
+        self.warnings.extend(other.warnings);
+    }
+
+    fn push(&mut self, nic: NicChoice) {
+        if !self.every().any(|known| *known == nic) {
+            self.slots.push(Slot::Every(nic));
+        }
+    }
+}
+
+/// Refuses what would be ignored, and what is no host's root.
+fn check_near(options: &crate::options::Options) -> Result<(), UsageError> {
+    let entries = || options.devices.iter().flat_map(|list| list.split(','));
+    let is_near = entries().any(|entry| near_of(entry).is_some());
+    match (&options.root, &options.nic_map) {
+        (Some(root), _) if !root.join("sys").is_dir() => Err(UsageError::Root { root: root.clone() }),
+        (Some(_), _) if !is_near => Err(UsageError::WithoutNear { option: "root" }),
+        (_, Some(_)) if !is_near => Err(UsageError::WithoutNear { option: "nic-map" }),
+        _ => Ok(()),
+    }
+}
+
+/// Whether an entry of `--devices` is `near`, and of which transport alone.
+fn near_of(entry: &str) -> Option<Option<&str>> {
+    match entry.trim().rsplit_once(':') {
+        Some((kind, NEAR)) => Some(Some(kind)),
+        None if entry.trim() == NEAR => Some(None),
+        _ => None,
+    }
+}
+
+/// The devices that `--transport` and `--devices` name, checked against those of this host. Of those that are named, one that is there is enough; but
+/// a GPU is where a pool is to be, for which no other stands in.
+pub(crate) fn choose(
+    options: &crate::options::Options,
+    wanted: &str,
+    devices: Option<&str>,
+) -> Result<Chosen, UsageError> {
+    check_near(options)?;
     let providers = transport::providers();
     let names: Vec<&str> = providers.iter().map(|provider| provider.kind().name()).collect();
     if wanted != "auto" && !names.contains(&wanted) {
@@ -167,60 +226,113 @@ pub(crate) fn choose(wanted: &str, devices: Option<&str>) -> Result<Vec<NicChoic
     let wants = |kind: &str| kind == wanted || (wanted == "auto" && asked(kind));
     for provider in providers.iter().filter(|provider| wants(provider.kind().name())) {
         let found = provider.discover();
-        known.extend(found.into_iter().map(NicChoice::of));
+        known.extend(found.into_iter().map(NicChoice::found));
     }
-    let chosen = match devices {
+    let asked: Vec<&dyn Provider> =
+        providers.iter().map(AsRef::as_ref).filter(|provider| wants(provider.kind().name())).collect();
+    let mut chosen = Chosen::default();
+    let mut missing = Vec::new();
+    match devices {
         Some(list) => {
-            let asked: Vec<&dyn Provider> =
-                providers.iter().map(AsRef::as_ref).filter(|provider| wants(provider.kind().name())).collect();
-            named(wanted, list, &known, &asked)?
+            for entry in list.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+                match near_of(entry) {
+                    Some(kind) => near(options, kind.unwrap_or(wanted), &asked, &known, &mut chosen)?,
+                    None => match named(wanted, list, entry, &known, &asked) {
+                        Ok(nic) => chosen.push(nic),
+                        Err(error) => missing.push(error),
+                    },
+                }
+            }
         }
-        None if wanted == "auto" => AUTO.iter().filter_map(|(kind, device)| find(&known, Some(kind), device)).collect(),
         None => {
-            let local = LOCAL
-                .iter()
-                .find(|(kind, _)| *kind == wanted)
-                .and_then(|(kind, device)| find(&known, Some(kind), device));
-            local.or_else(|| known.first().cloned()).into_iter().collect()
+            let taken: Vec<NicChoice> = match wanted {
+                "auto" => AUTO.iter().filter_map(|(kind, device)| find(&known, Some(kind), device)).collect(),
+                kind => default(kind, &known).into_iter().collect(),
+            };
+            for nic in taken {
+                nic.check(wanted)?;
+                chosen.push(nic);
+            }
         }
-    };
-    for nic in &chosen {
-        drop(nic.select().map_err(|source| UsageError::Transport { transport: wanted.to_owned(), source })?);
     }
-    if chosen.is_empty() {
-        return Err(UsageError::UnknownDevice {
-            value: devices.unwrap_or_default().to_owned(),
-            entry: String::new(),
-            transport: wanted.to_owned(),
-            known: list(&known),
-        });
+    let is_none = chosen.slots.is_empty();
+    match missing.first() {
+        None if is_none => {
+            let (value, entry) = (devices.unwrap_or_default().to_owned(), String::new());
+            return Err(UsageError::UnknownDevice { value, entry, transport: wanted.to_owned(), known: list(&known) });
+        }
+        Some(_) if is_none || wanted == TransportKind::Cuda.name() => return Err(missing.swap_remove(0)),
+        _ => {}
     }
+    chosen.warnings.extend(missing.iter().map(|error| format!("{error}; the others are used")));
     Ok(chosen)
 }
 
+/// The device that is taken where none is named.
+fn default(kind: &str, known: &[NicChoice]) -> Option<NicChoice> {
+    let local = LOCAL.iter().find(|(local, _)| *local == kind);
+    let local = local.and_then(|(kind, device)| find(known, Some(kind), device));
+    local.or_else(|| known.iter().find(|nic| nic.kind.name() == kind).cloned())
+}
+
+/// `near`, or KIND:near: with `auto` of every transport that it opens.
+fn near(
+    options: &crate::options::Options,
+    wanted: &str,
+    providers: &[&dyn Provider],
+    known: &[NicChoice],
+    chosen: &mut Chosen,
+) -> Result<(), UsageError> {
+    let is_meant = |kind: TransportKind| match wanted {
+        "auto" => AUTO.iter().any(|(auto, _)| *auto == kind.name()),
+        wanted => wanted == kind.name(),
+    };
+    let mut kinds = providers.iter().map(|provider| provider.kind()).filter(|kind| is_meant(*kind)).peekable();
+    if kinds.peek().is_none() {
+        return Err(UsageError::UnknownDevice {
+            value: options.devices.clone().unwrap_or_default(),
+            entry: format!("{wanted}:{NEAR}"),
+            transport: options.transport.clone(),
+            known: list(known),
+        });
+    }
+    for kind in kinds {
+        if let Some(nearby) = crate::near::find(kind, options, &mut chosen.warnings) {
+            chosen.slots.push(Slot::Near(kind, Box::new(nearby)));
+            continue;
+        }
+        let Some(nic) = default(kind.name(), known) else { continue };
+        nic.check(kind.name())?;
+        let why = match kind {
+            TransportKind::Shm | TransportKind::Cuda => "it moves bytes without NICs",
+            _ => "sysfs shows no NIC that it can use",
+        };
+        chosen.notes.push(format!("--devices {NEAR}: every rank takes {kind}:{}; {why}", nic.device));
+        chosen.push(nic);
+    }
+    Ok(())
+}
+
+/// A device that can be opened.
 fn named(
     wanted: &str,
     value: &str,
+    entry: &str,
     known: &[NicChoice],
     providers: &[&dyn Provider],
-) -> Result<Vec<NicChoice>, UsageError> {
-    let mut chosen = Vec::new();
-    for entry in value.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
-        let exact = entry.split_once(':').and_then(|(kind, device)| find(known, Some(kind), device));
-        let nic = match exact.or_else(|| find(known, None, entry)) {
-            Some(nic) => nic,
-            None => unlisted(providers, entry).map_err(|reason| UsageError::UnknownDevice {
-                value: value.to_owned(),
-                entry: format!("{entry}{reason}"),
-                transport: wanted.to_owned(),
-                known: list(known),
-            })?,
-        };
-        if !chosen.contains(&nic) {
-            chosen.push(nic);
-        }
-    }
-    Ok(chosen)
+) -> Result<NicChoice, UsageError> {
+    let exact = entry.split_once(':').and_then(|(kind, device)| find(known, Some(kind), device));
+    let nic = match exact.or_else(|| find(known, None, entry)) {
+        Some(nic) => nic,
+        None => unlisted(providers, entry).map_err(|reason| UsageError::UnknownDevice {
+            value: value.to_owned(),
+            entry: format!("{entry}{reason}"),
+            transport: wanted.to_owned(),
+            known: list(known),
+        })?,
+    };
+    nic.check(wanted)?;
+    Ok(nic)
 }
 
 /// A device that no provider lists and one of them can open by its name; else why none can, as far as one knows.
@@ -230,7 +342,7 @@ fn unlisted(providers: &[&dyn Provider], entry: &str) -> Result<NicChoice, Strin
         let name = entry.strip_prefix(&format!("{}:", provider.kind())).unwrap_or(entry);
         let Some(device) = provider.named(name) else { continue };
         match &device.unavailable {
-            None => return Ok(NicChoice::of(device)),
+            None => return Ok(NicChoice::found(device)),
             Some(reason) => why = format!(" ({reason})"),
         }
     }

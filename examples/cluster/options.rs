@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
+use kvferry::topology::Overrides;
 use kvferry::{Direction, TraceContext};
 use kvferry_trtllm::Follow;
 use serde::{Deserialize, Serialize};
@@ -62,12 +63,23 @@ pub(crate) struct Options {
     /// auto (with --gpus: cuda where these GPUs reach each other, tcp by way of host memory where they do not; shared memory where ranks share a host; otherwise TCP), shm, tcp, ucx, libfabric, or cuda (pools in GPU memory)
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) transport: String,
-    /// Devices by name, best first within each transport: memory,lo or shm:memory,tcp:eth0 [default: memory and lo]
+    /// Devices by name: memory,lo or shm:memory,tcp:eth0. One that is not there is a warning while others are. `near` (no device is called so), or
+    /// KIND:near, stands for those near each rank's pool: near the GPU that it is on (--gpus), by PCI distance, nearest first, else all of this
+    /// host in turn; --rails says how many of them, and where sysfs shows no NIC that the transport can use, it is the default [default: memory and lo]
     #[arg(long, value_name = "LIST")]
     pub(crate) devices: Option<String>,
-    /// NICs that share what moves between a prefill and a decode rank, of those that --devices names; 1 leaves one to each pair of ranks
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) rails: u64,
+    /// With --devices near: NICs of GPUs that are not left to PCI distance: 0=mlx5_0+mlx5_1,0000:45:00.0=mlx5_2. A GPU is named by its PCI address
+    /// or its number in the order of those
+    #[arg(long, value_name = "GPU=NIC+NIC", value_parser = |text: &str| text.parse::<Overrides>())]
+    pub(crate) nic_map: Option<Overrides>,
+    /// With --devices near: looks below this folder for sys and dev instead of at the live host's; which devices there are to open says this host
+    /// all the same
+    #[arg(long, value_name = "DIR")]
+    pub(crate) root: Option<PathBuf>,
+    /// NICs that share what moves between a prefill and a decode rank, of those that --devices names; 1 leaves one to each pair of ranks. With
+    /// --devices near each rank opens so many near its pool [default: 1; with --devices near all of them]
+    #[arg(long, value_name = "N")]
+    pub(crate) rails: Option<u64>,
     /// With --transport ucx: active messages by rendezvous instead of remote access, as TensorRT-LLM's `backend: UCX` [default: what the
     /// method of --config says]
     #[arg(long)]

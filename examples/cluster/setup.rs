@@ -15,9 +15,10 @@ use kvferry_trtllm::Method;
 use crate::config;
 use crate::error::UsageError;
 use crate::fault::{Action, Fault};
+use crate::near;
 use crate::nics::{self, Wanted};
 use crate::options::{Options, PolicyName};
-use crate::rank::RankConfig;
+use crate::rank::{RankConfig, name};
 use crate::side::Side;
 use crate::terms::Terms;
 use crate::workload::{self, number};
@@ -58,6 +59,10 @@ pub(crate) struct Setup {
     pub(crate) recorder: Option<PathBuf>,
     /// Where the timeline goes.
     pub(crate) timeline: Option<PathBuf>,
+    /// Which NICs ranks take where nobody has named them.
+    pub(crate) notes: Vec<String>,
+    /// What of the NICs is not as it was asked for.
+    pub(crate) warnings: Vec<String>,
 }
 
 impl Setup {
@@ -98,7 +103,7 @@ impl Setup {
         let planned: String = plan.as_ref().map(|plan| plan.devices.value.join(",")).unwrap_or_default();
         // Devices and method of the plan belong to its transport.
         let of_plan = (is_planned && !planned.is_empty()).then_some(planned.as_str());
-        let mut nics = nics::choose(transport, devices.as_deref().or(of_plan)).map_err(|error| {
+        let mut chosen = nics::choose(options, transport, devices.as_deref().or(of_plan)).map_err(|error| {
             match (error, options.config.as_deref().filter(|_| is_planned)) {
                 (UsageError::UnknownTransport { name, known }, Some(file)) => {
                     UsageError::PlannedTransport { file: file.to_owned(), name, known }
@@ -108,14 +113,31 @@ impl Setup {
         })?;
         let is_two_sided = is_planned && plan.as_ref().is_some_and(|plan| plan.method.value == Method::Ucx);
         if options.two_sided || is_two_sided {
-            nics::two_sided(&mut nics)?;
+            chosen.check_two_sided()?;
         }
-        let of_gpus = nics.iter().any(|nic| nic.kind == TransportKind::Cuda);
+        let of_gpus = chosen.slots.iter().any(|slot| slot.kind() == TransportKind::Cuda);
         let memories = nics::memories(options, transport)?;
-        nics.iter_mut().for_each(|nic| nic.device_memory = !memories.is_empty());
         if has_carrier {
-            nics.extend(nics::carriers(options.devices.as_deref())?);
+            chosen.append(nics::carriers(options)?);
         }
+        let rails = options.rails.map(|rails| number("rails", Some(rails), rails, 1, RAILS_MAX)).transpose()?;
+        let names: Vec<String> = [&prefill, &decode]
+            .into_iter()
+            .flat_map(|side| (0..side.ranks()).map(|number| name(side.role, number)))
+            .collect();
+        let gpus = chosen.every().filter(|nic| nic.kind == TransportKind::Cuda).map(|nic| nic.device.clone());
+        let gpus: Vec<String> = gpus.collect();
+        let pools = if of_gpus { &gpus } else { &memories };
+        let mut given = near::give(&chosen.slots, &names, pools, rails.unwrap_or(0) as usize);
+        for (index, nics) in given.nics.iter_mut().enumerate() {
+            *nics = nics::of_rank(nics, index);
+            for nic in nics {
+                nic.device_memory = !pools.is_empty() && nic.kind != TransportKind::Cuda;
+                nic.two_sided = options.two_sided || is_two_sided;
+            }
+        }
+        let nic_threads = given.nics.iter().map(Vec::len).sum();
+        let rails_max = rails.unwrap_or((given.near_max as u64).clamp(1, RAILS_MAX));
         let counts = (prefill.ranks(), decode.ranks());
         let faults = [
             (Action::Kill, &options.kill),
@@ -134,7 +156,7 @@ impl Setup {
             silence_ms: milliseconds("silence", options.silence, SILENCE_MIN)?,
             lease_ms: milliseconds("lease", options.lease, LEASE_MIN)?,
             deadlines: plan.as_ref().map(|plan| plan.deadlines.terms()),
-            rails_max: u32::try_from(number("rails", Some(options.rails), options.rails, 1, RAILS_MAX)?).ok(),
+            rails_max: u32::try_from(rails_max).ok(),
         };
         let drain_within = milliseconds("drain-within", options.drain_within, 0)?.unwrap_or(DRAIN_WITHIN);
         let metrics = options.metrics.as_deref().map(|value| metrics(value, ranks)).transpose()?;
@@ -167,8 +189,7 @@ impl Setup {
                         number,
                         geometry: Arc::clone(&side.geometry),
                         blocks: blocks.clone(),
-                        // A rank is on one GPU.
-                        nics: nics::of_rank(&nics, configs.len()),
+                        nics: given.nics.get(configs.len()).cloned().unwrap_or_default(),
                         gpu: memories.get(configs.len() % memories.len().max(1)).cloned(),
                         host: (transport == "auto" && host > 0).then(|| format!("simulated host {host}")),
                         direction: options.direction.chosen(),
@@ -178,7 +199,7 @@ impl Setup {
                         reuse_prefix: options.reuse_prefix && side.role == Role::Decode,
                         corrupt: side.role == Role::Decode && options.corrupt == Some(number),
                         seed: options.seed,
-                        nic_threads: nics::of_rank(&nics, 0).len() * ranks as usize,
+                        nic_threads,
                         terms,
                         may_leave: !options.in_process,
                         drain_within: Duration::from_millis(drain_within),
@@ -222,6 +243,8 @@ impl Setup {
             metrics,
             recorder: options.recorder.clone(),
             timeline: options.timeline.clone(),
+            notes: chosen.notes.into_iter().chain(given.notes).collect(),
+            warnings: chosen.warnings.into_iter().chain(given.warnings).collect(),
         })
     }
 

@@ -33,6 +33,8 @@ pub(crate) struct Verdict {
     pub(crate) failures: Vec<Failure>,
     /// Prefill ranks that were told to leave.
     pub(crate) departures: Vec<Departure>,
+    /// What of the NICs was not as it was asked for.
+    pub(crate) warnings: Vec<String>,
     /// What is worth knowing besides, and no reason to fail.
     #[serde(skip)]
     pub(crate) notes: Vec<String>,
@@ -83,6 +85,7 @@ impl Verdict {
             requests: setup.requests.len() as u64,
             seconds: record.seconds,
             departures: record.departures.clone(),
+            warnings: setup.warnings.clone(),
             ..Verdict::default()
         };
         let mut complaints = record.complaints.clone();

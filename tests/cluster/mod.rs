@@ -45,6 +45,22 @@ pub(crate) fn run_bare(options: &[&str]) -> Ran {
     run_now(options)
 }
 
+/// Whether a test may have hosts of its own, and cables between them.
+#[allow(dead_code, reason = "not every test needs one")]
+pub(crate) fn may_have_hosts() -> bool {
+    let mut probe = Command::new("unshare");
+    let script = "mount -t sysfs none /sys && ip link add rail0 type veth peer name end0";
+    probe.args(["--net", "--mount", "sh", "-c", script]).stdout(Stdio::null()).stderr(Stdio::null());
+    let may = probe.status().is_ok_and(|status| status.success());
+    if !may {
+        kvferry_transport::conformance::absent(
+            "netns",
+            "unshare --net --mount is not permitted, or ip is not there; it needs root",
+        );
+    }
+    may
+}
+
 /// Runs the example on a host of its own: a network namespace that a shell script sets up first, with root, unshare and what the script calls.
 #[allow(dead_code, reason = "not every test needs one")]
 pub(crate) fn run_on_a_host(script: &str, options: &[&str]) -> Ran {

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
+use kvferry::topology::Overrides;
 use kvferry_doctor::{
     Backend, DriverSaid, Environment, Expectations, MANIFEST_BYTES_MAX, Question, Report, Role, Status, SysRoot,
     examine, read_log, read_manifest,
@@ -60,16 +61,20 @@ pub(crate) struct Options {
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
 
+    /// NICs of GPUs that are not left to PCI distance, as for `cluster`: 0=mlx5_0+mlx5_1,0000:45:00.0=mlx5_2. What is not there is a warning.
+    #[arg(long, value_name = "GPU=NIC+NIC", value_parser = |text: &str| text.parse::<Overrides>())]
+    nic_map: Option<Overrides>,
+
     /// The worker whose limits, capabilities, loaded libraries and environment are judged, instead of this process.
     #[arg(long)]
     pid: Option<u32>,
 
     /// Judge a worker's log instead of the host; `-` for standard input.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["role", "multinode", "backend", "env_file", "root", "pid"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["role", "multinode", "backend", "env_file", "root", "nic_map", "pid"])]
     log: Option<PathBuf>,
 
     /// Judge Kubernetes manifests instead of the host; `-` for standard input.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["role", "multinode", "backend", "env_file", "root", "pid", "log"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["role", "multinode", "backend", "env_file", "root", "nic_map", "pid", "log"])]
     manifest: Option<PathBuf>,
 
     /// With --log: bytes of a KV piece, whose protocol must be zero-copy.
@@ -158,8 +163,9 @@ impl Options {
             Side::Prefill => Role::Prefill,
             Side::Decode => Role::Decode,
         });
+        let nic_map = self.nic_map.clone().unwrap_or_default();
         let driver = if self.root.is_none() { driver::ask(&environment) } else { DriverSaid::Nothing };
-        let question = Question { environment, backend, role, multinode: self.multinode, expect, driver };
+        let question = Question { environment, backend, role, multinode: self.multinode, expect, driver, nic_map };
         let report = examine(&root, &question);
         // Libraries are looked for on the live host only.
         let abi = if self.root.is_none() { nixl::check(&question) } else { None };

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use kvferry_topology::Overrides;
+
 use crate::Expectations;
 
 /// Variables by name.
@@ -82,6 +84,8 @@ pub struct Question {
     pub expect: Expectations,
     /// What the driver said of the GPUs.
     pub driver: DriverSaid,
+    /// NICs of GPUs that are not left to the topology.
+    pub nic_map: Overrides,
 }
 
 impl Question {

@@ -55,6 +55,20 @@ fn a_healthy_p5_has_nothing_wrong() {
                 .any(|line| line
                     == "GPU 0000:45:00.0: rdmap65s0:1 rdmap66s0:1 rdmap67s0:1 rdmap68s0:1 (below one switch)")
         );
+        // A user's map is shown, and what it names in vain said.
+        question.nic_map = "0=rdmap177s0+rdmap65s0".parse().unwrap();
+        let chosen = |question: &Question| {
+            let report = examine(&SysRoot::captured(tree.path()), question);
+            let check = report.checks.iter().find(|check| check.id == "gpu.affinity").unwrap();
+            (check.status, check.evidence.join("\n"))
+        };
+        let (status, lines) = chosen(&question);
+        assert_eq!(status, Status::Ok, "{lines}");
+        assert!(lines.contains("GPU 0000:45:00.0: rdmap177s0:1 rdmap65s0:1 (as chosen)"), "{lines}");
+        question.nic_map = "0=mlx5_0,9=rdmap65s0".parse().unwrap();
+        let (status, lines) = chosen(&question);
+        assert_eq!(status, Status::Warn, "{lines}");
+        assert!(lines.contains("there is no GPU 9") && lines.contains("there is no NIC mlx5_0"), "{lines}");
         let libfabric = report.checks.iter().find(|check| check.id == "library.libfabric").unwrap();
         assert!(
             libfabric.evidence[1].contains("/opt/amazon/efa/lib/libfabric.so.1 -> ")

@@ -142,6 +142,17 @@ pub(crate) fn find() -> Result<Vec<Found>, String> {
     Ok((0..driver::device_count(driver)?).map(found).collect())
 }
 
+/// Where a GPU of this process is on PCI, as sysfs writes it: `0000:45:00.0`. An error says why the driver does not tell. Opens nothing.
+pub fn pci_address(ordinal: u32) -> Result<String, String> {
+    let device = driver::device(driver()?, ordinal)?;
+    let part = |attribute| driver::attribute(device, attribute);
+    let domain = part(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
+    let bus = part(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
+    let slot = part(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
+    // GPUs are a card's first function.
+    Ok(format!("{domain:04x}:{bus:02x}:{slot:02x}.0"))
+}
+
 /// What the PTX is made for.
 const CAPABILITY_MIN: i32 = 8;
 

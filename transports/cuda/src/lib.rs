@@ -57,6 +57,7 @@ mod staged_emulated;
 pub use allocation::Allocate;
 pub use blocks::{Difference, block_state, check_blocks, fill_blocks};
 pub use event::GpuEvent;
+pub use gpu::pci_address;
 pub use memory::{allocate, free_bytes, from_raw};
 pub use paths::reaches;
 pub use provider::CudaProvider;

@@ -89,8 +89,7 @@ impl Topology {
             let Some(chosen) = overrides.of(number, &gpu.gpu) else { continue };
             let mut nics = Vec::new();
             for wanted in chosen {
-                let named = |port: &&Port| port.device == *wanted || port.name() == *wanted;
-                let found: Vec<&Port> = self.ports.iter().filter(named).collect();
+                let found: Vec<&Port> = self.ports.iter().filter(|port| port.is_called(wanted)).collect();
                 if found.is_empty() {
                     affinity.warnings.push(format!("there is no NIC {wanted}, chosen for GPU {}", gpu.gpu));
                 }

@@ -1,6 +1,7 @@
 //! RDMA devices and GPUs of a host as sysfs shows them, and which NICs serve which GPU.
 //!
-//! Everything is read below one folder, so that a captured or a simulated host is read like this one. Nothing here opens a device.
+//! Everything is read below one folder, so that a captured or a simulated host is read like this one. Nothing here opens a device, or knows what a
+//! transport calls it: that is kvferry's `transport::Nearby`, which the ranks' NICs come from.
 //!
 //! ```
 //! use std::path::Path;

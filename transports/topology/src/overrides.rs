@@ -4,9 +4,11 @@ use core::fmt;
 use core::str::FromStr;
 use std::collections::BTreeMap;
 
+use crate::Port;
+
 /// NICs of GPUs that are not left to the topology: `0=rdmap65s0+rdmap66s0,0000:55:00.0=rdmap81s0:1`.
 ///
-/// A GPU is named by its number in the order of PCI addresses or by its address, a NIC by its device or by device and port.
+/// A GPU is named by its number in the order of PCI addresses or by its address, a NIC by its device, by device and port, or by its network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Overrides(BTreeMap<String, Vec<String>>);
 
@@ -29,6 +31,11 @@ impl Overrides {
     /// What is said of a GPU.
     pub(crate) fn of(&self, number: usize, address: &str) -> Option<&[String]> {
         self.0.get(address).or_else(|| self.0.get(&number.to_string())).map(Vec::as_slice)
+    }
+
+    /// Whether it names this port for any GPU.
+    pub fn names(&self, port: &Port) -> bool {
+        self.0.values().flatten().any(|word| port.is_called(word))
     }
 
     /// All GPUs that something is said of.

@@ -33,6 +33,8 @@ pub struct Port {
     pub bits_per_second: Option<u64>,
     /// As the kernel says it, such as `4: ACTIVE`.
     pub state: String,
+    /// Network interfaces that are the same port, such as `ens1f0np0`. EFA's have none.
+    pub interfaces: Vec<String>,
     /// Why a process here cannot use it, with the remedy.
     pub unusable: Option<String>,
 }
@@ -41,6 +43,16 @@ impl Port {
     /// As UCX and device lists call it: `rdmap40s0:1`.
     pub fn name(&self) -> String {
         format!("{}:{}", self.device, self.number)
+    }
+
+    /// Whether its link is up, whoever may use it.
+    pub fn is_active(&self) -> bool {
+        self.state.starts_with("4:")
+    }
+
+    /// Whether a user's word means it: its device, its device with port, or an interface of it.
+    pub fn is_called(&self, word: &str) -> bool {
+        self.device == word || self.name() == word || self.interfaces.iter().any(|interface| interface == word)
     }
 
     /// Orders ports as their devices lie on PCI; those that do not come last.
@@ -64,23 +76,35 @@ pub(crate) fn read(root: &Path, pci: &[Pci]) -> Vec<Port> {
             _ => Make::Verbs,
         };
         let closed = closed(root, &device);
-        for number in names(&folder.join("ports")).iter().filter_map(|name| name.parse().ok()) {
+        let numbers: Vec<u32> = names(&folder.join("ports")).iter().filter_map(|name| name.parse().ok()).collect();
+        for number in &numbers {
             let at = folder.join(format!("ports/{number}"));
-            let state = text(&at.join("state")).unwrap_or_default();
-            let down = (!state.starts_with("4:")).then(|| format!("its port is not active but {state:?}; bring it up"));
-            ports.push(Port {
+            let mut port = Port {
                 device: device.clone(),
-                number,
+                number: *number,
                 make,
                 pci: function.cloned(),
                 bits_per_second: text(&at.join("rate")).as_deref().and_then(rate),
-                unusable: closed.clone().or(down),
-                state,
-            });
+                state: text(&at.join("state")).unwrap_or_default(),
+                interfaces: interfaces(&folder, *number, numbers.len()),
+                unusable: closed.clone(),
+            };
+            if !port.is_active() && port.unusable.is_none() {
+                port.unusable = Some(format!("its port is not active but {:?}; bring it up", port.state));
+            }
+            ports.push(port);
         }
     }
     ports.sort_by(|one, other| one.place().cmp(&other.place()));
     ports
+}
+
+/// Interfaces of one of a device's ports, which they count from 0.
+fn interfaces(device: &Path, number: u32, ports: usize) -> Vec<String> {
+    let folder = device.join("device/net");
+    let port_of = |name: &String| text(&folder.join(name).join("dev_port"))?.parse::<u32>().ok();
+    let is_its = |name: &String| ports == 1 || port_of(name).is_some_and(|port| port.checked_add(1) == Some(number));
+    names(&folder).into_iter().filter(is_its).collect()
 }
 
 /// Why a process here cannot open an RDMA device: libraries would skip it without a word.

@@ -144,6 +144,26 @@ fn a_users_word_counts_and_what_it_names_in_vain_is_said() {
 }
 
 #[test]
+fn interfaces_are_their_ports_and_may_be_chosen_by_name() {
+    let host = Host::mlx5("interfaces").unwrap();
+    host.write("sys/class/infiniband/mlx5_1/device/net/ens1/dev_port", "0").unwrap();
+    // An old adapter: one function, two ports, an interface of each.
+    host.write("sys/class/infiniband/mlx5_2/ports/2/state", "4: ACTIVE").unwrap();
+    for (name, port) in [("ens2", "0"), ("ens2d1", "1")] {
+        host.write(&format!("sys/class/infiniband/mlx5_2/device/net/{name}/dev_port"), port).unwrap();
+    }
+    let found = Topology::read(host.path());
+    let interfaces = |name: &str| {
+        let port = found.ports.iter().find(|port| port.name() == name).unwrap();
+        port.interfaces.join(" ")
+    };
+    let all = ["mlx5_1:1", "mlx5_2:1", "mlx5_2:2", "mlx5_3:1"].map(interfaces);
+    assert_eq!(all, ["ens1", "ens2", "ens2d1", ""]);
+    let chosen = affinity(&host, "7=ens2d1+ens1");
+    assert_eq!((&chosen.gpus[7].nics[..], chosen.warnings), (&["mlx5_2:2".into(), "mlx5_1:1".into()][..], vec![]));
+}
+
+#[test]
 fn an_empty_host_has_nothing() {
     let host = Host::empty("empty").unwrap();
     assert_eq!(affinity(&host, ""), Affinity::default());
@@ -154,7 +174,8 @@ fn an_empty_host_has_nothing() {
 fn port(number: usize, path: Vec<u8>, numa: Option<u32>) -> Port {
     let pci = function(number, path, numa, (0x15b3, 0x1021, 0x02_0000));
     let (device, state) = (format!("mlx5_{number:02}"), "4: ACTIVE".to_owned());
-    Port { device, number: 1, make: Make::Mlx5, pci: Some(pci), bits_per_second: None, state, unusable: None }
+    let (bits_per_second, interfaces, unusable) = (None, Vec::new(), None);
+    Port { device, number: 1, make: Make::Mlx5, pci: Some(pci), bits_per_second, state, interfaces, unusable }
 }
 
 fn function(

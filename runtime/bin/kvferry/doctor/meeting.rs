@@ -38,12 +38,12 @@ pub(crate) struct Meeting {
     /// Move KV from a peer that runs `kvferry doctor --serve`, compare every byte, and grade what proves the way that it took: E1 device, E2
     /// provider, E3 lanes, E4 zero-copy, E5 the device's counters. Also tells how far the peer's clock is off, and
     /// whether both ends have EFA of one generation.
-    #[arg(long, value_name = "HOST:PORT", group = "meeting", conflicts_with_all = ["role", "multinode", "backend", "expect", "env_file", "pid", "log", "manifest"])]
+    #[arg(long, value_name = "HOST:PORT", group = "meeting", conflicts_with_all = ["role", "multinode", "backend", "expect", "env_file", "nic_map", "pid", "log", "manifest"])]
     pub(super) verify: Option<String>,
 
     /// Be the peer of whoever runs `kvferry doctor --verify` with this address, which they reach this host by: its port, the next one and those of the
     /// transport must be open, the first for UDP, too. Serves until it is ended.
-    #[arg(long, value_name = "ADDRESS:PORT", group = "meeting", conflicts_with_all = ["role", "multinode", "backend", "expect", "env_file", "pid", "log", "manifest"])]
+    #[arg(long, value_name = "ADDRESS:PORT", group = "meeting", conflicts_with_all = ["role", "multinode", "backend", "expect", "env_file", "nic_map", "pid", "log", "manifest"])]
     pub(super) serve: Option<String>,
 
     /// How the bytes move. By default shared memory is opened, one RDMA device through UCX and through libfabric where there is one, and TCP, and the best

@@ -146,6 +146,7 @@ pub(super) fn path(source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -
 
 /// Up to `most` pairs that join two ranks at once, no two of them at one NIC of the destination: the one that [`path`] chooses, its neighbours,
 /// and then those of the next kinds that both sides have.
+/// Each kind's from the lane's on, in the order of the lists.
 pub(super) fn rails(source: &[NicAdvert], destination: &[NicAdvert], lane: u64, most: usize) -> Vec<(usize, usize)> {
     let mut found: Vec<(usize, usize)> = Vec::new();
     for kind in PREFERENCE {
@@ -407,6 +408,22 @@ mod tests {
         assert_eq!(rails(&here, &there, 0, 4), [(1, 0), (0, 1)]);
         assert_eq!(rails(&here, &there, 3, 1), [(1, 0)]);
         assert_eq!(rails(&[nic(TransportKind::Shm, "a")], &[nic(TransportKind::Shm, "b")], 0, 4), []);
+    }
+
+    /// Ranks list NICs as they are near. Which one a pair begins with says its lane, or all pairs would begin with the nearest.
+    #[test]
+    fn rails_take_nics_in_the_order_of_the_lists() {
+        let all = |from, to, lane, most| rails(&tcp(from), &tcp(to), lane, most);
+        assert_eq!(all(4, 4, 0, 4), [(0, 0), (1, 1), (2, 2), (3, 3)]);
+        assert_eq!(all(4, 4, 0, 2), [(0, 0), (1, 1)]);
+        assert_eq!(all(4, 4, 6, 4), [(2, 2), (3, 3), (0, 0), (1, 1)]);
+        // Where one side has fewer near it, they serve in turn.
+        assert_eq!(all(2, 4, 0, 4), [(0, 0), (1, 1), (0, 2), (1, 3)]);
+        assert_eq!(all(4, 2, 0, 4), [(0, 0), (1, 1)]);
+        // What other kinds stand between does not matter.
+        let kinds = [TransportKind::Tcp, TransportKind::Ucx, TransportKind::Tcp, TransportKind::Ucx];
+        let mixed = kinds.map(|kind| nic(kind, ""));
+        assert_eq!(rails(&mixed, &mixed, 0, 4), [(1, 1), (3, 3), (0, 0), (2, 2)]);
     }
 
     #[test]

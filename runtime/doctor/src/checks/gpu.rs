@@ -53,17 +53,22 @@ pub(super) fn kernel(release: &str) -> (u32, u32) {
 /// Which NICs are nearest to every GPU.
 fn affinity(subject: &Subject<'_>) -> Check {
     const ID: &str = "gpu.affinity";
-    if subject.host.rdma.is_empty() || subject.host.gpus().next().is_none() {
+    let chosen = &subject.question.nic_map;
+    if *chosen == Overrides::default() && (subject.host.rdma.is_empty() || subject.host.gpus().next().is_none()) {
         return Check::ok(ID, "of no concern without both a GPU and an RDMA device");
     }
     // Where they lie, whatever else is wrong with them: other checks say that.
     let mut host = subject.host.topology.clone();
     host.ports.iter_mut().for_each(|port| port.unusable = None);
-    let affinity = host.affinity(&Overrides::default());
+    let affinity = host.affinity(chosen);
     let far = affinity.gpus.iter().any(|gpu| gpu.nearness == Nearness::Far);
     let line = |gpu: &GpuNics| format!("GPU {}: {} ({})", gpu.gpu, gpu.nics.join(" "), gpu.nearness);
     let spare = (!affinity.spare.is_empty()).then(|| format!("near no GPU: {}", affinity.spare.join(" ")));
     let lines = affinity.gpus.iter().map(line).chain(spare);
+    if !affinity.warnings.is_empty() {
+        let fix = "name GPUs by their PCI addresses or their numbers in the order of those, and NICs as sysfs does: --nic-map 0=mlx5_0+mlx5_1";
+        return Check::warn(ID, affinity.warnings.join("; "), fix).and(lines);
+    }
     if far {
         let fix = "give the container the RDMA devices that belong to its GPUs (topology manager policy single-numa-node), or let the pod have \
                    the whole node";
