@@ -115,12 +115,16 @@ fn auto(hosts: u32, names: &[&str], joined: impl Fn(&[&str]) -> Result<String, S
     }
 }
 
-/// What moves the memory of GPUs that do not reach each other: the devices that are named, else TCP.
+/// What moves the memory of GPUs that do not reach each other: those devices that are named and can, else TCP.
 pub(crate) fn carriers(options: &crate::options::Options) -> Result<Chosen, UsageError> {
-    match options.devices.as_deref() {
-        Some(devices) => choose(options, "auto", Some(devices)),
-        None => choose(options, "tcp", None),
+    let Some(devices) = options.devices.as_deref() else { return choose(options, "tcp", None) };
+    let mut chosen = choose(options, "auto", Some(devices))?;
+    chosen.slots.retain(|slot| CARRIERS.contains(&slot.kind().name()));
+    if chosen.slots.is_empty() {
+        chosen.append(choose(options, "tcp", None)?);
+        chosen.notes.push(format!("--devices {devices}: none of them moves GPU memory; tcp does"));
     }
+    Ok(chosen)
 }
 
 /// The NICs of one rank, of which one is its GPU if they are GPUs.

@@ -155,8 +155,8 @@ pub struct Transfer {
 pub struct Expected {
     /// Its name at both ends.
     pub id: TransferId,
-    /// The address of the transport that it may come from, where that is known; `None` takes it from any peer. Transports whose destination reads
-    /// the source's memory by itself take it from nobody else.
+    /// The address of the transport that it may come from, where that is known; `None` takes it from any peer. shm, cuda and libfabric take it from
+    /// nobody else; the others know a push by its id and fingerprint.
     pub from: Option<Bytes>,
     /// The local pool that is written.
     pub pool: PoolId,

@@ -9,7 +9,8 @@ use kvferry_libfabric::LibfabricProvider;
 use kvferry_transport::conformance::{Party, absent, block_planes, until, whole_blocks};
 use kvferry_transport::{Event, Options, Pool, PoolOptions, Transfer};
 
-const BLOCKS: u32 = 64;
+/// More than a reader has under way at once: it is not over while nobody polls.
+const BLOCKS: u32 = 128;
 const BLOCK_BYTES: u64 = 1 << 20;
 const BYTES: usize = (BLOCKS as usize) << 20;
 const PULL: TransferId = TransferId(1);

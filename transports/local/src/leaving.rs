@@ -16,6 +16,9 @@ const READS_WITHIN: Duration = Duration::from_secs(3);
 /// How long an owner waits for its readers' words before it cuts them off: longer than they may take.
 const LET_GO_WITHIN: Duration = Duration::from_secs(5);
 
+/// Withdrawn pools of one peer of which copies still run.
+const LEAVING_MAX: usize = 256;
+
 /// A peer's pool that was withdrawn, and the copies from that peer that still ran then.
 pub(crate) struct Leaving {
     peer: PeerId,
@@ -38,11 +41,14 @@ pub(crate) fn let_go_by() -> Instant {
 
 impl<B: Backend> LocalTransport<B> {
     /// The reader's side: its transfers from that pool were failed. The owner is told once nothing of them reads on.
-    pub(crate) fn leave(&mut self, peer: PeerId, pool: PoolId, token: u64) {
+    pub(crate) fn leave(&mut self, peer: PeerId, pool: PoolId, token: u64) -> Result<(), String> {
+        if self.leaving.iter().filter(|leaving| leaving.is_of(peer)).count() >= LEAVING_MAX {
+            return Err(format!("it withdrew more than {LEAVING_MAX} pools that are still read"));
+        }
         let copies = self.draining.iter().filter(|draining| draining.is_from(peer)).map(|draining| draining.named());
         let copies = copies.collect();
         self.leaving.push(Leaving { peer, pool, token, copies, until: Instant::now() + READS_WITHIN });
-        self.settle_leaving(Instant::now());
+        Ok(())
     }
 
     /// Tells owners of pools that nothing reads any more, and cuts off what does not end.

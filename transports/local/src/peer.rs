@@ -24,6 +24,8 @@ pub(crate) struct Peer {
     pub(crate) stage: Stage,
     /// Two connections to the same one are the same for a fence.
     pub(crate) identity: Identity,
+    /// This side called it, at the address that it is to have.
+    pub(crate) is_called: bool,
 }
 
 pub(crate) enum Stage {
@@ -38,6 +40,10 @@ pub(crate) enum Stage {
 impl Peer {
     pub(crate) fn is_stranger(&self) -> bool {
         matches!(self.stage, Stage::Stranger { .. })
+    }
+
+    pub(crate) fn is_up(&self) -> bool {
+        matches!(self.stage, Stage::Up)
     }
 
     /// When something has to be done about it though it says nothing.
@@ -62,7 +68,7 @@ impl<B: Backend> LocalTransport<B> {
         let peer = self.carrier.dial(&address.place)?;
         let stage = Stage::Calling { until: Instant::now() + GREETING };
         let identity = Identity { instance: address.instance, process: self.carrier.owner(peer).pid };
-        self.peers.insert(peer, Peer { stage, identity });
+        self.peers.insert(peer, Peer { stage, identity, is_called: true });
         self.send(peer, &Frame::Hello { version: VERSION, key: address.key, instance: self.instance });
         Ok(peer)
     }
@@ -96,7 +102,7 @@ impl<B: Backend> LocalTransport<B> {
                 Carried::Called(id) => {
                     let stage = Stage::Stranger { until: Instant::now() + GREETING };
                     let identity = Identity { instance: [0; 16], process: self.carrier.owner(id).pid };
-                    self.peers.insert(id, Peer { stage, identity });
+                    self.peers.insert(id, Peer { stage, identity, is_called: false });
                 }
                 Carried::Frame(id, frame) => {
                     if let Err(reason) = self.handle(id, frame) {
@@ -125,7 +131,7 @@ impl<B: Backend> LocalTransport<B> {
                     return Err("it says that it is a transport of another process".into());
                 }
                 if let Some(peer) = self.peers.get_mut(&id) {
-                    *peer = Peer { stage: Stage::Up, identity };
+                    *peer = Peer { stage: Stage::Up, identity, is_called: false };
                 }
                 self.carrier.trust(id);
                 self.send(id, &Frame::Welcome { instance: self.instance });
@@ -135,10 +141,15 @@ impl<B: Backend> LocalTransport<B> {
                 if instance != peer.identity.instance {
                     return Err("another transport answers at its address".into());
                 }
-                peer.stage = Stage::Up;
                 // It may not have been connected yet when it was called.
                 peer.identity.process = self.carrier.owner(id).pid;
                 let identity = peer.identity;
+                if self.is_called_elsewhere(&identity) {
+                    return Err("another process answers at another address of that transport".into());
+                }
+                if let Some(peer) = self.peers.get_mut(&id) {
+                    peer.stage = Stage::Up;
+                }
                 self.expose(&identity);
                 self.events.push(Event::Connected { peer: id });
             }
@@ -155,7 +166,7 @@ impl<B: Backend> LocalTransport<B> {
             }
             (Stage::Up, Frame::PushCancel { id: transfer, serial }) => self.push_cancelled(id, transfer, serial),
             (Stage::Up, Frame::Notice(notice)) => self.events.push(Event::Notice { notice }),
-            (Stage::Up, Frame::Withdrawn { pool, token }) => self.withdrawn(id, pool, token),
+            (Stage::Up, Frame::Withdrawn { pool, token }) => self.withdrawn(id, pool, token)?,
             (Stage::Up, Frame::LetGo { pool, token }) if B::OUTLASTS => self.was_let_go(id, pool, token),
             (Stage::Up, Frame::Offered { pool, token }) if B::OFFERS => {
                 if self.remotes.values().filter(|remote| remote.peer == id).count() >= REMOTES_PER_PEER_MAX {

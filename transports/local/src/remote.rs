@@ -82,30 +82,21 @@ impl<B: Backend> LocalTransport<B> {
         }
         let id = RemotePool(self.next_remote);
         self.next_remote = self.next_remote.wrapping_add(1);
-        let open = self.opened_before(peer, pool, token);
-        let is_open = open.is_some();
-        let (layout, access) = match open {
-            Some((layout, memory)) => (Some(layout), Access::Ready(memory)),
-            None => (None, Access::Asked(Vec::new())),
-        };
-        self.remotes.insert(id, Remote { peer, pool, token, layout, access });
-        if is_open {
-            self.show(id);
-        } else {
-            self.send(peer, &Frame::Open { request: id.0, pool, token });
-        }
+        self.remotes.insert(id, Remote { peer, pool, token, layout: None, access: Access::Asked(Vec::new()) });
+        self.send(peer, &Frame::Open { request: id.0, pool, token });
         id
     }
 
-    /// A pool that is open over another connection to the same transport, where that is the same memory.
-    fn opened_before(&self, peer: PeerId, pool: PoolId, token: u64) -> Option<(Arc<PoolLayout>, Rc<B::Memory>)> {
-        let instance = self.identity(peer).filter(|_| B::HANDLES)?.instance;
+    /// The memory of a pool that its owner has just said over this connection to stand, where it is open over another connection to the same
+    /// transport of the same process: a name alone does not make it the same memory.
+    fn opened_before(&self, peer: PeerId, pool: PoolId, token: u64, layout: &PoolLayout) -> Option<Rc<B::Memory>> {
+        let identity = self.identity(peer).filter(|identity| B::HANDLES && identity.process.is_some())?;
         let is_it = |remote: &&Remote<B::Memory>| {
-            let is_same = self.identity(remote.peer).is_some_and(|identity| identity.instance == instance);
-            is_same && remote.pool == pool && remote.token == token
+            let is_same = self.peers.get(&remote.peer).is_some_and(|other| other.is_up() && other.identity == identity);
+            is_same && remote.pool == pool && remote.token == token && remote.layout.as_deref() == Some(layout)
         };
-        self.remotes.values().filter(is_it).find_map(|remote| match (&remote.layout, &remote.access) {
-            (Some(layout), Access::Ready(memory)) => Some((Arc::clone(layout), Rc::clone(memory))),
+        self.remotes.values().filter(is_it).find_map(|remote| match &remote.access {
+            Access::Ready(memory) => Some(Rc::clone(memory)),
             _ => None,
         })
     }
@@ -196,6 +187,8 @@ impl<B: Backend> LocalTransport<B> {
         kind: MemoryKind,
     ) -> Result<(), String> {
         let id = RemotePool(request);
+        let asked = self.remotes.get(&id).filter(|remote| remote.peer == peer);
+        let before = asked.and_then(|remote| self.opened_before(peer, remote.pool, remote.token, &layout));
         let Some(remote) = self.remotes.get_mut(&id).filter(|remote| remote.peer == peer) else {
             return Err("it opened a pool that nobody asked for".into());
         };
@@ -215,11 +208,14 @@ impl<B: Backend> LocalTransport<B> {
             _ if known.is_some_and(|known| *known != layout) => {
                 Err("the pool's layout is not the one that was imported; exchange both again".into())
             }
-            (Ok(()), kind) => self.backend.open(self.carrier.owner(peer), &layout, kind, fds),
+            (Ok(()), kind) => match before {
+                Some(memory) => Ok(memory),
+                None => self.backend.open(self.carrier.owner(peer), &layout, kind, fds).map(Rc::new),
+            },
         };
         match memory {
             Ok(memory) => {
-                remote.access = Access::Ready(Rc::new(memory));
+                remote.access = Access::Ready(memory);
                 if remote.layout.is_none() {
                     remote.layout = Some(Arc::new(layout));
                 }
@@ -247,17 +243,14 @@ impl<B: Backend> LocalTransport<B> {
         self.send(id, &Frame::Checked { serial, stood });
     }
 
-    pub(crate) fn withdrawn(&mut self, peer: PeerId, pool: PoolId, token: u64) {
+    pub(crate) fn withdrawn(&mut self, peer: PeerId, pool: PoolId, token: u64) -> Result<(), String> {
         let found = self.remotes.iter().find(|(_, r)| r.peer == peer && r.pool == pool && r.token == token);
-        if let Some((&id, _)) = found {
-            self.remotes.remove(&id);
-            let reason = "its owner withdrew the pool";
-            let error = TransferError::Refused(reason.into());
-            self.fail_posted(|posted| posted.reads_from(id), &error);
-            self.fail_arriving_from(id, &error, reason);
-        }
-        if B::OUTLASTS {
-            self.leave(peer, pool, token);
-        }
+        let Some((&id, _)) = found else { return Ok(()) };
+        self.remotes.remove(&id);
+        let reason = "its owner withdrew the pool";
+        let error = TransferError::Refused(reason.into());
+        self.fail_posted(|posted| posted.reads_from(id), &error);
+        self.fail_arriving_from(id, &error, reason);
+        if B::OUTLASTS { self.leave(peer, pool, token) } else { Ok(()) }
     }
 }

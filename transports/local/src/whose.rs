@@ -50,9 +50,14 @@ impl<B: Backend> LocalTransport<B> {
         self.peers.values().any(|peer| !peer.is_stranger() && peer.identity.contradicts(identity))
     }
 
+    /// Whether another process answered before where this side called that transport. Addresses are members' own words: who was there first stays.
+    pub(crate) fn is_called_elsewhere(&self, identity: &Identity) -> bool {
+        self.peers.values().any(|peer| peer.is_called && peer.is_up() && peer.identity.contradicts(identity))
+    }
+
     /// Whom this side called at its own address is what it says: callers that said so before, from other processes, lied.
     pub(crate) fn expose(&mut self, identity: &Identity) {
-        let lies = |peer: &Peer| !peer.is_stranger() && peer.identity.contradicts(identity);
+        let lies = |peer: &Peer| !peer.is_stranger() && !peer.is_called && peer.identity.contradicts(identity);
         let liars: Vec<PeerId> = self.peers.iter().filter(|(_, peer)| lies(peer)).map(|(&id, _)| id).collect();
         for id in liars {
             self.lose(id, "it said that it is a transport of another process");

@@ -205,3 +205,44 @@ fn what_was_asked_for_before_a_fence_is_not_opened_after_it() {
     assert_eq!((at.jobs.len(), at.backend.opened()), (1, 1));
     never.set(false);
 }
+
+/// A member may write another's name into its own profile, beside its own address.
+#[test]
+fn who_takes_the_name_of_another_does_not_lend_it_memory() {
+    let never = Rc::new(Cell::new(false));
+    let ((mut at, _), (mut owner, keys), (mut liar, _)) = (bound(&never, 1), bound(&never, 9), bound(&never, 9));
+    liar.instance = owner.instance;
+    liar.pools.get_mut(&PoolId(9)).unwrap().token = owner.pools[&PoolId(9)].token;
+    let first = at.connect(&liar.address()).unwrap();
+    at.import(first, &keys, &layout()).unwrap();
+    poll(&mut at, &mut [&mut owner, &mut liar]);
+    assert_eq!(at.backend.opened(), 1);
+    set_process(&mut at, first, 1);
+    let second = at.connect(&owner.address()).unwrap();
+    let remote = at.import(second, &keys, &layout()).unwrap();
+    assert!(matches!(at.remotes[&remote].access, Access::Asked(_)), "only who is there says what is open there");
+    let events = poll(&mut at, &mut [&mut owner, &mut liar]);
+    assert!(
+        matches!(events[..], [Event::PeerLost { peer, .. }] if peer == second),
+        "who was there first stays: {events:?}"
+    );
+    assert_eq!((at.peers.len(), at.backend.opened()), (1, 1));
+}
+
+/// What is open of one process is not taken for the memory of another, whatever both are called.
+#[test]
+fn memory_is_shared_between_connections_of_one_process_only() {
+    for (process, opened) in [(getpid().as_raw_nonzero().get(), 1), (1, 2)] {
+        let never = Rc::new(Cell::new(false));
+        let ((mut at, _), (mut owner, keys)) = (bound(&never, 1), bound(&never, 9));
+        let first = at.connect(&owner.address()).unwrap();
+        at.import(first, &keys, &layout()).unwrap();
+        poll(&mut at, &mut [&mut owner]);
+        let second = at.connect(&owner.address()).unwrap();
+        poll(&mut at, &mut [&mut owner]);
+        set_process(&mut at, second, process);
+        at.import(second, &keys, &layout()).unwrap();
+        poll(&mut at, &mut [&mut owner]);
+        assert_eq!(at.backend.opened(), opened);
+    }
+}
