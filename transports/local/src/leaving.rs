@@ -76,10 +76,17 @@ impl<B: Backend> LocalTransport<B> {
         }
     }
 
-    /// The owner's side: a reader is gone. What is still sent to it is cut off.
+    /// The owner's side: a reader is gone. What is still sent to it of withdrawn pools is cut off. Of others it is so when they are withdrawn: a peer
+    /// that was merely stopped may begin reads until then, and others live on their connections.
     pub(crate) fn reader_is_gone(&mut self, peer: PeerId) {
-        let were = self.pools.values_mut().map(|bound| bound.readers.remove(&peer)).filter(|was| *was).count();
-        if were > 0 {
+        let mut was_leaving = false;
+        for bound in self.pools.values_mut().filter_map(|bound| bound.readers.remove(&peer).then_some(bound)) {
+            match bound.leaving {
+                true => was_leaving = true,
+                false => bound.lost_reader = true,
+            }
+        }
+        if was_leaving {
             self.backend.cut();
         }
     }

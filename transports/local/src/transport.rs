@@ -76,6 +76,8 @@ pub(crate) struct Bound {
     pub(crate) leaving: bool,
     /// Who may have reads of it under way that outlast it; only where a backend says that there are such.
     pub(crate) readers: BTreeSet<PeerId>,
+    /// One of them was lost before it was unbound, and may still begin reads of it.
+    pub(crate) lost_reader: bool,
     /// When those that have not let go are cut off, once it is unbound.
     pub(crate) let_go_by: Option<Instant>,
 }
@@ -233,7 +235,14 @@ impl<B: Backend> Transport for LocalTransport<B> {
         let token = u64::from_le_bytes(token);
         self.pools.insert(
             pool.id(),
-            Bound { pool: pool.clone(), token, leaving: false, readers: BTreeSet::new(), let_go_by: None },
+            Bound {
+                pool: pool.clone(),
+                token,
+                leaving: false,
+                readers: BTreeSet::new(),
+                lost_reader: false,
+                let_go_by: None,
+            },
         );
         Ok(PoolKeys(Keys::new(B::KIND, self.instance, pool.id(), token, pool.layout().regions.clone()).encode()))
     }
@@ -248,6 +257,11 @@ impl<B: Backend> Transport for LocalTransport<B> {
         }
         bound.let_go_by = Some(let_go_by());
         let token = bound.token;
+        if bound.lost_reader {
+            self.backend.cut();
+            // Nothing else announces that there is something to look at.
+            self.tending = true;
+        }
         let users: Vec<PeerId> =
             self.peers.iter().filter(|(_, peer)| matches!(peer.stage, Stage::Up)).map(|(&id, _)| id).collect();
         for peer in users {

@@ -84,6 +84,26 @@ fn a_reader_that_is_gone_is_cut_off() {
     }
 }
 
+/// It may have been stopped only, and may begin reads as long as the pool is bound; others are not disturbed until then.
+#[test]
+fn a_reader_that_goes_before_a_pool_is_withdrawn_is_cut_off_then() {
+    let mut two = Two::start();
+    let peers: Vec<PeerId> = two.at.peers.keys().copied().collect();
+    peers.into_iter().for_each(|peer| two.at.disconnect(peer));
+    two.poll();
+    assert!(two.is_lost());
+    assert_eq!(two.lender.cuts.get(), 0, "the pool stays");
+    two.lender.is_cutting.set(true);
+    two.owner.unbind(POOL);
+    assert_eq!(two.lender.cuts.get(), 1);
+    two.poll();
+    assert!(!two.is_unbound());
+    two.lender.is_cutting.set(false);
+    two.poll();
+    assert!(two.is_unbound());
+    assert_eq!(two.lender.cuts.get(), 1);
+}
+
 /// A copy that does not end loses its connection, and with that what it reads.
 #[test]
 fn a_reader_cuts_what_does_not_end() {
