@@ -71,22 +71,23 @@ impl<B: Backend> LocalTransport<B> {
 
     /// The owner's side: a reader says that it reads that pool no more.
     pub(crate) fn was_let_go(&mut self, peer: PeerId, pool: PoolId, token: u64) {
-        if let Some(bound) = self.pools.get_mut(&pool).filter(|bound| bound.token == token) {
-            bound.readers.remove(&peer);
+        if let Some(bound) = self.pools.get_mut(&pool).filter(|bound| bound.token == token && bound.leaving)
+            && bound.readers.remove(&peer)
+            && bound.lacks_only_a_cut()
+        {
+            self.backend.cut();
         }
     }
 
-    /// The owner's side: a reader is gone. What is still sent to it of withdrawn pools is cut off. Of others it is so when they are withdrawn: a peer
-    /// that was merely stopped may begin reads until then, and others live on their connections.
+    /// The owner's side: a reader is gone. What is still sent to it is cut off once the pool is withdrawn and its other readers have let go: one that
+    /// was merely stopped may begin reads until then, and others live on their connections.
     pub(crate) fn reader_is_gone(&mut self, peer: PeerId) {
-        let mut was_leaving = false;
+        let mut is_due = false;
         for bound in self.pools.values_mut().filter_map(|bound| bound.readers.remove(&peer).then_some(bound)) {
-            match bound.leaving {
-                true => was_leaving = true,
-                false => bound.lost_reader = true,
-            }
+            bound.lost_reader = true;
+            is_due |= bound.leaving && bound.lacks_only_a_cut();
         }
-        if was_leaving {
+        if is_due {
             self.backend.cut();
         }
     }

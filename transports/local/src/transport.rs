@@ -82,6 +82,13 @@ pub(crate) struct Bound {
     pub(crate) let_go_by: Option<Instant>,
 }
 
+impl Bound {
+    /// Nobody reads it but perhaps somebody who is gone.
+    pub(crate) fn lacks_only_a_cut(&self) -> bool {
+        self.lost_reader && self.readers.is_empty()
+    }
+}
+
 /// A transfer that is being copied.
 pub(crate) struct Job<C> {
     pub(crate) id: TransferId,
@@ -257,7 +264,7 @@ impl<B: Backend> Transport for LocalTransport<B> {
         }
         bound.let_go_by = Some(let_go_by());
         let token = bound.token;
-        if bound.lost_reader {
+        if bound.lacks_only_a_cut() {
             self.backend.cut();
             // Nothing else announces that there is something to look at.
             self.tending = true;
@@ -379,7 +386,7 @@ impl<B: Backend> Transport for LocalTransport<B> {
             return Wait::MustPoll;
         }
         let now = Instant::now();
-        let tend = self.tending.then(|| now + TEND_EVERY);
+        let tend = (self.tending || self.backend.is_cutting()).then(|| now + TEND_EVERY);
         self.carrier.wait(self.deadline().into_iter().chain(tend).min(), now)
     }
 }

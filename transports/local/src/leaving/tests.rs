@@ -1,4 +1,4 @@
-use kvferry_transport::{Event, Pool, Transport};
+use kvferry_transport::{Event, Pool, PoolKeys, Transport};
 
 use super::*;
 use crate::draining::tests::{Stubborn, layout, over, start};
@@ -12,6 +12,7 @@ struct Two {
     reader: Stubborn,
     lender: Stubborn,
     events: Vec<Event>,
+    keys: PoolKeys,
 }
 
 impl Two {
@@ -21,7 +22,7 @@ impl Two {
         at.bind(&Pool::allocate(PoolId(1), layout(), "at").unwrap()).unwrap();
         let keys = owner.bind(&Pool::allocate(POOL, layout(), "owner").unwrap()).unwrap();
         start(&mut at, &mut owner, &keys);
-        Two { at, owner, reader, lender, events: Vec::new() }
+        Two { at, owner, reader, lender, events: Vec::new(), keys }
     }
 
     fn poll(&mut self) {
@@ -115,4 +116,22 @@ fn a_reader_cuts_what_does_not_end() {
     assert!(two.at.leaving.is_empty() && two.at.peers.is_empty());
     two.poll();
     assert!(two.is_unbound() && two.is_lost());
+}
+
+/// Until then it may begin to read.
+#[test]
+fn a_reader_that_is_gone_is_cut_off_after_the_others_have_let_go() {
+    let mut two = Two::start();
+    let mut third = over(Stubborn::default());
+    third.bind(&Pool::allocate(PoolId(1), layout(), "third").unwrap()).unwrap();
+    let peer = start(&mut third, &mut two.owner, &two.keys);
+    third.disconnect(peer);
+    two.poll();
+    two.owner.unbind(POOL);
+    two.poll();
+    assert_eq!(two.lender.cuts.get(), 0, "another one still reads");
+    two.reader.runs.set(false);
+    two.poll();
+    assert_eq!(two.lender.cuts.get(), 1);
+    assert!(two.is_unbound());
 }
