@@ -138,7 +138,7 @@ fn connecting_waits_for_the_peer_and_no_longer_than_it_may() {
         let (agent, _notifications, _local) = ours(4096, 0).await;
         assert!(agent.connect("nixl", None).await.is_err(), "it was not added");
         agent.add_peer(peer.metadata.clone()).await.unwrap();
-        rustix::process::kill_process(peer.pid(), Signal::STOP).unwrap();
+        peer.stop();
         let late = agent.connect("nixl", Some(Duration::from_millis(300))).await.unwrap_err();
         assert!(matches!(late, AgentError::Deadline { .. }), "{late}");
         rustix::process::kill_process(peer.pid(), Signal::CONT).unwrap();
@@ -260,7 +260,7 @@ fn a_stopped_peer_costs_a_deadline_and_is_met_again() {
         agent.add_peer(peer.metadata.clone()).await.unwrap();
         let read = || Transfer::read("nixl", PoolId(1), scattered(256, 4096, peer.address));
         agent.transfer(read()).await.unwrap();
-        rustix::process::kill_process(peer.pid(), Signal::STOP).unwrap();
+        peer.stop();
         let began = Instant::now();
         let late = agent.transfer(read().within(Duration::from_millis(500))).await.unwrap_err();
         assert!(matches!(late, AgentError::Deadline { waited_ms: 500.., .. }), "{late}");

@@ -135,6 +135,14 @@ impl Peer {
         rustix::process::Pid::from_child(&self.child)
     }
 
+    /// Stops it. A signal is only sent when the call returns; here no thread of it runs any more.
+    #[allow(dead_code, reason = "not every test needs it")]
+    pub(crate) fn stop(&self) {
+        rustix::process::kill_process(self.pid(), rustix::process::Signal::STOP).unwrap();
+        let ended = rustix::process::waitpid(Some(self.pid()), rustix::process::WaitOptions::UNTRACED).unwrap();
+        assert!(ended.is_some_and(|(_, status)| status.stopped()), "{ended:?}");
+    }
+
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
