@@ -10,9 +10,9 @@ use std::collections::BTreeMap;
 use cluster::{Case, may_have_hosts, run_on_a_host};
 use kvferry_transport::conformance::absent;
 
-/// Two cables, both ends of each on the one host. What ranks say of rails is a warning.
+/// Two cables, both ends of each on the one host.
 const CABLES: &str = "for i in 0 1; do ip link add rail$i type veth peer name end$i; ip addr add 10.78.$i.1/24 dev rail$i; \
-                      ip link set rail$i up; ip link set end$i up; done; export RUST_LOG=warn";
+                      ip link set rail$i up; ip link set end$i up; done";
 /// 16 MiB a request: two rails share that.
 const REQUESTS: [&str; 6] =
     ["--geometry", "layers=8,kv_heads=8,head_dim=128,dtype=bf16", "--isl", "512", "--requests", "4"];

@@ -15,8 +15,9 @@ use crate::{Epoch, NodeId, TraceContext, limits};
 /// of that time do not understand each other.
 pub const PROTOCOL_MIN: u16 = 1;
 /// Newest protocol that this build speaks. 2 adds resumption (`Resume`, `Heard`), 3 trace contexts ([`encode_for`]), 4 pushes over rails (`Shares`,
-/// `ShareStopped`, `ShareEnded`, and their number behind a profile), 5 domains of hosts behind a profile, 6 GPUs behind those. `tests/encoding.rs` pins how each is written: a new message is
-/// appended to its enum, belongs to a new protocol, and is not said to peers of older ones.
+/// `ShareStopped`, `ShareEnded`, and their number behind a profile), 5 domains of hosts behind a profile, 6 GPUs behind those.
+/// `tests/encoding.rs` pins how each is written: a new message is appended to its enum, belongs to a new protocol, and is not said to peers of older
+/// ones.
 pub const PROTOCOL_MAX: u16 = 6;
 /// The first protocol in which a message may have a trace context.
 pub const TRACING_PROTOCOL: u16 = 3;

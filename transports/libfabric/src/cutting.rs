@@ -165,6 +165,8 @@ mod tests {
 
     use super::*;
 
+    type Ends = (TcpStream, TcpStream);
+
     /// Connections that a queue waits for.
     struct Queue {
         listener: TcpListener,
@@ -177,12 +179,22 @@ mod tests {
             Queue { listener: TcpListener::bind("127.0.0.1:0").unwrap(), queue }
         }
 
-        fn cutting(&self) -> Cutting {
-            Cutting::of("tcp;ofi_rxm", Some(self.queue.as_raw_fd()))
+        /// Begins to cut its connections; when.
+        fn begin(&self) -> (Cutting, Instant) {
+            let (mut cutting, now) = (Cutting::of("tcp;ofi_rxm", Some(self.queue.as_raw_fd())), Instant::now());
+            cutting.begin(now);
+            (cutting, now)
+        }
+
+        /// One whose peer takes nothing of what it has to send, and one that has nothing to send.
+        fn connect_two(&self) -> (Ends, Ends) {
+            let (mut still, idle) = (self.connect(), self.connect());
+            fill(&mut still.0);
+            (still, idle)
         }
 
         /// A connection, and its other end.
-        fn connect(&self) -> (TcpStream, TcpStream) {
+        fn connect(&self) -> Ends {
             let near = TcpStream::connect(self.listener.local_addr().unwrap()).unwrap();
             near.set_nonblocking(true).unwrap();
             epoll::add(&self.queue, &near, EventData::new_u64(0), EventFlags::IN).unwrap();
@@ -202,11 +214,8 @@ mod tests {
     #[test]
     fn only_what_stands_still_with_something_to_send_is_broken() {
         let queue = Queue::new();
-        let ((mut still, mut its_peer), (mut idle, mut others_peer)) = (queue.connect(), queue.connect());
-        fill(&mut still);
-        let mut cutting = queue.cutting();
-        let now = Instant::now();
-        cutting.begin(now);
+        let ((mut still, mut its_peer), (mut idle, mut others_peer)) = queue.connect_two();
+        let (mut cutting, now) = queue.begin();
         assert_eq!(cutting.watched.len(), 2);
         cutting.go_on(now + IDLE);
         cutting.go_on(now + STILL / 2);
@@ -230,11 +239,8 @@ mod tests {
     #[test]
     fn one_that_was_idle_is_watched_until_all_are() {
         let queue = Queue::new();
-        let ((mut still, _its_peer), (mut idle, _others_peer)) = (queue.connect(), queue.connect());
-        fill(&mut still);
-        let mut cutting = queue.cutting();
-        let now = Instant::now();
-        cutting.begin(now);
+        let ((mut still, _its_peer), (mut idle, _others_peer)) = queue.connect_two();
+        let (mut cutting, now) = queue.begin();
         cutting.go_on(now + IDLE);
         fill(&mut idle);
         cutting.go_on(now + STILL / 2);
@@ -248,9 +254,7 @@ mod tests {
     fn one_that_comes_meanwhile_is_looked_at_too_but_not_for_ever() {
         let queue = Queue::new();
         let _first = queue.connect();
-        let mut cutting = queue.cutting();
-        let now = Instant::now();
-        cutting.begin(now);
+        let (mut cutting, now) = queue.begin();
         let (mut second, _its_peer) = queue.connect();
         fill(&mut second);
         cutting.go_on(now + IDLE);
@@ -276,11 +280,8 @@ mod tests {
     #[test]
     fn beginning_again_does_not_put_off_the_end() {
         let queue = Queue::new();
-        let ((mut still, _its_peer), (mut idle, _others_peer)) = (queue.connect(), queue.connect());
-        fill(&mut still);
-        let mut cutting = queue.cutting();
-        let now = Instant::now();
-        cutting.begin(now);
+        let ((mut still, _its_peer), (mut idle, _others_peer)) = queue.connect_two();
+        let (mut cutting, now) = queue.begin();
         let until: Vec<Instant> = cutting.watched.iter().map(|watched| watched.until).collect();
         cutting.go_on(now + IDLE);
         let again = now + STILL - IDLE / 2;

@@ -64,15 +64,22 @@ pub(crate) fn library() -> Option<&'static Library> {
                 return None;
             }
         };
-        // SAFETY: it is loaded already, and stays so.
-        let mut api = unsafe {
-            let loaded = Loaded::open(Some(&real.path), RTLD_NOW | RTLD_LOCAL).unwrap();
-            Fabric::from_library(loaded).unwrap()
-        };
-        api.fi_getinfo = Ok(calls::getinfo);
-        api.fi_fabric = Ok(calls::fabric);
-        Some(Box::leak(Box::new(Library { api, path: real.path.clone(), version: Version(version(2, 5)) })))
+        Some(in_front_of(real, Version(version(2, 5)), |api| {
+            api.fi_getinfo = Ok(calls::getinfo);
+            api.fi_fabric = Ok(calls::fabric);
+        }))
     })
+}
+
+/// A library that is loaded already, with some of its functions changed, which says that it is of that version.
+fn in_front_of(real: &Library, version: Version, change: impl FnOnce(&mut Fabric)) -> &'static Library {
+    // SAFETY: it is loaded already, and stays so.
+    let mut api = unsafe {
+        let loaded = Loaded::open(Some(&real.path), RTLD_NOW | RTLD_LOCAL).unwrap();
+        Fabric::from_library(loaded).unwrap()
+    };
+    change(&mut api);
+    Box::leak(Box::new(Library { api, path: real.path.clone(), version }))
 }
 
 /// Opens devices of that library.

@@ -472,6 +472,7 @@ mod tests {
     use super::*;
     use crate::device;
     use crate::library::Library;
+
     /// It is counted, and what it uses stays.
     #[test]
     fn an_endpoint_that_cannot_be_closed_stays_open() {

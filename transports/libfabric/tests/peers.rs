@@ -1,31 +1,21 @@
 //! Peers that come and go, that stop answering, that withdraw what is read.
 #![allow(clippy::unwrap_used, reason = "this is test code")]
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+mod support;
+
+use std::sync::Arc;
 
 use kvferry_core::{Direction, FenceProof, PoolId, Program, TransferId};
 use kvferry_libfabric::LibfabricProvider;
-use kvferry_transport::conformance::{Party, absent, block_planes, until, whole_blocks};
+use kvferry_transport::conformance::{Party, block_planes, until, whole_blocks};
 use kvferry_transport::{
     BindError, DeviceMemory, DeviceRegion, Event, Expected, Options, PeerId, Pool, PoolKeys, PoolOptions, Provider,
     Transfer, TransferError, TransportKind,
 };
+use support::{DEVICES, turn};
 
 const BLOCKS: u32 = 64;
 const BLOCK_BYTES: u64 = 64 << 10;
-/// The library's tcp, and tcp below its layer for datagrams.
-const DEVICES: [&str; 2] = ["lo", "tcp;ofi_rxm/lo"];
-
-/// Tests take turns: some count what the process holds.
-static TURN: Mutex<()> = Mutex::new(());
-
-/// This test's turn; none without a library, unless `KVFERRY_REQUIRE` names libfabric.
-fn turn() -> Option<MutexGuard<'static, ()>> {
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(reason) = LibfabricProvider::unavailable() else { return Some(turn) };
-    absent("libfabric", &reason);
-    None
-}
 
 fn open(device: &str, options: &Options) -> Party {
     Party::open(&LibfabricProvider::new().only(device), options)

@@ -1,13 +1,16 @@
 //! Memory that an owner takes back while it is read: once it is told so, nobody reads it any more.
 #![allow(clippy::unwrap_used, reason = "this is test code")]
 
+mod support;
+
 use std::ptr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use kvferry_core::{Direction, PoolId, TransferId};
 use kvferry_libfabric::LibfabricProvider;
-use kvferry_transport::conformance::{Party, absent, block_planes, until, whole_blocks};
+use kvferry_transport::conformance::{Party, block_planes, until, whole_blocks};
 use kvferry_transport::{Event, Options, Pool, PoolOptions, Transfer};
+use support::{DEVICES, turn};
 
 /// More than a reader has under way at once: it is not over while nobody polls.
 const BLOCKS: u32 = 128;
@@ -20,18 +23,6 @@ static BUFFER_BYTES: libc::c_int = 256 << 10;
 /// What the source holds while it is lent, and afterwards.
 const LENT: u8 = 0x11;
 const TAKEN_BACK: u8 = 0xee;
-/// The library's tcp, and tcp below its layer for datagrams.
-const DEVICES: [&str; 2] = ["lo", "tcp;ofi_rxm/lo"];
-
-/// Tests take turns: each moves much.
-static TURN: Mutex<()> = Mutex::new(());
-
-fn turn() -> Option<MutexGuard<'static, ()>> {
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(reason) = LibfabricProvider::unavailable() else { return Some(turn) };
-    absent("libfabric", &reason);
-    None
-}
 
 /// Pages of the user's own.
 struct Pages(usize);

@@ -131,7 +131,7 @@ impl<B: Backend> LocalTransport<B> {
                     return Err("it says that it is a transport of another process".into());
                 }
                 if let Some(peer) = self.peers.get_mut(&id) {
-                    *peer = Peer { stage: Stage::Up, identity, is_called: false };
+                    (peer.stage, peer.identity) = (Stage::Up, identity);
                 }
                 self.carrier.trust(id);
                 self.send(id, &Frame::Welcome { instance: self.instance });

@@ -17,7 +17,7 @@ use crate::backend::{Backend, Copying, Step};
 use crate::carrier::Carrier;
 use crate::draining::{Draining, Fencing, Whose};
 use crate::leaving::{Leaving, let_go_by};
-use crate::peer::{Peer, Stage};
+use crate::peer::Peer;
 use crate::posted::Posted;
 use crate::remote::Remote;
 use crate::whose::Identity;
@@ -76,7 +76,7 @@ pub(crate) struct Bound {
     pub(crate) leaving: bool,
     /// Who may have reads of it under way that outlast it; only where a backend says that there are such.
     pub(crate) readers: BTreeSet<PeerId>,
-    /// One of them was lost before it was unbound, and may still begin reads of it.
+    /// One of them was lost, and may still begin reads of it.
     pub(crate) lost_reader: bool,
     /// When those that have not let go are cut off, once it is unbound.
     pub(crate) let_go_by: Option<Instant>,
@@ -266,11 +266,8 @@ impl<B: Backend> Transport for LocalTransport<B> {
         let token = bound.token;
         if bound.lacks_only_a_cut() {
             self.backend.cut();
-            // Nothing else announces that there is something to look at.
-            self.tending = true;
         }
-        let users: Vec<PeerId> =
-            self.peers.iter().filter(|(_, peer)| matches!(peer.stage, Stage::Up)).map(|(&id, _)| id).collect();
+        let users: Vec<PeerId> = self.peers.iter().filter(|(_, peer)| peer.is_up()).map(|(&id, _)| id).collect();
         for peer in users {
             self.send(peer, &Frame::Withdrawn { pool, token });
         }
@@ -313,10 +310,9 @@ impl<B: Backend> Transport for LocalTransport<B> {
 
     fn fence(&mut self, peer: PeerId) {
         // Only this side writes our pools: once its copies have stopped, nothing of that peer reaches them.
-        let mut same = BTreeSet::from([peer]);
         let identity = self.identity(peer);
-        if let Some(identity) = &identity {
-            same = self.same_as(peer, identity);
+        let same = identity.map_or_else(|| BTreeSet::from([peer]), |identity| self.same_as(peer, &identity));
+        if identity.is_some() {
             self.fail_posted(|posted| same.contains(&posted.transfer.peer), &TransferError::Cancelled);
             self.fail_arriving(
                 |peer| same.contains(&peer),

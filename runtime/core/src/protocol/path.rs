@@ -145,8 +145,7 @@ pub(super) fn path(source: &[NicAdvert], destination: &[NicAdvert], lane: u64) -
 }
 
 /// Up to `most` pairs that join two ranks at once, no two of them at one NIC of the destination: the one that [`path`] chooses, its neighbours,
-/// and then those of the next kinds that both sides have.
-/// Each kind's from the lane's on, in the order of the lists.
+/// and then those of the next kinds that both sides have; each kind's from the lane's on, in the order of the lists.
 pub(super) fn rails(source: &[NicAdvert], destination: &[NicAdvert], lane: u64, most: usize) -> Vec<(usize, usize)> {
     let mut found: Vec<(usize, usize)> = Vec::new();
     for kind in PREFERENCE {

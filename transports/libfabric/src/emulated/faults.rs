@@ -9,13 +9,13 @@ use std::sync::OnceLock;
 
 use kvferry_topology::Counters;
 use kvferry_transport::{Device, OpenError, Options, PackedBy, Provider, Transport, TransportKind};
-use libfabric_sys::libloading::os::unix::{Library as Loaded, RTLD_LOCAL, RTLD_NOW};
 use libfabric_sys::{
-    FI_EAVAIL, FI_EIO, Fabric, fi_cq_attr, fi_cq_err_entry, fi_cq_msg_entry, fi_eq_attr, fi_eq_err_entry,
-    fi_fabric_attr, fi_info, fid_cq, fid_domain, fid_eq, fid_fabric,
+    FI_EAVAIL, FI_EIO, fi_cq_attr, fi_cq_err_entry, fi_cq_msg_entry, fi_eq_attr, fi_eq_err_entry, fi_fabric_attr,
+    fi_info, fid_cq, fid_domain, fid_eq, fid_fabric,
 };
 
 use super::calls::{original, replace};
+use super::in_front_of;
 use crate::hmem;
 use crate::library::Library;
 use crate::provider;
@@ -108,13 +108,7 @@ fn library() -> &'static Library {
     static MADE: OnceLock<&'static Library> = OnceLock::new();
     MADE.get_or_init(|| {
         let real = Library::find().unwrap();
-        // SAFETY: it is loaded already, and stays so.
-        let mut api = unsafe {
-            let loaded = Loaded::open(Some(&real.path), RTLD_NOW | RTLD_LOCAL).unwrap();
-            Fabric::from_library(loaded).unwrap()
-        };
-        api.fi_fabric = Ok(fabric);
-        Box::leak(Box::new(Library { api, path: real.path.clone(), version: real.version }))
+        in_front_of(real, real.version, |api| api.fi_fabric = Ok(fabric))
     })
 }
 
