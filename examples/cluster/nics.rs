@@ -366,6 +366,13 @@ fn list(known: &[NicChoice]) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
+/// The NIC in whose kind of memory a rank's pool is best: a GPU's own, or the first of several that map nobody's. None where somebody may map
+/// it, who needs shared memory.
+pub(crate) fn who_allocates(nics: &[NicChoice]) -> Option<&NicChoice> {
+    let maps_nothing = |nic: &NicChoice| matches!(nic.kind, TransportKind::Ucx | TransportKind::Libfabric);
+    nics.first().filter(|first| first.kind == TransportKind::Cuda || nics.iter().all(maps_nothing))
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
@@ -398,6 +405,22 @@ mod tests {
         }
         let networks = [lo, eth];
         assert_eq!(of_rank(&networks, 1), networks);
+    }
+
+    #[test]
+    fn a_pool_that_nobody_maps_is_in_memory_of_its_networks() {
+        let nic = |(kind, device): (TransportKind, &str)| NicChoice::of(kind, device.to_owned());
+        let by = |nics: &[(TransportKind, &str)]| {
+            let nics: Vec<NicChoice> = nics.iter().copied().map(nic).collect();
+            who_allocates(&nics).map(|nic| nic.device.clone())
+        };
+        let (ucx, fabric) = ((TransportKind::Ucx, "memory"), (TransportKind::Libfabric, "lo"));
+        assert_eq!(by(&[fabric, (TransportKind::Libfabric, "eth0")]).as_deref(), Some("lo"));
+        assert_eq!(by(&[ucx, fabric]).as_deref(), Some("memory"));
+        assert_eq!(by(&[(TransportKind::Cuda, "gpu0"), (TransportKind::Tcp, "lo")]).as_deref(), Some("gpu0"));
+        for nics in [&[fabric, (TransportKind::Shm, "memory")][..], &[(TransportKind::Tcp, "lo")], &[]] {
+            assert_eq!(by(nics), None, "{nics:?}");
+        }
     }
 
     #[test]

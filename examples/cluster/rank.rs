@@ -16,7 +16,7 @@ use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::nics::NicChoice;
+use crate::nics::{self, NicChoice};
 use crate::paths::{Key, Paths, Told};
 use crate::share;
 use crate::terms::Terms;
@@ -249,18 +249,15 @@ async fn live(
     }
 }
 
-/// The rank's pool: on its GPU if it has one, and where UCX is the only way, in the memory that suits that.
+/// The rank's pool: on its GPU if it has one, and where no NIC maps the host's, in the memory that suits those.
 fn allocate(config: &RankConfig, layout: PoolLayout) -> Result<Pool, RankError> {
     let (id, name) = (PoolId(0), config.pool_name());
     if let Some(gpu) = &config.gpu {
         return Ok(transport::allocate(TransportKind::Cuda, Some(gpu), id, layout, &name)?);
     }
-    let all_ucx = config.nics.iter().all(|nic| nic.kind == TransportKind::Ucx);
-    match config.nics.first() {
-        Some(nic) if nic.kind == TransportKind::Cuda || all_ucx => {
-            Ok(transport::allocate(nic.kind, Some(&nic.device), id, layout, &name)?)
-        }
-        _ => Ok(Pool::allocate(id, layout, &name)?),
+    match nics::who_allocates(&config.nics) {
+        Some(nic) => Ok(transport::allocate(nic.kind, Some(&nic.device), id, layout, &name)?),
+        None => Ok(Pool::allocate(id, layout, &name)?),
     }
 }
 

@@ -4,9 +4,12 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Once;
 
+use kvferry_core::{PoolId, PoolLayout};
 use kvferry_local::{LocalTransport, host};
 use kvferry_topology::Counters;
-use kvferry_transport::{Device, NicInfo, OpenError, Options, PackedBy, Provider, Transport, TransportKind};
+use kvferry_transport::{
+    Device, NicInfo, OpenError, Options, PackedBy, Pool, PoolError, PoolOptions, Provider, Transport, TransportKind,
+};
 
 use crate::backend::Fabric;
 use crate::device;
@@ -95,6 +98,11 @@ impl Provider for LibfabricProvider {
         Some(device(name, refusal))
     }
 
+    /// Private memory on huge pages: tcp's copies and a NIC's translations go by the page, and shared memory seldom has large ones.
+    fn allocate(&self, _: &Device, id: PoolId, layout: PoolLayout, _: &str) -> Result<Pool, PoolError> {
+        Pool::allocate_private(id, layout, &PoolOptions::default())
+    }
+
     fn open(&self, device: &Device, options: &Options) -> Result<Box<dyn Transport>, OpenError> {
         let unavailable = |reason: String| OpenError::Unavailable { device: device.name.clone(), reason };
         if device.kind != TransportKind::Libfabric {
@@ -158,9 +166,9 @@ mod tests {
     use std::sync::Arc;
     use std::time::{Duration, Instant};
 
-    use kvferry_core::{Direction, PoolId, TransferId};
+    use kvferry_core::{Direction, TransferId};
     use kvferry_transport::conformance::{absent, block_planes, whole_blocks};
-    use kvferry_transport::{Event, Evidence, Pool, Transfer};
+    use kvferry_transport::{Event, Evidence, Transfer};
 
     use super::*;
 
@@ -178,6 +186,14 @@ mod tests {
         assert_eq!(words("efa"), "rdma_read_bytes +0 for 0 bytes moved");
         assert!(words("tcp").contains("no counters"), "{}", words("tcp"));
         std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    /// Nobody maps a pool of this transport's, and tcp's copies slow down where it is read by small pages.
+    #[test]
+    fn its_pools_are_private_memory() {
+        let (device, layout) = (device("lo", None), block_planes(1, BLOCKS, BLOCK_BYTES));
+        let pool = LibfabricProvider::new().allocate(&device, PoolId(1), layout, "private").unwrap();
+        assert!(!pool.is_shared() && pool.regions().iter().all(|region| region.fd().is_none()));
     }
 
     /// Counters of a device that is not there, beside a connection that is.
