@@ -160,8 +160,8 @@ impl<B: Backend> LocalTransport<B> {
             self.events.push(Event::Failed { id, error });
             return;
         }
-        let tables = announced.tables(End::Source).to_vec();
-        let program = Arc::new(Program::clone(&expecting.expected.program).with_tables(End::Source, tables));
+        let expected = Program::clone(&expecting.expected.program);
+        let program = Arc::new(expected.with_tables(End::Source, announced.sources));
         let (pool, token) = (doorbell.pool, doorbell.token);
         expecting.arriving =
             Some(Arriving { peer, remote: RemotePool(u32::MAX), doorbell, program, copying: false, checking: None });
