@@ -285,6 +285,10 @@ impl Carrier for Sockets {
 
     /// Writes what sockets take, and has epoll tell about those that are full.
     fn flush(&mut self) {
+        // Mostly so, and asked at every poll.
+        if self.unflushed.is_empty() {
+            return;
+        }
         for id in std::mem::take(&mut self.unflushed) {
             let Some(socket) = self.connections.get_mut(&id) else { continue };
             if socket.dialing.is_some() || socket.broken.is_some() {
