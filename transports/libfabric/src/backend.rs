@@ -133,7 +133,7 @@ impl Fabric {
             return None;
         }
         let mut encoded = Vec::new();
-        program.without(End::Destination).encode(&mut encoded);
+        program.encode_for(End::Source, &mut encoded);
         if encoded.len() > PROGRAM_BYTES_MAX {
             return None;
         }

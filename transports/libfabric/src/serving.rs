@@ -217,7 +217,7 @@ pub(crate) mod tests {
         let program = whole_blocks(1, 16, BLOCK_BYTES, 0..BLOCKS, 0..BLOCKS);
         let end = program.units();
         let mut encoded = Vec::new();
-        program.without(End::Destination).encode(&mut encoded);
+        program.encode_for(End::Source, &mut encoded);
         Pack { serial, pool: NUMBER, start: 0, end, program: encoded.into() }
     }
 

@@ -113,6 +113,9 @@ impl<B: Backend> LocalTransport<B> {
 
     /// Refuses what nobody expected in time.
     pub(crate) fn check_held(&mut self, now: Instant) {
+        if self.held.is_empty() {
+            return;
+        }
         let late: Vec<(PeerId, TransferId)> =
             self.held.iter().filter(|(_, held)| held.until <= now).map(|(&key, _)| key).collect();
         for (peer, id) in late {
@@ -160,8 +163,8 @@ impl<B: Backend> LocalTransport<B> {
             self.events.push(Event::Failed { id, error });
             return;
         }
-        let tables = announced.tables(End::Source).to_vec();
-        let program = Arc::new(Program::clone(&expecting.expected.program).with_tables(End::Source, tables));
+        let expected = Program::clone(&expecting.expected.program);
+        let program = Arc::new(expected.with_tables(End::Source, announced.sources));
         let (pool, token) = (doorbell.pool, doorbell.token);
         expecting.arriving =
             Some(Arriving { peer, remote: RemotePool(u32::MAX), doorbell, program, copying: false, checking: None });

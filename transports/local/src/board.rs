@@ -45,6 +45,14 @@ impl Board {
         }
     }
 
+    /// Changes words from `index` on, as little-endian bytes give them; what is beyond the end is left alone. Relaxed, too.
+    pub(crate) fn set_all(&self, index: usize, values: &[[u8; 8]]) {
+        let words = self.words().get(index..).unwrap_or_default();
+        for (word, value) in words.iter().zip(values) {
+            word.store(u64::from_le_bytes(*value), Ordering::Relaxed);
+        }
+    }
+
     fn words(&self) -> &[AtomicU64] {
         // SAFETY: the region is page-aligned, that long, zeroed at first, and lives as long as the pool. Atomics may be shared with whoever reads
         // them; nobody else writes.
@@ -81,6 +89,13 @@ impl Foreign {
         }
         // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; it is only loaded from, as a whole.
         unsafe { (*self.base.add(index)).load(Ordering::Relaxed) }
+    }
+
+    /// Words from `index` on as little-endian bytes; zero beyond the end. Relaxed, too.
+    pub(crate) fn get_all(&self, index: usize, out: &mut [[u8; 8]]) {
+        for (index, word) in (index..).zip(out) {
+            *word = self.get(index).to_le_bytes();
+        }
     }
 }
 

@@ -111,10 +111,10 @@ impl<B: Backend> LocalTransport<B> {
         let Some(posted) = self.posted.get_mut(&id) else { return };
         let transfer = &posted.transfer;
         let Some(bound) = self.pools.get(&transfer.local) else { return };
-        let program = transfer.program.without(End::Destination);
+        let program = &transfer.program;
         let blocks: usize = program.sources.iter().flatten().map(|table| table.len()).sum();
         let mut encoded = Vec::with_capacity(PROGRAM_BYTES + program.segments.len() * SEGMENT_BYTES + 4 * blocks);
-        program.encode(&mut encoded);
+        program.encode_for(End::Source, &mut encoded);
         if encoded.len() > PUSH_BYTES_MAX - 1024 {
             let length = encoded.len();
             let message =

@@ -68,10 +68,14 @@ impl Ring {
         self.put(0, before);
         self.put(1, frame.len() as u64);
         let (whole, rest) = frame.as_chunks::<8>();
-        let mut last = [0; 8];
-        last.iter_mut().zip(rest).for_each(|(byte, rest)| *byte = *rest);
-        for (index, word) in (HEADER_WORDS..words).zip(whole.iter().chain([&last])) {
-            self.put(index, u64::from_le_bytes(*word));
+        let (start, until_end) = place(self.written.wrapping_add(HEADER_WORDS), whole.len());
+        let (first, second) = whole.split_at(until_end);
+        self.ours.set_all(start, first);
+        self.ours.set_all(DATA, second);
+        if !rest.is_empty() {
+            let mut last = [0; 8];
+            last.iter_mut().zip(rest).for_each(|(byte, rest)| *byte = *rest);
+            self.put(words - 1, u64::from_le_bytes(last));
         }
         self.written = self.written.wrapping_add(words);
         fence(Ordering::Release);
@@ -82,7 +86,7 @@ impl Ring {
     }
 
     fn put(&self, index: u64, value: u64) {
-        self.ours.set(DATA + (self.written.wrapping_add(index) % RING_WORDS) as usize, value);
+        self.ours.set(place(self.written.wrapping_add(index), 1).0, value);
     }
 
     /// The peer's next frame, if it is here and `before` frames of the socket are enough for it. An error is the peer's fault.
@@ -93,16 +97,17 @@ impl Ring {
         if length == 0 || length > FRAME_BYTES_MAX as u64 || words > waiting {
             return Err(format!("it announced a frame of {length} bytes in memory where {waiting} words are"));
         }
-        let mut bytes = Vec::with_capacity((words * 8) as usize);
-        for index in HEADER_WORDS..words {
-            bytes.extend_from_slice(&self.word(index).to_le_bytes());
-        }
-        bytes.truncate(length as usize);
+        let mut body = vec![[0; 8]; (words - HEADER_WORDS) as usize];
+        let (start, until_end) = place(self.taken.wrapping_add(HEADER_WORDS), body.len());
+        let (first, second) = body.split_at_mut(until_end);
+        self.theirs.get_all(start, first);
+        self.theirs.get_all(DATA, second);
+        let bytes = body.as_flattened().get(..length as usize).unwrap_or_default();
         self.taken = self.taken.wrapping_add(words);
         self.at_once += words;
         fence(Ordering::Release);
         self.ours.set(TAKEN, self.taken);
-        Frame::decode(&bytes).map(Some).map_err(|e| format!("it sent a malformed frame: {e}"))
+        Frame::decode(bytes).map(Some).map_err(|e| format!("it sent a malformed frame: {e}"))
     }
 
     /// Whether [`Ring::next`] has something to say.
@@ -124,7 +129,7 @@ impl Ring {
     }
 
     fn word(&self, index: u64) -> u64 {
-        self.theirs.get(DATA + (self.taken.wrapping_add(index) % RING_WORDS) as usize)
+        self.theirs.get(place(self.taken.wrapping_add(index), 1).0)
     }
 
     /// Words that were taken, ever.
@@ -152,6 +157,12 @@ impl Ring {
             fence(Ordering::SeqCst);
         }
     }
+}
+
+/// Where a word of the ring lies on its board, and how many of `count` words from there on come before the ring's end.
+fn place(number: u64, count: usize) -> (usize, usize) {
+    let at = (number % RING_WORDS) as usize;
+    (DATA + at, count.min(RING_WORDS as usize - at))
 }
 
 #[cfg(test)]

@@ -39,8 +39,10 @@ const REDIAL: Duration = Duration::from_millis(1);
 const STRANGERS_MAX: usize = 1024;
 /// The same from beyond it: a newer one replaces the oldest.
 const STRANGERS_BEYOND_MAX: usize = 256;
-/// Sockets are not looked at again so soon after nothing was there, as long as nothing is in memory either: it takes longer than all the rest.
+/// Sockets are not looked at again so soon after nothing was there: it takes longer than all the rest.
 const QUIET: Duration = Duration::from_micros(5);
+/// The same while frames in memory wait, which go first.
+const QUIET_AT_MOST: Duration = Duration::from_micros(50);
 
 /// Listening sockets and their connections.
 pub struct Sockets {
@@ -283,6 +285,10 @@ impl Carrier for Sockets {
 
     /// Writes what sockets take, and has epoll tell about those that are full.
     fn flush(&mut self) {
+        // Mostly so, and asked at every poll.
+        if self.unflushed.is_empty() {
+            return;
+        }
         for id in std::mem::take(&mut self.unflushed) {
             let Some(socket) = self.connections.get_mut(&id) else { continue };
             if socket.dialing.is_some() || socket.broken.is_some() {
@@ -324,7 +330,8 @@ impl Carrier for Sockets {
                 self.speaking.push_back((id, true));
             }
         }
-        if !has_frames && self.quiet_since.is_some_and(|since| now.saturating_duration_since(since) < QUIET) {
+        let quiet = if has_frames { QUIET_AT_MOST } else { QUIET };
+        if self.quiet_since.is_some_and(|since| now.saturating_duration_since(since) < quiet) {
             return;
         }
         self.redial();
@@ -334,7 +341,7 @@ impl Carrier for Sockets {
             return;
         }
         let mut ready = std::mem::take(&mut self.ready);
-        let is_quiet = ready.is_empty() && !has_frames && self.connections.values().any(|socket| socket.ring.is_some());
+        let is_quiet = ready.is_empty() && self.connections.values().any(|socket| socket.ring.is_some());
         self.quiet_since = is_quiet.then_some(now);
         for event in ready.drain(..) {
             match event.data.u64() {

@@ -370,18 +370,19 @@ impl<B: Backend> Transport for LocalTransport<B> {
         {
             return wait;
         }
-        let announced = self.announced.filter(|_| self.posted.values().any(Posted::is_push)).map(|at| at.elapsed());
+        let now = Instant::now();
+        let since = |at| now.saturating_duration_since(at);
+        let announced = self.announced.filter(|_| self.posted.values().any(Posted::is_push)).map(since);
         if announced.is_some_and(|since| since < B::PUSH_SPIN) {
             return Wait::Busy;
         }
-        if self.expected.is_some_and(|at| at.elapsed() < B::EXPECT_SPIN) && !self.expecting.is_empty() {
+        if !self.expecting.is_empty() && self.expected.map(since).is_some_and(|since| since < B::EXPECT_SPIN) {
             return Wait::Busy;
         }
         // A thread that is woken from deep sleep takes longer than one that naps.
         if !self.waiting.is_empty() || announced.is_some_and(|since| since < B::PUSH_SPIN * NAPS) {
             return Wait::MustPoll;
         }
-        let now = Instant::now();
         let tend = (self.tending || self.backend.is_cutting()).then(|| now + TEND_EVERY);
         self.carrier.wait(self.deadline().into_iter().chain(tend).min(), now)
     }

@@ -186,6 +186,6 @@ fn read_request(posted: &Posted, parts: Vec<(u64, u64)>) -> Vec<u8> {
         parts,
     };
     let mut payload = encode(&request);
-    posted.program.without(End::Destination).encode(&mut payload);
+    posted.program.encode_for(End::Source, &mut payload);
     payload
 }

@@ -130,7 +130,7 @@ impl UcxTransport {
                 let (pool, token) = (named.pool, named.token);
                 let read = Read { pool, token, fingerprint, start: posted.range.start, end: posted.range.end };
                 let mut body = encode(&read);
-                posted.program.without(End::Destination).encode(&mut body);
+                posted.program.encode_for(End::Source, &mut body);
                 self.worker.inbox.add_sink(key, posted.share(End::Destination), posted.bytes());
                 self.say(peer, Kind::Read, 0, tag, &body);
             }
@@ -153,7 +153,7 @@ impl UcxTransport {
                 };
                 let mut body = encode(&write);
                 if source.is_some() {
-                    posted.program.without(End::Destination).encode(&mut body);
+                    posted.program.encode_for(End::Source, &mut body);
                 }
                 self.say(peer, Kind::Write, 0, tag, &body);
             }

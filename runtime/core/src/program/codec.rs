@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::check::ProgramError;
-use super::{Program, Segment, Side};
+use super::{End, Program, Segment, Side};
 use crate::limits::{LAYER_GROUPS_MAX, SEGMENTS_MAX, TABLE_BLOCKS_MAX};
 
 const SEGMENT_BYTES: usize = 2 * SIDE_BYTES + 28;
@@ -19,22 +19,28 @@ type Tables = Vec<Option<Arc<[u32]>>>;
 impl Program {
     /// Appends the program to `out`: about 140 bytes per segment, 4 bytes per block of each different table, a byte per absent one.
     pub fn encode(&self, out: &mut Vec<u8>) {
+        self.encode_tables(out, |_| true);
+    }
+
+    /// Appends what the program [without](Program::without) the other end's tables is encoded as: what `end` tells the other one.
+    pub fn encode_for(&self, end: End, out: &mut Vec<u8>) {
+        self.encode_tables(out, |other| other == end);
+    }
+
+    fn encode_tables(&self, out: &mut Vec<u8>, is_told: impl Fn(End) -> bool) {
         put_u32(out, self.segments.len());
         for segment in &self.segments {
             put_side(out, &segment.source);
             put_side(out, &segment.destination);
-            for field in [segment.planes, segment.heads, segment.run_bytes] {
-                out.extend_from_slice(&field.to_le_bytes());
-            }
-            for field in [segment.start, segment.end] {
-                out.extend_from_slice(&field.to_le_bytes());
-            }
+            put_all(out, [segment.planes, segment.heads, segment.run_bytes].map(u32::to_le_bytes));
+            put_all(out, [segment.start, segment.end].map(u64::to_le_bytes));
         }
         let mut inline = Vec::new();
-        for tables in [&self.sources, &self.destinations] {
+        for end in [End::Source, End::Destination] {
+            let tables = self.tables(end);
             put_u32(out, tables.len());
             for table in tables {
-                put_table(out, table.as_ref(), &mut inline);
+                put_table(out, table.as_ref().filter(|_| is_told(end)), &mut inline);
             }
         }
     }
@@ -63,12 +69,13 @@ fn put_u32(out: &mut Vec<u8>, value: usize) {
 }
 
 fn put_side(out: &mut Vec<u8>, side: &Side) {
-    for field in [side.plane, side.plane_step, side.table, side.block_tokens, side.cp, side.cp_rank] {
-        out.extend_from_slice(&field.to_le_bytes());
-    }
-    for field in [side.first_block, side.token_pitch, side.head_pitch, side.offset] {
-        out.extend_from_slice(&field.to_le_bytes());
-    }
+    let narrow = [side.plane, side.plane_step, side.table, side.block_tokens, side.cp, side.cp_rank];
+    put_all(out, narrow.map(u32::to_le_bytes));
+    put_all(out, [side.first_block, side.token_pitch, side.head_pitch, side.offset].map(u64::to_le_bytes));
+}
+
+fn put_all<const COUNT: usize, const BYTES: usize>(out: &mut Vec<u8>, fields: [[u8; BYTES]; COUNT]) {
+    out.extend_from_slice(fields.as_flattened());
 }
 
 fn put_table<'a>(out: &mut Vec<u8>, table: Option<&'a Arc<[u32]>>, inline: &mut Vec<&'a Arc<[u32]>>) {

@@ -153,6 +153,34 @@ fn a_peer_that_never_stops_lets_others_have_a_turn() {
     assert_eq!(frames(&mut at), [(frames_of(&at), frame(came, false))]);
 }
 
+/// A look at sockets is in the way of what is in memory; but not for ever.
+#[test]
+fn what_is_in_memory_does_not_wait_for_sockets_and_sockets_do_not_wait_for_long() {
+    let (mut from, to, mut at, here) = pair();
+    // Both have settled; nothing is there.
+    while at.quiet_since.is_none() {
+        assert!(frames(&mut at).is_empty());
+    }
+    let quiet = at.quiet_since.unwrap();
+    let socket = from.connections.get_mut(&to).unwrap();
+    socket.queue(frame(0, false).encode(), Vec::new());
+    socket.connection.flush().unwrap();
+    let (mut now, mut taken) = (quiet, 0);
+    while at.connections[&here].came == from.connections[&to].queued - 1 {
+        // Due without the socket's frame, which was sent before them and to which they say nothing.
+        let body = frame(taken, false).encode().split_off(4);
+        let ring = from.connections.get_mut(&to).unwrap().ring.as_mut().unwrap();
+        assert_eq!(ring.write(0, &body), Written::Seen);
+        now += Duration::from_micros(1);
+        at.look(now);
+        assert!(matches!(at.next(), Some(Carried::Frame(_, got)) if got == frame(taken, false)));
+        while at.next().is_some() {}
+        taken += 1;
+        assert!(now - quiet <= QUIET_AT_MOST, "the socket was not looked at");
+    }
+    assert_eq!(now - quiet, QUIET_AT_MOST, "{taken} frames were taken before");
+}
+
 fn frames_of(sockets: &Sockets) -> PeerId {
     *sockets.connections.keys().next().unwrap()
 }

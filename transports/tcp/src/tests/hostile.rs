@@ -94,7 +94,7 @@ fn refusal(victim: &mut Party, socket: &mut TcpStream, tag: u64) -> Refusal {
 
 fn read_payload(request: &ReadRequest, program: &kvferry_core::Program) -> Vec<u8> {
     let mut payload = encode(request);
-    program.without(End::Destination).encode(&mut payload);
+    program.encode_for(End::Source, &mut payload);
     payload
 }
 
