@@ -367,7 +367,7 @@ fn list(known: &[NicChoice]) -> String {
 }
 
 /// The NIC in whose kind of memory a rank's pool is best: a GPU's own, or the first of several that map nobody's. None where somebody may map
-/// it, who needs shared memory.
+/// it, and beside tcp, for which that was not measured.
 pub(crate) fn who_allocates(nics: &[NicChoice]) -> Option<&NicChoice> {
     let maps_nothing = |nic: &NicChoice| matches!(nic.kind, TransportKind::Ucx | TransportKind::Libfabric);
     nics.first().filter(|first| first.kind == TransportKind::Cuda || nics.iter().all(maps_nothing))
