@@ -249,7 +249,7 @@ async fn live(
     }
 }
 
-/// The rank's pool: on its GPU if it has one, and where no NIC maps the host's, in the memory that suits those.
+/// The rank's pool: on its GPU if it has one, else in the memory of the NIC that allocates, if one does.
 fn allocate(config: &RankConfig, layout: PoolLayout) -> Result<Pool, RankError> {
     let (id, name) = (PoolId(0), config.pool_name());
     if let Some(gpu) = &config.gpu {

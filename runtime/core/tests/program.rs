@@ -234,9 +234,12 @@ proptest! {
             let mut encoded = Vec::new();
             program.encode_for(End::Source, &mut encoded);
             let sender = Program::decode(&encoded).unwrap();
-            let mut copied = Vec::new();
-            program.without(End::Destination).encode(&mut copied);
-            prop_assert_eq!(&encoded, &copied);
+            for (end, other) in [(End::Source, End::Destination), (End::Destination, End::Source)] {
+                let (mut told, mut copied) = (Vec::new(), Vec::new());
+                program.encode_for(end, &mut told);
+                program.without(other).encode(&mut copied);
+                prop_assert_eq!(told, copied);
+            }
             prop_assert_eq!(&sender, &program.without(End::Destination));
             let receiver = program.without(End::Source);
             prop_assert_eq!(sender.fingerprint(), receiver.fingerprint());

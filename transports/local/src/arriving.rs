@@ -113,9 +113,6 @@ impl<B: Backend> LocalTransport<B> {
 
     /// Refuses what nobody expected in time.
     pub(crate) fn check_held(&mut self, now: Instant) {
-        if self.held.is_empty() {
-            return;
-        }
         let late: Vec<(PeerId, TransferId)> =
             self.held.iter().filter(|(_, held)| held.until <= now).map(|(&key, _)| key).collect();
         for (peer, id) in late {

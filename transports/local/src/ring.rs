@@ -209,6 +209,30 @@ mod tests {
         assert_eq!(to.next(0), Ok(None));
     }
 
+    /// Whole words or not, and whatever of them comes behind the ring's end.
+    #[test]
+    fn frames_of_every_length_come_out_whole_wherever_they_begin() {
+        let (mut from, mut to) = pair();
+        to.look();
+        let is_cut = |at: u64, words: u64| at % RING_WORDS + words > RING_WORDS;
+        let (mut cut, mut ends) = (0, [0; 8]);
+        for length in (0..300).chain((300..16_000).step_by(37)).chain(15_990..16_300) {
+            let words = (0..length).map(|at: usize| (at * 31 + length) as u8).collect::<Vec<_>>();
+            let sent = Frame::Own(words.into());
+            let body = body(&sent);
+            cut += u32::from(is_cut(from.written, HEADER_WORDS + body.len().div_ceil(8) as u64));
+            ends[body.len() % 8] += 1;
+            assert_eq!(from.write(0, &body), Written::Seen, "{length} bytes");
+            // As the board has it, word by word.
+            let at = to.taken;
+            let word = |index: usize| to.theirs.get(DATA + ((at + HEADER_WORDS + index as u64) % RING_WORDS) as usize);
+            let plain: Vec<u8> = (0..body.len().div_ceil(8)).flat_map(|index| word(index).to_le_bytes()).collect();
+            assert_eq!(plain[..body.len()], body, "{length} bytes");
+            assert_eq!(to.next(0), Ok(Some(sent)), "{length} bytes");
+        }
+        assert!(cut > 20 && ends.iter().all(|ends| *ends > 20), "{cut} frames were cut; {ends:?}");
+    }
+
     #[test]
     fn who_sleeps_gets_nothing_and_who_falls_asleep_is_to_be_woken() {
         let (mut from, mut to) = pair();

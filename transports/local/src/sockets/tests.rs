@@ -136,22 +136,26 @@ fn a_ring_is_taken_from_whoever_has_one_and_only_once() {
 fn a_peer_that_never_stops_lets_others_have_a_turn() {
     let (mut from, to, mut at, _) = pair();
     assert!(frames(&mut at).is_empty());
+    // Something is there when it looks, else it takes nothing.
+    from.send(to, &frame(0, false), Vec::new());
     at.look(Instant::now());
-    let (mut sent, mut came) = (0, 0);
+    let mut came = 0;
     for _ in 0..10_000 {
-        from.send(to, &frame(sent, false), Vec::new());
-        sent += 1;
         match at.next() {
             Some(Carried::Frame(_, got)) => assert_eq!(got, frame(came, false)),
             Some(other) => panic!("{other:?}"),
             None => break,
         }
         came += 1;
+        from.send(to, &frame(came, false), Vec::new());
     }
-    assert!(came < 10_000, "it took {came} frames at once");
+    assert!(came > 0 && came < 10_000, "it took {came} frames at once");
     assert!(matches!(at.wait(None, Instant::now()), Wait::Busy));
     assert_eq!(frames(&mut at), [(frames_of(&at), frame(came, false))]);
 }
+
+/// So long at most what comes by sockets waits behind what is in memory.
+const SOCKETS_WAIT: Duration = Duration::from_micros(50);
 
 /// A look at sockets is in the way of what is in memory; but not for ever.
 #[test]
@@ -176,9 +180,33 @@ fn what_is_in_memory_does_not_wait_for_sockets_and_sockets_do_not_wait_for_long(
         assert!(matches!(at.next(), Some(Carried::Frame(_, got)) if got == frame(taken, false)));
         while at.next().is_some() {}
         taken += 1;
-        assert!(now - quiet <= QUIET_AT_MOST, "the socket was not looked at");
+        assert!(now - quiet <= SOCKETS_WAIT, "the socket was not looked at");
     }
-    assert_eq!(now - quiet, QUIET_AT_MOST, "{taken} frames were taken before");
+    assert_eq!(now - quiet, SOCKETS_WAIT, "{taken} frames were taken before");
+}
+
+#[test]
+fn who_has_nothing_in_memory_is_heard_beside_one_who_never_stops() {
+    let (mut from, to, mut at, _) = pair();
+    let mut third = Sockets::open(TransportKind::Shm, "memory", false).unwrap();
+    let there = third.dial(&at.place()).unwrap();
+    third.flush();
+    while at.connections.len() < 2 || at.quiet_since.is_none() {
+        assert!(frames(&mut at).is_empty());
+    }
+    let quiet = at.quiet_since.unwrap();
+    let said = Frame::Welcome { instance: [9; 16] };
+    third.send(there, &said, Vec::new());
+    third.flush();
+    let (mut now, mut heard) = (quiet, Vec::new());
+    while !heard.iter().any(|came| matches!(came, Carried::Frame(_, came) if *came == said)) {
+        from.send(to, &frame(0, false), Vec::new());
+        now += Duration::from_micros(1);
+        assert!(now - quiet <= SOCKETS_WAIT, "it is not heard");
+        at.look(now);
+        heard.extend(std::iter::from_fn(|| at.next()));
+    }
+    assert_eq!(now - quiet, SOCKETS_WAIT);
 }
 
 fn frames_of(sockets: &Sockets) -> PeerId {
