@@ -116,6 +116,11 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     thread_blocks: Option<u32>,
 
+    /// How long a launch stands by for the next transfer after two that were close, in microseconds (cuda); 0: none does. By default what the transport
+    /// thinks best.
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    standby_us: Option<u32>,
+
     /// Active messages by rendezvous instead of remote access (ucx).
     #[arg(long)]
     two_sided: bool,
@@ -162,7 +167,7 @@ impl Options {
         if self.streams.is_some() && !is(TransportKind::Tcp) {
             return Err(BenchError::NoStreams);
         }
-        if (self.gpu_times || self.thread_blocks.is_some()) && !is(TransportKind::Cuda) {
+        if (self.gpu_times || self.thread_blocks.is_some() || self.standby_us.is_some()) && !is(TransportKind::Cuda) {
             return Err(BenchError::NoLaunches);
         }
         let stages = is(TransportKind::Tcp) || is(TransportKind::Ucx);

@@ -526,6 +526,116 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_even(const u8 *pay
     finish(done);
 }
 
+// --- A launch that is on the GPU before it is known what it moves. ---
+//
+// From the host's word to the first byte a launch takes several times as long as this kernel does once it runs: it looks for an order in host
+// memory, for as long as it was told, and then moves what the order says or says that it gave up. One of both, never both: one thread decides, and
+// what comes after it gave up it does not see.
+
+// Where the payload begins behind the order's word.
+#define ORDER_PAYLOAD 128
+
+struct Standby {
+    // In host memory: a word as below, and the payload behind it.
+    const u8 *order;
+    // In this GPU's memory: how many thread blocks have come; zero between launches. The first to come looks for the order, so that nobody waits
+    // for one that has no room yet.
+    u32 *arrived;
+    // The order again, for the others: a read of host memory keeps the next one of the same place waiting for a microsecond.
+    u8 *passed;
+    // In host memory: becomes the serial when it gives up.
+    u32 *given_up;
+    // Nanoseconds.
+    u64 limit;
+    Done done;
+};
+
+// The serial of the launch that it is for (bits 32 to 63), its rectangles (bits 16 to 31) and how many 16-byte vectors its payload has (bits 0 to
+// 15): none if the launch gives up.
+__device__ __forceinline__ u64 order_word(u32 serial, u32 rectangles, u32 vectors) { return (u64)serial << 32 | rectangles << 16 | vectors; }
+__device__ __forceinline__ bool is_for(u64 order, u32 serial) { return (u32)(order >> 32) == serial; }
+
+#ifdef KVFERRY_EMULATED
+__device__ __forceinline__ u64 order_at(const u8 *at) { return __atomic_load_n((const u64 *)at, __ATOMIC_ACQUIRE); }
+__device__ __forceinline__ u64 passed_at(const u8 *at) { return *(const u64 *)at; }
+__device__ __forceinline__ void pass(u8 *at, u64 order) { *(u64 *)at = order; }
+#else
+// Whatever was written before it, by the host or by whom the host had waited for, is seen behind it.
+__device__ __forceinline__ u64 order_at(const u8 *at) {
+    u64 order;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(order) : "l"(at) : "memory");
+    return order;
+}
+__device__ __forceinline__ u64 passed_at(const u8 *at) {
+    u64 order;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(order) : "l"(at) : "memory");
+    return order;
+}
+__device__ __forceinline__ void pass(u8 *at, u64 order) { asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(order) : "memory"); }
+__device__ __forceinline__ u64 nanoseconds() {
+    u64 now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+#endif
+
+// Waits for the order, or gives up.
+__device__ __forceinline__ u64 await_order(const Standby &standby) {
+    const u32 serial = standby.done.serial;
+    const u64 start = nanoseconds();
+    for (;;) {
+        // Before the word is looked at, which counts even if it comes late.
+        const bool is_last = nanoseconds() - start >= standby.limit;
+        const u64 order = order_at(standby.order);
+        if (is_for(order, serial))
+            return order;
+        if (is_last)
+            return order_word(serial, 0, 0);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 1) kvferry_even_standby(const __grid_constant__ Standby standby) {
+    __shared__ u64 order;
+    __shared__ bool is_first;
+    __shared__ uint4 payload[INLINE_BYTES / sizeof(uint4)];
+#ifdef KVFERRY_EMULATED
+    // One thread after another: each fetches all of it.
+    const u32 first = 0, step = 1;
+#else
+    const u32 first = threadIdx.x, step = blockDim.x;
+#endif
+    if (threadIdx.x == 0) {
+        const u32 before = atomicAdd(standby.arrived, 1u);
+        if (before + 1 == gridDim.x)
+            *standby.arrived = 0;
+        is_first = before == 0;
+        u64 found = is_first ? await_order(standby) : 0;
+        while (!is_for(found, standby.done.serial))
+            found = passed_at(standby.passed);
+        order = found;
+    }
+    __syncthreads();
+    const bool decides = is_first;
+    const u32 vectors = (u32)order & 0xffff, rectangles = (u32)order >> 16;
+    const uint4 *from = (const uint4 *)((decides ? standby.order : standby.passed) + ORDER_PAYLOAD);
+    for (u32 at = first; at < vectors; at += step) {
+        const uint4 vector = __ldcv(from + at);
+        payload[at] = vector;
+        if (decides)
+            ((uint4 *)(standby.passed + ORDER_PAYLOAD))[at] = vector;
+    }
+    __syncthreads();
+    if (decides && threadIdx.x == 0) {
+        pass(standby.passed, order);
+        if (!vectors)
+            tell(standby.given_up, standby.done.serial);
+    }
+    if (!vectors)
+        return;
+    walk_even((const u8 *)payload, rectangles);
+    finish(standby.done);
+}
+
 // --- Verification: blocks that consist of runs, each of which follows from a number (kvferry_transport::KnownBlocks). ---
 
 struct KnownRun {

@@ -75,32 +75,35 @@ impl HostBuffer {
         self.base
     }
 
-    /// Copies bytes to its start and says where that is. The caller has waited for every earlier use by the GPU.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> *const u8 {
-        let length = bytes.len().min(self.bytes);
+    /// Copies bytes to an offset. The caller has waited for every earlier use of that place by the GPU.
+    pub(crate) fn write(&mut self, offset: usize, bytes: &[u8]) {
+        let offset = offset.min(self.bytes);
+        let length = bytes.len().min(self.bytes - offset);
         // SAFETY: no more than it has; it is this process's own and the GPU does not read it at the moment, as the caller knows.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base, length) };
-        self.base
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.add(offset), length) };
     }
 }
 
-/// Words in page-locked host memory that the GPU writes.
+/// Words in page-locked host memory by which a launch and the host tell each other what they have done.
 pub(crate) struct Flags(HostBuffer);
 
 /// As many as a launch has thread blocks that tell their ends themselves, as in `walk.cu`: a line of the processor's cache.
 pub(crate) const FLAGS: u32 = 16;
+/// Where a launch that stands by says that it gave up, in words: a line of its own.
+const GIVEN_UP: usize = FLAGS as usize;
+const WORDS: usize = 2 * FLAGS as usize;
 
 impl Flags {
     /// They are zero.
     pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Flags, String> {
-        let mut flags = Flags(HostBuffer::new(gpu, size_of::<[u32; FLAGS as usize]>())?);
+        let mut flags = Flags(HostBuffer::new(gpu, size_of::<[u32; WORDS]>())?);
         flags.clear();
         Ok(flags)
     }
 
     /// Makes them zero. The caller has waited for every earlier use by the GPU.
     pub(crate) fn clear(&mut self) {
-        self.0.write(&[0; size_of::<[u32; FLAGS as usize]>()]);
+        self.0.write(0, &[0; size_of::<[u32; WORDS]>()]);
     }
 
     /// Where they are, here and for kernels alike (unified addressing).
@@ -108,15 +111,27 @@ impl Flags {
         self.0.base as u64
     }
 
+    /// Where a launch that stands by says that it gave up.
+    pub(crate) fn given_up(&self) -> u64 {
+        self.address() + (GIVEN_UP * size_of::<u32>()) as u64
+    }
+
     /// Whether the first `count` of them are `value`. Then whatever the GPU wrote before them is visible to this process's later work, wherever
     /// that runs.
     pub(crate) fn are(&self, count: u32, value: u32) -> bool {
-        let base = self.0.base.cast::<u32>();
-        (0..count.min(FLAGS) as usize).all(|index| {
-            // SAFETY: the buffer has FLAGS words, is page-aligned and lives as long as this; the GPU writes a word as a whole, nobody else does
-            // while it runs.
-            unsafe { AtomicU32::from_ptr(base.add(index)) }.load(Ordering::Acquire) == value
-        })
+        (0..count.min(FLAGS) as usize).all(|index| self.word(index).load(Ordering::Acquire) == value)
+    }
+
+    /// Whether a launch has given up.
+    pub(crate) fn has_given_up(&self, serial: u32) -> bool {
+        self.word(GIVEN_UP).load(Ordering::Acquire) == serial
+    }
+
+    fn word(&self, index: usize) -> &AtomicU32 {
+        let index = index.min(WORDS - 1);
+        // SAFETY: the buffer has WORDS words, is page-aligned and lives as long as this; the GPU writes a word as a whole, nobody else does while it
+        // runs.
+        unsafe { AtomicU32::from_ptr(self.0.base.cast::<u32>().add(index)) }
     }
 }
 

@@ -2,14 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvferry_core::{End, Program, Strip};
 use kvferry_transport::{Copier, Pool};
 
 use crate::buffer::{Buffer, HostBuffer};
 use crate::gpu::Gpu;
-use crate::launch::{Launch, Launcher};
+use crate::launch::Launcher;
 use crate::planes::Planes;
+use crate::slot::Launch;
 use crate::staged::lower_strips;
 
 /// Thread blocks of one copy at most. PCIe is slower than they are, and a chunk of a mebibyte keeps no more of them busy.
@@ -37,7 +39,7 @@ impl StagedCopies {
         plane.upload(&words.map(u64::to_le_bytes).concat())?;
         Ok(StagedCopies {
             launches: BTreeMap::new(),
-            launcher: Launcher::new(gpu, BLOCKS, None)?,
+            launcher: Launcher::new(gpu, BLOCKS, Duration::ZERO, None)?,
             planes: Planes::new(gpu, pool.layout(), &bases)?,
             plane,
             arena,

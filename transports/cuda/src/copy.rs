@@ -11,10 +11,11 @@ use kvferry_transport::{Pool, TransferError, first_part};
 
 use crate::even::lower_even;
 use crate::event::GpuEvent;
-use crate::launch::{Launch, Launcher};
+use crate::launch::Launcher;
 use crate::planes::Planes;
 use crate::rectangle::{LowerError, lower};
 use crate::shared::Reached;
+use crate::slot::Launch;
 
 /// What one launch moves at most: it bounds how long a cancelled transfer goes on.
 const LAUNCH_BYTES_MAX: u64 = 1 << 30;

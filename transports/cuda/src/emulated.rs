@@ -14,7 +14,8 @@ use crate::launch::{INLINE_BYTES, SMALL_BYTES};
 use crate::planes::PlaneTable;
 use crate::rectangle::{Payload, Walk, lower};
 
-pub(crate) type Emulate = unsafe extern "C" fn(*const u8, c_uint, c_uint, c_uint, c_uint, c_uint, bool) -> c_ulonglong;
+pub(crate) type Emulate =
+    unsafe extern "C" fn(*const u8, c_uint, c_uint, c_uint, c_uint, c_uint, bool, c_uint) -> c_ulonglong;
 pub(crate) type EmulateKnown =
     unsafe extern "C" fn(*const DeviceBlock, *const KnownRun, c_uint, c_ulonglong, *mut c_uint, c_uint, c_uint);
 
@@ -82,7 +83,22 @@ impl Memory {
     }
 }
 
+/// How a kernel is told what to move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Told {
+    AtLaunch,
+    /// Later, to one that stands by for it.
+    Later,
+    /// Never, to one that stands by.
+    Never,
+}
+
+/// Runs a kernel, and says how many accesses a GPU would refuse, and whether its end is not told as it should be.
 pub(crate) fn run(payload: &Payload, blocks: u32, warps: u32) -> u64 {
+    run_told(Told::AtLaunch, payload, blocks, warps)
+}
+
+fn run_told(told: Told, payload: &Payload, blocks: u32, warps: u32) -> u64 {
     let Some(kernel) = kernel() else { return 0 };
     // Of eight-byte words, as GPU memory is aligned, and as long as what travels as an argument.
     let mut words = vec![0u64; payload.bytes.len().max(INLINE_BYTES).div_ceil(8)];
@@ -97,7 +113,9 @@ pub(crate) fn run(payload: &Payload, blocks: u32, warps: u32) -> u64 {
     let emulate = kernel.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let is_even = payload.walk == Walk::Even;
     // SAFETY: the payload was lowered from a valid program over the memories that its plane tables name, which the caller holds.
-    unsafe { emulate.0(words.as_ptr().cast(), rectangles, items, blocks, warps, argument as c_uint, is_even) }
+    unsafe {
+        emulate.0(words.as_ptr().cast(), rectangles, items, blocks, warps, argument as c_uint, is_even, told as c_uint)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -218,7 +236,9 @@ fn compare(walk: Walk, case: &Case, range: UnitRange, (blocks, warps): (u32, u32
         let place = copy.destination.offset as usize;
         due[place..place + bytes].copy_from_slice(&source.region(from)[at..at + bytes]);
     }
-    assert_eq!(run(&payload, blocks, warps), 0, "accesses that a GPU refuses");
+    let stands_by = walk == Walk::Even && payload.bytes.len() <= INLINE_BYTES && (blocks + warps).is_multiple_of(2);
+    let told = if stands_by { Told::Later } else { Told::AtLaunch };
+    assert_eq!(run_told(told, &payload, blocks, warps), 0, "accesses that a GPU refuses");
     if kernel().is_some() {
         let moved = destination.region(to);
         let wrong = moved.iter().zip(&due).position(|(is, due)| is != due);
@@ -421,6 +441,18 @@ fn tensors_that_differ_in_planes_share_their_places() {
         );
         assert_eq!(payload.pieces, 9 * places as u64);
         assert!(compare(Walk::Even, &case, case.program.whole(), (3, 4)));
+    }
+}
+
+#[test]
+fn a_kernel_that_stands_by_in_vain_moves_nothing() {
+    let Case { program, layouts: [from, to], .. } = twins([16, 64], 992);
+    let memories = [Memory::new(&from, 0, |_| 1), Memory::new(&to, 0, |_| 0xee)];
+    let [source, destination] = &memories;
+    let payload = lower_even(&program, program.whole(), [source.table(), destination.table()]).unwrap();
+    for blocks in [1, 3, 20] {
+        assert_eq!(run_told(Told::Never, &payload, blocks, 4), 0);
+        assert!(destination.region(&to).iter().all(|byte| *byte == 0xee));
     }
 }
 

@@ -18,6 +18,7 @@ pub(crate) struct Gpu {
     pub(crate) physical: Result<PhysicalMemory, String>,
     pub(crate) walk: Walks,
     pub(crate) even: Walks,
+    pub(crate) even_standby: Function,
     pub(crate) write_known: Function,
     pub(crate) count_unknown: Function,
     device: DeviceHandle,
@@ -193,6 +194,7 @@ impl Gpu {
             physical,
             walk: Walks { small: null, inline: null, uploaded: null },
             even: Walks { small: null, inline: null, uploaded: null },
+            even_standby: null,
             write_known: null,
             count_unknown: null,
             device,
@@ -203,6 +205,7 @@ impl Gpu {
         unsafe {
             gpu.walk = Walks::of(module, [ptx::WALK_SMALL, ptx::WALK_INLINE, ptx::WALK])?;
             gpu.even = Walks::of(module, [ptx::EVEN_SMALL, ptx::EVEN_INLINE, ptx::EVEN])?;
+            gpu.even_standby = driver::function(module, ptx::EVEN_STANDBY)?;
             gpu.write_known = driver::function(module, ptx::WRITE_KNOWN)?;
             gpu.count_unknown = driver::function(module, ptx::COUNT_UNKNOWN)?;
         }

@@ -3,26 +3,23 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::buffer::{Buffer, FLAGS, Flags, HostBuffer};
-use crate::driver::{self, CudaError, EventHandle, Stream};
+use crate::driver::{self, CudaError, Stream};
 use crate::event::GpuEvent;
 use crate::gpu::Gpu;
 use crate::rectangle::{Payload, RECTANGLE_BYTES, Walk};
+use crate::slot::{Launch, Slot};
+use crate::standby::{Found, Standby};
 
 /// Bytes of a payload that travels as a kernel's argument, as in `walk.cu`.
 pub(crate) const INLINE_BYTES: usize = 3840;
 /// The same where it is short, which launches faster.
 pub(crate) const SMALL_BYTES: usize = 1024;
-const THREADS: u32 = 1024;
+pub(crate) const THREADS: u32 = 1024;
 const WARPS: u32 = THREADS / 32;
 /// A transfer's launches are in one stream; small transfers overtake large ones in another.
 const STREAMS: usize = 4;
-/// Payload buffers grow in steps of this.
-const PAYLOAD_STEP_BYTES: usize = 64 << 10;
-/// Larger payload buffers are not kept for later: what one launch needed, even a peer's, is not held for ever.
-const PAYLOAD_KEPT_BYTES: usize = 1 << 20;
 /// Looks at a launch's flag between two questions to the driver, which alone knows of failures.
 const LOOKS: u32 = 128;
 /// Slots that are kept for later.
@@ -37,6 +34,9 @@ pub(crate) struct Launcher {
     idle: Vec<usize>,
     spare: Vec<Slot>,
     blocks: u32,
+    standby: Standby,
+    /// Launches so far.
+    number: u64,
     /// Where the kernels' own time is added up, in nanoseconds.
     timed: Option<&'static AtomicU64>,
     /// When the last launch was made.
@@ -45,38 +45,14 @@ pub(crate) struct Launcher {
     broken: Option<String>,
 }
 
-/// What one launch takes until it has ended.
-struct Slot {
-    gpu: Arc<Gpu>,
-    event: EventHandle,
-    /// Recorded before the launch, where times are taken.
-    start: Option<EventHandle>,
-    /// How many thread blocks have ended; the kernel's own business.
-    ended: Buffer,
-    /// The first `told` become `serial` when everything is moved.
-    flags: Flags,
-    told: u32,
-    serial: u32,
-    payload: Option<(HostBuffer, Buffer)>,
-}
-
-/// A launch under way. Whoever drops it waits for its end: the memory that it touches may go then.
-pub(crate) struct Launch {
-    slot: Option<Slot>,
-    recorded: bool,
-    looks: u32,
-}
-
-/// As in `walk.cu`.
-#[repr(C)]
-struct Done {
-    blocks: u64,
-    flags: u64,
-    serial: u32,
-}
-
 impl Launcher {
-    pub(crate) fn new(gpu: &Arc<Gpu>, blocks: u32, timed: Option<&'static AtomicU64>) -> Result<Launcher, String> {
+    /// For launches of `blocks` thread blocks at most. Between transfers that follow each other closely one stands by for as long as `standby`.
+    pub(crate) fn new(
+        gpu: &Arc<Gpu>,
+        blocks: u32,
+        standby: Duration,
+        timed: Option<&'static AtomicU64>,
+    ) -> Result<Launcher, String> {
         if timed.is_some() {
             driver::driver()?.tells_times()?;
         }
@@ -90,6 +66,9 @@ impl Launcher {
             idle: Vec::new(),
             spare: Vec::new(),
             blocks,
+            // What a launch waits for is not its time.
+            standby: Standby::new(if timed.is_some() { Duration::ZERO } else { standby }),
+            number: 0,
             timed,
             launched: None,
             broken: None,
@@ -146,29 +125,87 @@ impl Launcher {
         text
     }
 
-    /// Starts the kernel in a stream.
+    /// Starts the kernel in a stream; in another one, where a launch stands by and the stream is shared.
     ///
     /// # Safety
     /// The payload comes from [`lower`](crate::rectangle::lower) or [`lower_even`](crate::even::lower_even) of a program that was validated against the layouts of both pools; their memory and
     /// plane tables outlive the launch.
     pub(crate) unsafe fn launch(&mut self, payload: &Payload, stream: usize) -> Result<Launch, String> {
+        if stream >= STREAMS {
+            // SAFETY: the caller's promise.
+            return unsafe { self.start(payload, stream) };
+        }
+        // SAFETY: the caller's promise.
+        let launch = match unsafe { self.standby.order(payload) } {
+            Found::Ordered(launch) => launch,
+            found => {
+                if let Found::Spent(launch) = found {
+                    self.put_away(launch);
+                }
+                // SAFETY: the caller's promise.
+                unsafe { self.start(payload, stream) }?
+            }
+        };
+        let now = Instant::now();
+        self.launched = Some(now);
+        if self.standby.is_wanted(payload, now)
+            && let Err(reason) = self.queue(&launch)
+        {
+            // The transfer itself does not need it.
+            tracing::warn!(reason, "no launch stands by on {}", self.gpu.label());
+            self.standby.give_up();
+        }
+        Ok(launch)
+    }
+
+    /// Has a launch stand by behind another.
+    fn queue(&mut self, before: &Launch) -> Result<(), String> {
+        self.gpu.enter()?;
+        let next = self.prepare()?;
+        self.standby.queue(&self.gpu, next, self.blocks, before)
+    }
+
+    /// Takes the slot of a launch that gave up, which may still be about to end.
+    fn put_away(&mut self, mut launch: Launch) {
+        launch.wait();
+        if let Some(slot) = launch.slot.take() {
+            self.keep(slot);
+        }
+    }
+
+    fn keep(&mut self, mut slot: Slot) {
+        slot.shrink();
+        if self.spare.len() < SPARE_MAX {
+            self.spare.push(slot);
+        }
+    }
+
+    /// A launch that is to come.
+    fn prepare(&mut self) -> Result<Launch, String> {
+        let slot = match self.spare.pop() {
+            Some(slot) => slot,
+            None => Slot::new(&self.gpu, self.timed.is_some())?,
+        };
+        self.number += 1;
+        Ok(Launch::new(self.number, slot))
+    }
+
+    /// # Safety
+    /// As of [`launch`](Launcher::launch).
+    unsafe fn start(&mut self, payload: &Payload, stream: usize) -> Result<Launch, String> {
         if let Some(reason) = &self.broken {
             return Err(reason.clone());
         }
         let stream = *self.streams.get(stream).ok_or("no such stream")?;
         self.gpu.enter()?;
-        let slot = match self.spare.pop() {
-            Some(slot) => slot,
-            None => Slot::new(&self.gpu, self.timed.is_some())?,
-        };
-        let mut launch = Launch { slot: Some(slot), recorded: false, looks: 0 };
+        let mut launch = self.prepare()?;
         let Some(slot) = &mut launch.slot else { return Err("a launch without a slot".to_owned()) };
         let blocks = self.blocks.min(payload.items.div_ceil(WARPS)).max(1);
         let walks = match payload.walk {
             Walk::Tokens => self.gpu.walk,
             Walk::Even => self.gpu.even,
         };
-        let mut done = slot.next(blocks);
+        let mut done = slot.next(blocks)?;
         if let Some(start) = slot.start {
             // SAFETY: both exist.
             unsafe { driver::record(start, stream)? };
@@ -185,7 +222,8 @@ impl Launcher {
             unsafe { driver::launch(function, blocks, THREADS, stream, &mut parameters) }
         } else {
             let (host, device) = slot.room(length)?;
-            let (from, mut address) = (host.write(&payload.bytes), device.address());
+            host.write(0, &payload.bytes);
+            let (from, mut address) = (host.base(), device.address());
             let mut parameters = [(&raw mut address).cast(), rest[0], rest[1], rest[2]];
             // SAFETY: as above; both buffers belong to the launch until it has ended, and have room for the payload.
             unsafe {
@@ -200,7 +238,6 @@ impl Launcher {
         if let Err(error) = started.and(recorded) {
             return Err(self.noted(error));
         }
-        self.launched = Some(Instant::now());
         Ok(launch)
     }
 
@@ -209,8 +246,11 @@ impl Launcher {
         let Some(slot) = &launch.slot else { return Ok(true) };
         // The end event's time is known only once the driver sees it.
         if self.timed.is_none() {
-            if slot.flags.are(slot.told, slot.serial) {
+            if slot.has_told() {
                 return Ok(true);
+            }
+            if launch.ordered.is_some() && slot.has_given_up() {
+                return self.start_after_all(launch).map(|()| false);
             }
             launch.looks = (launch.looks + 1) % LOOKS;
             if launch.looks != 0 {
@@ -222,9 +262,23 @@ impl Launcher {
         unsafe { driver::is_done(slot.event) }.map_err(|error| self.noted(error))
     }
 
+    /// Starts what a launch was told that had given up just before.
+    fn start_after_all(&mut self, launch: &mut Launch) -> Result<(), String> {
+        let Some(payload) = launch.ordered.take() else { return Ok(()) };
+        let stream = self.stream();
+        // SAFETY: `launch` was called with this payload, and what it touches outlives its launch, which is this one now.
+        let mut again = unsafe { self.start(&payload, stream) }?;
+        // Whoever stands by behind it goes by this.
+        again.number = launch.number;
+        let spent = std::mem::replace(launch, again);
+        self.put_away(spent);
+        Ok(())
+    }
+
     /// Takes back what a launch that is done had.
     pub(crate) fn recycle(&mut self, mut launch: Launch) {
-        let Some(mut slot) = launch.slot.take() else { return };
+        self.standby.ended(launch.number);
+        let Some(slot) = launch.slot.take() else { return };
         if let (Some(total), Some(start)) = (self.timed, slot.start) {
             // SAFETY: both exist, and the end was seen.
             match unsafe { driver::elapsed(start, slot.event) } {
@@ -232,12 +286,7 @@ impl Launcher {
                 Err(error) => tracing::warn!(%error, "a launch's time is not known"),
             }
         }
-        if slot.payload.as_ref().is_some_and(|(host, _)| host.bytes() > PAYLOAD_KEPT_BYTES) {
-            slot.payload = None;
-        }
-        if self.spare.len() < SPARE_MAX {
-            self.spare.push(slot);
-        }
+        self.keep(slot);
     }
 }
 
@@ -246,66 +295,12 @@ struct Inline([u8; INLINE_BYTES]);
 
 const _: () = assert!(INLINE_BYTES > 16 * RECTANGLE_BYTES, "a handful of rectangles travel as an argument");
 
-impl Slot {
-    fn new(gpu: &Arc<Gpu>, is_timed: bool) -> Result<Slot, String> {
-        let (ended, flags) = (Buffer::new(gpu, size_of::<u32>())?, Flags::new(gpu)?);
-        ended.upload(&[0; size_of::<u32>()])?;
-        let start = if is_timed { Some(driver::create_event(true)?) } else { None };
-        let event = driver::create_event(is_timed)?;
-        Ok(Slot { gpu: Arc::clone(gpu), event, start, ended, flags, told: 0, serial: 0, payload: None })
-    }
-
-    /// What the next launch, of so many thread blocks, says when it is done.
-    fn next(&mut self, blocks: u32) -> Done {
-        if self.serial == u32::MAX {
-            // A flag that no launch has used for long would be taken for the one of a launch that comes.
-            self.flags.clear();
-            self.serial = 0;
-        }
-        self.serial += 1;
-        self.told = if blocks <= FLAGS { blocks } else { 1 };
-        Done { blocks: self.ended.address(), flags: self.flags.address(), serial: self.serial }
-    }
-
-    fn room(&mut self, bytes: usize) -> Result<&mut (HostBuffer, Buffer), String> {
-        if self.payload.as_ref().is_none_or(|(host, device)| host.bytes() < bytes || device.bytes() < bytes) {
-            self.payload = None;
-            let bytes = bytes.next_multiple_of(PAYLOAD_STEP_BYTES);
-            let made = (HostBuffer::new(&self.gpu, bytes)?, Buffer::new(&self.gpu, bytes)?);
-            return Ok(self.payload.insert(made));
-        }
-        self.payload.as_mut().ok_or_else(|| "no buffer".to_owned())
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        if self.gpu.enter().is_ok() {
-            for event in [Some(self.event), self.start].into_iter().flatten() {
-                // SAFETY: a slot is dropped when its launch has moved everything; the driver keeps an event that is still to come.
-                let _destroyed = unsafe { driver::destroy_event(event) };
-            }
-        }
-    }
-}
-
-impl Drop for Launch {
-    fn drop(&mut self) {
-        if let Some(slot) = &self.slot
-            && self.recorded
-            && slot.gpu.enter().is_ok()
-        {
-            // SAFETY: the event exists. An error means that the context is damaged, in which nothing runs any more.
-            let _ended = unsafe { driver::wait(slot.event) };
-        }
-    }
-}
-
 impl Drop for Launcher {
     fn drop(&mut self) {
         if self.gpu.enter().is_err() {
             return;
         }
+        self.standby.close();
         for stream in &self.streams {
             // SAFETY: launches wait for themselves; whoever used this launcher has let go of them.
             let _destroyed = unsafe { driver::synchronize(*stream).and_then(|()| driver::destroy_stream(*stream)) };

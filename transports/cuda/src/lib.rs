@@ -41,6 +41,7 @@ mod hostile;
 mod known;
 mod launch;
 mod memory;
+mod order;
 #[cfg(test)]
 mod ordered;
 mod paths;
@@ -50,9 +51,11 @@ mod ptx;
 mod rdma;
 mod rectangle;
 mod shared;
+mod slot;
 mod staged;
 #[cfg(test)]
 mod staged_emulated;
+mod standby;
 
 pub use allocation::Allocate;
 pub use blocks::{Difference, block_state, check_blocks, fill_blocks};

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, TcpListener};
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use kvferry_core::{PoolId, PoolLayout};
 use kvferry_local::host;
@@ -124,7 +125,8 @@ impl Provider for CudaProvider {
             gpu.sharing(),
             paths::describe(&gpu)
         );
-        let launcher = Launcher::new(&gpu, options.thread_blocks, self.timed).map_err(unavailable)?;
+        let standby = Duration::from_micros(options.standby_us.into());
+        let launcher = Launcher::new(&gpu, options.thread_blocks, standby, self.timed).map_err(unavailable)?;
         let info = NicInfo {
             kind: TransportKind::Cuda,
             device: gpu.label(),

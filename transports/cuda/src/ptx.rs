@@ -10,6 +10,7 @@ pub(crate) const WALK: &str = "kvferry_walk";
 pub(crate) const EVEN_SMALL: &str = "kvferry_even_small";
 pub(crate) const EVEN_INLINE: &str = "kvferry_even_inline";
 pub(crate) const EVEN: &str = "kvferry_even";
+pub(crate) const EVEN_STANDBY: &str = "kvferry_even_standby";
 pub(crate) const WRITE_KNOWN: &str = "kvferry_write_known";
 pub(crate) const COUNT_UNKNOWN: &str = "kvferry_count_unknown";
 
@@ -25,7 +26,7 @@ mod tests {
         let line = format!("// sha256 of walk.cu: {hex}");
         assert!(PTX.lines().any(|found| found == line), "walk.cu has changed: run transports/cuda/kernels/build");
         let walks = [WALK_SMALL, WALK_INLINE, WALK, EVEN_SMALL, EVEN_INLINE, EVEN];
-        for name in walks.into_iter().chain([WRITE_KNOWN, COUNT_UNKNOWN]) {
+        for name in walks.into_iter().chain([EVEN_STANDBY, WRITE_KNOWN, COUNT_UNKNOWN]) {
             assert!(PTX.contains(&format!(".entry {name}(")), "{name}");
         }
     }

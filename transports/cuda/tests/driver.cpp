@@ -9,6 +9,8 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <thread>
+#include <chrono>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -19,7 +21,7 @@
 typedef int Result;
 typedef unsigned long long Address;
 typedef void *Handle;
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, INVALID_HANDLE = 400, NOT_SUPPORTED = 801 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, NOT_READY = 600, INVALID_HANDLE = 400, NOT_SUPPORTED = 801 };
 enum { DESCRIPTOR = 1, FABRIC = 8 };
 
 static const size_t PAGE = 2 << 20;
@@ -105,7 +107,8 @@ Result cuCtxSetCurrent(Handle) { return SUCCESS; }
 Result cuCtxEnablePeerAccess(Handle, unsigned) { return SUCCESS; }
 
 static const char *const KERNELS[] = {"kvferry_walk_small", "kvferry_walk_inline", "kvferry_walk",        "kvferry_even_small",
-                                      "kvferry_even_inline", "kvferry_even",       "kvferry_write_known", "kvferry_count_unknown"};
+                                      "kvferry_even_inline", "kvferry_even",       "kvferry_write_known", "kvferry_count_unknown",
+                                      "kvferry_even_standby"};
 Result cuModuleLoadData(Handle *module, const void *) { return *module = (Handle)1, SUCCESS; }
 Result cuModuleUnload(Handle) { return SUCCESS; }
 Result cuModuleGetFunction(Handle *function, Handle, const char *name) {
@@ -114,7 +117,42 @@ Result cuModuleGetFunction(Handle *function, Handle, const char *name) {
             return *function = (Handle)(at + 1), SUCCESS;
     return NOT_FOUND;
 }
-Result cuLaunchKernel(Handle function, unsigned blocks, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void **parameters,
+// Launches that stand by run one after another, in the order in which they were made, beside all others. Their orders are awaited here, without the
+// lock: what the source calls threadIdx and so on is one for all.
+typedef std::atomic<unsigned long long> Count;
+static Count standing, stood;
+static std::atomic<int> ordered, overlooked;
+static std::atomic<bool> overlooks;
+// How many of them have moved something; have them overlook their orders, as if each came just too late; how many have.
+int driver_of_none_ordered() { return ordered; }
+int driver_of_none_overlook() { return overlooks = true; }
+int driver_of_none_overlooked() { return overlooked; }
+static void stand_by(Standby standby, unsigned blocks, unsigned long long turn) {
+    while (stood != turn)
+        std::this_thread::yield();
+    const auto until = std::chrono::steady_clock::now() + std::chrono::nanoseconds(standby.limit);
+    const auto has_order = [&] { return is_for(order_at(standby.order), standby.done.serial); };
+    while (!has_order() && std::chrono::steady_clock::now() < until)
+        std::this_thread::yield();
+    static const u64 no_order = 0;
+    if (overlooks && has_order()) {
+        overlooked++;
+        standby.order = (const u8 *)&no_order;
+    }
+    standby.limit = 0;
+    {
+        Locked alone(lock);
+        gridDim.x = blocks;
+        blockDim.x = 32;
+        for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+            for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++)
+                kvferry_even_standby(standby);
+        ordered += *standby.given_up != standby.done.serial;
+    }
+    stood++;
+}
+
+Result cuLaunchKernel(Handle function, unsigned blocks, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle stream, void **parameters,
                       void **) {
     Locked alone(lock);
     gridDim.x = blocks;
@@ -146,22 +184,33 @@ Result cuLaunchKernel(Handle function, unsigned blocks, unsigned, unsigned, unsi
             case 8:
                 kvferry_count_unknown((const KnownBlock *)pointer(0), (const KnownRun *)pointer(1), number(2), (u32 *)pointer(3));
                 break;
+            case 9:
+                std::thread(stand_by, *(Standby *)parameters[0], blocks, standing++).detach();
+                *(Count *)stream = standing.load();
+                return SUCCESS;
             default:
                 return INVALID_HANDLE;
             }
     return SUCCESS;
 }
 
-Result cuStreamCreate(Handle *stream, unsigned) { return *stream = (Handle)1, SUCCESS; }
-Result cuStreamDestroy_v2(Handle) { return SUCCESS; }
-Result cuStreamSynchronize(Handle) { return SUCCESS; }
+// How many launches had stood by after the last one in a stream, or before an event: all others are over when they have been made.
+// Default streams are small numbers.
+static unsigned long long standing_in(Handle at) { return (size_t)at > 2 ? ((Count *)at)->load() : 0; }
+static void wait_for(unsigned long long count) {
+    while (stood < count)
+        std::this_thread::yield();
+}
+Result cuStreamCreate(Handle *stream, unsigned) { return *stream = new Count(0), SUCCESS; }
+Result cuStreamDestroy_v2(Handle stream) { return delete (Count *)stream, SUCCESS; }
+Result cuStreamSynchronize(Handle stream) { return wait_for(standing_in(stream)), SUCCESS; }
 Result cuStreamWaitEvent(Handle, Handle, unsigned) { return SUCCESS; }
 Result cuLaunchHostFunc(Handle, void (*call)(void *), void *argument) { return call(argument), SUCCESS; }
-Result cuEventCreate(Handle *event, unsigned) { return *event = (Handle)1, SUCCESS; }
-Result cuEventDestroy_v2(Handle) { return SUCCESS; }
-Result cuEventRecord(Handle, Handle) { return SUCCESS; }
-Result cuEventQuery(Handle) { return SUCCESS; }
-Result cuEventSynchronize(Handle) { return SUCCESS; }
+Result cuEventCreate(Handle *event, unsigned) { return *event = new Count(0), SUCCESS; }
+Result cuEventDestroy_v2(Handle event) { return delete (Count *)event, SUCCESS; }
+Result cuEventRecord(Handle event, Handle stream) { return *(Count *)event = standing_in(stream), SUCCESS; }
+Result cuEventQuery(Handle event) { return stood < standing_in(event) ? NOT_READY : SUCCESS; }
+Result cuEventSynchronize(Handle event) { return wait_for(standing_in(event)), SUCCESS; }
 Result cuEventElapsedTime_v2(float *milliseconds, Handle, Handle) { return *milliseconds = 0, SUCCESS; }
 
 Result cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t bytes, Handle) { return memcpy((void *)to, from, bytes), SUCCESS; }

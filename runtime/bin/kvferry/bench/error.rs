@@ -20,7 +20,7 @@ pub(crate) enum BenchError {
     #[error("--streams is for --transport tcp only; leave it out")]
     NoStreams,
     /// Launches are CUDA's.
-    #[error("--thread-blocks and --gpu-times are for --transport cuda only; leave them out")]
+    #[error("--thread-blocks, --standby-us and --gpu-times are for --transport cuda only; leave them out")]
     NoLaunches,
     /// Others do not reach GPUs.
     #[error("--from-gpu and --to-gpu are for --transport cuda, tcp, ucx and libfabric only; leave them out")]

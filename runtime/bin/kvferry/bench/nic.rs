@@ -53,6 +53,7 @@ impl Nic {
         let how = transport::Options {
             streams_per_peer: options.streams.unwrap_or(defaults.streams_per_peer),
             thread_blocks: options.thread_blocks.unwrap_or(defaults.thread_blocks),
+            standby_us: options.standby_us.unwrap_or(defaults.standby_us),
             two_sided: options.two_sided,
             packed_below_bytes: options.packed_below,
             staged_chunk_bytes: options.staged_chunk.map_or(defaults.staged_chunk_bytes, |bytes| bytes as usize),

@@ -69,6 +69,7 @@ impl PeerProcess {
             ("--from-gpu", options.from_gpu),
             ("--to-gpu", options.to_gpu),
             ("--thread-blocks", options.thread_blocks),
+            ("--standby-us", options.standby_us),
             ("--staged-chunk", options.staged_chunk),
             ("--staged-chunks", options.staged_chunks),
         ] {

@@ -1,7 +1,7 @@
 //! A GPU that is none: a driver whose device is the processor, and NVML that has it in an NVLink domain.
 #![allow(dead_code, reason = "not every test needs all of it")]
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -50,12 +50,32 @@ fn load(options: &[&str], source: &str, name: &str) -> bool {
 
 /// How often the driver was asked for attributes of its device.
 pub(crate) fn asked() -> i32 {
+    count(c"driver_of_none_asked")
+}
+
+/// How many launches that stood by have moved something.
+pub(crate) fn ordered() -> i32 {
+    count(c"driver_of_none_ordered")
+}
+
+/// From now on launches that stand by overlook their orders, and give up when they have one.
+pub(crate) fn overlook() {
+    count(c"driver_of_none_overlook");
+}
+
+/// How many orders were overlooked.
+pub(crate) fn overlooked() -> i32 {
+    count(c"driver_of_none_overlooked")
+}
+
+/// What a function of the driver's own says.
+fn count(function: &CStr) -> i32 {
     // SAFETY: our own library has it, declared so; the loader has that library already, under its own name.
     unsafe {
         let library = libc::dlopen(c"libcuda.so".as_ptr(), libc::RTLD_NOW);
-        let asked = libc::dlsym(library, c"driver_of_none_asked".as_ptr());
-        assert!(!asked.is_null(), "the driver is another one");
-        std::mem::transmute::<*mut libc::c_void, unsafe extern "C" fn() -> i32>(asked)()
+        let found = libc::dlsym(library, function.as_ptr());
+        assert!(!found.is_null(), "the driver is another one");
+        std::mem::transmute::<*mut libc::c_void, unsafe extern "C" fn() -> i32>(found)()
     }
 }
 
