@@ -187,6 +187,8 @@ impl Copying for Kernels {
     }
 
     fn is_running(&mut self) -> bool {
+        // What has not begun is not begun any more.
+        self.launches.iter_mut().for_each(Launch::abandon);
         // In a damaged context nothing runs any more.
         if self.reap().is_err() {
             self.launches.clear();

@@ -131,6 +131,9 @@ impl Launcher {
     /// The payload comes from [`lower`](crate::rectangle::lower) or [`lower_even`](crate::even::lower_even) of a program that was validated against the layouts of both pools; their memory and
     /// plane tables outlive the launch.
     pub(crate) unsafe fn launch(&mut self, payload: &Payload, stream: usize) -> Result<Launch, String> {
+        if let Some(reason) = &self.broken {
+            return Err(reason.clone());
+        }
         if stream >= STREAMS {
             // SAFETY: the caller's promise.
             return unsafe { self.start(payload, stream) };
@@ -193,9 +196,6 @@ impl Launcher {
     /// # Safety
     /// As of [`launch`](Launcher::launch).
     unsafe fn start(&mut self, payload: &Payload, stream: usize) -> Result<Launch, String> {
-        if let Some(reason) = &self.broken {
-            return Err(reason.clone());
-        }
         let stream = *self.streams.get(stream).ok_or("no such stream")?;
         self.gpu.enter()?;
         let mut launch = self.prepare()?;
@@ -244,28 +244,29 @@ impl Launcher {
     /// Whether a launch has moved everything. After an error nothing of it runs any more.
     pub(crate) fn is_done(&mut self, launch: &mut Launch) -> Result<bool, String> {
         let Some(slot) = &launch.slot else { return Ok(true) };
+        launch.looks = (launch.looks + 1) % LOOKS;
+        let mut has_ended = false;
         // The end event's time is known only once the driver sees it.
-        if self.timed.is_none() {
-            if slot.has_told() {
-                return Ok(true);
-            }
-            if launch.ordered.is_some() && slot.has_given_up() {
-                return self.start_after_all(launch).map(|()| false);
-            }
-            launch.looks = (launch.looks + 1) % LOOKS;
-            if launch.looks != 0 {
-                return Ok(false);
-            }
+        if launch.looks == 0 || self.timed.is_some() {
+            self.gpu.enter()?;
+            // SAFETY: the event belongs to the slot.
+            has_ended = unsafe { driver::is_done(slot.event) }.map_err(|error| self.noted(error))?;
         }
-        self.gpu.enter()?;
-        // SAFETY: the event belongs to the slot.
-        unsafe { driver::is_done(slot.event) }.map_err(|error| self.noted(error))
+        // Only now: what one that has ended says is final.
+        if self.timed.is_none() && slot.has_told() {
+            return Ok(true);
+        }
+        if launch.ordered.is_some() && slot.has_given_up() {
+            return self.start_after_all(launch).map(|()| false);
+        }
+        Ok(has_ended)
     }
 
     /// Starts what a launch was told that had given up just before.
     fn start_after_all(&mut self, launch: &mut Launch) -> Result<(), String> {
         let Some(payload) = launch.ordered.take() else { return Ok(()) };
         let stream = self.stream();
+        tracing::trace!(launch = launch.number, "an order came too late: launched after all");
         // SAFETY: `launch` was called with this payload, and what it touches outlives its launch, which is this one now.
         let mut again = unsafe { self.start(&payload, stream) }?;
         // Whoever stands by behind it goes by this.

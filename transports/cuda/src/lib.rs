@@ -39,6 +39,8 @@ mod gpu;
 #[cfg(test)]
 mod hostile;
 mod known;
+#[cfg(test)]
+mod known_emulated;
 mod launch;
 mod memory;
 mod order;

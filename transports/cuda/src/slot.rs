@@ -140,6 +140,11 @@ impl Launch {
         Launch { number, slot: Some(slot), recorded: false, looks: 0, ordered: None }
     }
 
+    /// Has it not start again, if it has given up.
+    pub(crate) fn abandon(&mut self) {
+        self.ordered = None;
+    }
+
     /// Waits for its end.
     pub(crate) fn wait(&mut self) {
         if let Some(slot) = &self.slot
