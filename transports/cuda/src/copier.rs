@@ -65,7 +65,7 @@ unsafe impl Copier for StagedCopies {
         let stream = self.launcher.stream();
         // SAFETY: the program was validated against the pool's layout at this end, so its strips stay inside the pool; they stay inside the arena,
         // as was just checked. Both, and both plane tables, live until the launch has ended: it is kept here, and dropped first.
-        let launch = unsafe { self.launcher.launch(&payload, stream) }?;
+        let launch = unsafe { self.launcher.launch(&payload, stream, false) }?;
         self.number += 1;
         self.launches.insert(self.number, launch);
         Ok(self.number)

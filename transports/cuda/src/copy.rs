@@ -126,9 +126,10 @@ impl Kernels {
             }
         };
         if payload.items > 0 {
+            let is_all = self.left == self.bytes && part.end == self.range.end;
             // SAFETY: the program was validated against both layouts before this was made; the launch is kept in `launches`, which is dropped
             // before what the fields below it hold.
-            let launch = unsafe { self.launcher.borrow_mut().launch(&payload, self.stream) };
+            let launch = unsafe { self.launcher.borrow_mut().launch(&payload, self.stream, is_all) };
             let failed = |message| TransferError::Io { context: "starting the GPU's copy", message };
             self.launches.push_back(launch.map_err(failed)?);
         }

@@ -10,7 +10,7 @@ use crate::event::GpuEvent;
 use crate::gpu::Gpu;
 use crate::rectangle::{Payload, RECTANGLE_BYTES, Walk};
 use crate::slot::{Launch, Slot};
-use crate::standby::{Found, Standby};
+use crate::standby::Standby;
 
 /// Bytes of a payload that travels as a kernel's argument, as in `walk.cu`.
 pub(crate) const INLINE_BYTES: usize = 3840;
@@ -22,6 +22,8 @@ const WARPS: u32 = THREADS / 32;
 const STREAMS: usize = 4;
 /// Looks at a launch's flag between two questions to the driver, which alone knows of failures.
 const LOOKS: u32 = 128;
+/// Slots that are there from the start: of a launch that was ordered, and of the one that stands by behind it.
+const SLOTS_STANDING_BY: usize = 2;
 /// Slots that are kept for later.
 const SPARE_MAX: usize = 16;
 
@@ -76,6 +78,12 @@ impl Launcher {
         for _ in 0..STREAMS {
             launcher.streams.push(driver::create_stream()?);
         }
+        // Not while a transfer waits for it.
+        for _ in 0..if launcher.standby.is_on() { SLOTS_STANDING_BY } else { 0 } {
+            let mut slot = Slot::new(&launcher.gpu, false)?;
+            slot.stands_by()?;
+            launcher.spare.push(slot);
+        }
         Ok(launcher)
     }
 
@@ -125,54 +133,40 @@ impl Launcher {
         text
     }
 
-    /// Starts the kernel in a stream; in another one, where a launch stands by and the stream is shared.
+    /// Starts the kernel in a stream; or, where the launch is all of its transfer and the stream is shared, in the one in which a launch stands by.
     ///
     /// # Safety
     /// The payload comes from [`lower`](crate::rectangle::lower) or [`lower_even`](crate::even::lower_even) of a program that was validated against the layouts of both pools; their memory and
     /// plane tables outlive the launch.
-    pub(crate) unsafe fn launch(&mut self, payload: &Payload, stream: usize) -> Result<Launch, String> {
+    pub(crate) unsafe fn launch(&mut self, payload: &Payload, stream: usize, is_all: bool) -> Result<Launch, String> {
         if let Some(reason) = &self.broken {
             return Err(reason.clone());
         }
-        if stream >= STREAMS {
+        if stream >= STREAMS || !is_all {
             // SAFETY: the caller's promise.
             return unsafe { self.start(payload, stream) };
         }
         // SAFETY: the caller's promise.
-        let launch = match unsafe { self.standby.order(payload) } {
-            Found::Ordered(launch) => launch,
-            found => {
-                if let Found::Spent(launch) = found {
-                    self.put_away(launch);
-                }
-                // SAFETY: the caller's promise.
-                unsafe { self.start(payload, stream) }?
-            }
+        let launch = match unsafe { self.standby.order(payload, self.blocks_for(payload)) } {
+            Some(launch) => launch,
+            // SAFETY: the caller's promise.
+            None => unsafe { self.start(payload, stream) }?,
         };
         let now = Instant::now();
         self.launched = Some(now);
-        if self.standby.is_wanted(payload, now)
-            && let Err(reason) = self.queue(&launch)
-        {
-            // The transfer itself does not need it.
-            tracing::warn!(reason, "no launch stands by on {}", self.gpu.label());
-            self.standby.give_up();
-        }
+        self.standby.launched(&launch, payload, now);
         Ok(launch)
     }
 
     /// Has a launch stand by behind another.
-    fn queue(&mut self, before: &Launch) -> Result<(), String> {
-        self.gpu.enter()?;
-        let next = self.prepare()?;
-        self.standby.queue(&self.gpu, next, self.blocks, before)
-    }
-
-    /// Takes the slot of a launch that gave up, which may still be about to end.
-    fn put_away(&mut self, mut launch: Launch) {
-        launch.wait();
-        if let Some(slot) = launch.slot.take() {
-            self.keep(slot);
+    fn queue(&mut self, before: &Launch) {
+        let next = match self.gpu.enter().map_err(String::from).and_then(|()| self.prepare()) {
+            Ok(next) => next,
+            Err(_) => return self.standby.refused(),
+        };
+        if let Err(reason) = self.standby.queue(&self.gpu, next, before) {
+            // The transfer itself does not need it; what is beyond repair, its own launch tells.
+            tracing::debug!(reason, "no launch stands by on {}", self.gpu.label());
         }
     }
 
@@ -183,8 +177,17 @@ impl Launcher {
         }
     }
 
+    fn blocks_for(&self, payload: &Payload) -> u32 {
+        self.blocks.min(payload.items.div_ceil(WARPS)).max(1)
+    }
+
     /// A launch that is to come.
     fn prepare(&mut self) -> Result<Launch, String> {
+        while let Some(mut spent) = self.standby.free() {
+            if let Some(slot) = spent.slot.take() {
+                self.keep(slot);
+            }
+        }
         let slot = match self.spare.pop() {
             Some(slot) => slot,
             None => Slot::new(&self.gpu, self.timed.is_some())?,
@@ -198,9 +201,10 @@ impl Launcher {
     unsafe fn start(&mut self, payload: &Payload, stream: usize) -> Result<Launch, String> {
         let stream = *self.streams.get(stream).ok_or("no such stream")?;
         self.gpu.enter()?;
+        let blocks = self.blocks_for(payload);
         let mut launch = self.prepare()?;
+        launch.blocks = blocks;
         let Some(slot) = &mut launch.slot else { return Err("a launch without a slot".to_owned()) };
-        let blocks = self.blocks.min(payload.items.div_ceil(WARPS)).max(1);
         let walks = match payload.walk {
             Walk::Tokens => self.gpu.walk,
             Walk::Even => self.gpu.even,
@@ -238,6 +242,7 @@ impl Launcher {
         if let Err(error) = started.and(recorded) {
             return Err(self.noted(error));
         }
+        self.launched = Some(Instant::now());
         Ok(launch)
     }
 
@@ -246,11 +251,9 @@ impl Launcher {
         let Some(slot) = &launch.slot else { return Ok(true) };
         launch.looks = (launch.looks + 1) % LOOKS;
         let mut has_ended = false;
-        // The end event's time is known only once the driver sees it.
-        if launch.looks == 0 || self.timed.is_some() {
-            self.gpu.enter()?;
-            // SAFETY: the event belongs to the slot.
-            has_ended = unsafe { driver::is_done(slot.event) }.map_err(|error| self.noted(error))?;
+        // The end event's time is known only once the driver sees it; and one that gave up has ended only then.
+        if launch.looks == 0 || self.timed.is_some() || slot.has_given_up() {
+            has_ended = launch.has_ended().map_err(|error| self.noted(error))?;
         }
         // Only now: what one that has ended says is final.
         if self.timed.is_none() && slot.has_told() {
@@ -258,6 +261,10 @@ impl Launcher {
         }
         if launch.ordered.is_some() && slot.has_given_up() {
             return self.start_after_all(launch).map(|()| false);
+        }
+        // Not before its own end was looked for once: short ones have moved everything by now.
+        if !has_ended && self.standby.is_wanted(launch) {
+            self.queue(launch);
         }
         Ok(has_ended)
     }
@@ -272,12 +279,15 @@ impl Launcher {
         // Whoever stands by behind it goes by this.
         again.number = launch.number;
         let spent = std::mem::replace(launch, again);
-        self.put_away(spent);
+        self.standby.put_away(spent);
         Ok(())
     }
 
     /// Takes back what a launch that is done had.
     pub(crate) fn recycle(&mut self, mut launch: Launch) {
+        if self.standby.is_wanted(&launch) {
+            self.queue(&launch);
+        }
         self.standby.ended(launch.number);
         let Some(slot) = launch.slot.take() else { return };
         if let (Some(total), Some(start)) = (self.timed, slot.start) {

@@ -49,8 +49,16 @@ impl Order {
     /// Tells the launch of this serial, which has had no order, what to move. Whatever was written before is seen by it. The payload has room here.
     pub(crate) fn give(&mut self, serial: u32, payload: &Payload) {
         self.host.write(PAYLOAD_AT, &payload.bytes);
-        let vectors = payload.bytes.len().div_ceil(VECTOR_BYTES) as u64;
-        let word = u64::from(serial) << 32 | u64::from(payload.rectangles) << 16 | vectors;
+        self.tell(serial, payload.rectangles, payload.bytes.len().div_ceil(VECTOR_BYTES) as u32);
+    }
+
+    /// Tells the launch of this serial, which has had no order, to give up.
+    pub(crate) fn dismiss(&mut self, serial: u32) {
+        self.tell(serial, 0, 0);
+    }
+
+    fn tell(&mut self, serial: u32, rectangles: u32, vectors: u32) {
+        let word = u64::from(serial) << 32 | u64::from(rectangles) << 16 | u64::from(vectors);
         // SAFETY: the buffer begins with a word, is page-aligned and lives as long as this; the GPU only reads it.
         unsafe { AtomicU64::from_ptr(self.host.base().cast()) }.store(word, Ordering::Release);
     }

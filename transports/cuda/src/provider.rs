@@ -125,7 +125,7 @@ impl Provider for CudaProvider {
             gpu.sharing(),
             paths::describe(&gpu)
         );
-        let standby = Duration::from_micros(options.standby_us.into());
+        let standby = Duration::from_micros(options.standby_us.min(STANDBY_US_MAX).into());
         let launcher = Launcher::new(&gpu, options.thread_blocks, standby, self.timed).map_err(unavailable)?;
         let info = NicInfo {
             kind: TransportKind::Cuda,
@@ -142,5 +142,8 @@ impl Provider for CudaProvider {
         }))
     }
 }
+
+/// Kernels that stand by hold up whoever waits for the GPU.
+const STANDBY_US_MAX: u32 = 100_000;
 
 const UNKNOWN: &str = "GPUs are called gpu0, gpu1 and so on; gpu0@10.0.0.3 is found at that address from other hosts of its NVLink domain";

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::buffer::{Buffer, FLAGS, Flags, HostBuffer};
-use crate::driver::{self, EventHandle};
+use crate::driver::{self, CudaError, EventHandle};
 use crate::gpu::Gpu;
 use crate::order::Order;
 use crate::rectangle::Payload;
@@ -58,6 +58,8 @@ pub(crate) struct Launch {
     pub(crate) number: u64,
     pub(crate) slot: Option<Slot>,
     pub(crate) recorded: bool,
+    /// Thread blocks.
+    pub(crate) blocks: u32,
     /// How often its flags were looked at since the driver was asked.
     pub(crate) looks: u32,
     /// What it was told after it stood by. It may have given up before.
@@ -90,14 +92,26 @@ impl Slot {
 
     /// The same for a launch that stands by for an order, `limit` nanoseconds long.
     pub(crate) fn next_standby(&mut self, blocks: u32, limit: u64) -> Result<StandbyArgument, String> {
+        let [order, passed] = self.stands_by()?.addresses();
+        let done = self.next(blocks)?;
+        let (arrived, given_up) = (self.own.address() + ARRIVED as u64, self.flags.given_up());
+        Ok(StandbyArgument { order, arrived, passed, given_up, limit, done })
+    }
+
+    /// Makes what a launch that stands by needs, if it is not there yet.
+    pub(crate) fn stands_by(&mut self) -> Result<&mut Order, String> {
         let order = match self.order.take() {
             Some(order) => order,
             None => Order::new(&self.gpu)?,
         };
-        let [order, passed] = self.order.insert(order).addresses();
-        let done = self.next(blocks)?;
-        let (arrived, given_up) = (self.own.address() + ARRIVED as u64, self.flags.given_up());
-        Ok(StandbyArgument { order, arrived, passed, given_up, limit, done })
+        Ok(self.order.insert(order))
+    }
+
+    /// Tells a launch that stands by to give up.
+    pub(crate) fn dismiss(&mut self) {
+        if let Some(order) = &mut self.order {
+            order.dismiss(self.serial);
+        }
     }
 
     /// Tells a launch that stands by what to move, for which an order has room.
@@ -137,7 +151,7 @@ impl Slot {
 
 impl Launch {
     pub(crate) fn new(number: u64, slot: Slot) -> Launch {
-        Launch { number, slot: Some(slot), recorded: false, looks: 0, ordered: None }
+        Launch { number, slot: Some(slot), recorded: false, blocks: 0, looks: 0, ordered: None }
     }
 
     /// Has it not start again, if it has given up.
@@ -145,15 +159,12 @@ impl Launch {
         self.ordered = None;
     }
 
-    /// Waits for its end.
-    pub(crate) fn wait(&mut self) {
-        if let Some(slot) = &self.slot
-            && std::mem::take(&mut self.recorded)
-            && slot.gpu.enter().is_ok()
-        {
-            // SAFETY: the event exists. An error means that the context is damaged, in which nothing runs any more.
-            let _ended = unsafe { driver::wait(slot.event) };
-        }
+    /// Whether the driver has seen its end. An error need not mean that it has ended.
+    pub(crate) fn has_ended(&self) -> Result<bool, CudaError> {
+        let Some(slot) = &self.slot else { return Ok(true) };
+        slot.gpu.enter()?;
+        // SAFETY: the event belongs to the slot.
+        unsafe { driver::is_done(slot.event) }
     }
 }
 
@@ -170,6 +181,12 @@ impl Drop for Slot {
 
 impl Drop for Launch {
     fn drop(&mut self) {
-        self.wait();
+        if let Some(slot) = &self.slot
+            && self.recorded
+            && slot.gpu.enter().is_ok()
+        {
+            // SAFETY: the event exists. An error means that the context is damaged, in which nothing runs any more.
+            let _ended = unsafe { driver::wait(slot.event) };
+        }
     }
 }

@@ -12,7 +12,7 @@ use kvferry_transport::conformance::{block_planes, whole_blocks};
 use kvferry_transport::{
     Device, Event, Expected, Options, PeerId, Pool, Provider, RemotePool, Transfer, Transport, TransportKind,
 };
-use support::{is_ready, ordered, overlook, overlooked};
+use support::{is_ready, moved, ordered, overlook, overlooked, refuse, refused};
 
 const BLOCKS: u32 = 8;
 const BLOCK_BYTES: u64 = 4096;
@@ -99,6 +99,20 @@ impl Two {
         }
     }
 
+    /// Until one that was cancelled has ended, either way.
+    fn until_stopped(&mut self) {
+        let start = Instant::now();
+        loop {
+            self.a.poll(&mut self.events);
+            self.b.poll(&mut self.events);
+            let is_end = |event: &Event| matches!(event, Event::Completed { .. } | Event::Failed { .. });
+            if self.events.drain(..).filter(is_end).count() > 0 {
+                return;
+            }
+            assert!(start.elapsed() < Duration::from_secs(60), "it does not end");
+        }
+    }
+
     fn move_once(&mut self, direction: Direction, byte: u8) {
         self.fill(byte);
         self.post(direction);
@@ -131,6 +145,13 @@ fn every_transfer_moves_what_is_there() {
     }
 }
 
+fn in_turn(two: &mut Two, transfers: u8) {
+    for turn in 0..transfers {
+        two.move_once(if turn % 2 == 0 { Direction::Push } else { Direction::Pull }, turn);
+    }
+}
+
+/// One test: what the driver counts, it counts for the whole process.
 #[test]
 fn launches_stand_by_on_the_processor() {
     if !is_ready() {
@@ -139,13 +160,52 @@ fn launches_stand_by_on_the_processor() {
     every_transfer_moves_what_is_there();
     assert!(ordered() > 10, "no launch stands by: {}", ordered());
 
-    // All orders come too late: each transfer takes a launch of its own then.
-    let mut two = Two::new(&Options { standby_us: LONG_US, ..Options::default() });
+    let with = |standby_us, thread_blocks| Two::new(&Options { standby_us, thread_blocks, ..Options::default() });
+    // Each transfer moves once, by a launch of its own or by one that stood by.
+    let mut two = with(LONG_US, 16);
+    let before = (moved(), ordered());
+    in_turn(&mut two, 60);
+    assert_eq!(moved() - before.0, 60);
+    assert!((10..60).contains(&(ordered() - before.1)), "{}", ordered() - before.1);
+
+    // Nobody stands by who is not to.
+    let before = ordered();
+    in_turn(&mut with(0, 16), 20);
+    assert_eq!(ordered(), before);
+
+    // All orders come too late: each transfer takes a launch of its own then, and only one.
+    let mut two = with(LONG_US, 3);
     overlook();
-    for turn in 0..60u8 {
-        two.move_once(if turn % 2 == 0 { Direction::Push } else { Direction::Pull }, turn);
-    }
+    let before = (moved(), ordered());
+    in_turn(&mut two, 60);
+    assert_eq!((moved() - before.0, ordered() - before.1), (60, 0));
     assert!(overlooked() > 10, "none was overlooked: {}", overlooked());
+
+    // One that is stopped before it begins after all moves nothing: neither then nor when its fence is proved.
+    let before = moved();
+    for turn in 0..20u8 {
+        two.fill(turn);
+        two.post(Direction::Pull);
+        two.b.cancel(TransferId(two.number.into()));
+        two.until_stopped();
+        let moved_now = moved();
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!(moved(), moved_now, "something is moved behind the end");
+        two.move_once(Direction::Pull, turn);
+    }
+    assert!(moved() - before <= 40, "a stopped transfer was started again");
+    drop(two);
+    overlook();
+
+    // A driver that does not let them is not asked for ever, and nothing is lost.
+    let mut two = with(LONG_US, 16);
+    refuse();
+    let before = (moved(), refused());
+    in_turn(&mut two, 40);
+    refuse();
+    assert_eq!(moved() - before.0, 40);
+    // Three by either end, which both receive.
+    assert!((1..=6).contains(&(refused() - before.1)), "{}", refused() - before.1);
 }
 
 #[test]

@@ -121,12 +121,17 @@ Result cuModuleGetFunction(Handle *function, Handle, const char *name) {
 // lock: what the source calls threadIdx and so on is one for all.
 typedef std::atomic<unsigned long long> Count;
 static Count standing, stood;
-static std::atomic<int> ordered, overlooked;
-static std::atomic<bool> overlooks;
-// How many of them have moved something; have them overlook their orders, as if each came just too late; how many have.
+static std::atomic<int> ordered, overlooked, launched, refused;
+static std::atomic<bool> overlooks, refuses;
+// How many of them have moved something; how many launches of all kinds have.
 int driver_of_none_ordered() { return ordered; }
-int driver_of_none_overlook() { return overlooks = true; }
+int driver_of_none_moved() { return launched + ordered; }
+// Have them overlook their orders, as if each came just too late, and end long after they gave up; how many have.
+int driver_of_none_overlook() { return overlooks = !overlooks; }
 int driver_of_none_overlooked() { return overlooked; }
+// Refuse to launch them; how many were refused.
+int driver_of_none_refuse() { return refuses = !refuses; }
+int driver_of_none_refused() { return refused; }
 static void stand_by(Standby standby, unsigned blocks, unsigned long long turn) {
     while (stood != turn)
         std::this_thread::yield();
@@ -140,6 +145,11 @@ static void stand_by(Standby standby, unsigned blocks, unsigned long long turn) 
         standby.order = (const u8 *)&no_order;
     }
     standby.limit = 0;
+    // Lanes run one after another, the one that tells first: the host hears when all are done.
+    u32 *const flags = standby.done.flags, *const given_up = standby.given_up;
+    u32 own_flags[FLAGS] = {}, own_given_up = 0;
+    standby.done.flags = own_flags;
+    standby.given_up = &own_given_up;
     {
         Locked alone(lock);
         gridDim.x = blocks;
@@ -147,8 +157,17 @@ static void stand_by(Standby standby, unsigned blocks, unsigned long long turn) 
         for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
             for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++)
                 kvferry_even_standby(standby);
-        ordered += *standby.given_up != standby.done.serial;
     }
+    if (own_given_up) {
+        __atomic_store_n(given_up, own_given_up, __ATOMIC_RELEASE);
+    } else {
+        ordered++;
+        for (u32 flag = 0; flag < FLAGS; flag++)
+            if (own_flags[flag])
+                __atomic_store_n(flags + flag, own_flags[flag], __ATOMIC_RELEASE);
+    }
+    if (overlooks)
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
     stood++;
 }
 
@@ -161,6 +180,7 @@ Result cuLaunchKernel(Handle function, unsigned blocks, unsigned, unsigned, unsi
     const auto number = [&](int at) { return *(const unsigned *)parameters[at]; };
     const auto pointer = [&](int at) { return *(void **)parameters[at]; };
     const size_t kernel = (size_t)function;
+    launched += kernel <= 6;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++)
             switch (kernel) {
@@ -185,6 +205,8 @@ Result cuLaunchKernel(Handle function, unsigned blocks, unsigned, unsigned, unsi
                 kvferry_count_unknown((const KnownBlock *)pointer(0), (const KnownRun *)pointer(1), number(2), (u32 *)pointer(3));
                 break;
             case 9:
+                if (refuses)
+                    return refused++, NOT_SUPPORTED;
                 std::thread(stand_by, *(Standby *)parameters[0], blocks, standing++).detach();
                 *(Count *)stream = standing.load();
                 return SUCCESS;

@@ -58,9 +58,24 @@ pub(crate) fn ordered() -> i32 {
     count(c"driver_of_none_ordered")
 }
 
-/// From now on launches that stand by overlook their orders, and give up when they have one.
+/// How many launches of all kinds have moved something.
+pub(crate) fn moved() -> i32 {
+    count(c"driver_of_none_moved")
+}
+
+/// From now on launches that stand by overlook their orders, give up when they have one, and end later; or no more.
 pub(crate) fn overlook() {
     count(c"driver_of_none_overlook");
+}
+
+/// From now on no launch may stand by; or it may again.
+pub(crate) fn refuse() {
+    count(c"driver_of_none_refuse");
+}
+
+/// How many were refused.
+pub(crate) fn refused() -> i32 {
+    count(c"driver_of_none_refused")
 }
 
 /// How many orders were overlooked.
