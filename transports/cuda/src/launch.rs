@@ -143,6 +143,7 @@ impl Launcher {
             return Err(reason.clone());
         }
         if stream >= STREAMS || !is_all {
+            self.standby.dismiss();
             // SAFETY: the caller's promise.
             return unsafe { self.start(payload, stream) };
         }
@@ -171,8 +172,13 @@ impl Launcher {
     }
 
     fn keep(&mut self, mut slot: Slot) {
+        let is_one_too_many = self.spare.len() >= SPARE_MAX;
+        if is_one_too_many || slot.is_large() {
+            // The driver frees memory when all kernels have ended.
+            self.standby.dismiss();
+        }
         slot.shrink();
-        if self.spare.len() < SPARE_MAX {
+        if !is_one_too_many {
             self.spare.push(slot);
         }
     }
@@ -239,6 +245,11 @@ impl Launcher {
         // SAFETY: both exist.
         let recorded = unsafe { driver::record(slot.event, stream) };
         launch.recorded = recorded.is_ok();
+        // SAFETY: the stream exists.
+        if started.is_ok() && recorded.is_err() && unsafe { driver::synchronize(stream) }.is_err() {
+            // Nothing says when it has ended: it keeps what it has for ever.
+            std::mem::forget(launch.slot.take());
+        }
         if let Err(error) = started.and(recorded) {
             return Err(self.noted(error));
         }

@@ -141,9 +141,14 @@ impl Slot {
         self.payload.as_mut().ok_or_else(|| "no buffer".to_owned())
     }
 
-    /// Lets go of what is too large to be kept for other launches.
+    /// Whether it has what is too large to be kept for other launches.
+    pub(crate) fn is_large(&self) -> bool {
+        self.payload.as_ref().is_some_and(|(host, _)| host.bytes() > PAYLOAD_KEPT_BYTES)
+    }
+
+    /// Lets go of that.
     pub(crate) fn shrink(&mut self) {
-        if self.payload.as_ref().is_some_and(|(host, _)| host.bytes() > PAYLOAD_KEPT_BYTES) {
+        if self.is_large() {
             self.payload = None;
         }
     }
@@ -185,7 +190,8 @@ impl Drop for Launch {
             && self.recorded
             && slot.gpu.enter().is_ok()
         {
-            // SAFETY: the event exists. An error means that the context is damaged, in which nothing runs any more.
+            // SAFETY: the event exists. An error mostly means that the context is damaged, in which nothing runs any more; of any other there is nothing
+            // to be done here.
             let _ended = unsafe { driver::wait(slot.event) };
         }
     }

@@ -126,26 +126,35 @@ impl Standby {
     pub(crate) unsafe fn order(&mut self, payload: &Payload, blocks: u32) -> Option<Launch> {
         let mut ahead = self.ahead.take()?;
         let gave_up = ahead.launch.slot.as_ref().is_none_or(|slot| slot.has_given_up());
-        if ahead.behind.is_some() && !gave_up {
+        if gave_up {
+            self.spent.push(ahead.launch);
+            return None;
+        }
+        if ahead.behind.is_some() {
             // Not in vain behind a transfer that takes its time: they are to share the GPU.
             self.ahead = Some(ahead);
             return None;
         }
         match &mut ahead.launch.slot {
-            Some(slot) if !gave_up && Order::has_room(payload) && blocks <= ahead.launch.blocks => {
-                slot.give_order(payload)
-            }
-            // What is launched now needs the room.
-            slot => {
-                if let Some(slot) = slot {
-                    slot.dismiss();
-                }
-                self.spent.push(ahead.launch);
+            Some(slot) if Order::has_room(payload) && blocks <= ahead.launch.blocks => slot.give_order(payload),
+            _ => {
+                self.ahead = Some(ahead);
+                self.dismiss();
                 return None;
             }
         }
         ahead.launch.ordered = Some(payload.clone());
         Some(ahead.launch)
+    }
+
+    /// Has the launch that stands by give up, unless it is still queued behind another: what comes now needs its room, or waits for all of the GPU.
+    pub(crate) fn dismiss(&mut self) {
+        if let Some(mut ahead) = self.ahead.take_if(|ahead| ahead.behind.is_none()) {
+            if let Some(slot) = &mut ahead.launch.slot {
+                slot.dismiss();
+            }
+            self.spent.push(ahead.launch);
+        }
     }
 
     /// Notes that a launch has ended.
