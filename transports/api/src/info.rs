@@ -33,7 +33,7 @@ pub struct Options {
     pub thread_blocks: u32,
     /// How long a launch stands by for another transfer after one that soon followed another, in microseconds, at most 100,000 (cuda). It holds as many thread
     /// blocks as the launch before it meanwhile (after one of more than 16 none stands by), and spares transfers of up to 1 GiB that come in that time about
-    /// 5 µs of a launch's 8 to 11. Zero: none does.
+    /// 5 µs of a launch's 7 to 11. Zero: none does.
     pub standby_us: u32,
     /// Pieces that are shorter than this on average, in bytes, are packed by their source where the destination could also read them one by
     /// one (ucx, libfabric). By default what earlier transfers took decides, for libfabric its provider.

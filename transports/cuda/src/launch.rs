@@ -142,20 +142,24 @@ impl Launcher {
         if let Some(reason) = &self.broken {
             return Err(reason.clone());
         }
-        if stream >= STREAMS || !is_all {
-            self.standby.dismiss();
+        let may_stand_by = stream < STREAMS && is_all;
+        let found = if may_stand_by {
             // SAFETY: the caller's promise.
-            return unsafe { self.start(payload, stream) };
-        }
-        // SAFETY: the caller's promise.
-        let launch = match unsafe { self.standby.order(payload, self.blocks_for(payload)) } {
+            unsafe { self.standby.order(payload, self.blocks_for(payload)) }
+        } else {
+            self.standby.dismiss();
+            None
+        };
+        let launch = match found {
             Some(launch) => launch,
             // SAFETY: the caller's promise.
             None => unsafe { self.start(payload, stream) }?,
         };
         let now = Instant::now();
         self.launched = Some(now);
-        self.standby.launched(&launch, payload, now);
+        if may_stand_by {
+            self.standby.launched(&launch, payload, now);
+        }
         Ok(launch)
     }
 
@@ -253,7 +257,6 @@ impl Launcher {
         if let Err(error) = started.and(recorded) {
             return Err(self.noted(error));
         }
-        self.launched = Some(Instant::now());
         Ok(launch)
     }
 
@@ -287,6 +290,7 @@ impl Launcher {
         tracing::trace!(launch = launch.number, "an order came too late: launched after all");
         // SAFETY: `launch` was called with this payload, and what it touches outlives its launch, which is this one now.
         let mut again = unsafe { self.start(&payload, stream) }?;
+        self.launched = Some(Instant::now());
         // Whoever stands by behind it goes by this.
         again.number = launch.number;
         let spent = std::mem::replace(launch, again);
