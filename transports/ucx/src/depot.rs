@@ -200,29 +200,29 @@ mod tests {
     }
 
     /// As the kernel reads it for another process.
-    fn read(at: u64) -> std::io::Result<u8> {
-        let mut byte = 0u8;
-        let to = libc::iovec { iov_base: std::ptr::from_mut(&mut byte).cast(), iov_len: 1 };
-        let from = libc::iovec { iov_base: at as *mut _, iov_len: 1 };
-        // SAFETY: one byte of ours is written; the kernel checks what is read.
+    fn read<const BYTES: usize>(at: u64) -> std::io::Result<[u8; BYTES]> {
+        let mut bytes = [0u8; BYTES];
+        let to = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: BYTES };
+        let from = libc::iovec { iov_base: at as *mut _, iov_len: BYTES };
+        // SAFETY: as many bytes of ours are written; the kernel checks what is read.
         let read = unsafe { libc::process_vm_readv(libc::getpid(), &to, 1, &from, 1, 0) };
-        if read == 1 { Ok(byte) } else { Err(std::io::Error::last_os_error()) }
+        if read == BYTES as isize { Ok(bytes) } else { Err(std::io::Error::last_os_error()) }
     }
 
     #[test]
     fn what_a_lost_peer_may_still_read_is_gone_for_good_and_nothing_else_comes_there() {
         let Some((depot, budget)) = depot(&[3]) else { return };
         let (base, before) = (depot.key().base, budget.taken());
-        assert_eq!((read(base).unwrap(), base % ALIGNMENT as u64), (0, 0));
+        assert_eq!((read(base).unwrap(), base % ALIGNMENT as u64), ([0], 0));
         drop(depot);
         assert_eq!(budget.taken(), before - DEPOT_BYTES);
         for offset in [0, DEPOT_BYTES / 2, DEPOT_BYTES - 1] {
-            assert_eq!(read(base + offset).unwrap_err().raw_os_error(), Some(libc::EFAULT), "byte {offset}");
+            assert_eq!(read::<1>(base + offset).unwrap_err().raw_os_error(), Some(libc::EFAULT), "byte {offset}");
         }
         // What is mapped next goes elsewhere.
         let others: Vec<Pages> = (0..16).map(|_| Pages::new(DEPOT_BYTES as usize).unwrap()).collect();
         assert!(others.iter().all(|pages| (pages.base as u64).abs_diff(base) >= DEPOT_BYTES));
-        assert!(read(base).is_err());
+        assert!(read::<1>(base).is_err());
     }
 
     #[test]
@@ -232,10 +232,16 @@ mod tests {
         assert!(depot.give_back(0b1101).is_err(), "one of them was never lent");
         depot.give_back(0b101).unwrap();
         assert!(depot.give_back(1).is_err());
-        let base = depot.key().base;
+        let mark = *b"a chunk that was there before";
+        let parcel = depot.put(1, &mark).unwrap();
+        depot.give_back(1 << parcel.buffer).unwrap();
+        let (pages, at) = (depot.pages.clone(), depot.key().base + PARCEL_BYTES_MAX as u64);
         drop(depot);
-        let text = std::fs::read_to_string("/proc/self/maps").unwrap();
-        assert!(!text.lines().any(|line| line.starts_with(&format!("{base:x}-"))), "it is mapped still");
+        assert!(!pages.is_withdrawn.load(Ordering::Relaxed));
+        assert_eq!(read(at).unwrap(), mark);
+        Arc::into_inner(pages).expect("nothing else keeps the pages");
+        // Another thread's memory may be there by now, even withdrawn: only what was written here must be gone.
+        assert_ne!(read(at).unwrap_or_default(), mark, "it is mapped still");
     }
 
     #[test]
