@@ -80,7 +80,13 @@ const RESOLVE: &str = include_str!("../engines/trtllm/tests/resolve.rs");
 const CONFIG: &str = include_str!("config_command.rs");
 const MANIFEST: &str = include_str!("manifest_command.rs");
 const PLUGINS: &str = include_str!("plugins_command.rs");
-const HOST: &str = include_str!("../runtime/doctor/tests/host.rs");
+const HOST: &str = concat!(
+    include_str!("../runtime/doctor/tests/host/broken.rs"),
+    include_str!("../runtime/doctor/tests/host/captured.rs"),
+    include_str!("../runtime/doctor/tests/host/expected.rs"),
+    include_str!("../runtime/doctor/tests/host/healthy.rs"),
+    include_str!("../runtime/doctor/tests/host/page.rs"),
+);
 const LOG: &str = include_str!("../runtime/doctor/tests/log.rs");
 
 #[test]
