@@ -2,60 +2,22 @@
 
 mod adopt;
 mod ends;
+mod request;
+mod terms;
 mod work;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use ends::Ended;
+use request::{Request, Stage};
+pub use terms::SchedulerTerms;
 
 use super::scheduler_group::{DecodeGroup, PrefillGroup};
 use super::{
-    Awaited, Begun, Deadline, Event, FailReason, Finished, LeaseTerms, Lost, Member, Message, OfferSummary, Outbox,
-    Outcome, OutcomeReport, Part, Policy, RequestSpec, Role, Vitals,
+    Awaited, Begun, Deadline, Event, FailReason, Finished, Lost, Member, Message, OfferSummary, Outbox, Outcome,
+    OutcomeReport, Part, Policy, RequestSpec, Role, Vitals,
 };
 use crate::{GroupId, HandoverId, Moment, NodeId, RequestId, TraceContext, limits};
-
-/// What a scheduler may wait for, and how often it tries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SchedulerTerms {
-    /// From a request's arrival to a prefill group that takes it.
-    pub queue_within: core::time::Duration,
-    /// From there to the group's offer.
-    pub prefill_within: core::time::Duration,
-    /// From the offer to a decode group that takes it.
-    pub pair_within: core::time::Duration,
-    /// From the pairing to its outcome; a backstop behind the decode side's own deadlines.
-    pub outcome_within: core::time::Duration,
-    /// Handovers tried per request before it fails for good.
-    pub attempts_max: u32,
-    /// Requests that one prefill group works on at once, their offers included.
-    pub prefill_jobs_max: u64,
-    /// Leases of offers; the scheduler renews what it still wants.
-    pub leases: LeaseTerms,
-    /// How long an offer that a leader announced rests before it is paired: a decode leader may be about to announce that it has it. Longer than
-    /// nodes take to find a scheduler that has started again.
-    pub adopt_after: core::time::Duration,
-    /// How long requests wait for a whole group of a role once the last one has lost a rank, before they fail. Zero: they fail at once, for whoever
-    /// can send them elsewhere. Where ranks are started again, somewhat longer than that takes.
-    pub regroup_within: core::time::Duration,
-}
-
-impl Default for SchedulerTerms {
-    fn default() -> Self {
-        let minutes = |minutes: u64| core::time::Duration::from_secs(60 * minutes);
-        SchedulerTerms {
-            queue_within: minutes(30),
-            prefill_within: minutes(10),
-            pair_within: minutes(10),
-            outcome_within: minutes(20),
-            attempts_max: 3,
-            prefill_jobs_max: 16,
-            leases: LeaseTerms::default(),
-            adopt_after: core::time::Duration::from_secs(3),
-            regroup_within: core::time::Duration::ZERO,
-        }
-    }
-}
 
 /// After how long a handover is tried a second time; doubled for each further attempt.
 const REST: core::time::Duration = core::time::Duration::from_millis(50);
@@ -113,52 +75,6 @@ pub enum Submitted {
     Taken,
     /// It has, while the scheduler that it was first given to was gone.
     Ended(Finished),
-}
-
-#[derive(Debug)]
-struct Request {
-    spec: RequestSpec,
-    stage: Stage,
-    deadline: Deadline,
-    attempts: u32,
-    /// Times that a group gave it back because it leaves, which cost no attempt.
-    given_back: u32,
-    ready_at: Option<Moment>,
-    submitted: Moment,
-    /// The span of it, if whoever submitted it said to which it belongs.
-    trace: Option<TraceContext>,
-    /// When it was paired the last time, as which handover.
-    paired: Option<(Moment, HandoverId)>,
-    cancelled: bool,
-    /// The prefill side said that its offer is gone while a handover was under way.
-    withdrawn: bool,
-    /// Nobody here has asked for it: it was announced by a leader. Its offer is left to its lease.
-    adopted: bool,
-    /// Groups that failed it: others are tried first.
-    avoid: BTreeSet<GroupId>,
-}
-
-impl Request {
-    /// Whether nobody has asked for it, and nothing is under way that would deliver it all the same.
-    fn is_left_to_its_lease(&self) -> bool {
-        self.adopted && !matches!(self.stage, Stage::Paired { .. })
-    }
-
-    /// Waits anew.
-    fn wait(&mut self, deadlines: &mut BTreeSet<(Moment, RequestId)>, deadline: Deadline) {
-        let request = self.spec.request;
-        deadlines.remove(&(self.deadline.at, request));
-        deadlines.insert((deadline.at, request));
-        self.deadline = deadline;
-    }
-}
-
-#[derive(Clone, Debug)]
-enum Stage {
-    Queued,
-    Prefilling { group: GroupId },
-    Offered { group: GroupId, offer: OfferSummary },
-    Paired { group: GroupId, offer: OfferSummary, decode: GroupId, handover: HandoverId },
 }
 
 impl Scheduler {
