@@ -88,7 +88,7 @@ pub(crate) fn create_event(is_timed: bool) -> Result<EventHandle, CudaError> {
 /// Milliseconds between two records.
 ///
 /// # Safety
-/// Both events exist, are timed and done; [`Driver::tells_times`].
+/// Both events exist, are timed and done; [`super::Driver::tells_times`].
 pub(crate) unsafe fn elapsed(start: EventHandle, end: EventHandle) -> Result<f32, CudaError> {
     let mut milliseconds = 0.0;
     // SAFETY: the caller's promise; the driver writes the number.
