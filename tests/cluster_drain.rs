@@ -53,6 +53,7 @@ fn drain(options: &[&str]) -> Watched {
     // Nobody is declared lost meanwhile. Once nobody fetches, both groups fill up with offers; then comes the signal.
     let terms = "--silence 60000 --metrics 127.0.0.1:0 --drain prefill:0@500ms";
     let all: Vec<&str> = shape.split(' ').chain(terms.split(' ')).chain(options.iter().copied()).collect();
+    let _turn = cluster::turn();
     let mut child = cluster::start(&all);
     let errors = BufReader::new(child.stderr.take().unwrap());
     let (say, said) = mpsc::channel();

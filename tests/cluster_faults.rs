@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use cluster::{Case, Ran, run, run_bare, start};
+use cluster::{Case, Ran, run, run_bare, start, turn};
 use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 
 const TINY: [&str; 6] = ["--model", "tiny", "--isl", "200", "--requests", "12"];
@@ -205,6 +205,7 @@ fn killed_ranks_are_a_group_again_once_they_are_back() {
 /// Ranks that are killed one by one leave nobody behind, and neither does the parent, whatever state its children are in.
 #[test]
 fn a_killed_parent_leaves_no_process_behind() {
+    let _turn = turn();
     let options = ["--model", "tiny", "--requests", "200", "--isl", "4000", "--pause", "decode:1@1+600000"];
     let mut parent = start(&options);
     let group = Pid::from_child(&parent);

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvferry::Direction::{self, Pull, Push};
@@ -108,17 +108,22 @@ impl Drop for Host {
     }
 }
 
+/// One pair of hosts at a time: what another keeps from running looks like a slow cable.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// Two hosts, and so many cables between them, whose ends are devices of one kind.
 struct Hosts {
     prefill: Host,
     decode: Host,
     kind: TransportKind,
     rails: u32,
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Hosts {
     fn cabled(kind: TransportKind, rails: u32) -> Result<Hosts, String> {
-        let hosts = Hosts { prefill: Host::start()?, decode: Host::start()?, kind, rails };
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let hosts = Hosts { prefill: Host::start()?, decode: Host::start()?, kind, rails, _turn: turn };
         for rail in 0..rails {
             let there = hosts.decode.0.id();
             hosts.prefill.run(&format!("ip link add p{rail} type veth peer name d{rail} netns {there}"))?;

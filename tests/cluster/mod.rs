@@ -4,7 +4,7 @@ use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
@@ -13,6 +13,11 @@ use serde_json::Value;
 
 /// One run at a time: each has threads or processes of its own, and machines are small.
 static TURN: Mutex<()> = Mutex::new(());
+
+/// For who starts a run by itself: held until that is over.
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// How ranks reach each other.
 pub(crate) struct Case {
@@ -41,7 +46,7 @@ pub(crate) fn run(case: &Case, options: &[&str]) -> Ran {
 
 /// Runs the example with these options only.
 pub(crate) fn run_bare(options: &[&str]) -> Ran {
-    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _turn = turn();
     run_now(options)
 }
 
@@ -64,7 +69,7 @@ pub(crate) fn may_have_hosts() -> bool {
 /// Runs the example on a host of its own: a network namespace that a shell script sets up first, with root, unshare and what the script calls.
 #[allow(dead_code, reason = "not every test needs one")]
 pub(crate) fn run_on_a_host(script: &str, options: &[&str]) -> Ran {
-    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _turn = turn();
     // Interfaces are looked up in sysfs, which is a namespace's own only when it is mounted there.
     let script = format!("set -e; mount -t sysfs none /sys; ip link set lo up; {script}; exec \"$0\" \"$@\"");
     let mut unshare = Command::new("unshare");
@@ -75,7 +80,7 @@ pub(crate) fn run_on_a_host(script: &str, options: &[&str]) -> Ran {
 /// Runs the example where the loader looks for libraries in `folder` first, which these variables are for.
 #[allow(dead_code, reason = "not every test needs it")]
 pub(crate) fn run_with_libraries(folder: &Path, told: &[(&str, &str)], options: &[&str]) -> Ran {
-    let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _turn = turn();
     let mut command = Command::new(example());
     command.env("LD_LIBRARY_PATH", folder).envs(told.iter().copied());
     finish(spawn(command, options), options)

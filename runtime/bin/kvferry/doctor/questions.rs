@@ -54,7 +54,9 @@ mod tests {
         assert_eq!(seen.answers, clock::QUESTIONS as u32);
         // One clock: apart by no more than what it took.
         assert!(seen.offset_ns.unsigned_abs() <= seen.round_trip_ns, "{seen:?}");
-        let silent = bind().local_addr().unwrap();
+        // Bound, so that nobody else answers there.
+        let unread = bind();
+        let silent = unread.local_addr().unwrap();
         assert_eq!((clock::ask(&client, silent), ends::ask(&client, silent)), (None, None));
     }
 }
